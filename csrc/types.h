@@ -1,0 +1,43 @@
+// Element types and the level names shared by every native file.  No library code in here: files of
+// csrc/cpu are compiled once per instruction set, and an inline function that the linker keeps from
+// the AVX-512 copy would then run on every machine.
+#pragma once
+#include <cstdint>
+
+namespace pyxlbert {
+
+struct bf16 {
+    std::uint16_t bits;
+};
+struct f16 {
+    std::uint16_t bits;
+};
+
+// Element type of a tensor as Python passes it; the order is pyxlbert.native's.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+}  // namespace pyxlbert
+
+// Declares `void function(const Args&)` in the namespace of every instruction-set level.
+#if defined(__x86_64__)
+#define PYXLBERT_DECLARE_LEVELS(function, Args) \
+    namespace portable {                        \
+    void function(const Args&);                 \
+    }                                           \
+    namespace avx2 {                            \
+    void function(const Args&);                 \
+    }                                           \
+    namespace avx512 {                          \
+    void function(const Args&);                 \
+    }                                           \
+    namespace avx512_bf16 {                     \
+    void function(const Args&);                 \
+    }
+#else
+#define PYXLBERT_DECLARE_LEVELS(function, Args) \
+    namespace portable {                        \
+    void function(const Args&);                 \
+    }
+#endif
+
+#define PYXLBERT_INLINE inline __attribute__((always_inline))
