@@ -41,3 +41,5 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 #endif
 
 #define PYXLBERT_INLINE inline __attribute__((always_inline))
+// The same for a lambda, between its parameters and its body.
+#define PYXLBERT_LAMBDA __attribute__((always_inline))

@@ -60,6 +60,8 @@ PYXLBERT_INLINE void store(T* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
 }
 
+PYXLBERT_INLINE Vec keep_first(Vec v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
+
 // The first n lanes; the others are zero on load and untouched on store.
 PYXLBERT_INLINE Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 PYXLBERT_INLINE void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
@@ -123,6 +125,8 @@ template <class T>
 PYXLBERT_INLINE void store(T* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
 }
+
+PYXLBERT_INLINE Vec keep_first(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 
 PYXLBERT_INLINE Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 PYXLBERT_INLINE void store(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
@@ -211,6 +215,11 @@ PYXLBERT_INLINE Vec load(const T* p) {
 template <class T>
 PYXLBERT_INLINE void store(T* p, Vec v) {
     for (int i = 0; i < W; ++i) p[i] = narrow(v[i], T{});
+}
+// v with the lanes from n on set to zero.
+PYXLBERT_INLINE Vec keep_first(Vec v, int n) {
+    for (int i = n; i < W; ++i) v[i] = 0.0f;
+    return v;
 }
 PYXLBERT_INLINE Vec load(const float* p, int n) {
     Vec v = set1(0.0f);

@@ -1,0 +1,23 @@
+"""BERT and XLNet at kernel speed, provably right."""
+
+from __future__ import annotations
+
+import os
+
+import torch  # noqa: F401  (first: the native module binds to torch's OpenMP runtime)
+
+from pyxlbert import backends
+from pyxlbert.backends import use_backend
+from pyxlbert.ops import layer_norm
+
+__version__ = "0.1.0"
+
+__all__ = ["backends", "layer_norm", "use_backend"]
+
+if "PYXLBERT_ISA" in os.environ and backends.unavailable("cpu") is None:
+    from pyxlbert import _C
+
+    try:
+        _C.set_level(os.environ["PYXLBERT_ISA"])
+    except ValueError as error:
+        raise ValueError(f"PYXLBERT_ISA: {error}") from None

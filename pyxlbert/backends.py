@@ -1,0 +1,114 @@
+"""The four backends: which exist here, why the others do not, and which one an op takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+NAMES = ("torch", "cpu", "triton", "cuda")
+
+# The first backend of a row that supports the inputs is taken.
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+
+_native_error: str | None = None
+try:
+    # torch first: the module's OpenMP symbols then bind to the runtime that torch has loaded.
+    from pyxlbert import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _native_error = str(error)
+
+
+class _Default(threading.local):
+    # threading.local and not a ContextVar: torch.compile can trace the former.
+    forward: str | None = None
+    backward: str | None = None
+
+
+_default = _Default()
+
+
+def unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine, or None when it can.
+
+    Raises:
+        ValueError: `name` is not one of the four backends.
+    """
+    _check_name(name)
+    if name == "cpu" and _C is None:
+        return f"the native module is not built ({_native_error})"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return "this version has no Triton kernels"
+    if name == "cuda":
+        return "this version has no CUDA kernels"
+    return None
+
+
+def available() -> tuple[str, ...]:
+    """The backends that can run here."""
+    return tuple(name for name in NAMES if unavailable(name) is None)
+
+
+@contextmanager
+def use_backend(name: str | None, *, backward: str | None = None) -> Iterator[None]:
+    """Makes `name` the backend of every op called in this thread inside the block without `backend=`.
+
+    Args:
+        name: one of `NAMES`, or None for the usual choice.
+        backward: the backend of the backward pass of ops called inside; None means forward's own.
+
+    Raises:
+        ValueError: a name is unknown.
+        RuntimeError: the backend cannot run on this machine.
+    """
+    for one in (name, backward):
+        if one is not None:
+            reason = unavailable(one)
+            if reason is not None:
+                raise RuntimeError(f"backend {one!r} is unavailable: {reason}")
+    before = _default.forward, _default.backward
+    _default.forward, _default.backward = name, backward
+    try:
+        yield
+    finally:
+        _default.forward, _default.backward = before
+
+
+def default_backend() -> str | None:
+    """The backend set by `use_backend` in this thread, or None."""
+    return _default.forward
+
+
+def default_backward() -> str | None:
+    """The backward backend set by `use_backend` in this thread, or None."""
+    return _default.backward
+
+
+def explain(op: str, *tensors: torch.Tensor) -> str:
+    """The backend that op `op` takes for these tensors, and a reason for each one it does not take; also printed.
+
+    Args:
+        op: the name of an op, such as "layer_norm".
+        tensors: the op's first tensors, as in a call.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    from pyxlbert.ops._define import OPS
+
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(OPS))}")
+    text = OPS[op].explain(*tensors)
+    print(text)
+    return text
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(NAMES)}")

@@ -1,0 +1,39 @@
+"""What the native glue shares: dtypes as numbers, rows as an address and a stride."""
+
+from __future__ import annotations
+
+import torch
+
+# csrc/types.h, enum DType.
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refusal(*tensors: torch.Tensor | None) -> str | None:
+    """Why the native CPU kernels cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"it takes CPU tensors, not {tensor.device.type}"
+        if tensor.dtype is torch.float64:
+            return "it computes in float32; float64 runs on backend 'torch'"
+    return None
+
+
+def rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x `[..., N]` as rows of N adjacent elements a fixed stride apart: x itself or a view, copied only if neither is.
+
+    Returns:
+        the tensor that owns the rows, and the stride in elements between them.
+    """
+    n = x.shape[-1]
+    if x.is_contiguous():
+        return x, n
+    if x.stride(-1) == 1 or n == 1:
+        try:
+            flat = x.view(-1, n)
+        except RuntimeError:
+            return x.contiguous(), n
+        # A broadcast row (stride 0) is read in place too; dimensions of size 1 have any stride.
+        return flat, flat.stride(0) if flat.shape[0] > 1 else n
+    return x.contiguous(), n

@@ -1,0 +1,104 @@
+"""Checks of an op's arguments.  Every message names the op, the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import torch
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, *LOW_PRECISION, torch.float64)
+
+
+def short(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype and shape, or the type of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{short(value.dtype)} {list(value.shape)}"
+    return type(value).__name__
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    """`value` is a tensor with storage.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it is on the meta device.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a tensor")
+    if value.device.type == "meta":
+        raise ValueError(f"{op}: {name}: got a tensor on meta, which has no values")
+
+
+def floating(op: str, name: str, value: torch.Tensor) -> None:
+    """`value` has a floating dtype that ops compute in.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name}: got dtype {short(value.dtype)}, wanted float32, bfloat16, float16 or float64")
+
+
+def dtype(op: str, name: str, value: torch.Tensor, *wanted: torch.dtype) -> None:
+    """`value` has one of the wanted dtypes.
+
+    Raises:
+        TypeError: it has not.
+    """
+    if value.dtype not in wanted:
+        names = " or ".join(dict.fromkeys(short(one) for one in wanted))
+        raise TypeError(f"{op}: {name}: got dtype {short(value.dtype)}, wanted {names}")
+
+
+def parameter_dtype(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+    """A weight or bias beside `like`: of its dtype, or float32 (which autocast makes), or float64 in float64."""
+    if value.dtype is not like.dtype and not (value.dtype is torch.float32 and like.dtype in LOW_PRECISION):
+        dtype(op, name, value, like.dtype, *((torch.float32,) if like.dtype in LOW_PRECISION else ()))
+
+
+def same_device(op: str, name: str, value: torch.Tensor, first: str, like: torch.Tensor) -> None:
+    """`value` is on the device of `like`, the argument called `first`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name}: got device {value.device}, wanted {first}'s, {like.device}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, wanted: tuple[int, ...], letters: str = "") -> None:
+    """`value` has exactly the wanted shape.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if tuple(value.shape) != wanted:
+        meaning = f" ({letters})" if letters else ""
+        raise ValueError(f"{op}: {name}: got shape {list(value.shape)}, wanted {list(wanted)}{meaning}")
+
+
+def probability(op: str, name: str, value: float) -> None:
+    """`value` is a number in [0, 1].
+
+    Raises:
+        ValueError: it is outside.
+        TypeError: it is no number.
+    """
+    if not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a number in [0, 1]")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name}: got {value}, wanted a number in [0, 1]")
+
+
+def positive(op: str, name: str, value: float) -> None:
+    """`value` is a number of at least 0.
+
+    Raises:
+        ValueError: it is negative or not a number.
+    """
+    if not value >= 0.0:
+        raise ValueError(f"{op}: {name}: got {value}, wanted a number of at least 0")

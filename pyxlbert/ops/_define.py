@@ -1,0 +1,145 @@
+"""How an op is registered: one schema per direction, the backend its last argument, one fake, one dispatcher.
+
+`torch.library` definitions with an implementation key cost a third of `custom_op`; the backend is
+resolved in plain Python outside the op and travels as a static string.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pyxlbert import backends
+
+_library = torch.library.Library("pyxlbert", "DEF")
+
+OPS: dict[str, Op] = {}
+
+
+class Op:
+    """One name, its backends and its two directions.
+
+    Args:
+        name: the op's name on every floor.
+        implementations: module path per backend; the module holds `<name>_fwd`, `<name>_bwd` with the
+            schema's arguments less the backend, and `supports(*tensors) -> None | sentence`.
+    """
+
+    def __init__(self, name: str, implementations: dict[str, str]) -> None:
+        self.name = name
+        self.implementations = implementations
+        self._modules: dict[str, ModuleType] = {}
+        for backend in ("torch", "cpu"):
+            if backend in implementations and backends.unavailable(backend) is None:
+                self._module(backend)
+        OPS[name] = self
+
+    def define(self, direction: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers `pyxlbert::<name>_<direction>` and returns the overload to call.
+
+        Args:
+            direction: "fwd" or "bwd".
+            schema: arguments and returns, the last argument `str backend`.
+            fake: shapes and dtypes of the results, with the same arguments.
+        """
+        function = f"{self.name}_{direction}"
+        implementations: dict[str, Callable[..., Any]] = {}
+
+        def run(*arguments: Any) -> Any:
+            backend = arguments[-1]
+            implementation = implementations.get(backend)
+            if implementation is None:
+                implementation = implementations[backend] = getattr(self._module(backend), function)
+            return implementation(*arguments[:-1])
+
+        _library.define(f"{function}{schema}")
+        for key in ("CPU", "CUDA"):
+            _library.impl(function, run, key)
+        torch.library.register_fake(f"pyxlbert::{function}", fake, lib=_library)
+        return getattr(torch.ops.pyxlbert, function).default
+
+    def resolve(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
+        """The backend to run: the named one, the default of `use_backend`, or the first that supports the tensors.
+
+        Raises:
+            ValueError: the name is unknown.
+            RuntimeError: the named backend is not here, or does not take these inputs.
+        """
+        asked = backend if backend is not None else backends.default_backend()
+        if asked is None:
+            for name in backends.PREFERENCE.get(tensors[0].device.type, ("torch",)):  # type: ignore[union-attr]
+                if self.refusal(name, *tensors) is None:
+                    return name
+            raise RuntimeError(f"{self.name}: no backend takes these inputs:\n{self.explain(*tensors)}")
+        reason = self.refusal(asked, *tensors)
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {asked!r} is unavailable: {reason}")
+        return asked
+
+    def refusal(self, backend: str, *tensors: torch.Tensor | None) -> str | None:
+        """Why `backend` cannot run this op on these tensors, or None."""
+        module = self._modules.get(backend)
+        if module is None:
+            reason = backends.unavailable(backend)
+            if reason is not None:
+                return reason
+            if backend not in self.implementations:
+                return f"{self.name} has no {backend} kernel"
+            module = self._module(backend)
+        return module.supports(*tensors)
+
+    def explain(self, *tensors: torch.Tensor | None) -> str:
+        """One line per backend: taken, possible, or why not."""
+        device = tensors[0].device.type if tensors else "cpu"  # type: ignore[union-attr]
+        order = backends.PREFERENCE.get(device, ("torch",))
+        lines, taken = [f"{self.name} on {device}:"], False
+        for name in (*order, *(name for name in backends.NAMES if name not in order)):
+            reason = self.refusal(name, *tensors)
+            if reason is None and name not in order:
+                reason = f"not for {device} tensors"
+            if reason is None and not taken:
+                lines.append(f"  {name}: taken")
+                taken = True
+            else:
+                lines.append(f"  {name}: {reason or 'possible'}")
+        return "\n".join(lines)
+
+    def _module(self, backend: str) -> ModuleType:
+        if backend not in self._modules:
+            self._modules[backend] = importlib.import_module(self.implementations[backend])
+        return self._modules[backend]
+
+
+class OpFunction(torch.autograd.Function):
+    """Base of the ops' autograd rules: what they cannot do is an error that names the op."""
+
+    op = "this op"
+
+    @classmethod
+    def refuse_vmap(cls) -> RuntimeError:
+        return RuntimeError(f"{cls.op}: vmap is not supported; give the op the batch dimension instead")
+
+
+def backward_backend(backend: str) -> str:
+    """The backend of the backward pass of an op whose forward runs on `backend`."""
+    return backends.default_backward() or backend
+
+
+def single_backward(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a backward that has no derivative of its own: differentiating it raises an error naming the op."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *gradients: Any) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(f"{op}: double backward is not supported (create_graph=True)")
+            return backward(ctx, *gradients)
+
+        return run
+
+    return decorate

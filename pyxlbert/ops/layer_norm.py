@@ -1,0 +1,123 @@
+"""layer_norm: y = (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
+
+Source: Ba, Kiros and Hinton, "Layer Normalization", https://arxiv.org/abs/1607.06450, equations 3 and 4;
+`LayerNorm` of BERT and `layer_norm` of XLNet (both with eps = 1e-12).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyxlbert.ops import _check
+from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+
+OP = Op("layer_norm", {"torch": "pyxlbert.reference.layer_norm", "cpu": "pyxlbert.native.layer_norm"})
+
+
+def _fwd_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+
+
+def _bwd_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs_parameters: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = x.shape[-1] if needs_parameters else 0
+    return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(n), bias.new_empty(n)
+
+
+_fwd = OP.define(
+    "fwd", "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor)", _fwd_fake
+)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool needs_parameters, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _LayerNorm(OpFunction):
+    op = "layer_norm"
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, backend: str, backward: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _fwd(x, weight, bias, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, weight, bias, _, _, ctx.backend = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    @single_backward("layer_norm")
+    def backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None, None
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_weight or needs_bias, ctx.backend)
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12, backend: str | None = None
+) -> torch.Tensor:
+    """LayerNorm over the last dimension, statistics in float32 (float64 for float64 input).
+
+    Args:
+        x: `[..., N]`, float32, bfloat16 or float16 (float64 on backend "torch"); any strides.
+        weight: `[N]`, x's dtype or float32.
+        bias: `[N]`, x's dtype or float32.
+        eps: added to the variance; at least 0.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        `[..., N]` in x's dtype, contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that is not listed above.
+        ValueError: a shape, a device or eps is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_arguments(x, weight, bias, eps)
+    backend = OP.resolve(backend, x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _LayerNorm.apply(x, weight, bias, eps, backend, backward_backend(backend))[0]
+    return _fwd(x, weight, bias, eps, backend)[0]
+
+
+def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+    op = "layer_norm"
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        _check.tensor(op, name, value)
+    _check.floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x: got a scalar, wanted at least one dimension")
+    for name, value in (("weight", weight), ("bias", bias)):
+        _check.same_device(op, name, value, "x", x)
+        _check.parameter_dtype(op, name, value, x)
+        _check.shape(op, name, value, (x.shape[-1],), "N, the last dimension of x")
+    _check.positive(op, "eps", eps)

@@ -1,0 +1,48 @@
+"""layer_norm in plain PyTorch, any dtype and device; the definition the other backends are held to."""
+
+from __future__ import annotations
+
+import torch
+
+
+def supports(*tensors: torch.Tensor | None) -> None:
+    """Every input that the contract allows."""
+    return None
+
+
+def layer_norm_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y `[..., N]` in x's dtype; mean and rstd `[...]` in float32, or float64 for float64 input."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.mean(-1)
+    centred = wide - mean[..., None]
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    y = centred * rstd[..., None] * weight + bias
+    return y.to(x.dtype), mean, rstd
+
+
+def layer_norm_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    needs_parameters: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx `[..., N]`, dweight and dbias `[N]` (empty unless `needs_parameters`).
+
+    With xhat = (x - mean) * rstd and g = dy * weight:
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight = sum of dy * xhat, dbias = sum of dy.
+    """
+    dy_wide = dy.to(mean.dtype)
+    xhat = (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
+    g = dy_wide * weight
+    dx = rstd[..., None] * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    if not needs_parameters:
+        return dx.to(x.dtype).contiguous(), weight.new_empty(0), bias.new_empty(0)
+    n = x.shape[-1]
+    dweight = (dy_wide * xhat).reshape(-1, n).sum(0)
+    dbias = dy_wide.reshape(-1, n).sum(0)
+    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype)

@@ -1,0 +1,101 @@
+"""Builds pyxlbert._C with ninja: every file of csrc/cpu once per instruction-set level, the rest once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+# The AVX-512 of the third level is x86-64-v4's; Ice Lake has it without the bfloat16 dot product of the fourth.
+X86_LEVELS = {
+    "portable": "-march=x86-64",
+    "avx2": "-march=x86-64-v3",
+    "avx512": "-march=x86-64-v4",
+    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni",
+}
+OTHER_LEVELS = {"portable": ""}
+
+
+def levels() -> dict[str, str]:
+    return X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else OTHER_LEVELS
+
+
+def ninja_file(output: Path) -> str:
+    import pybind11
+
+    # A relative path would be looked up from the build folder.
+    include = (
+        f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} "
+        f"-isystem {sysconfig.get_path('platinclude')}"
+    )
+    sanitize = os.environ.get("PYXLBERT_SANITIZE", "")
+    optimise = "-O3"
+    sanitizers = f" -fsanitize={sanitize} -fno-omit-frame-pointer -fno-sanitize-recover=all" if sanitize else ""
+    common = (
+        f"-std=c++20 {optimise} -g1 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp "
+        f"-Wall -Wextra{sanitizers}"
+    )
+    # gcc 12 warns of its own intrinsics' undefined operands in every AVX-512 file.
+    kernels = f"{common} -Wno-uninitialized -Wno-maybe-uninitialized -Wno-ignored-attributes -Wno-psabi"
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        "  command = $cxx $in -o $out $flags",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        objects.append(f"{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {include}"]
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        for level, flags in levels().items():
+            objects.append(f"cpu/{source.stem}.{level}.o")
+            lines += [
+                f"build {objects[-1]}: compile {source}",
+                f"  flags = {kernels} {flags} -DPYXLBERT_LEVEL={level} -I{ROOT / 'csrc'}",
+            ]
+    link = f"-shared -fopenmp -Wl,--as-needed -Wl,--exclude-libs,ALL{sanitizers}"
+    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {link}", f"default {output}", ""]
+    return "\n".join(lines)
+
+
+class NinjaBuild(build_ext):
+    """One ninja run: parallel, incremental, flags per file."""
+
+    def build_extension(self, extension: Extension) -> None:
+        if sys.platform != "linux":
+            raise SystemExit(f"pyxlbert: the native module builds on Linux only, and this is {sys.platform}")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        path = build / "build.ninja"
+        text = ninja_file(output)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        beside_python = Path(sys.executable).parent / "ninja"
+        ninja = shutil.which("ninja") or (str(beside_python) if beside_python.exists() else None)
+        if ninja is None:
+            raise SystemExit("pyxlbert: ninja is missing: pip install ninja")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.check_call([ninja, "-C", str(build), f"-j{jobs}", "--quiet"])
+        print(f"pyxlbert: backend cpu built ({', '.join(levels())})")
+        print("pyxlbert: backend cuda not built: this version has no CUDA kernels")
+
+
+setup(ext_modules=[Extension("pyxlbert._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
