@@ -116,13 +116,17 @@ class Op:
 
 
 class OpFunction(torch.autograd.Function):
-    """Base of the ops' autograd rules: what they cannot do is an error that names the op."""
+    """Base of the ops' autograd rules.  A subclass sets `op`; what it cannot do is an error that names the op."""
 
     op = "this op"
 
-    @classmethod
-    def refuse_vmap(cls) -> RuntimeError:
-        return RuntimeError(f"{cls.op}: vmap is not supported; give the op the batch dimension instead")
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(f"{cls.op}: vmap is not supported; give the op the batch dimension instead")
+
+        cls.vmap = staticmethod(refuse)
 
 
 def backward_backend(backend: str) -> str:

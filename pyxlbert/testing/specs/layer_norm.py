@@ -1,0 +1,121 @@
+"""Inputs of layer_norm."""
+
+from __future__ import annotations
+
+import torch
+
+from pyxlbert.ops.layer_norm import layer_norm
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
+    """LayerNorm by torch.nn.functional, parameters in x's dtype as it demands."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _case(
+    id: str,
+    *shape: int,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    eps: float = 1e-5,
+    wide: bool = False,
+    small: bool = True,
+) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        n = shape[-1]
+        parameter = torch.float32 if wide and dtype is not torch.float64 else dtype
+        return {
+            "x": randn(generator, *shape, dtype=dtype, device=device, scale=scale) + shift,
+            "weight": randn(generator, n, dtype=parameter, device=device) * 0.5 + 1,
+            "bias": randn(generator, n, dtype=parameter, device=device),
+            "eps": eps,
+        }
+
+    return Case(id, make, small=small)
+
+
+def _view(id: str, change: str) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        x = randn(generator, 6, 5, 3 * 40, dtype=dtype, device=device)
+        x = {
+            "slice": lambda: x[..., 40:80],
+            "rows": lambda: x[::2, :, :40],
+            "transposed": lambda: x[..., :40].transpose(0, 1),
+            "last dimension strided": lambda: x[..., ::3],
+            "expanded": lambda: x[:1, :, :40].expand(4, 5, 40),
+        }[change]()
+        return {
+            "x": x,
+            "weight": randn(generator, 40, dtype=dtype, device=device),
+            "bias": randn(generator, 80, dtype=dtype, device=device)[::2],
+            "eps": 1e-12,
+        }
+
+    return Case(id, make)
+
+
+def _replace(**changes: object) -> object:
+    def change(arguments: Arguments) -> Arguments:
+        return arguments | {name: value(arguments) for name, value in changes.items()}  # type: ignore[operator]
+
+    return change
+
+
+def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
+    """The mean is subtracted from x, so every result carries the rounding of x itself, scaled by rstd."""
+    x, weight, dy = a["x"], a["weight"], cotangents[0].double()
+    if x.numel() == 0:
+        return None
+    rstd = ((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + a["eps"]).rsqrt()
+    reach = rstd * x.abs().amax(-1, keepdim=True)  # [..., 1], the terms of xhat
+    if name == "out 0":
+        return reach * weight.abs() + a["bias"].abs()
+    if name == "grad x":
+        return rstd * (1 + reach) * (dy * weight).abs().amax(-1, keepdim=True)
+    if name == "grad weight":
+        return (dy.abs() * reach).reshape(-1, x.shape[-1]).sum(0)
+    return dy.abs().reshape(-1, x.shape[-1]).sum(0)
+
+
+SPEC = Spec(
+    name="layer_norm",
+    function=layer_norm,
+    plain=plain,
+    differentiable=("x", "weight", "bias"),
+    cases=(
+        _case("odd", 4, 7, 35),
+        _case("hidden 384", 2, 9, 384),
+        _case("hidden 768", 33, 768),
+        _case("one row", 1, 64),
+        _case("one dimension", 50),
+        _case("no rows", 0, 48),
+        _case("one column", 5, 1),
+        _case("two columns", 300, 2),
+        _case("float32 parameters", 6, 96, wide=True),
+        _case("large mean", 8, 100, shift=200.0),
+        _case("huge", 3, 65, scale=1e4),
+        _case("tiny", 3, 65, scale=1e-3, eps=1e-12),
+        _case("many rows", 1500, 129, small=False),
+        _view("slice of a wider buffer", "slice"),
+        _view("every other row", "rows"),
+        _view("transposed", "transposed"),
+        _view("last dimension strided", "last dimension strided"),
+        _view("expanded", "expanded"),
+    ),
+    bad=(
+        Bad("x no tensor", _replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),
+        Bad("x integer", _replace(x=lambda a: a["x"].long()), TypeError, ("x", "int64", "float32")),
+        Bad("x scalar", _replace(x=lambda a: a["x"].sum()), ValueError, ("x", "scalar")),
+        Bad("x meta", _replace(x=lambda a: a["x"].to("meta")), ValueError, ("x", "meta")),
+        Bad("weight meta", _replace(weight=lambda a: a["weight"].to("meta")), ValueError, ("weight", "meta")),
+        Bad("weight short", _replace(weight=lambda a: a["weight"][:-1]), ValueError, ("weight", "[34]", "[35]")),
+        Bad("bias shape", _replace(bias=lambda a: a["bias"][None]), ValueError, ("bias", "[1, 35]", "[35]")),
+        Bad("weight dtype", _replace(weight=lambda a: a["weight"].double()), TypeError, ("weight", "float64")),
+        Bad("eps negative", _replace(eps=lambda a: -1.0), ValueError, ("eps", "-1.0")),
+        Bad("eps nan", _replace(eps=lambda a: float("nan")), ValueError, ("eps", "nan")),
+        Bad("backend unknown", _replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
+    ),
+    terms=_terms,
+    bytes_moved=lambda a: 2 * a["x"].numel() * a["x"].element_size(),
+)

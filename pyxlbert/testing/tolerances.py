@@ -1,0 +1,41 @@
+"""Every number that a comparison uses; tests and benchmarks hold none of their own.
+
+The rule: float64 is the truth.  A kernel may be at most FACTOR times as wrong as plain PyTorch in the same
+dtype on the same inputs, plus one rounding of the output, plus a small multiple of the accumulation
+dtype's eps times the sum of the absolute terms (a difference of equal terms is zero in exact arithmetic
+and noise in any other).
+"""
+
+from __future__ import annotations
+
+import torch
+
+# How much more wrong than plain PyTorch a kernel may be.
+FACTOR = 2.0
+
+# Roundings of the output granted beyond that, in units of half its spacing.
+OUTPUT_ROUNDINGS = 1.0
+
+# Multiples of eps(accumulation dtype) x the sum of absolute terms.
+TERMS = 4.0
+
+# The torch backend in float64 against the truth, relative to the largest element.
+FLOAT64 = 1e-10
+
+# (op, dtype, backend) -> (factor instead of FACTOR, reason).  A dtype or backend of None means any.
+EXCEPTIONS: dict[tuple[str, torch.dtype | None, str | None], tuple[float, str]] = {}
+
+# Whole models, relative to the largest element, against transformers in float32 on random small configurations.
+MODEL_FLOAT32 = 2e-5
+MODEL_GRADIENT_FLOAT32 = 2e-4
+
+# Worst 1 - cosine of a sentence vector against transformers in float32.
+COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}
+
+
+def factor(op: str, dtype: torch.dtype, backend: str) -> float:
+    """FACTOR, or the exception's for this op, dtype and backend."""
+    for key in ((op, dtype, backend), (op, None, backend), (op, dtype, None)):
+        if key in EXCEPTIONS:
+            return EXCEPTIONS[key][0]
+    return FACTOR

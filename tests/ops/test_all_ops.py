@@ -1,0 +1,357 @@
+"""The common suite: every op's description of inputs x every backend and instruction-set level that is here."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import pyxlbert
+from pyxlbert import backends
+from pyxlbert.ops._define import OPS
+from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import Arguments, Case, Spec, as_tuple, to_float64
+
+ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
+CPU = torch.device("cpu")
+
+
+def _runners() -> list[str]:
+    """Backend names, the cpu backend once per instruction-set level: "cpu/avx2"."""
+    names = []
+    for name in backends.available():
+        if name == "cpu":
+            names += [f"cpu/{level}" for level in pyxlbert._C.levels()]
+        else:
+            names.append(name)
+    return names
+
+
+RUNNERS = _runners()
+FAST = [runner for runner in RUNNERS if runner not in ("cpu/portable", "cpu/avx2", "cpu/avx512")]
+
+
+@contextmanager
+def running(runner: str) -> Iterator[str]:
+    """Selects the runner's instruction-set level; gives the backend's name."""
+    backend, _, level = runner.partition("/")
+    before = pyxlbert._C.level()
+    if level:
+        pyxlbert._C.set_level(level)
+    try:
+        yield backend
+    finally:
+        pyxlbert._C.set_level(before)
+
+
+def arguments_of(spec: Spec, case: Case, dtype: torch.dtype) -> Arguments:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.id}".encode()))
+    return case.make(generator, dtype, CPU)
+
+
+def differentiable(spec: Spec, arguments: Arguments) -> list[str]:
+    return [name for name in spec.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+
+
+def with_gradients(spec: Spec, arguments: Arguments) -> Arguments:
+    """Arguments whose differentiable tensors are leaves (strides kept) that require a gradient."""
+    result = dict(arguments)
+    for name in differentiable(spec, arguments):
+        result[name] = arguments[name].detach().requires_grad_()
+    return result
+
+
+def cotangents_of(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(7)
+    return tuple(torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs)
+
+
+def run(function, spec: Spec, arguments: Arguments, gradients: bool, cotangents=None) -> dict[str, torch.Tensor]:
+    """Outputs as "out 0", ... and gradients as "grad x", ..."""
+    if gradients:
+        arguments = with_gradients(spec, arguments)
+    outputs = as_tuple(function(**arguments))
+    results = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
+    if gradients:
+        names = differentiable(spec, arguments)
+        if cotangents is None:
+            cotangents = cotangents_of(outputs)
+        cotangents = tuple(c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True))
+        found = torch.autograd.grad(outputs, [arguments[n] for n in names], cotangents, allow_unused=True)
+        for name, gradient in zip(names, found, strict=True):
+            results[f"grad {name}"] = torch.zeros_like(arguments[name]) if gradient is None else gradient
+    return results
+
+
+def check_against_truth(spec: Spec, case: Case, arguments: Arguments, ours: dict, dtype, backend: str) -> None:
+    wide = to_float64(arguments)
+    plain = run(spec.plain, spec, arguments, case.gradients)
+    cotangents = cotangents_of(tuple(plain[k] for k in plain if k.startswith("out")))
+    truth = run(spec.plain, spec, wide, case.gradients, cotangents)
+    for name, value in ours.items():
+        terms = spec.terms(name, wide, cotangents) if spec.terms is not None else None
+        compare.within_budget(
+            f"{spec.name} {case.id} {name}",
+            value,
+            plain[name].to(value.dtype) if name.startswith("out") else plain[name],
+            truth[name],
+            terms=terms,
+            factor=tolerances.factor(spec.name, dtype, backend),
+        )
+
+
+def _grid(cases: str = "all"):
+    for spec in SPECS.values():
+        for case in spec.cases:
+            if (case.full_only or (cases == "small" and not case.small)) and not ALL:
+                continue
+            yield spec, case
+
+
+def _ids(value) -> str | None:
+    if isinstance(value, Spec):
+        return value.name
+    if isinstance(value, Case):
+        return value.id.replace(" ", "_")
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return None
+
+
+PARITY = [
+    (spec, case, dtype, runner)
+    for spec, case in _grid()
+    for dtype in spec.dtypes
+    for runner in RUNNERS
+    if runner.partition("/")[0] in OPS[spec.name].implementations
+]
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype", "runner"), PARITY, ids=_ids)
+def test_parity(spec: Spec, case: Case, dtype: torch.dtype, runner: str, poisoned, ledger) -> None:
+    """Forward and every gradient within the error budget, outputs poisoned with NaN before the run."""
+    arguments = arguments_of(spec, case, dtype)
+    with running(runner) as backend, poisoned():
+        ours = run(lambda **a: spec.function(**a, backend=backend), spec, arguments, case.gradients)
+    check_against_truth(spec, case, arguments, ours, dtype, backend)
+    ledger(spec.name, runner)
+
+
+@pytest.mark.parametrize(("spec", "case"), list(_grid()), ids=_ids)
+def test_reference_in_float64(spec: Spec, case: Case) -> None:
+    """The readable definition, in float64, is the truth itself."""
+    arguments = to_float64(arguments_of(spec, case, torch.float32))
+    ours = run(lambda **a: spec.function(**a, backend="torch"), spec, arguments, case.gradients)
+    truth = run(spec.plain, spec, arguments, case.gradients)
+    for name in ours:
+        terms = spec.terms(name, arguments, cotangents_of((truth["out 0"],))) if spec.terms is not None else None
+        largest = float(torch.as_tensor(terms).max()) if terms is not None and torch.as_tensor(terms).numel() else 0.0
+        finite = truth[name].isfinite()
+        scale = torch.cat([truth[name][finite].abs().flatten(), torch.tensor([largest], dtype=torch.float64)]).max()
+        difference = (ours[name] - truth[name])[finite].abs()
+        if difference.numel():
+            assert float(difference.max()) <= tolerances.FLOAT64 * float(scale), (name, float(difference.max()))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+@pytest.mark.parametrize("backward", FAST)
+@pytest.mark.parametrize("forward", FAST)
+def test_any_backward_follows_any_forward(spec: Spec, forward: str, backward: str) -> None:
+    """Every backend saves the same tensors, so one's backward may follow another's forward."""
+    if forward == backward:
+        return
+    for case in [c for c in spec.cases if c.small and c.gradients][:4]:
+        arguments = arguments_of(spec, case, torch.float32)
+        with running(forward) as f:
+            other = backward.partition("/")[0]
+            with pyxlbert.use_backend(f, backward=other):
+                ours = run(spec.function, spec, arguments, True)
+        check_against_truth(spec, case, arguments, ours, torch.float32, f)
+
+
+@pytest.mark.parametrize(("spec", "case"), list(_grid()), ids=_ids)
+def test_deterministic_for_any_number_of_threads(spec: Spec, case: Case) -> None:
+    """The same bits twice, and with one thread, two and five."""
+    before = torch.get_num_threads()
+    arguments = arguments_of(spec, case, torch.float32)
+    try:
+        results = []
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(lambda **a: spec.function(**a, backend="cpu"), spec, arguments, case.gradients))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            compare.same_bits(f"{spec.name} {case.id} {name}", value, other[name])
+
+
+BAD = [(spec, bad, runner) for spec in SPECS.values() for bad in spec.bad for runner in (None, "torch", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad", "runner"), BAD, ids=lambda v: v.id.replace(" ", "_") if hasattr(v, "change") else _ids(v)
+)
+def test_bad_input(spec: Spec, bad, runner: str | None) -> None:
+    """The same exception with the same text on every backend; it names the argument, what came, what was wanted."""
+    arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
+    with pytest.raises(bad.error) as caught:
+        spec.function(**arguments)
+    text = str(caught.value)
+    for word in bad.words:
+        assert word in text, f"{word!r} not in {text!r}"
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_opcheck(spec: Spec) -> None:
+    """Schema, fake and the absence of hidden aliasing, for both directions on both backends."""
+    for backend in ("torch", "cpu"):
+        with recorded_calls(spec.name) as calls:
+            arguments = arguments_of(spec, spec.cases[0], torch.float32)
+            run(lambda **a: spec.function(**a, backend=backend), spec, arguments, True)
+        assert {direction for direction, _ in calls} == {"fwd", "bwd"}
+        for direction, values in calls:
+            values = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
+            overload = getattr(torch.ops.pyxlbert, f"{spec.name}_{direction}").default
+            torch.library.opcheck(overload, values, test_utils=("test_schema", "test_faketensor"))
+
+
+@contextmanager
+def recorded_calls(op: str) -> Iterator[list]:
+    """The arguments of every raw call of `op` inside the block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.name()
+            if name.startswith(f"pyxlbert::{op}_") and name.rpartition("_")[2] in ("fwd", "bwd"):
+                calls.append((name.rpartition("_")[2], args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        yield calls
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_compiles_as_one_graph(spec: Spec) -> None:
+    """torch.compile, full graph, dynamic shapes, forward and backward: equal to eager."""
+    torch._dynamo.reset()
+    case = spec.cases[0]
+    arguments = arguments_of(spec, case, torch.float32)
+    compiled = torch.compile(
+        lambda **a: spec.function(**a, backend="cpu"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    ours = run(compiled, spec, arguments, True)
+    eager = run(lambda **a: spec.function(**a, backend="cpu"), spec, arguments, True)
+    for name, value in eager.items():
+        compare.same_bits(f"{spec.name} compiled {name}", ours[name], value)
+    with torch.no_grad():
+        compare.same_bits("no grad", as_tuple(compiled(**arguments))[0], eager["out 0"])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_exports(spec: Spec) -> None:
+    """torch.export keeps the op as one node and the exported program computes the same."""
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in arguments.items() if name not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, **tensors):
+            return as_tuple(spec.function(**tensors, **others, backend="cpu"))
+
+    with torch.no_grad():
+        program = torch.export.export(Module(), (), tensors)
+        nodes = [str(n.target) for n in program.graph.nodes if "pyxlbert" in str(n.target)]
+        assert nodes == [f"pyxlbert.{spec.name}_fwd.default"]
+        for ours, eager in zip(program.module()(**tensors), Module()(**tensors), strict=True):
+            compare.same_bits(f"{spec.name} exported", ours, eager)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_checkpointed(spec: Spec) -> None:
+    """torch.utils.checkpoint recomputes to the same gradients."""
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    names = list(arguments)
+
+    def checkpointed(**a):
+        return checkpoint(
+            lambda *v: spec.function(**dict(zip(names, v, strict=True))), *a.values(), use_reentrant=False
+        )
+
+    ours = run(checkpointed, spec, arguments, True)
+    for name, value in run(spec.function, spec, arguments, True).items():
+        compare.same_bits(f"{spec.name} checkpointed {name}", ours[name], value)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_ids)
+def test_autocast(spec: Spec, dtype: torch.dtype) -> None:
+    """Under autocast the op runs forward and backward; gradients have their parameter's dtype."""
+    arguments = with_gradients(spec, arguments_of(spec, spec.cases[0], torch.float32))
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = as_tuple(spec.function(**arguments))
+    sum(o.float().sum() for o in outputs).backward()
+    for name in differentiable(spec, arguments):
+        assert arguments[name].grad.dtype is torch.float32
+        assert arguments[name].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_double_backward_and_vmap_are_named_errors(spec: Spec) -> None:
+    arguments = with_gradients(spec, arguments_of(spec, spec.cases[0], torch.float32))
+    names = differentiable(spec, arguments)
+    outputs = as_tuple(spec.function(**arguments))
+    with pytest.raises(RuntimeError, match=rf"{spec.name}: double backward"):
+        torch.autograd.grad(sum(o.sum() for o in outputs), [arguments[n] for n in names], create_graph=True)
+    first = names[0]
+    stacked = torch.stack([arguments[first].detach()] * 2).requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"{spec.name}: vmap"):
+        torch.vmap(lambda value: spec.function(**{**arguments, first: value}))(stacked)
+
+
+def test_named_backend_never_falls_back() -> None:
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=name):
+                pyxlbert.layer_norm(torch.randn(2, 4), torch.ones(4), torch.zeros(4), backend=name)
+    with pytest.raises(RuntimeError, match=r"layer_norm: backend 'cpu' is unavailable: .*float64"):
+        pyxlbert.layer_norm(*(torch.ones(s, dtype=torch.float64) for s in ((2, 4), 4, 4)), backend="cpu")
+
+
+def test_use_backend_is_scoped_and_per_thread() -> None:
+    assert backends.default_backend() is None
+    with pyxlbert.use_backend("torch"):
+        assert OPS["layer_norm"].resolve(None, torch.ones(1)) == "torch"
+        with pytest.raises(ValueError, match="backend"), pyxlbert.use_backend("mkl"):
+            pass
+        assert backends.default_backend() == "torch"
+    assert backends.default_backend() is None
+
+
+def test_explain_names_every_backend(capsys) -> None:
+    text = backends.explain("layer_norm", torch.ones(2, 4))
+    assert capsys.readouterr().out.strip() == text
+    assert "cpu: taken" in text and all(name in text for name in backends.NAMES)
+    assert "float64" in backends.explain("layer_norm", torch.ones(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="layer_norm"):
+        backends.explain("nonsense")
+
+
+def test_specs_can_be_copied() -> None:
+    """A description holds no tensors: only the recipe."""
+    for spec in SPECS.values():
+        copy.copy(spec)
+        assert len({case.id for case in spec.cases}) == len(spec.cases)
+        assert pickle.dumps([case.id for case in spec.cases])
