@@ -1,0 +1,167 @@
+"""attention in plain PyTorch, any dtype and device; the definition the other backends are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyxlbert.reference.philox import Tag, keep_scores
+
+
+def supports(*tensors: Tensor | None) -> None:
+    """Every input that the contract allows."""
+    return None
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out, shaped as query, and lse `[B, H, Tq]` (packed: `[H, total]`) in float32, or float64 for float64 input.
+
+    With s = scale * q k^T + bias, masked scores -inf: p = softmax(s), out = dropout(p) v, lse = log(sum(exp(s))).
+    A row without a single allowed key has p = 0, out = 0 and lse = +inf.
+    """
+    if cu_seqlens is not None:
+        q, k, v = (_pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
+        lengths = cu_seqlens.diff()
+        out, lse = attention_fwd(q, k, v, lengths, None, 0, None, None, causal, scale, dropout_p, seed)
+        return _unpad(out, cu_seqlens, query.shape[0]), _unpad(lse.transpose(1, 2), cu_seqlens, query.shape[0]).t()
+    q, k, v = _wide(query), *_seen(key, value, key_lengths)
+    p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    kept = _drop(p, dropout_p, seed)
+    out = torch.einsum("bhij,bjhd->bihd", kept, v)
+    return out.to(query.dtype).contiguous(), lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape (empty unless `needs_bias`).
+
+    With p and its dropped copy p' = keep * p / (1 - dropout_p) as in forward:
+    dvalue = p'^T dout, dp = keep * (dout v^T) / (1 - dropout_p), ds = p * (dp - sum_j(p * dp)),
+    dquery = scale * ds k, dkey = scale * ds^T q, dbias = ds summed over the dimensions that bias broadcasts.
+    """
+    if cu_seqlens is not None:
+        do, q, k, v = (_pad(x, cu_seqlens, max_seqlen) for x in (dout, query, key, value))
+        lengths = cu_seqlens.diff()
+        *gradients, dbias = attention_bwd(
+            do, q, k, v, out, lse, lengths, None, 0, None, None, causal, scale, dropout_p, seed, False
+        )
+        dquery, dkey, dvalue = (_unpad(x, cu_seqlens, query.shape[0]) for x in gradients)
+        return dquery, dkey, dvalue, dbias
+    q, k, v = _wide(query), *_seen(key, value, key_lengths)
+    do = _wide(dout)
+    p, _ = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    kept = _drop(p, dropout_p, seed)
+    dvalue = torch.einsum("bhij,bihd->bjhd", kept, do)
+    dp = _drop(torch.einsum("bihd,bjhd->bhij", do, v), dropout_p, seed)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dquery = scale * torch.einsum("bhij,bjhd->bihd", ds, k)
+    dkey = scale * torch.einsum("bhij,bihd->bjhd", ds, q)
+    if bias is not None and needs_bias:
+        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    else:
+        dbias = query.new_empty(0)
+    return (
+        dquery.to(query.dtype).contiguous(),
+        dkey.to(key.dtype).contiguous(),
+        dvalue.to(value.dtype).contiguous(),
+        dbias.contiguous(),
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _seen(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values in the wide dtype; those past their sequence's length are zero, so that a NaN there is gone."""
+    if key_lengths is None:
+        return _wide(key), _wide(value)
+    unseen = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
+    unseen = unseen[..., None, None]
+    return _wide(key).masked_fill(unseen, 0.0), _wide(value).masked_fill(unseen, 0.0)
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    key_lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax weights `[B, H, Tq, Tk]`, zero in rows that may see nothing, and lse `[B, H, Tq]`."""
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    if bias is not None:
+        s = s + bias
+    i = torch.arange(s.shape[2], device=s.device)[:, None]
+    j = torch.arange(s.shape[3], device=s.device)
+    if key_lengths is not None:
+        s = s.masked_fill(j >= key_lengths[:, None, None, None], -torch.inf)
+    if attention_mask is not None:
+        s = s.masked_fill(~attention_mask, -torch.inf)
+    if causal:
+        s = s.masked_fill(j > i + (s.shape[3] - s.shape[2]), -torch.inf)
+    lse = s.logsumexp(-1)
+    dead = lse == -torch.inf
+    p = s.softmax(-1).masked_fill(dead[..., None], 0.0)
+    return p, lse.masked_fill(dead, torch.inf)
+
+
+def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of `[B, H, Tq, Tk]`: kept elements times 1 / (1 - p), the others zero."""
+    if dropout_p == 0.0 or seed is None:
+        return x
+    if dropout_p == 1.0:
+        return torch.zeros_like(x)
+    keep = keep_scores(seed, dropout_p, *x.shape, tag=Tag.ATTENTION)
+    return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)
+
+
+def _positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Row of the packed tensor of every place of the padded one, `[B, T]`; places past a sequence's end point at its end."""
+    places = cu_seqlens[:-1, None] + torch.arange(length, device=cu_seqlens.device)
+    return torch.minimum(places, cu_seqlens[1:, None]).long()
+
+
+def _pad(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """Packed `[total, ...]` to `[B, length, ...]`, zeros behind every sequence."""
+    with_zero = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    places = _positions(cu_seqlens, length)
+    past = torch.arange(length, device=x.device) >= cu_seqlens.diff()[:, None]
+    return with_zero[places.masked_fill(past, x.shape[0])]
+
+
+def _unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """Padded `[B, length, ...]` to `[total, ...]`."""
+    inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]
+    return x[inside].reshape(total, *x.shape[2:])
