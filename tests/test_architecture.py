@@ -1,0 +1,209 @@
+"""The tree holds to the design: names, arrows, and what may stand where."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyxlbert.ops._define import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "pyxlbert"
+
+# Which rooms of the package a room may import from; ops' own helpers count as ops.
+ARROWS = {
+    # explain() looks an op up by name, inside the function; the module is imported to say why it is missing.
+    "backends": {"ops", "_C"},
+    "reference": {"reference"},
+    "native": {"native", "_C"},
+    "kernels": {"kernels"},
+    "ops": {"ops", "backends", "reference", "native", "kernels", "_C"},
+    "nn": {"nn", "ops", "backends"},
+    "models": {"models", "nn", "ops", "backends"},
+    "text": {"text", "models", "nn", "ops", "backends"},
+    "training": {"training", "models", "nn", "ops", "backends"},
+    "integrations": {"integrations", "models", "nn", "ops", "backends"},
+    "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
+}
+
+# Ops that wrap a vendor's GEMM have no kernel of ours.
+VENDOR_OPS = {"linear", "linear_gelu"}
+
+# Headers that define nothing an AVX-512 copy of which could end up in another file.
+KERNEL_HEADERS = {"cstdint", "cstddef", "immintrin.h", "omp.h"}
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout, so there is no list of tracked files")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports from the package."""
+    found: set[str] = set()
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package[: len(package) - node.level + 1]
+                base = ".".join((*parents, base)).rstrip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("pyxlbert.")}
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_an_op_has_its_file_on_every_floor(op: str) -> None:
+    wanted = [
+        f"pyxlbert/ops/{op}.py",
+        f"tests/ops/test_{op}.py",
+        f"pyxlbert/testing/specs/{op}.py",
+        f"docs/ops/{op}.md",
+    ]
+    if op not in VENDOR_OPS:
+        floors = {
+            "torch": [f"pyxlbert/reference/{op}.py"],
+            "cpu": [f"pyxlbert/native/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cpu/{op}.h"],
+            "triton": [f"kernels/{op}.py"],
+            "cuda": [f"pyxlbert/native/{op}.py", f"csrc/cuda/{op}.cu"],
+        }
+        for backend in OPS[op].implementations:
+            wanted += floors[backend]
+    missing = [path for path in wanted if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_every_ops_file_is_an_op() -> None:
+    files = {path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_")}
+    assert files == set(OPS)
+
+
+@pytest.mark.parametrize("room", sorted(ARROWS))
+def test_import_arrows(room: str) -> None:
+    folder = ROOT / "kernels" if room == "kernels" else PACKAGE / room
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    rooms = {*ARROWS, "cli", "demo", "evaluate", "bench", "_C"}
+    wrong = []
+    for path in files:
+        if not path.exists():
+            continue
+        for name in imports(path):
+            target = name.split(".")[1]
+            if target in rooms and target not in ARROWS[room] | {room}:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_backends_never_import_each_other() -> None:
+    """A file of reference, native or kernels imports its own room only, and of its room no other op's native glue."""
+    for room in ("reference", "native"):
+        for path in (PACKAGE / room).glob("*.py"):
+            others = {n.split(".")[1] for n in imports(path)} - {room, "_C"}
+            assert not others, path
+
+
+def test_no_assert_on_user_input() -> None:
+    """An assert vanishes under python -O; errors are part of the interface."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not found
+
+
+def test_no_tolerance_outside_its_file() -> None:
+    pattern = re.compile(r"\b(atol|rtol)\s*=|[<>]=?\s*\d*\.?\d+e-\d")
+    found = []
+    for folder in ("tests", "bench", "pyxlbert"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name in ("tolerances.py", Path(__file__).name):
+                continue
+            for number, line in enumerate(text_of(path).splitlines(), 1):
+                if pattern.search(line):
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found
+
+
+def test_import_loads_neither_triton_nor_transformers() -> None:
+    code = (
+        "import sys, pyxlbert, pyxlbert.models, pyxlbert.text;"
+        "bad = [m for m in ('triton', 'transformers', 'tokenizers', 'matplotlib') if m in sys.modules];"
+        "print(bad); sys.exit(bool(bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "docs")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_name_kernels_is_left_to_its_owner() -> None:
+    """transformers imports a package called `kernels` when it finds one; it must not find ours."""
+    code = (
+        "import importlib.util as u, sys; s = u.find_spec('kernels');"
+        f"sys.exit(s is not None and {str(ROOT)!r} in str(s.submodule_search_locations))"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT).returncode == 0
+    assert text_of(ROOT / "kernels" / "__init__.py") == ""
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_paths_that_the_documents_name_exist() -> None:
+    missing = []
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        text = text_of(document)
+        named = set(re.findall(r"`((?:csrc|kernels|pyxlbert|tests|bench|docs)/[\w./-]*\w)`", text))
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            named.add(str((document.parent / target).resolve().relative_to(ROOT)))
+        missing += [f"{document.name}: {name}" for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_no_tracked_file_holds_an_absolute_path() -> None:
+    pattern = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|Users|mnt|opt)/\w")
+    found = []
+    for path in tracked():
+        try:
+            lines = text_of(path).splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{n}: {line.strip()}" for n, line in enumerate(lines, 1) if pattern.search(line)
+        ]
+    assert not found
+
+
+def test_kernel_files_include_no_library_code() -> None:
+    found = []
+    for path in sorted((ROOT / "csrc" / "cpu").iterdir()):
+        for header in re.findall(r"#include <([^>]+)>", text_of(path)):
+            if header not in KERNEL_HEADERS:
+                found.append(f"{path.name}: <{header}>")
+    assert not found
+
+
+def test_one_pybind_module_and_no_torch_header() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert [p.name for p in sources if "PYBIND11_MODULE" in text_of(p)] == ["module.cpp"]
+    assert not [p for p in sources if re.search(r"#include [<\"](torch|ATen|c10)/", text_of(p))]
+
+
+def test_public_functions_say_shapes_and_errors() -> None:
+    import pyxlbert
+
+    for name in sorted(OPS):
+        document = getattr(pyxlbert, name).__doc__ or ""
+        for section in ("Args:", "Returns:", "Raises:"):
+            assert section in document, (name, section)
