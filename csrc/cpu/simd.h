@@ -8,8 +8,27 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_loadN(unsigned long address, unsigned long size);
+extern "C" void __asan_storeN(unsigned long address, unsigned long size);
+#endif
+
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
+
+// AddressSanitizer does not see masked loads and stores, so they report themselves to it.
+template <class T>
+PYXLBERT_INLINE void watch_load([[maybe_unused]] const T* p, [[maybe_unused]] int n) {
+#if defined(__SANITIZE_ADDRESS__)
+    if (n > 0) __asan_loadN(reinterpret_cast<unsigned long>(p), static_cast<unsigned long>(n) * sizeof(T));
+#endif
+}
+template <class T>
+PYXLBERT_INLINE void watch_store([[maybe_unused]] T* p, [[maybe_unused]] int n) {
+#if defined(__SANITIZE_ADDRESS__)
+    if (n > 0) __asan_storeN(reinterpret_cast<unsigned long>(p), static_cast<unsigned long>(n) * sizeof(T));
+#endif
+}
 
 #if defined(__AVX512F__)
 
@@ -63,14 +82,22 @@ PYXLBERT_INLINE void store(T* p, Vec v) {
 PYXLBERT_INLINE Vec keep_first(Vec v, int n) { return _mm512_maskz_mov_ps(first_lanes(n), v); }
 
 // The first n lanes; the others are zero on load and untouched on store.
-PYXLBERT_INLINE Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-PYXLBERT_INLINE void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+PYXLBERT_INLINE Vec load(const float* p, int n) {
+    watch_load(p, n < W ? n : W);
+    return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+PYXLBERT_INLINE void store(float* p, Vec v, int n) {
+    watch_store(p, n < W ? n : W);
+    _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
 template <class T>
 PYXLBERT_INLINE Vec load(const T* p, int n) {
+    watch_load(p, n < W ? n : W);
     return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
 }
 template <class T>
 PYXLBERT_INLINE void store(T* p, Vec v, int n) {
+    watch_store(p, n < W ? n : W);
     _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(v, T{}));
 }
 
@@ -128,8 +155,14 @@ PYXLBERT_INLINE void store(T* p, Vec v) {
 
 PYXLBERT_INLINE Vec keep_first(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(n))); }
 
-PYXLBERT_INLINE Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-PYXLBERT_INLINE void store(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+PYXLBERT_INLINE Vec load(const float* p, int n) {
+    watch_load(p, n < W ? n : W);
+    return _mm256_maskload_ps(p, first_lanes(n));
+}
+PYXLBERT_INLINE void store(float* p, Vec v, int n) {
+    watch_store(p, n < W ? n : W);
+    _mm256_maskstore_ps(p, first_lanes(n), v);
+}
 template <class T>
 PYXLBERT_INLINE Vec load(const T* p, int n) {
     alignas(16) T lanes[W] = {};

@@ -21,6 +21,8 @@ from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, as_tuple, to_float64
 
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
+# The sanitizer run sets this: small cases, backend cpu alone.
+SMALL = os.environ.get("PYXLBERT_TEST_SMALL") == "1"
 CPU = torch.device("cpu")
 
 
@@ -30,7 +32,7 @@ def _runners() -> list[str]:
     for name in backends.available():
         if name == "cpu":
             names += [f"cpu/{level}" for level in pyxlbert._C.levels()]
-        else:
+        elif not SMALL:
             names.append(name)
     return names
 

@@ -1,0 +1,87 @@
+"""The build: levels, what the binary may hold, other processors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyxlbert
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, cwd=ROOT / "docs"
+    )
+
+
+@pytest.mark.parametrize("level", pyxlbert._C.levels())
+def test_a_level_can_be_forced(level: str) -> None:
+    done = run("import pyxlbert; print(pyxlbert._C.level())", PYXLBERT_ISA=level)
+    assert done.stdout.strip() == level, done.stderr
+
+
+def test_the_best_level_is_the_default() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYXLBERT_ISA"}
+    code = "import pyxlbert; print(pyxlbert._C.level() == pyxlbert._C.levels()[-1])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_an_unknown_level_is_an_error_that_names_it() -> None:
+    done = run("import pyxlbert", PYXLBERT_ISA="sse9")
+    assert done.returncode != 0
+    assert "PYXLBERT_ISA" in done.stderr and "sse9" in done.stderr and "portable" in done.stderr
+
+
+def test_kernel_objects_hold_no_weak_symbols() -> None:
+    """A weak symbol of an AVX-512 object could replace the baseline's for the whole process."""
+    objects = sorted((ROOT / "build").glob("temp*/cpu/*.o"))
+    if not objects:
+        pytest.skip("the objects of the in-place build are not here: run make build")
+    wrong = []
+    for path in objects:
+        for line in subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        ).stdout.splitlines():
+            kind, _, name = line[17:].partition(" ")
+            # The reference to the unwinder's routine is data, the same in every object.
+            if kind in "WwVvu" and not name.startswith("DW.ref."):
+                wrong.append(f"{path.name}: {name}")
+            if kind == "T" and f"pyxlbert::{path.name.split('.')[1]}::" not in name:
+                wrong.append(f"{path.name}: {name} is outside its level's namespace")
+    assert not wrong
+
+
+def test_import_leaves_the_floating_point_mode_alone() -> None:
+    code = "import numpy as np, pyxlbert; print(np.float32(1e-40) * np.float32(0.5) != 0)"
+    assert run(code).stdout.strip() == "True"
+
+
+def test_another_operating_system_gets_a_clear_message() -> None:
+    code = (
+        "import sys, sysconfig; sysconfig.get_config_vars(); import setuptools.command.build_ext;"
+        "sys.platform = 'win32'; sys.argv = ['setup.py', 'build_ext', '--build-temp', 'none'];"
+        f"import runpy; runpy.run_path({str(ROOT / 'setup.py')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "Linux only" in done.stderr, done.stderr[-500:]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the cross-compile starts from x86-64")
+def test_portable_level_compiles_for_aarch64() -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu; .ci/run installs it)")
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        command = [compiler, "-std=c++20", "-O1", "-fopenmp", "-Wall", "-DPYXLBERT_LEVEL=portable", "-fsyntax-only"]
+        done = subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,81 @@
+"""The small grid of every op on every instruction-set level under AddressSanitizer and UBSan.
+
+The same sources are built once more with the sanitizers into a folder of their own; ninja keeps it up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyxlbert
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "sanitized"
+
+
+def _runtime() -> str:
+    """AddressSanitizer's library and the one whose `throw` it wraps: both are loaded before Python allocates."""
+    compiler = os.environ.get("CXX", "g++")
+    paths = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            pytest.skip(f"{compiler} has no {name} here")
+        paths.append(path)
+    return " ".join(paths)
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Environment variables under which Python imports the sanitized build."""
+    runtime = _runtime()
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(BUILD)]
+    command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
+    built = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYXLBERT_SANITIZE": "address,undefined"},
+    )
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    return os.environ | {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "PYTHONPATH": str(BUILD / "lib"),
+        "PYTHONSAFEPATH": "1",  # or the working tree's own, unsanitized module would come first
+        "PYXLBERT_TEST_SMALL": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+@pytest.mark.parametrize("level", ["portable", pyxlbert._C.levels()[-1]])
+def test_it_watches(environment, level: str) -> None:
+    """A call that is told of more rows than its output holds must be caught, or the run below proves nothing."""
+    code = """if True:
+        import torch, pyxlbert
+        assert "sanitized" in pyxlbert._C.__file__
+        x, y, mean, rstd = torch.ones(64, 8), torch.empty(63, 8), torch.empty(64), torch.empty(64)
+        w = torch.ones(8)
+        pyxlbert._C.cpu.layer_norm_fwd(x.data_ptr(), w.data_ptr(), w.data_ptr(), y.data_ptr(), mean.data_ptr(),
+                                       rstd.data_ptr(), 64, 8, 8, 1e-5, 0, 0, 0, 1)
+    """
+    environment = environment | {"PYXLBERT_ISA": level}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
+    assert "layer_norm.cpp" in done.stderr
+
+
+def test_small_grid(environment) -> None:
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests/ops/test_all_ops.py"), "-q", "-x", "-s"]
+    command += ["-k", "test_parity or threads", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
