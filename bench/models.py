@@ -33,31 +33,18 @@ class ModelRace:
     layers: int = 12
     rounds: int = 7
 
+    def ours(self) -> peers.Call:
+        """Our model alone."""
+        hf, inputs = self._original()
+        return self._ours(hf, inputs)
+
     def run(self) -> Row:
         """Builds every contestant from the same weights, compares outputs with float32 transformers, then times."""
-        from transformers import BertConfig, BertModel
-
-        from pyxlbert.models import BertModel as OurBertModel
-
-        torch.manual_seed(0)
-        hf = BertModel(BertConfig(num_hidden_layers=self.layers), add_pooling_layer=False).eval()
-        lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
-        inputs = {
-            "input_ids": torch.randint(1000, 30000, (self.batch, self.length)),
-            "attention_mask": (torch.arange(self.length)[None] < lengths[:, None]).long(),
-        }
+        hf, inputs = self._original()
         with torch.inference_mode():
             truth = hf(**inputs).last_hidden_state.clone()
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save_pretrained(folder)
-            model = OurBertModel.from_pretrained(folder).to(self.dtype).eval()
+        ours = self._ours(hf, inputs)
         hf = hf.to(self.dtype)
-        pyxlbert.pack(model)
-
-        def ours() -> torch.Tensor:
-            with torch.inference_mode():
-                return model(**inputs).last_hidden_state
-
         real = inputs["attention_mask"].bool()
         if self.dtype is torch.float32:
             compare.close("pyxlbert", ours()[real], truth[real], tolerances.MODEL_FLOAT32)
@@ -86,6 +73,31 @@ class ModelRace:
             note,
             failed,
         )
+
+    def _original(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        from transformers import BertConfig, BertModel
+
+        torch.manual_seed(0)
+        hf = BertModel(BertConfig(num_hidden_layers=self.layers), add_pooling_layer=False).eval()
+        lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
+        return hf, {
+            "input_ids": torch.randint(1000, 30000, (self.batch, self.length)),
+            "attention_mask": (torch.arange(self.length)[None] < lengths[:, None]).long(),
+        }
+
+    def _ours(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> peers.Call:
+        from pyxlbert.models import BertModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save_pretrained(folder)
+            model = BertModel.from_pretrained(folder, add_pooling_layer=False).to(self.dtype).eval()
+        pyxlbert.pack(model)
+
+        def call() -> torch.Tensor:
+            with torch.inference_mode():
+                return model(**inputs).last_hidden_state
+
+        return call
 
 
 def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> float:
