@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, rows
+from pyxlbert.native._tensors import DTYPE, refusal, row_statistics, rows
 
-
-def supports(*tensors: torch.Tensor | None) -> str | None:
-    """CPU tensors in float32, bfloat16 and float16."""
-    return refusal(*tensors)
+supports = refusal
 
 
 def layer_norm_fwd(
@@ -19,9 +16,8 @@ def layer_norm_fwd(
     """See `pyxlbert.reference.layer_norm.layer_norm_fwd`."""
     source, stride = rows(x)
     weight, bias = weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    y = torch.empty_like(source) if source is x else torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean, rstd = row_statistics(x)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
     _C.cpu.layer_norm_fwd(

@@ -33,6 +33,27 @@ def tensor(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name}: got a tensor on meta, which has no values")
 
 
+def usual_rows(x: object, *parameters: object) -> bool:
+    """Whether x `[..., N]` and parameters `[N]` pass the checks below: tensor, floating, dtype, device, shape.
+
+    One cheap look at the usual call; on False the named checks say what is wrong, if anything is.
+    """
+    if not isinstance(x, torch.Tensor) or x.is_meta:
+        return False
+    dtype, device, last = x.dtype, x.device, x.shape[-1:]
+    if dtype not in FLOATING or not last:
+        return False
+    for value in parameters:
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.shape != last
+            or value.device != device
+            or (value.dtype is not dtype and (value.dtype is not torch.float32 or dtype not in LOW_PRECISION))
+        ):
+            return False
+    return True
+
+
 def floating(op: str, name: str, value: torch.Tensor) -> None:
     """`value` has a floating dtype that ops compute in.
 

@@ -37,6 +37,7 @@ class Op:
         for backend in ("torch", "cpu"):
             if backend in implementations and backends.unavailable(backend) is None:
                 self._module(backend)
+        self._native = self._modules["cpu"].supports if "cpu" in self._modules else None
         OPS[name] = self
 
     def define(self, direction: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,14 +49,17 @@ class Op:
             fake: shapes and dtypes of the results, with the same arguments.
         """
         function = f"{self.name}_{direction}"
-        implementations: dict[str, Callable[..., Any]] = {}
+        op = self
+
+        class Implementations(dict[str, Callable[..., Any]]):
+            def __missing__(self, backend: str) -> Callable[..., Any]:
+                self[backend] = getattr(op._module(backend), function)
+                return self[backend]
+
+        implementations = Implementations()
 
         def run(*arguments: Any) -> Any:
-            backend = arguments[-1]
-            implementation = implementations.get(backend)
-            if implementation is None:
-                implementation = implementations[backend] = getattr(self._module(backend), function)
-            return implementation(*arguments[:-1])
+            return implementations[arguments[-1]](*arguments[:-1])
 
         _library.define(f"{function}{schema}")
         for key in ("CPU", "CUDA"):
@@ -66,12 +70,21 @@ class Op:
     def resolve(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
         """The backend to run: the named one, the default of `use_backend`, or the first that supports the tensors.
 
+        Args:
+            backend: what the caller named, or None.
+            tensors: the ones that decide, checked before to be on one device; a parameter that must have
+                x's dtype or float32 need not be here.
+
         Raises:
             ValueError: the name is unknown.
             RuntimeError: the named backend is not here, or does not take these inputs.
         """
         asked = backend if backend is not None else backends.default_backend()
         if asked is None:
+            # The usual call first, without a look at the tables.
+            native = self._native
+            if native is not None and tensors[0].is_cpu and native(*tensors) is None:  # type: ignore[union-attr]
+                return "cpu"
             for name in backends.PREFERENCE.get(tensors[0].device.type, ("torch",)):  # type: ignore[union-attr]
                 if self.refusal(name, *tensors) is None:
                     return name
@@ -127,6 +140,21 @@ class OpFunction(torch.autograd.Function):
             raise RuntimeError(f"{cls.op}: vmap is not supported; give the op the batch dimension instead")
 
         cls.vmap = staticmethod(refuse)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, all of them positional.
+
+    `apply` inspects the signature of `forward` on every call, which takes ten times as long as a small kernel.
+    In eager mode without functorch transforms the base class does the rest; where torch no longer has the
+    name that tells so, `apply` is called as it is.
+    """
+    if _transforming is None or torch.compiler.is_compiling() or _transforming():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+_transforming: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
 
 
 def backward_backend(backend: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyxlbert.ops import _check
-from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 
 OP = Op("layer_norm", {"torch": "pyxlbert.reference.layer_norm", "cpu": "pyxlbert.native.layer_norm"})
 
@@ -102,10 +102,11 @@ def layer_norm(
         ValueError: a shape, a device or eps is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    _check_arguments(x, weight, bias, eps)
-    backend = OP.resolve(backend, x, weight, bias)
+    if not (_check.usual_rows(x, weight, bias) and eps >= 0.0):
+        _check_arguments(x, weight, bias, eps)
+    backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _LayerNorm.apply(x, weight, bias, eps, backend, backward_backend(backend))[0]
+        return apply(_LayerNorm, x, weight, bias, eps, backend, backward_backend(backend))[0]
     return _fwd(x, weight, bias, eps, backend)[0]
 
 
