@@ -1,0 +1,155 @@
+"""Results as rows: printed as a table, written as JSON through an allow-list of fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from pyxlbert.bench.timer import Timing
+
+import pyxlbert
+
+# Nothing else of a machine or an environment is written: no host name, no paths, no user.
+DEVICE_FIELDS = ("processor", "level", "threads", "copy_bandwidth", "gemm_float32", "gemm_bfloat16")
+VERSIONS = ("pyxlbert", "torch", "transformers", "onnxruntime", "openvino", "numpy")
+
+
+@dataclass
+class Row:
+    """One race.
+
+    Attributes:
+        subject: the op or model.
+        case: what it was given.
+        dtype: of the tensors.
+        timings: of every contestant; ours is called "pyxlbert".
+        limit: seconds that the machine's measured limit allows, where it is known.
+        note: what a reader must know, such as "less work".
+    """
+
+    subject: str
+    case: str
+    dtype: str
+    timings: dict[str, Timing]
+    limit: float | None = None
+    note: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> Timing:
+        return self.timings["pyxlbert"]
+
+    @property
+    def best_peer(self) -> tuple[str, Timing] | None:
+        peers = {name: timing for name, timing in self.timings.items() if not name.startswith("pyxlbert")}
+        return min(peers.items(), key=lambda item: item[1].median) if peers else None
+
+    def line(self) -> str:
+        peer = self.best_peer
+        parts = [f"{self.subject:24} {self.case:28} {self.dtype:9} {_time(self.ours.median):>10}"]
+        if peer is not None:
+            parts.append(f"{peer[0]:>14} {_time(peer[1].median):>10} {peer[1].median / self.ours.median:6.2f}x")
+        if self.limit is not None:
+            parts.append(f"{self.limit / self.ours.median:5.0%} of limit")
+        return "  ".join(parts) + (f"  ({self.note})" if self.note else "")
+
+    def details(self) -> str:
+        """Every contestant with its quartiles."""
+        lines = []
+        for name, t in sorted(self.timings.items(), key=lambda item: item[1].median):
+            quartiles = f"[{_time(t.lower)}, {_time(t.upper)}]"
+            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {t.median / self.ours.median:5.2f}x")
+        return "\n".join(lines + [f"    {name:22} did not run: {why}" for name, why in self.failed.items()])
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def device() -> dict[str, object]:
+    """The fields of DEVICE_FIELDS that are known."""
+    from pyxlbert.bench import limits
+
+    return {
+        "processor": f"{platform.machine()} {_processor()}",
+        "level": pyxlbert._C.level(),
+        "threads": torch.get_num_threads(),
+        "copy_bandwidth": round(limits.copy_bandwidth() / 1e9, 1),
+        "gemm_float32": round(limits.gemm_rate(torch.float32) / 1e9),
+        "gemm_bfloat16": round(limits.gemm_rate(torch.bfloat16) / 1e9),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    extras = [
+        flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16") if f" {flag} " in f"{flags} "
+    ]
+    return f"{names[0] if names else platform.processor()} ({' '.join(extras)})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what raced."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(path: Path, rows: list[Row], command: str) -> None:
+    """Writes the results whole or not at all; rows of the same race in an older file are replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    new = {(r.subject, r.case, r.dtype): r for r in rows}
+    kept = []
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        kept = [r for r in old if (r["subject"], r["case"], r["dtype"]) not in new]
+    written = [
+        {
+            "subject": r.subject,
+            "case": r.case,
+            "dtype": r.dtype,
+            "timings": {name: asdict(t) for name, t in r.timings.items()},
+            "limit": r.limit,
+            "note": r.note,
+            "failed": r.failed,
+            "command": command,
+        }
+        for r in rows
+    ]
+    description = device()
+    document = {
+        "device": {name: description[name] for name in DEVICE_FIELDS},
+        "versions": versions(),
+        "rows": kept + written,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

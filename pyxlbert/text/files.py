@@ -1,0 +1,56 @@
+"""Reading the small JSON files of a model directory, with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def model_directory(directory: str | Path) -> Path:
+    """The directory as a Path.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        NotADirectoryError: it is a file.
+    """
+    path = Path(directory)
+    if not path.exists():
+        raise FileNotFoundError(f"directory: {str(path)!r} does not exist; wanted a directory with a model's files")
+    if not path.is_dir():
+        raise NotADirectoryError(
+            f"directory: {str(path)!r} is not a directory; wanted a directory with a model's files"
+        )
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file whose outermost value is a `kind`.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something else than a `kind`.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; wanted a {kind.__name__}")
+    return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, and an empty dict when the file is not there."""
+    return read_json(path) if path.is_file() else {}

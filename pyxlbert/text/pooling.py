@@ -1,0 +1,221 @@
+"""From token vectors to one vector a text: pooling, and the modules that a sentence-transformers directory lists.
+
+Everything here works on packed rows: `hidden` is [total, E], `lengths` says how many rows each text has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .files import model_directory, read_json, read_optional_json
+
+
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    return rows.mean(0)
+
+
+def _mean_sqrt_length(rows: torch.Tensor) -> torch.Tensor:
+    return rows.sum(0) / len(rows) ** 0.5
+
+
+def _weighted_mean(rows: torch.Tensor) -> torch.Tensor:
+    weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
+    return weights @ rows / weights.sum()
+
+
+# Named as in a sentence-transformers pooling file, in the order in which several are concatenated.
+_MODES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cls": lambda rows: rows[0],
+    "max": lambda rows: rows.amax(0),
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt_length,
+    "weightedmean": _weighted_mean,
+    "lasttoken": lambda rows: rows[-1],
+}
+# Older files have a key for each: `"pooling_mode_mean_tokens": true`.
+_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Identity": lambda x: x,
+    "Tanh": torch.tanh,
+    "ReLU": torch.relu,
+    "GELU": F.gelu,
+    "SiLU": F.silu,
+    "Sigmoid": torch.sigmoid,
+}
+POOLINGS = ("mean", "cls", "max")
+
+
+def pool(hidden: torch.Tensor, lengths: Sequence[int], modes: Sequence[str] = ("mean",)) -> torch.Tensor:
+    """One vector a text; several modes are concatenated in the order given.
+
+    Args:
+        hidden: [total, E], the texts' rows one after the other.
+        lengths: B numbers of rows, `total` in sum. A text without rows gets zeros.
+        modes: of "cls", "max", "mean", "mean_sqrt_len_tokens" (the sum over the root of the length), "weightedmean"
+            (weights 1, 2, 3, ...), "lasttoken".
+
+    Returns:
+        [B, len(modes)·E] in float32; each text is reduced alone, so its vector does not depend on its neighbours.
+    """
+    if len(lengths) == 0:
+        return hidden.new_zeros(0, len(modes) * hidden.shape[-1], dtype=torch.float32)
+    pieces = hidden.float().split(list(lengths))
+    empty = hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
+    columns = [torch.stack([_MODES[mode](rows) if len(rows) else empty for rows in pieces]) for mode in modes]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear layer and an activation after pooling.
+
+    Shape: weight [out, in], bias [out] or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    activation: str
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Dense:
+        """Reads `config.json` and the weights beside it.
+
+        Raises:
+            ValueError: a file is missing or corrupt, or the activation is not known.
+        """
+        config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+        if activation not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise ValueError(f"{directory / 'config.json'}: activation_function {activation!r} is not one of {known}")
+        state = _read_state(directory)
+        if "linear.weight" not in state:
+            raise ValueError(f"{directory}: the Dense module's file has no linear.weight")
+        bias = state.get("linear.bias")
+        weight = state["linear.weight"].float()
+        wanted = (config.get("out_features", weight.shape[0]), config.get("in_features", weight.shape[1]))
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"{directory}: linear.weight is {tuple(weight.shape)}; config.json says {wanted}")
+        return cls(weight, None if bias is None else bias.float(), activation)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(x.device)
+        return _ACTIVATIONS[self.activation](F.linear(x, weight, None if self.bias is None else self.bias.to(x.device)))
+
+
+def _read_state(directory: Path) -> dict[str, torch.Tensor]:
+    safe, pickled = directory / "model.safetensors", directory / "pytorch_model.bin"
+    try:
+        if safe.is_file():
+            from safetensors.torch import load_file
+
+            return load_file(safe)
+        if pickled.is_file():
+            return torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{directory}: the weights cannot be read: {error}") from None
+    raise ValueError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What happens after the transformer: pooling modes, dense layers, normalisation, in that order."""
+
+    modes: tuple[str, ...] = ("mean",)
+    dense: tuple[Dense, ...] = ()
+    normalize: bool = False
+
+    def size(self, hidden_size: int) -> int:
+        """The length of a sentence vector for a model of `hidden_size`."""
+        return self.dense[-1].weight.shape[0] if self.dense else len(self.modes) * hidden_size
+
+    def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Pooling and dense layers (normalisation is the caller's): [total, E] to float32 [B, size]."""
+        x = pool(hidden, lengths, self.modes)
+        for layer in self.dense:
+            x = layer(x)
+        return x
+
+
+def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
+    """Reads `modules.json` and the folders it names. Without that file: mean pooling, no normalisation.
+
+    Returns:
+        The modules, and the folder that holds the model and the tokenizer.
+
+    Raises:
+        ValueError: a module of a kind, an order or a setting that is not supported; the message names it.
+    """
+    root = model_directory(directory)
+    listing = root / "modules.json"
+    if not listing.is_file():
+        return SentenceModules(), root
+    transformer: Path | None = None
+    modes: tuple[str, ...] | None = None
+    dense: list[Dense] = []
+    normalize = False
+    for module in read_json(listing, list):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise ValueError(f"{listing}: an entry is {module!r}; wanted an object with a type and a path")
+        kind, path = module["type"].rsplit(".", 1)[-1], _inside(root, module.get("path", ""), listing)
+        if kind == "Transformer" and transformer is None:
+            transformer = path
+        elif kind == "Pooling" and transformer is not None and modes is None:
+            modes = _read_pooling(path / "config.json")
+        elif kind == "Dense" and modes is not None and not normalize:
+            dense.append(Dense.from_directory(path))
+        elif kind == "Normalize" and modes is not None:
+            normalize = True
+        else:
+            raise ValueError(
+                f"{listing}: module {module['type']!r} at this place is not supported; "
+                "wanted Transformer, Pooling, then Dense layers and Normalize"
+            )
+    if transformer is None or modes is None:
+        raise ValueError(f"{listing} lists no {'Transformer' if transformer is None else 'Pooling'} module")
+    _refuse_default_prompt(root)
+    return SentenceModules(modes, tuple(dense), normalize), transformer
+
+
+def _inside(root: Path, path: object, listing: Path) -> Path:
+    if not isinstance(path, str) or not (root / path).resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{listing}: path {path!r} is not a folder of this directory")
+    return root / path  # need not exist: Normalize has no files, and some archives drop empty folders
+
+
+def _read_pooling(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which modules.json names")
+    config = read_json(path)
+    word = config.get("pooling_mode")
+    if word is not None:
+        chosen = [word] if isinstance(word, str) else word
+    else:
+        keys = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
+        chosen = [_KEYS.get(key, key) for key in keys]
+    if not isinstance(chosen, list) or not chosen or any(mode not in _MODES for mode in chosen):
+        raise ValueError(f"{path}: pooling mode: got {chosen!r}, wanted one or several of {', '.join(_MODES)}")
+    return tuple(mode for mode in _MODES if mode in chosen)
+
+
+def _refuse_default_prompt(root: Path) -> None:
+    path = root / "config_sentence_transformers.json"
+    config = read_optional_json(path)
+    name = config.get("default_prompt_name")
+    if name and (config.get("prompts") or {}).get(name):
+        raise ValueError(
+            f"{path}: default_prompt_name {name!r} puts a prompt before every text, which is not supported; "
+            "set it to null and write the prompt into the texts"
+        )
