@@ -1,5 +1,7 @@
 """The ops, one file each: contract, checks, registration, public function."""
 
 from pyxlbert.ops.layer_norm import layer_norm
+from pyxlbert.ops.linear import linear
+from pyxlbert.ops.linear_gelu import linear_gelu
 
-__all__ = ["layer_norm"]
+__all__ = ["layer_norm", "linear", "linear_gelu"]

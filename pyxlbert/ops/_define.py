@@ -59,7 +59,13 @@ class Op:
         implementations = Implementations()
 
         def run(*arguments: Any) -> Any:
-            return implementations[arguments[-1]](*arguments[:-1])
+            implementation = implementations[arguments[-1]]
+            device = arguments[0].device.type
+            if torch.is_autocast_enabled(device):
+                # The op's dtypes are settled; a product inside an implementation is not to be cast again.
+                with torch.autocast(device, enabled=False):
+                    return implementation(*arguments[:-1])
+            return implementation(*arguments[:-1])
 
         _library.define(f"{function}{schema}")
         for key in ("CPU", "CUDA"):

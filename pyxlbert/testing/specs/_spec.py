@@ -63,6 +63,9 @@ class Spec:
         dtypes: what the fast backends take.
         terms: for an output or a gradient ("grad x"), the sum of absolute terms given the arguments in
             float64 and the cotangents; absent: the largest element.
+        vendor: set where backend "cpu" calls a vendor's library: what the common suite cannot ask of it, in one
+            sentence.  Such an op has no instruction-set levels of its own, and the same bits are asked of it for
+            the same number of threads only.
         bytes_moved, flops: of a forward call with these arguments, for the benchmark's limits.
     """
 
@@ -74,6 +77,7 @@ class Spec:
     bad: tuple[Bad, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     terms: Callable[[str, Arguments, tuple[torch.Tensor, ...]], torch.Tensor | float | None] | None = None
+    vendor: str | None = None
     bytes_moved: Callable[[Arguments], int] | None = None
     flops: Callable[[Arguments], int] | None = None
     notes: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,56 @@
+"""What `linear` and `linear_gelu` share: their checks and their dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyxlbert.ops import _check
+
+
+def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The checked arguments, all in the dtype of the product: autocast's where it is on, else x's.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that the contract does not list.
+        ValueError: a shape or a device is wrong.
+    """
+    parameters = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
+    _check.tensor(op, "x", x)
+    _check.floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x: got a scalar, wanted at least one dimension")
+    for name, value in parameters:
+        _check.tensor(op, name, value)
+        _check.same_device(op, name, value, "x", x)
+        _check.floating(op, name, value)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        wanted = f"wanted [N, {x.shape[-1]}] (K, the last dimension of x)"
+        raise ValueError(f"{op}: weight: got shape {list(weight.shape)}, {wanted}")
+    if bias is not None:
+        _check.shape(op, "bias", bias, (weight.shape[0],), "N, the rows of weight")
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        # As torch's own linear: float64 is left alone.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = _lower(x, dtype), _lower(weight, dtype)
+        bias = None if bias is None else _lower(bias, dtype)
+        dtype = x.dtype
+    if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                _check.parameter_dtype(op, name, value, x)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient will be asked of any of them."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _lower(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype is torch.float64 else value.to(dtype)

@@ -1,0 +1,199 @@
+"""The vendor's matrix product on CPU: oneDNN through a private op of torch, which only this file names.
+
+`torch.ops.mkldnn._linear_pointwise` computes a matrix product with bias and activation as one oneDNN
+primitive, and takes weights that `_reorder_linear_weight` has put into oneDNN's own order.  It has no gradient
+rule, reads a strided bias out of bounds, does not take float64, and refuses an empty inner dimension; all of
+that ends here.  A probe, once per dtype, compares it with `torch.nn.functional.linear`; where it is missing or
+wrong, backend "cpu" does not take the dtype and says so in `pyxlbert.backends.explain("linear", x)`.
+
+Which product runs is a rule, not a measurement: see `_torch_is_faster`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyxlbert.native._tensors import refusal
+from pyxlbert.reference import linear as reference
+
+# From this many rows on, MKL on an Intel processor is faster in float32 whatever oneDNN saves.
+_MKL_ROWS = 512
+
+# The attribute and the algorithm that `_linear_pointwise` wants, per activation.
+_EPILOGUES = {None: ("none", ""), "none": ("gelu", "none"), "tanh": ("gelu", "tanh")}
+
+_probes: dict[torch.dtype, str | None] = {}
+_probing = threading.Lock()
+
+
+def supports(*tensors: Tensor | None) -> str | None:
+    """CPU tensors in float32, bfloat16 and float16, where oneDNN passes its probe."""
+    return refusal(*tensors) or probe(tensors[0].dtype)  # type: ignore[union-attr]
+
+
+@torch.compiler.assume_constant_result
+def probe(dtype: torch.dtype) -> str | None:
+    """Why the private op cannot be used for `dtype`, or None; found out once per process."""
+    if dtype not in _probes:
+        with _probing:
+            if dtype not in _probes:
+                # A thread of its own: neither autocast, nor a tracing mode, nor a compiler of the caller reaches it.
+                thread = threading.Thread(target=_probe, args=(dtype,), name="pyxlbert-probe")
+                thread.start()
+                thread.join()
+    return _probes[dtype]
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `pyxlbert.reference.linear.linear_fwd`."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference.linear_fwd(x, weight, bias)
+    if _torch_is_faster(x):
+        return F.linear(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See `pyxlbert.reference.linear.linear_bwd`."""
+    empty = dy.numel() == 0 or (x is not None and x.numel() == 0) or (weight is not None and weight.numel() == 0)
+    # In low precision torch's own products are oneDNN's already; in float32 they are MKL's.
+    if empty or _torch_is_faster(dy) or (dy.dtype is not torch.float32 and _native(dy.dtype)):
+        return reference.linear_bwd(dy, x, weight, needs_bias)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = dweight = dbias = None
+    if weight is not None:
+        dx = product(rows, weight.t(), None).view(*dy.shape[:-1], weight.shape[1])
+    if x is not None:
+        dweight = product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
+    if needs_bias:
+        dbias = rows.sum(0)
+    return tuple(dy.new_empty(0) if one is None else one for one in (dx, dweight, dbias))  # type: ignore[return-value]
+
+
+def linear_gelu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
+) -> tuple[Tensor, Tensor]:
+    """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
+    if needs_preactivation or x.numel() == 0 or weight.numel() == 0 or _torch_is_faster(x, saves=True):
+        preactivation = linear_fwd(x, weight, bias)
+        y = F.gelu(preactivation, approximate=approximate)
+        return y, preactivation if needs_preactivation else y.new_empty(0)
+    return product(x, weight, bias, approximate), x.new_empty(0)
+
+
+def linear_gelu_bwd(
+    dy: Tensor, preactivation: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool, approximate: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `pyxlbert.reference.linear_gelu.linear_gelu_bwd`."""
+    dpreactivation = torch.ops.aten.gelu_backward(dy, preactivation, approximate=approximate)
+    return linear_bwd(dpreactivation, x, weight, needs_bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None = None) -> Tensor:
+    """activation(x weightᵀ + bias) by oneDNN; no dimension may be 0.
+
+    Args:
+        x: `[..., K]`; any strides.
+        weight: `[N, K]`, any strides, or the result of `reorder`.
+        bias: `[N]`; any strides.
+        approximate: None for no activation, "none" or "tanh" for that gelu.
+    """
+    attribute, algorithm = _EPILOGUES[approximate]
+    if bias is not None:
+        # Its stride is not looked at.
+        bias = bias.contiguous()
+    if not _native(x.dtype):
+        wide = None if bias is None else bias.float()
+        return _linear_pointwise(x.float(), weight.float(), wide, attribute, [], algorithm).to(x.dtype)
+    return _linear_pointwise(x, weight, bias, attribute, [], algorithm)
+
+
+def reorder(weight: Tensor) -> Tensor | None:
+    """A copy of `weight` `[N, K]` in oneDNN's order, for `product`; None where there would be nothing to gain.
+
+    The copy cannot be cast, pickled or deep-copied, and does not follow the original.
+    """
+    if weight.numel() == 0 or supports(weight) is not None or not _native(weight.dtype):
+        return None
+    return _reorder(weight.detach())
+
+
+def reordered_is_faster(x: Tensor) -> bool:
+    """Whether a reordered weight beats the plain one for this x `[..., K]`."""
+    return x.numel() != 0 and not _torch_is_faster(x, saves=True)
+
+
+def _linear_pointwise(*arguments: object) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(*arguments)
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
+
+
+def _torch_is_faster(x: Tensor, saves: bool = False) -> bool:
+    """Whether torch's own linear beats the private op for x `[..., K]`.
+
+    A rule from measurements (docs/ops/linear.md).  In float32 torch calls MKL, which takes a path of half the speed
+    on a processor that is not Intel's; on Intel's it is as fast as oneDNN or faster, unless the private op `saves` a
+    pass (gelu, or the reordering of the weight) and the rows are few.  In low precision torch calls oneDNN itself,
+    with more around it; but it has a faster product of a single row in float16.
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.dtype is torch.float32:
+        return _mkl_at_full_speed() and not (saves and 1 < rows < _MKL_ROWS)
+    return x.dtype is torch.float16 and rows == 1 and _native(torch.float16)
+
+
+@functools.cache
+def _mkl_at_full_speed() -> bool:
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return "GenuineIntel" in file.read(256)
+    except OSError:
+        return False
+
+
+@functools.cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies in `dtype`; where it does not, float32 does it and the result is rounded."""
+    if dtype is torch.float32:
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return bool(getattr(torch.ops.mkldnn, name)())
+
+
+def _probe(dtype: torch.dtype) -> None:
+    _probes[dtype] = _find_fault(dtype)
+
+
+def _find_fault(dtype: torch.dtype) -> str | None:
+    """One sentence about what is wrong with the private op in `dtype`, or None."""
+    try:
+        if not torch.backends.mkldnn.is_available():
+            return "this torch is built without oneDNN"
+        with torch.no_grad():
+            # Small integers over a power of two: every product and sum is exact in any dtype and order.
+            x = (torch.arange(5 * 24).reshape(5, 24) % 7 - 3).to(dtype)
+            weight = (torch.arange(16 * 24).reshape(16, 24) % 5 - 2).to(dtype)
+            bias = (torch.arange(32) % 9 - 4).to(dtype)[::2]
+            wanted = F.linear(x.double(), weight.double(), bias.double())
+            packed = _reorder(weight) if _native(dtype) else weight
+            for each in (weight, packed, weight.t().contiguous().t()):
+                if not torch.equal(product(x, each, bias).double(), wanted.to(dtype).double()):
+                    return "oneDNN's product, through torch's private op, differs from torch's linear"
+            for approximate in ("none", "tanh"):
+                gelu = F.gelu(wanted, approximate=approximate)
+                found = product(x, weight, bias, approximate).double()
+                if not bool(((found - gelu).abs() <= 16 * torch.finfo(dtype).eps * (1 + gelu.abs())).all()):
+                    return "oneDNN's gelu, through torch's private op, differs from torch's"
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        return f"torch's private oneDNN op does not answer as expected ({str(error).splitlines()[0]})"
+    return None

@@ -1,0 +1,94 @@
+"""linear: y = x weightᵀ + bias, left to the vendor's matrix product.
+
+On CPU that is oneDNN or MKL (`pyxlbert/ops/_onednn.py` says which, and why), in backend "torch" whatever
+`torch.nn.functional.linear` calls.
+
+Source: the dense layers of BERT, Devlin et al., https://arxiv.org/abs/1810.04805.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+from pyxlbert.ops._linear import prepare, requires_grad
+
+OP = Op("linear", {"torch": "pyxlbert.reference.linear", "cpu": "pyxlbert.ops._onednn"})
+
+
+def _fwd_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _bwd_fake(
+    dy: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, needs_bias: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = dy.shape[-1]
+    return (
+        dy.new_empty(0) if weight is None else dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+        dy.new_empty(0) if x is None else dy.new_empty(n, x.shape[-1]),
+        dy.new_empty(n if needs_bias else 0),
+    )
+
+
+_fwd = OP.define("fwd", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _fwd_fake)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor dy, Tensor? x, Tensor? weight, bool needs_bias, str backend) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _Linear(OpFunction):
+    op = "linear"
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str, backward: str
+    ) -> torch.Tensor:
+        return _fwd(x, weight, bias, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, weight, _, _, ctx.backend = inputs
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        # dweight needs x, dx needs weight; a frozen side keeps nothing alive.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+
+    @staticmethod
+    @single_backward("linear")
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_bias, ctx.backend)
+        return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """The affine map x weightᵀ + bias of every row of x.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16 or float16 (float64 on backend "torch"); any strides.
+        weight: `[N, K]`, x's dtype, or float32, which is rounded to x's on every call.
+        bias: `[N]`, likewise; None adds nothing.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        `[..., N]` in x's dtype (under autocast in its dtype), contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that is not listed above.
+        ValueError: a shape or a device is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    x, weight, bias = prepare("linear", x, weight, bias)
+    backend = OP.resolve(backend, x, weight, bias)
+    if requires_grad(x, weight, bias):
+        return _Linear.apply(x, weight, bias, backend, backward_backend(backend))
+    return _fwd(x, weight, bias, backend)

@@ -1,0 +1,137 @@
+"""linear_gelu: y = gelu(x weightᵀ + bias), the activation being the product's epilogue where nothing is saved.
+
+With a gradient to come, gelu's argument is kept in x's dtype and gelu runs over it; without one it never
+reaches memory, nor is it rounded.
+
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415; the
+intermediate layer of BERT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+from pyxlbert.ops._linear import prepare, requires_grad
+
+OP = Op("linear_gelu", {"torch": "pyxlbert.reference.linear_gelu", "cpu": "pyxlbert.ops._onednn"})
+
+
+def _fwd_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    approximate: str,
+    needs_preactivation: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, torch.empty_like(y) if needs_preactivation else y.new_empty(0)
+
+
+def _bwd_fake(
+    dy: torch.Tensor,
+    preactivation: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    needs_bias: bool,
+    approximate: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = dy.shape[-1]
+    return (
+        dy.new_empty(0) if weight is None else dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+        dy.new_empty(0) if x is None else dy.new_empty(n, x.shape[-1]),
+        dy.new_empty(n if needs_bias else 0),
+    )
+
+
+_fwd = OP.define(
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, str approximate, bool needs_preactivation, str backend)"
+    " -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor dy, Tensor preactivation, Tensor? x, Tensor? weight, bool needs_bias, str approximate, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _LinearGelu(OpFunction):
+    op = "linear_gelu"
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        approximate: str,
+        backend: str,
+        backward: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _fwd(x, weight, bias, approximate, True, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        x, weight, _, ctx.approximate, _, ctx.backend = inputs
+        _, preactivation = output
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
+        # dweight needs x, dx needs weight; a frozen side keeps nothing alive.
+        ctx.save_for_backward(preactivation, x if needs_weight else None, weight if needs_x else None)
+
+    @staticmethod
+    @single_backward("linear_gelu")
+    def backward(ctx: Any, dy: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None, None, None
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_bias, ctx.approximate, ctx.backend)
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_gelu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    approximate: str = "none",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """gelu of the affine map x weightᵀ + bias of every row of x.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16 or float16 (float64 on backend "torch"); any strides.
+        weight: `[N, K]`, x's dtype, or float32, which is rounded to x's on every call.
+        bias: `[N]`, likewise; None adds nothing.
+        approximate: "none", gelu(z) = z Φ(z) by erf, or "tanh", its approximation.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        `[..., N]` in x's dtype (under autocast in its dtype), contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that is not listed above.
+        ValueError: a shape, a device or `approximate` is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    x, weight, bias = prepare("linear_gelu", x, weight, bias)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"linear_gelu: approximate: got {approximate!r}, wanted 'none' or 'tanh'")
+    backend = OP.resolve(backend, x, weight, bias)
+    if requires_grad(x, weight, bias):
+        return _LinearGelu.apply(x, weight, bias, approximate, backend, backward_backend(backend))[0]
+    return _fwd(x, weight, bias, approximate, False, backend)[0]

@@ -1,0 +1,63 @@
+"""Inputs of linear_gelu: those of linear, with both forms of the activation."""
+
+from __future__ import annotations
+
+from dataclasses import replace as changed
+
+import torch
+
+from pyxlbert.ops.linear_gelu import linear_gelu
+from pyxlbert.testing.specs import linear
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec
+
+
+def plain(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none"
+) -> torch.Tensor:
+    """The affine map and its activation by torch.nn.functional, parameters in x's dtype as it demands."""
+    return torch.nn.functional.gelu(linear.plain(x, weight, bias), approximate=approximate)
+
+
+def _with(case: Case, approximate: str) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        return case.make(generator, dtype, device) | {"approximate": approximate}
+
+    return changed(case, id=f"{case.id} {approximate}", make=make)
+
+
+def _inference(case: Case) -> Case:
+    # Without a gradient gelu is the product's epilogue, which is other code.
+    return changed(case, id=f"{case.id} inference", gradients=False)
+
+
+def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
+    """gelu'(z) is at most 1.13 and changes by at most 0.8 per unit of z, which carries the rounding of its own sum."""
+    reach = linear.terms("out 0", a, cotangents)
+    if name == "out 0":
+        return reach
+    return linear.terms(name, a, (cotangents[0].double().abs() * (1.13 + 0.8 * reach),))
+
+
+_ERF = tuple(_with(case, "none") for case in linear.CASES)
+_TANH = tuple(_with(case, "tanh") for case in linear.CASES if case.id in ("odd", "hidden 384", "huge", "no rows"))
+
+SPEC = Spec(
+    name="linear_gelu",
+    function=linear_gelu,
+    plain=plain,
+    differentiable=("x", "weight", "bias"),
+    cases=(*_ERF, *_TANH, *(_inference(case) for case in (*_ERF, *_TANH))),
+    bad=(
+        *linear.BAD,
+        Bad(
+            "approximate unknown",
+            linear.replace(approximate=lambda a: "fast"),
+            ValueError,
+            ("approximate", "fast", "'none' or 'tanh'"),
+        ),
+    ),
+    terms=_terms,
+    vendor=linear.VENDOR,
+    bytes_moved=linear.bytes_moved,
+    flops=linear.flops,
+)
