@@ -58,18 +58,19 @@ class Op:
 
         implementations = Implementations()
 
-        def run(*arguments: Any) -> Any:
-            implementation = implementations[arguments[-1]]
-            device = arguments[0].device.type
-            if torch.is_autocast_enabled(device):
-                # The op's dtypes are settled; a product inside an implementation is not to be cast again.
-                with torch.autocast(device, enabled=False):
-                    return implementation(*arguments[:-1])
-            return implementation(*arguments[:-1])
+        def runner(device: str) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                if torch.is_autocast_enabled(device):
+                    # The op's dtypes are settled: a product inside an implementation is not to be cast again.
+                    with torch.autocast(device, enabled=False):
+                        return implementations[arguments[-1]](*arguments[:-1])
+                return implementations[arguments[-1]](*arguments[:-1])
+
+            return run
 
         _library.define(f"{function}{schema}")
         for key in ("CPU", "CUDA"):
-            _library.impl(function, run, key)
+            _library.impl(function, runner(key.lower()), key)
         torch.library.register_fake(f"pyxlbert::{function}", fake, lib=_library)
         return getattr(torch.ops.pyxlbert, function).default
 

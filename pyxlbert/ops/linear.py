@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
 OP = Op("linear", {"torch": "pyxlbert.reference.linear", "cpu": "pyxlbert.ops._onednn"})
@@ -88,7 +88,7 @@ def linear(
         RuntimeError: the named backend cannot run here.
     """
     x, weight, bias = prepare("linear", x, weight, bias)
-    backend = OP.resolve(backend, x, weight, bias)
+    backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):
-        return _Linear.apply(x, weight, bias, backend, backward_backend(backend))
+        return apply(_Linear, x, weight, bias, backend, backward_backend(backend))
     return _fwd(x, weight, bias, backend)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops._define import Op, OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
 OP = Op("linear_gelu", {"torch": "pyxlbert.reference.linear_gelu", "cpu": "pyxlbert.ops._onednn"})
@@ -131,7 +131,7 @@ def linear_gelu(
     x, weight, bias = prepare("linear_gelu", x, weight, bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"linear_gelu: approximate: got {approximate!r}, wanted 'none' or 'tanh'")
-    backend = OP.resolve(backend, x, weight, bias)
+    backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):
-        return _LinearGelu.apply(x, weight, bias, approximate, backend, backward_backend(backend))[0]
+        return apply(_LinearGelu, x, weight, bias, approximate, backend, backward_backend(backend))[0]
     return _fwd(x, weight, bias, approximate, False, backend)[0]
