@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/bias_gelu.h"
 #include "cpu/layer_norm.h"
 #include "levels.h"
 #include "workspace.h"
@@ -70,6 +71,22 @@ void layer_norm_bwd(Address dy, Address x, Address weight, Address mean, Address
     PYXLBERT_RUN(layer_norm_bwd, arguments);
 }
 
+void bias_gelu_fwd(Address x, Address bias, Address y, std::int64_t rows, std::int64_t columns, std::int64_t x_stride,
+                   int dtype, int bias_dtype, bool tanh, int threads) {
+    pyxlbert::BiasGeluFwd arguments{pointer(x), pointer(bias), pointer(y),        rows, columns,
+                                    x_stride,   DType(dtype),  DType(bias_dtype), tanh, threads};
+    PYXLBERT_RUN(bias_gelu_fwd, arguments);
+}
+
+void bias_gelu_bwd(Address dy, Address x, Address bias, Address dx, Address dbias, std::int64_t rows,
+                   std::int64_t columns, std::int64_t dy_stride, std::int64_t x_stride, int dtype, int bias_dtype,
+                   bool tanh, int threads) {
+    pyxlbert::BiasGeluBwd arguments{pointer(dy), pointer(x), pointer(bias), pointer(dx),  pointer(dbias),    rows,
+                                    columns,     dy_stride,  x_stride,      DType(dtype), DType(bias_dtype), tanh,
+                                    threads};
+    PYXLBERT_RUN(bias_gelu_bwd, arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -86,6 +103,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("release_workspace", &pyxlbert::release_workspace);
 
     py::module_ cpu = m.def_submodule("cpu");
+    cpu.def("bias_gelu_fwd", &bias_gelu_fwd);
+    cpu.def("bias_gelu_bwd", &bias_gelu_bwd);
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
 }

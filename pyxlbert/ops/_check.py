@@ -54,6 +54,24 @@ def usual_rows(x: object, *parameters: object) -> bool:
     return True
 
 
+def rows(op: str, x: object, **parameters: object) -> None:
+    """x is `[..., N]` in a floating dtype; each parameter is `[N]`, on its device, in its dtype or float32.
+
+    Raises:
+        TypeError: one is not a tensor or has another dtype.
+        ValueError: a shape or a device is wrong.
+    """
+    for name, value in {"x": x, **parameters}.items():
+        tensor(op, name, value)
+    floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x: got a scalar, wanted at least one dimension")
+    for name, value in parameters.items():
+        same_device(op, name, value, "x", x)
+        parameter_dtype(op, name, value, x)
+        shape(op, name, value, (x.shape[-1],), "N, the last dimension of x")
+
+
 def floating(op: str, name: str, value: torch.Tensor) -> None:
     """`value` has a floating dtype that ops compute in.
 

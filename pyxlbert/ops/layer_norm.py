@@ -111,14 +111,5 @@ def layer_norm(
 
 
 def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
-    op = "layer_norm"
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        _check.tensor(op, name, value)
-    _check.floating(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x: got a scalar, wanted at least one dimension")
-    for name, value in (("weight", weight), ("bias", bias)):
-        _check.same_device(op, name, value, "x", x)
-        _check.parameter_dtype(op, name, value, x)
-        _check.shape(op, name, value, (x.shape[-1],), "N, the last dimension of x")
-    _check.positive(op, "eps", eps)
+    _check.rows("layer_norm", x, weight=weight, bias=bias)
+    _check.positive("layer_norm", "eps", eps)

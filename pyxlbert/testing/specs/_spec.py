@@ -90,6 +90,15 @@ def randn(
     return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
+def replace(**changes: Callable[[Arguments], Any]) -> Callable[[Arguments], Arguments]:
+    """A `Bad.change` that sets each named argument to what its function makes of the good ones."""
+
+    def change(arguments: Arguments) -> Arguments:
+        return arguments | {name: value(arguments) for name, value in changes.items()}
+
+    return change
+
+
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     """The outputs of a call as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)

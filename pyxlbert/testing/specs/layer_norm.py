@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyxlbert.ops.layer_norm import layer_norm
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
@@ -55,13 +55,6 @@ def _view(id: str, change: str) -> Case:
     return Case(id, make)
 
 
-def _replace(**changes: object) -> object:
-    def change(arguments: Arguments) -> Arguments:
-        return arguments | {name: value(arguments) for name, value in changes.items()}  # type: ignore[operator]
-
-    return change
-
-
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
     """The mean is subtracted from x, so every result carries the rounding of x itself, scaled by rstd."""
     x, weight, dy = a["x"], a["weight"], cotangents[0].double()
@@ -104,17 +97,17 @@ SPEC = Spec(
         _view("expanded", "expanded"),
     ),
     bad=(
-        Bad("x no tensor", _replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),
-        Bad("x integer", _replace(x=lambda a: a["x"].long()), TypeError, ("x", "int64", "float32")),
-        Bad("x scalar", _replace(x=lambda a: a["x"].sum()), ValueError, ("x", "scalar")),
-        Bad("x meta", _replace(x=lambda a: a["x"].to("meta")), ValueError, ("x", "meta")),
-        Bad("weight meta", _replace(weight=lambda a: a["weight"].to("meta")), ValueError, ("weight", "meta")),
-        Bad("weight short", _replace(weight=lambda a: a["weight"][:-1]), ValueError, ("weight", "[34]", "[35]")),
-        Bad("bias shape", _replace(bias=lambda a: a["bias"][None]), ValueError, ("bias", "[1, 35]", "[35]")),
-        Bad("weight dtype", _replace(weight=lambda a: a["weight"].double()), TypeError, ("weight", "float64")),
-        Bad("eps negative", _replace(eps=lambda a: -1.0), ValueError, ("eps", "-1.0")),
-        Bad("eps nan", _replace(eps=lambda a: float("nan")), ValueError, ("eps", "nan")),
-        Bad("backend unknown", _replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
+        Bad("x no tensor", replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),
+        Bad("x integer", replace(x=lambda a: a["x"].long()), TypeError, ("x", "int64", "float32")),
+        Bad("x scalar", replace(x=lambda a: a["x"].sum()), ValueError, ("x", "scalar")),
+        Bad("x meta", replace(x=lambda a: a["x"].to("meta")), ValueError, ("x", "meta")),
+        Bad("weight meta", replace(weight=lambda a: a["weight"].to("meta")), ValueError, ("weight", "meta")),
+        Bad("weight short", replace(weight=lambda a: a["weight"][:-1]), ValueError, ("weight", "[34]", "[35]")),
+        Bad("bias shape", replace(bias=lambda a: a["bias"][None]), ValueError, ("bias", "[1, 35]", "[35]")),
+        Bad("weight dtype", replace(weight=lambda a: a["weight"].double()), TypeError, ("weight", "float64")),
+        Bad("eps negative", replace(eps=lambda a: -1.0), ValueError, ("eps", "-1.0")),
+        Bad("eps nan", replace(eps=lambda a: float("nan")), ValueError, ("eps", "nan")),
+        Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
     ),
     terms=_terms,
     bytes_moved=lambda a: 2 * a["x"].numel() * a["x"].element_size(),
