@@ -8,11 +8,25 @@ import torch  # noqa: F401  (first: the native module binds to torch's OpenMP ru
 
 from pyxlbert import backends
 from pyxlbert.backends import use_backend
-from pyxlbert.ops import bias_gelu, layer_norm, linear, linear_gelu
+from pyxlbert.ops import (
+    bias_gelu,
+    embedding_layer_norm,
+    layer_norm,
+    linear,
+    linear_gelu,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "bias_gelu", "layer_norm", "linear", "linear_gelu", "use_backend"]
+__all__ = [
+    "backends",
+    "bias_gelu",
+    "embedding_layer_norm",
+    "layer_norm",
+    "linear",
+    "linear_gelu",
+    "use_backend",
+]
 
 if "PYXLBERT_ISA" in os.environ and backends.unavailable("cpu") is None:
     from pyxlbert import _C

@@ -1,8 +1,15 @@
 """The ops, one file each: contract, checks, registration, public function."""
 
 from pyxlbert.ops.bias_gelu import bias_gelu
+from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.ops.layer_norm import layer_norm
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.linear_gelu import linear_gelu
 
-__all__ = ["bias_gelu", "layer_norm", "linear", "linear_gelu"]
+__all__ = [
+    "bias_gelu",
+    "embedding_layer_norm",
+    "layer_norm",
+    "linear",
+    "linear_gelu",
+]

@@ -40,13 +40,17 @@ class Op:
         self._native = self._modules["cpu"].supports if "cpu" in self._modules else None
         OPS[name] = self
 
-    def define(self, direction: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    def define(
+        self, direction: str, schema: str, fake: Callable[..., Any], values: Callable[..., None] | None = None
+    ) -> Callable[..., Any]:
         """Registers `pyxlbert::<name>_<direction>` and returns the overload to call.
 
         Args:
             direction: "fwd" or "bwd".
             schema: arguments and returns, the last argument `str backend`.
             fake: shapes and dtypes of the results, with the same arguments.
+            values: raises where only the values of the tensors tell (ids, lengths); called with the
+                schema's arguments less the backend before an implementation runs, on CPU tensors.
         """
         function = f"{self.name}_{direction}"
         op = self
@@ -59,7 +63,11 @@ class Op:
         implementations = Implementations()
 
         def runner(device: str) -> Callable[..., Any]:
+            check = values if device == "cpu" else None
+
             def run(*arguments: Any) -> Any:
+                if check is not None:
+                    check(*arguments[:-1])
                 if torch.is_autocast_enabled(device):
                     # The op's dtypes are settled: a product inside an implementation is not to be cast again.
                     with torch.autocast(device, enabled=False):

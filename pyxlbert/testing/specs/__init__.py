@@ -1,7 +1,21 @@
 """The description of every op's inputs, by name."""
 
-from pyxlbert.testing.specs import bias_gelu, layer_norm, linear, linear_gelu
+from pyxlbert.testing.specs import (
+    bias_gelu,
+    embedding_layer_norm,
+    layer_norm,
+    linear,
+    linear_gelu,
+)
 
-SPECS = {module.SPEC.name: module.SPEC for module in (bias_gelu, layer_norm, linear, linear_gelu)}
+_MODULES = (
+    bias_gelu,
+    embedding_layer_norm,
+    layer_norm,
+    linear,
+    linear_gelu,
+)
+
+SPECS = {module.SPEC.name: module.SPEC for module in _MODULES}
 
 __all__ = ["SPECS"]

@@ -105,8 +105,11 @@ def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def to_float64(arguments: Arguments) -> Arguments:
-    """The same arguments with every floating tensor in float64."""
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    """The same arguments with every floating tensor, and every floating dtype that is asked for, in float64."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value.is_floating_point else value
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: widen(value) for name, value in arguments.items()}

@@ -1,0 +1,222 @@
+// The embeddings of BERT in one pass: three rows gathered and summed, LayerNorm, dropout.
+//
+// Forward sums the rows of a token into a float buffer that stays in L1 and normalises it there; nothing but
+// the tables is read and nothing but the result written.  Backward gathers the rows again instead of keeping
+// the sum: reading a table row costs what reading a saved sum would, without the memory.  It writes the
+// gradient dx of the sum, which is the gradient of each gathered row, and a second kernel adds dx into each
+// table: tokens sorted by the row they took, so that every table row is summed by one thread in token order
+// and the bits do not depend on the number of threads.
+#include "embedding_layer_norm.h"
+
+#include "philox.h"
+#include "rows.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+template <class T>
+PYXLBERT_INLINE const T* row_of(const EmbeddingTable& table, std::int64_t token, std::int64_t columns) {
+    if (table.rows == nullptr) return nullptr;
+    const std::int64_t row = table.index != nullptr ? table.index[token] : token % table.period;
+    return static_cast<const T*>(table.rows) + row * columns;
+}
+
+// The up to three rows of a token and their sum at a column.
+template <class T>
+struct Sum {
+    const T *word, *position, *token_type;
+
+    PYXLBERT_INLINE Vec at(std::int64_t j) const {
+        Vec v = load(word + j);
+        if (position != nullptr) v += load(position + j);
+        if (token_type != nullptr) v += load(token_type + j);
+        return v;
+    }
+    PYXLBERT_INLINE Vec at(std::int64_t j, int n) const {
+        Vec v = load(word + j, n);
+        if (position != nullptr) v += load(position + j, n);
+        if (token_type != nullptr) v += load(token_type + j, n);
+        return v;
+    }
+};
+
+template <class T>
+PYXLBERT_INLINE Sum<T> sum_of(const EmbeddingTable& word, const EmbeddingTable& position,
+                              const EmbeddingTable& token_type, std::int64_t token, std::int64_t columns) {
+    return {row_of<T>(word, token, columns), row_of<T>(position, token, columns),
+            row_of<T>(token_type, token, columns)};
+}
+
+// Applies the dropout bits of a row to its float buffer; the buffer is padded to 4 * W columns.
+PYXLBERT_INLINE void drop_row(const Dropout& dropout, std::int64_t row, float* values, std::int64_t columns) {
+    for (std::int64_t j = 0; j < columns; j += 4 * W) {
+        VecU words[4];
+        dropout_words(dropout, static_cast<std::uint32_t>(j), static_cast<std::uint32_t>(row),
+                      static_cast<std::uint32_t>(row >> 32), words);
+        for (int k = 0; k < 4; ++k) store(values + j + k * W, drop(dropout, words[k], load(values + j + k * W)));
+    }
+}
+
+template <class T>
+void forward(const EmbeddingLayerNormFwd& a) {
+    const std::int64_t n = a.columns, padded = round_up(n, 4 * W);
+    float* parameters = static_cast<float*>(workspace(Slot::shared, 2 * padded * sizeof(float)));
+    const float* weight = as_float(a.weight, a.weight_dtype, n, parameters);
+    const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
+    const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
+    const float inverse_n = 1.0f / static_cast<float>(n);
+    const int tail = static_cast<int>(n % W);
+    const std::int64_t body = n - tail;
+
+#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+    {
+        float* row = static_cast<float*>(workspace(Slot::row, padded * sizeof(float)));
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < a.rows; ++i) {
+            const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
+            Vec total = zero();
+            for (std::int64_t j = 0; j < body; j += W) {
+                const Vec v = x.at(j);
+                store(row + j, v);
+                total += v;
+            }
+            if (tail) {
+                const Vec v = x.at(body, tail);
+                store(row + body, v);
+                total += v;
+            }
+            const float mean = reduce_add(total) * inverse_n;
+            Vec squares = zero();
+            for (std::int64_t j = 0; j < body; j += W) {
+                const Vec d = load(row + j) - set1(mean);
+                squares = fma(d, d, squares);
+            }
+            if (tail) {
+                const Vec d = keep_first(load(row + body) - set1(mean), tail);
+                squares = fma(d, d, squares);
+            }
+            const float rstd = 1.0f / sqrt(reduce_add(squares) * inverse_n + a.eps);
+            for (std::int64_t j = 0; j < body; j += W)
+                store(row + j, fma((load(row + j) - set1(mean)) * set1(rstd), load(weight + j), load(bias + j)));
+            if (tail)
+                store(row + body, fma((load(row + body) - set1(mean)) * set1(rstd), load(weight + body, tail),
+                                      load(bias + body, tail)));
+            if (dropout.active) drop_row(dropout, i, row, n);
+            with_type(a.out_dtype, [&](auto type) { narrow_row(row, static_cast<decltype(type)*>(a.y) + i * n, n); });
+            if (a.y_copy != nullptr)
+                with_type(a.copy_dtype,
+                          [&](auto type) { narrow_row(row, static_cast<decltype(type)*>(a.y_copy) + i * n, n); });
+            a.mean[i] = mean;
+            a.rstd[i] = rstd;
+        }
+    }
+}
+
+template <class T, class G>
+void backward(const EmbeddingLayerNormBwd& a) {
+    const std::int64_t n = a.columns, padded = round_up(n, 4 * W);
+    const int blocks = row_blocks(a.rows);
+    const bool sums = a.dweight != nullptr || a.dbias != nullptr;
+    const std::int64_t partial_stride = 2 * padded;
+    float* shared =
+        static_cast<float*>(workspace(Slot::shared, (padded + (sums ? blocks * partial_stride : 0)) * sizeof(float)));
+    const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
+    float* partial = shared + padded;
+    const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
+    const float inverse_n = 1.0f / static_cast<float>(n);
+
+#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+    {
+        float* gradient = static_cast<float*>(workspace(Slot::row, 2 * padded * sizeof(float)));
+        float* xhat = gradient + padded;
+#pragma omp for schedule(static)
+        for (int b = 0; b < blocks; ++b) {
+            float* dweight = partial + b * partial_stride;
+            float* dbias = dweight + padded;
+            if (sums)
+                for (std::int64_t j = 0; j < partial_stride; j += W) store(dweight + j, zero());
+            for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
+                const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
+                widen_row(static_cast<const G*>(a.dy) + i * a.dy_stride, gradient, n);
+                if (dropout.active) drop_row(dropout, i, gradient, n);
+                const Vec mean = set1(a.mean[i]), rstd = set1(a.rstd[i]);
+                Vec total = zero(), dot = zero();
+                // The gradient is zero in the lanes past the row, so those lanes add nothing to any sum.
+                const auto step = [&](std::int64_t j, Vec xj, Vec dyj, Vec weightj) PYXLBERT_LAMBDA {
+                    const Vec h = (xj - mean) * rstd;
+                    const Vec g = dyj * weightj;
+                    store(xhat + j, h);
+                    store(gradient + j, g);
+                    total += g;
+                    dot = fma(g, h, dot);
+                    if (sums) {
+                        store(dweight + j, fma(dyj, h, load(dweight + j)));
+                        store(dbias + j, load(dbias + j) + dyj);
+                    }
+                };
+                std::int64_t j = 0;
+                for (; j + W <= n; j += W) step(j, x.at(j), load(gradient + j), load(weight + j));
+                const int tail = static_cast<int>(n - j);
+                if (tail) step(j, x.at(j, tail), load(gradient + j, tail), load(weight + j, tail));
+                const Vec mean_g = set1(reduce_add(total) * inverse_n), mean_gh = set1(reduce_add(dot) * inverse_n);
+                float* dx = a.dx + i * n;
+                const auto result = [&](std::int64_t k) PYXLBERT_LAMBDA {
+                    return rstd * (load(gradient + k) - mean_g - load(xhat + k) * mean_gh);
+                };
+                for (j = 0; j + W <= n; j += W) store(dx + j, result(j));
+                if (tail) store(dx + j, result(j), tail);
+            }
+        }
+    }
+    if (!sums) return;
+    add_blocks(partial, blocks, partial_stride, partial_stride);
+    if (a.dweight != nullptr) from_float(partial, a.dweight, a.weight_dtype, n);
+    if (a.dbias != nullptr) from_float(partial + padded, a.dbias, a.bias_dtype, n);
+}
+
+// A task is a run of equal indices and a chunk of columns; columns are split because a table of two token
+// types would keep only two threads busy.
+template <class T>
+void scatter(const EmbeddingScatter& a) {
+    constexpr std::int64_t chunk = 64;
+    const std::int64_t n = a.columns, chunks = (n + chunk - 1) / chunk;
+    std::int64_t* starts = static_cast<std::int64_t*>(workspace(Slot::shared, (a.rows + 1) * sizeof(std::int64_t)));
+    std::int64_t runs = 0;
+    for (std::int64_t k = 0; k < a.rows; ++k)
+        if (k == 0 || a.index[a.order[k]] != a.index[a.order[k - 1]]) starts[runs++] = k;
+    starts[runs] = a.rows;
+
+#pragma omp parallel for schedule(static) num_threads(team(a.threads, a.rows* n))
+    for (std::int64_t task = 0; task < runs * chunks; ++task) {
+        const std::int64_t run = task / chunks, first = task % chunks * chunk;
+        const std::int64_t entry = a.index[a.order[starts[run]]];
+        if (entry == a.skip) continue;
+        const std::int64_t width = first + chunk <= n ? chunk : n - first;
+        T* target = static_cast<T*>(a.dtable) + entry * n + first;
+        for (std::int64_t j = 0; j < width; j += W) {
+            const int lanes = static_cast<int>(width - j < W ? width - j : W);
+            Vec total = zero();
+            for (std::int64_t k = starts[run]; k < starts[run + 1]; ++k)
+                total += load(a.dx + a.order[k] * n + first + j, lanes);
+            store(target + j, total, lanes);
+        }
+    }
+}
+
+}  // namespace
+
+void embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& arguments) {
+    with_type(arguments.table_dtype, [&](auto type) { forward<decltype(type)>(arguments); });
+}
+
+void embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& arguments) {
+    with_type(arguments.table_dtype, [&](auto type) {
+        with_type(arguments.dy_dtype, [&](auto gradient) { backward<decltype(type), decltype(gradient)>(arguments); });
+    });
+}
+
+void embedding_scatter(const EmbeddingScatter& arguments) {
+    with_type(arguments.table_dtype, [&](auto type) { scatter<decltype(type)>(arguments); });
+}
+
+}  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -1,0 +1,327 @@
+"""embedding_layer_norm: y = dropout(LN(word[id] + position[place] + token_type[type])) in one pass.
+
+Source: `BertEmbeddings` of BERT (https://arxiv.org/abs/1810.04805, section 3, figure 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxlbert.ops import _check
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._dropout import seed_tensor
+
+OP = Op(
+    "embedding_layer_norm",
+    {"torch": "pyxlbert.reference.embedding_layer_norm", "cpu": "pyxlbert.native.embedding_layer_norm"},
+)
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check_values(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    *_: Any,
+) -> None:
+    """Every id is a row of its table."""
+    for name, ids, table, of in (
+        ("input_ids", input_ids, word, "word"),
+        ("token_type_ids", token_type_ids, token_type, "token_type"),
+        ("position_ids", position_ids, position, "position"),
+    ):
+        if ids is None or table is None or ids.numel() == 0:
+            continue
+        low, high = (int(x) for x in ids.aminmax())
+        if low >= 0 and high < table.shape[0]:
+            continue
+        wrong = ((ids < 0) | (ids >= table.shape[0])).nonzero()[0].tolist()
+        raise ValueError(
+            f"embedding_layer_norm: {name}: got {int(ids[tuple(wrong)])} at {wrong}, "
+            f"wanted at least 0 and less than {table.shape[0]}, the rows of {of}"
+        )
+
+
+def _fwd_fake(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+    copy_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (*input_ids.shape, word.shape[-1])
+    statistics = word.new_empty(input_ids.shape, dtype=torch.promote_types(word.dtype, torch.float32))
+    copy = word.new_empty(shape if copy_dtype is not None else (0,), dtype=copy_dtype or out_dtype)
+    return word.new_empty(shape, dtype=out_dtype), copy, statistics, torch.empty_like(statistics)
+
+
+def _bwd_fake(
+    dy: Tensor,
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    padding_idx: int,
+    needs_word: bool,
+    needs_token_type: bool,
+    needs_position: bool,
+    needs_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def table(given: Tensor | None, needed: bool) -> Tensor:
+        return word.new_empty(0) if given is None or not needed else given.new_empty(given.shape)
+
+    n = word.shape[-1] if needs_parameters else 0
+    return (
+        table(word, needs_word),
+        table(token_type, needs_token_type),
+        table(position, needs_position),
+        weight.new_empty(n),
+        bias.new_empty(n),
+    )
+
+
+_fwd = OP.define(
+    "fwd",
+    "(Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids, Tensor? position_ids, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype,"
+    " ScalarType? copy_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+    _check_values,
+)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor dy, Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids, Tensor? position_ids, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed,"
+    " int padding_idx, bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _EmbeddingLayerNorm(OpFunction):
+    op = "embedding_layer_norm"
+
+    @staticmethod
+    def forward(
+        input_ids: Tensor,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        eps: float,
+        out_dtype: torch.dtype,
+        copy_dtype: torch.dtype | None,
+        padding_idx: int,
+        backend: str,
+        backward: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tables = (word, token_type, position, weight, bias, token_type_ids, position_ids)
+        return _fwd(input_ids, *tables, dropout_p, seed, eps, out_dtype, copy_dtype, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.dropout_p, seed, _, _, copy_dtype, ctx.padding_idx, _, ctx.backend = inputs
+        _, copy, mean, rstd = output
+        ctx.has_copy = copy_dtype is not None
+        ctx.mark_non_differentiable(mean, rstd, *(() if copy_dtype is not None else (copy,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, seed, mean, rstd)
+
+    @staticmethod
+    @single_backward("embedding_layer_norm")
+    def backward(ctx: Any, dy: Tensor | None, dcopy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if not ctx.has_copy:
+            dcopy = None  # a compiled graph hands in zeros
+        if dy is None and dcopy is None:
+            return (None,) * 16
+        if dy is None:
+            dy = dcopy
+        elif dcopy is not None:
+            dy = dy + dcopy.to(dy.dtype)
+        *tensors, seed, mean, rstd = ctx.saved_tensors
+        _, needs_word, needs_type, needs_position, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dword, dtype, dposition, dweight, dbias = _bwd(
+            dy,
+            *tensors,
+            mean,
+            rstd,
+            ctx.dropout_p,
+            seed,
+            ctx.padding_idx,
+            needs_word,
+            needs_type,
+            needs_position,
+            needs_weight or needs_bias,
+            ctx.backend,
+        )
+        return (
+            None,
+            dword if needs_word else None,
+            dtype if needs_type else None,
+            dposition if needs_position else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            *(None,) * 10,
+        )
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    eps: float = 1e-12,
+    out_dtype: torch.dtype | None = None,
+    copy_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Three look-ups, their sum, LayerNorm and dropout in one pass; sum and statistics in float32.
+
+    Args:
+        input_ids: `[B, T]`, or `[total]` for packed tokens; int32 or int64.
+        word: `[V, N]`, float32, bfloat16 or float16 (float64 on backend "torch").
+        token_type: `[types, N]` in word's dtype, or None.
+        position: `[places, N]` in word's dtype, or None.
+        weight: `[N]`, word's dtype or float32.
+        bias: `[N]`, word's dtype or float32.
+        token_type_ids: rows of `token_type`, broadcastable to input_ids' shape; None takes row 0.
+        position_ids: rows of `position`, broadcastable to input_ids' shape; None takes 0 .. T - 1, which packed
+            tokens cannot.
+        padding_idx: the row of `word` that receives no gradient; None: every row does.
+        dropout_p: probability that an element is dropped; kept ones are scaled by 1 / (1 - dropout_p).
+        seed: int64 tensor of one element or an int; None draws one from the device's default generator.
+        eps: added to the variance; at least 0.
+        out_dtype: y's dtype; None is word's.
+        copy_dtype: asks for y in a second dtype too, rounded from the same float32 values.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        y `[..., N]`, or with `copy_dtype` the pair (y, copy).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, a device, a probability or (on CPU) an id is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    op = "embedding_layer_norm"
+    _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids, eps)
+    if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
+        raise ValueError(f"{op}: padding_idx: got {padding_idx}, wanted a row of word, 0 to {word.shape[0] - 1}")
+    for name, dtype in (("out_dtype", out_dtype), ("copy_dtype", copy_dtype)):
+        if dtype is not None and dtype not in _check.FLOATING:
+            raise TypeError(f"{op}: {name}: got {dtype}, wanted float32, bfloat16 or float16")
+    seed = seed_tensor(op, seed, dropout_p, word.device)
+    backend = OP.resolve(backend, word)
+    tensors = (input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
+    options = (float(dropout_p), seed, float(eps), out_dtype or word.dtype, copy_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        skip = -1 if padding_idx is None else padding_idx
+        y, copy, *_ = apply(_EmbeddingLayerNorm, *tensors, *options, skip, backend, backward_backend(backend))
+    else:
+        y, copy, *_ = _fwd(*tensors, *options, backend)
+    return y if copy_dtype is None else (y, copy)
+
+
+def _check_arguments(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    eps: float,
+) -> None:
+    op = "embedding_layer_norm"
+    _check.tensor(op, "input_ids", input_ids)
+    _check.dtype(op, "input_ids", input_ids, *_INTEGERS)
+    if input_ids.dim() == 0:
+        raise ValueError(f"{op}: input_ids: got a scalar, wanted [B, T] or [total]")
+    _check.tensor(op, "word", word)
+    _check.floating(op, "word", word)
+    if word.dim() != 2:
+        raise ValueError(f"{op}: word: got shape {list(word.shape)}, wanted [V, N]")
+    n = word.shape[1]
+    _check.same_device(op, "input_ids", input_ids, "word", word)
+    for name, table in (("token_type", token_type), ("position", position)):
+        if table is None:
+            continue
+        _check.tensor(op, name, table)
+        _check.same_device(op, name, table, "word", word)
+        _check.dtype(op, name, table, word.dtype)
+        if table.dim() != 2 or table.shape[1] != n or table.shape[0] == 0:
+            raise ValueError(f"{op}: {name}: got shape {list(table.shape)}, wanted [rows, {n}] with at least one row")
+    for name, value in (("weight", weight), ("bias", bias)):
+        _check.tensor(op, name, value)
+        _check.same_device(op, name, value, "word", word)
+        _check.parameter_dtype(op, name, value, word)
+        _check.shape(op, name, value, (n,), "N, the columns of word")
+    for name, ids, table in (("token_type_ids", token_type_ids, token_type), ("position_ids", position_ids, position)):
+        if ids is None:
+            continue
+        _check.tensor(op, name, ids)
+        _check.dtype(op, name, ids, *_INTEGERS)
+        _check.same_device(op, name, ids, "word", word)
+        if table is None:
+            raise ValueError(f"{op}: {name}: got {_check.describe(ids)} without a table {name.removesuffix('_ids')}")
+        _check_broadcast(name, ids, input_ids)
+    if position is not None and position_ids is None:
+        if input_ids.dim() == 1:
+            raise ValueError(f"{op}: position_ids: got None for packed input_ids, wanted {list(input_ids.shape)}")
+        if input_ids.shape[-1] > position.shape[0]:
+            raise ValueError(
+                f"{op}: input_ids: got {input_ids.shape[-1]} tokens a row, wanted at most {position.shape[0]}, "
+                "the rows of position"
+            )
+    _check.positive(op, "eps", eps)
+
+
+def _check_broadcast(name: str, ids: Tensor, input_ids: Tensor) -> None:
+    wanted = tuple(input_ids.shape)
+    shape = (1,) * (len(wanted) - ids.dim()) + tuple(ids.shape)
+    if len(shape) != len(wanted) or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True)):
+        raise ValueError(
+            f"embedding_layer_norm: {name}: got shape {list(ids.shape)}, wanted one that broadcasts to input_ids', "
+            f"{list(wanted)}"
+        )

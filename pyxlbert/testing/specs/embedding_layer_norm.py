@@ -1,0 +1,203 @@
+"""Inputs of embedding_layer_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
+from pyxlbert.reference.philox import Tag, keep_rows
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+
+
+def plain(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    eps: float = 1e-12,
+    out_dtype: torch.dtype | None = None,
+    copy_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same by torch.nn.functional, one call after the other."""
+    total = F.embedding(input_ids, word, padding_idx)
+    if position is not None:
+        places = torch.arange(input_ids.shape[-1]) if position_ids is None else position_ids
+        total = total + F.embedding(places.expand(input_ids.shape), position)
+    if token_type is not None:
+        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        total = total + F.embedding(kinds.expand(input_ids.shape), token_type)
+    wide = word.dtype is torch.float64
+    if out_dtype is not None and not wide:
+        total = total.to(out_dtype)
+    y = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+    if dropout_p > 0:
+        keep = keep_rows(seed, dropout_p, input_ids.numel(), y.shape[-1], Tag.EMBEDDING_LAYER_NORM).view(y.shape)
+        y = torch.where(keep, y / (1 - dropout_p) if dropout_p < 1 else y, torch.zeros_like(y))
+    if copy_dtype is None:
+        return y
+    return y, y.clone() if wide else y.to(copy_dtype)
+
+
+def _case(
+    id: str,
+    *shape: int,
+    columns: int = 40,
+    entries: int = 50,
+    scale: float = 1.0,
+    tables: str = "position token_type",
+    small: bool = True,
+    **options: Any,
+) -> Case:
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        def table(rows: int) -> Tensor:
+            return randn(generator, rows, columns, dtype=dtype, device=device, scale=scale)
+
+        def ids(limit: int, *size: int) -> Tensor:
+            return torch.randint(0, limit, size or shape, generator=generator)
+
+        parameter = torch.float32 if options.get("wide") and dtype is not torch.float64 else dtype
+        places = shape[-1] + 3
+        arguments: Arguments = {
+            "input_ids": ids(entries),
+            "word": table(entries),
+            "token_type": table(2) if "token_type" in tables else None,
+            "position": table(places) if "position" in tables else None,
+            "weight": randn(generator, columns, dtype=parameter, device=device) * 0.5 + 1,
+            "bias": randn(generator, columns, dtype=parameter, device=device),
+            "token_type_ids": ids(2) if "token_type" in tables else None,
+            "position_ids": ids(places) if "position" in tables else None,
+            "eps": 1e-6,
+        }
+        for name in ("padding_idx", "dropout_p"):
+            if name in options:
+                arguments[name] = options[name]
+        if "dropout_p" in options:
+            arguments["seed"] = torch.tensor([-77], dtype=torch.int64)
+        if options.get("int32"):
+            arguments["input_ids"] = arguments["input_ids"].int()
+        if options.get("default_ids"):
+            arguments["position_ids"] = arguments["token_type_ids"] = None
+        if options.get("broadcast"):
+            arguments["position_ids"], arguments["token_type_ids"] = ids(places, 1, shape[-1]), ids(2, shape[-1])
+        if options.get("views"):
+            arguments["word"] = randn(generator, entries, 2 * columns, dtype=dtype, device=device)[:, ::2]
+            arguments["input_ids"] = ids(entries, *reversed(shape)).t()
+        if options.get("mixed") and dtype in (torch.bfloat16, torch.float16):
+            arguments |= {"out_dtype": torch.float32, "copy_dtype": dtype}
+        elif options.get("mixed"):
+            arguments |= {"copy_dtype": torch.bfloat16}
+        return arguments
+
+    return Case(id, make, small=small)
+
+
+def _bad(id: str, error: type[Exception], words: str, **changes: Callable[[Arguments], object]) -> Bad:
+    def change(arguments: Arguments) -> Arguments:
+        return arguments | {name: value(arguments) for name, value in changes.items()}
+
+    return Bad(id, change, error, tuple(words.split()))
+
+
+def _with(ids: Tensor, value: int) -> Tensor:
+    ids = ids.clone()
+    ids[1, 2] = value
+    return ids
+
+
+def _terms(name: str, a: Arguments, cotangents: tuple[Tensor, ...]) -> Tensor | float | None:
+    """As layer_norm's; a table row sums the gradients of all its tokens."""
+    if a["input_ids"].numel() == 0:
+        return None
+    tables = [t for t in (a["word"], a["position"], a["token_type"]) if t is not None]
+    largest = float(sum(t.abs().max() for t in tables))
+    plain_arguments = {k: v for k, v in a.items() if k not in ("dropout_p", "seed", "copy_dtype", "out_dtype")}
+    y = plain(**plain_arguments | {"weight": torch.ones_like(a["weight"]), "bias": torch.zeros_like(a["bias"])})
+    spread = float(y.abs().max())
+    scale = 1 / (1 - a["dropout_p"]) if 0 < a.get("dropout_p", 0.0) < 1 else 1.0
+    dy = float(sum(c.double().abs().max() for c in cotangents)) * scale
+    if name.startswith("out"):
+        return (spread * float(a["weight"].abs().max()) + float(a["bias"].abs().max())) * scale
+    count = float(a["input_ids"].numel())
+    if name in ("grad weight", "grad bias"):
+        return count * dy * max(spread, 1.0)
+    rstd = max(spread / largest, 1.0)
+    return count * dy * rstd * float(a["weight"].abs().max()) * (1 + spread)
+
+
+SPEC = Spec(
+    name="embedding_layer_norm",
+    function=embedding_layer_norm,
+    plain=plain,
+    differentiable=("word", "token_type", "position", "weight", "bias"),
+    cases=(
+        _case("padded", 3, 7),
+        _case("packed", 23, columns=35),
+        _case("hidden 384", 2, 9, columns=384),
+        _case("default positions and types", 3, 7, default_ids=True),
+        _case("broadcast positions and types", 3, 7, broadcast=True),
+        _case("word alone", 3, 7, tables=""),
+        _case("no token types", 3, 7, tables="position"),
+        _case("one token", 1, 1, columns=1),
+        _case("no tokens", 0, 5),
+        _case("length 0", 4, 0),
+        _case("int32 ids", 3, 7, int32=True),
+        _case("padding row", 3, 40, entries=5, padding_idx=2),
+        _case("float32 parameters", 3, 7, wide=True),
+        _case("views", 3, 7, views=True),
+        _case("dropout", 4, 9, columns=67, dropout_p=0.3),
+        _case("everything dropped", 2, 3, dropout_p=1.0),
+        _case("two outputs", 3, 7, columns=48, mixed=True),
+        _case("two outputs with dropout", 3, 7, columns=48, mixed=True, dropout_p=0.1),
+        _case("huge", 3, 7, scale=1e3),
+        _case("many tokens", 8, 128, columns=130, entries=300, small=False),
+    ),
+    bad=(
+        _bad("input_ids float", TypeError, "input_ids float32", input_ids=lambda a: a["input_ids"].float()),
+        _bad("input_ids list", TypeError, "input_ids list", input_ids=lambda a: [1, 2]),
+        _bad("id too large", ValueError, "input_ids got 50 [1,", input_ids=lambda a: _with(a["input_ids"], 50)),
+        _bad("id negative", ValueError, "input_ids got -1 [1,", input_ids=lambda a: _with(a["input_ids"], -1)),
+        _bad("type too large", ValueError, "token_type_ids 2", token_type_ids=lambda a: _with(a["token_type_ids"], 2)),
+        _bad("position too large", ValueError, "position_ids 10", position_ids=lambda a: _with(a["position_ids"], 10)),
+        _bad(
+            "too many tokens",
+            ValueError,
+            "input_ids 7 5 position",
+            position_ids=lambda a: None,
+            position=lambda a: a["position"][:5],
+        ),
+        _bad(
+            "packed without positions",
+            ValueError,
+            "position_ids None packed",
+            input_ids=lambda a: a["input_ids"][0],
+            position_ids=lambda a: None,
+            token_type_ids=lambda a: None,
+        ),
+        _bad("positions shape", ValueError, "position_ids [2, [3,", position_ids=lambda a: a["position_ids"][:2]),
+        _bad("types without table", ValueError, "token_type_ids without", token_type=lambda a: None),
+        _bad("word shape", ValueError, "word [40] [V,", word=lambda a: a["word"][0]),
+        _bad("position columns", ValueError, "position 39] 40]", position=lambda a: a["position"][:, :-1]),
+        _bad("table dtypes", TypeError, "token_type bfloat16", token_type=lambda a: a["token_type"].bfloat16()),
+        _bad("weight shape", ValueError, "weight [39] [40]", weight=lambda a: a["weight"][1:]),
+        _bad("padding row outside", ValueError, "padding_idx 50 49", padding_idx=lambda a: 50),
+        _bad("dropout outside", ValueError, "dropout_p 1.5 [0,", dropout_p=lambda a: 1.5),
+        _bad("out_dtype integer", TypeError, "out_dtype int32", out_dtype=lambda a: torch.int32),
+        _bad("word meta", ValueError, "word meta", word=lambda a: a["word"].to("meta")),
+        _bad("eps negative", ValueError, "eps -1.0", eps=lambda a: -1.0),
+    ),
+    terms=_terms,
+    bytes_moved=lambda a: 2 * a["input_ids"].numel() * a["word"].shape[1] * a["word"].element_size(),
+)
