@@ -21,9 +21,6 @@ from torch.nn import functional as F
 from pyxlbert.native._tensors import refusal
 from pyxlbert.reference import linear as reference
 
-# From this many rows on, MKL on an Intel processor is faster in float32 whatever oneDNN saves.
-_MKL_ROWS = 512
-
 # The attribute and the algorithm that `_linear_pointwise` wants, per activation.
 _EPILOGUES = {None: ("none", ""), "none": ("gelu", "none"), "tanh": ("gelu", "tanh")}
 
@@ -53,16 +50,14 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `pyxlbert.reference.linear.linear_fwd`."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.linear_fwd(x, weight, bias)
-    if _torch_is_faster(x):
+    if _torch_is_faster(x, weight.shape[0]):
         return F.linear(x, weight, bias)
     return product(x, weight, bias)
 
 
 def linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.linear.linear_bwd`."""
-    empty = dy.numel() == 0 or (x is not None and x.numel() == 0) or (weight is not None and weight.numel() == 0)
-    # In low precision torch's own products are oneDNN's already; in float32 they are MKL's.
-    if empty or _torch_is_faster(dy) or (dy.dtype is not torch.float32 and _native(dy.dtype)):
+    if _torch_goes_back(dy, x, weight):
         return reference.linear_bwd(dy, x, weight, needs_bias)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = dweight = dbias = None
@@ -79,7 +74,7 @@ def linear_gelu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
 ) -> tuple[Tensor, Tensor]:
     """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
-    if needs_preactivation or x.numel() == 0 or weight.numel() == 0 or _torch_is_faster(x, saves=True):
+    if needs_preactivation or x.numel() == 0 or weight.numel() == 0 or _torch_is_faster(x, weight.shape[0], saves=True):
         preactivation = linear_fwd(x, weight, bias)
         y = F.gelu(preactivation, approximate=approximate)
         return y, preactivation if needs_preactivation else y.new_empty(0)
@@ -123,9 +118,9 @@ def reorder(weight: Tensor) -> Tensor | None:
     return _reorder(weight.detach())
 
 
-def reordered_is_faster(x: Tensor) -> bool:
-    """Whether a reordered weight beats the plain one for this x `[..., K]`."""
-    return x.numel() != 0 and not _torch_is_faster(x, saves=True)
+def reordered_is_faster(x: Tensor, n: int) -> bool:
+    """Whether a reordered weight of N rows beats the plain one for this x `[..., K]`."""
+    return x.numel() != 0 and n != 0 and not _torch_is_faster(x, n, saves=True)
 
 
 def _linear_pointwise(*arguments: object) -> Tensor:
@@ -136,18 +131,32 @@ def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
 
 
-def _torch_is_faster(x: Tensor, saves: bool = False) -> bool:
-    """Whether torch's own linear beats the private op for x `[..., K]`.
+def _torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
+    """Whether torch's own linear beats the private op for x `[..., K]` and N columns out; no dimension is 0.
 
-    A rule from measurements (docs/ops/linear.md).  In float32 torch calls MKL, which takes a path of half the speed
-    on a processor that is not Intel's; on Intel's it is as fast as oneDNN or faster, unless the private op `saves` a
-    pass (gelu, or the reordering of the weight) and the rows are few.  In low precision torch calls oneDNN itself,
-    with more around it; but it has a faster product of a single row in float16.
+    A rule from measurements (docs/ops/linear.md), not a measurement at run time: a call of the private op costs some
+    30 µs before it multiplies.  In float32 torch calls MKL, which takes a path of half the speed on a processor that
+    is not Intel's; on Intel's it is as fast as oneDNN or faster, unless the private op `saves` a pass (gelu, or the
+    reordering of the weight) and the rows are few.  In low precision torch calls oneDNN itself, with more around it;
+    but it has products of its own for a single row.
     """
+    products = x.numel() * n
     rows = x.numel() // x.shape[-1]
     if x.dtype is torch.float32:
-        return _mkl_at_full_speed() and not (saves and 1 < rows < _MKL_ROWS)
-    return x.dtype is torch.float16 and rows == 1 and _native(torch.float16)
+        if not _mkl_at_full_speed():
+            return products < 1 << 20
+        return not (saves and 1 < rows < 512 and products > 1 << 22)
+    return rows == 1 and _native(x.dtype) and (x.dtype is torch.float16 or products < 1 << 16)
+
+
+def _torch_goes_back(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether torch's own products are as fast for the gradient: everywhere but in float32 where MKL is slow."""
+    sizes = [one.numel() for one in (dy, x, weight) if one is not None]
+    if len(sizes) == 1 or 0 in sizes:
+        return True
+    if dy.dtype is not torch.float32:
+        return _native(dy.dtype)
+    return _mkl_at_full_speed() or dy.numel() * (x if x is not None else weight).shape[-1] < 1 << 20  # type: ignore[union-attr]
 
 
 @functools.cache

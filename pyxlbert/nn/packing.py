@@ -1,0 +1,215 @@
+"""Weights kept a second time in the processor's own order, for inference: `pack` and `unpack`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxlbert import backends
+from pyxlbert.ops import _onednn
+
+
+class Packable(torch.nn.Module):
+    """A module that multiplies by the weights of `packed_layers`, and by their packed copy where it may.
+
+    The copy is no parameter and in no state dict.  `train()`, `load_state_dict` and whatever casts or moves the
+    module drop it; a copied or unpickled module has none.
+    """
+
+    # Set on the instance by `pack`.
+    packed: PackedWeight | None = None
+
+    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+        """The layers whose outputs the product holds side by side."""
+        raise NotImplementedError
+
+    def packed_product(self, x: Tensor, approximate: str | None = None) -> Tensor | None:
+        """The outputs of `packed_layers` side by side, `[..., N]`, or None where the layers are to be called.
+
+        Args:
+            x: `[..., K]`.
+            approximate: None for no activation, else the form of gelu.
+        """
+        packed = self.packed
+        if packed is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return packed.product(x, self.packed_layers(), approximate)
+
+    def train(self, mode: bool = True) -> Packable:
+        if mode:
+            self.packed = None
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.packed = None
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*arguments, **options)
+
+
+class PackedWeight:
+    """The weights `[N, K]` of one or more layers, one below the other, in the processor's order, and their biases.
+
+    It follows its originals: a parameter that was written to or replaced is packed again at its next use.  Not seen
+    are writes past autograd's version counter, through `.data` or through memory shared with another library.
+    Threads may use it at once.
+    """
+
+    def __init__(self) -> None:
+        # One attribute, replaced as a whole, so that a thread never sees half of a new copy.
+        self._copy: _Copy | None = None
+
+    def product(self, x: Tensor, layers: tuple[torch.nn.Linear, ...], approximate: str | None = None) -> Tensor | None:
+        """See `Packable.packed_product`."""
+        parameters = _parameters(layers)
+        if parameters is None or not _takes(x, parameters[0]):
+            return None
+        copy = self._copy
+        if copy is None or not copy.follows(parameters):
+            self._copy = copy = _Copy.of(parameters)
+        if copy is None or not _onednn.reordered_is_faster(x, copy.columns):
+            return None
+        return _onednn.product(x, copy.weight, copy.bias, approximate)
+
+    def fill(self, layers: tuple[torch.nn.Linear, ...]) -> bool:
+        """Packs now; False where there is nothing to gain."""
+        parameters = _parameters(layers)
+        self._copy = None if parameters is None else _Copy.of(parameters)
+        return self._copy is not None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # What is in the processor's order can be neither copied nor pickled: a copy of the module starts without.
+        return type(None), ()
+
+
+class _Copy:
+    """The packed form of some parameters, and what tells whether they are still the same.
+
+    An alias of each parameter is kept, so that no other tensor can come to lie at its address.
+    """
+
+    def __init__(self, parameters: list[Tensor], weight: Tensor, bias: Tensor | None, columns: int) -> None:
+        self.weight, self.bias, self.columns = weight, bias, columns
+        self._sources = [(one.detach(), one.data_ptr(), one._version) for one in parameters]
+
+    @classmethod
+    def of(cls, parameters: list[Tensor]) -> _Copy | None:
+        weights = [one.detach() for one in parameters if one.dim() == 2]
+        biases = [one.detach() for one in parameters if one.dim() == 1]
+        # The versions are read before the values: a write in between is then seen as one.
+        copy = cls(parameters, weights[0], None, sum(one.shape[0] for one in weights))
+        weight = _onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
+        if weight is None:
+            return None
+        copy.weight = weight
+        copy.bias = torch.cat(biases) if biases else None
+        return copy
+
+    def follows(self, parameters: list[Tensor]) -> bool:
+        return len(parameters) == len(self._sources) and all(
+            one._version == version
+            and one.data_ptr() == address
+            and one.dtype is source.dtype
+            and one.shape == source.shape
+            and one.stride() == source.stride()
+            for one, (source, address, version) in zip(parameters, self._sources, strict=True)
+        )
+
+
+def pack(model: torch.nn.Module) -> torch.nn.Module:
+    """Keeps the weights of a model's linear layers a second time, in the order in which the processor multiplies.
+
+    Query, key and value of a self-attention become one product.  The copies are used in eval mode where gradients
+    are off (`torch.no_grad`, `torch.inference_mode`), and take as much memory as the weights.  They follow writes
+    to the weights, except through `.data`; `model.train()`, `load_state_dict` and `.to()` drop them, and a copied or
+    unpickled model has none.  Where the processor or the dtype has nothing to gain the model stays as it is.
+
+    Args:
+        model: in eval mode; layers of `pyxlbert.nn` anywhere in it are packed.
+
+    Returns:
+        the same model.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: model is in training mode, where the copies would not be used.
+    """
+    _check_module("pack", model)
+    if model.training:
+        raise ValueError("pack: model: got a model in training mode, wanted one in eval mode: call model.eval() first")
+    covered: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, Packable) or id(module) in covered:
+            continue
+        layers, packed = module.packed_layers(), PackedWeight()
+        if packed.fill(layers):
+            covered.update(id(layer) for layer in layers)
+            module.packed = packed
+    return model
+
+
+def unpack(model: torch.nn.Module) -> torch.nn.Module:
+    """Drops what `pack` has kept.
+
+    Args:
+        model: any module.
+
+    Returns:
+        the same model.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    _check_module("unpack", model)
+    for module in model.modules():
+        if isinstance(module, Packable):
+            module.packed = None
+    return model
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function}: model: got {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def _parameters(layers: tuple[torch.nn.Linear, ...]) -> list[Tensor] | None:
+    """Weights and biases in order, or None where the layers are not plain ones that can stand in one product."""
+    found: list[Tensor] = []
+    several, biased = len(layers) > 1, layers[0].bias is not None
+    for layer in layers:
+        if not isinstance(layer, Packable) or not isinstance(layer, torch.nn.Linear):
+            return None
+        if several and (
+            type(layer) is not type(layers[0]) or layer._forward_hooks or layer._forward_pre_hooks or layer.training
+        ):
+            # Whoever has put another layer there, or watches one, wants it called.
+            return None
+        if (layer.bias is not None) is not biased:
+            return None
+        found += (layer.weight, layer.bias) if biased else (layer.weight,)
+    first = found[0]
+    for one in found:
+        # A subclass of tensor, a parametrization or an inference tensor has no version to follow.
+        if type(one) is not torch.nn.Parameter or one.is_inference() or one.dtype is not first.dtype or not one.is_cpu:
+            return None
+        if one.dim() == 2 and one.shape[1] != first.shape[1]:
+            return None
+    return found
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether this x is multiplied as it is: anything else is for the op, which casts, refuses or is traced."""
+    return (
+        type(x) is Tensor
+        and x.dtype is weight.dtype
+        and x.is_cpu
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and backends.default_backend() in (None, "cpu")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )

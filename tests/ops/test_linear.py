@@ -1,0 +1,200 @@
+"""linear: the private op of torch behind its guard, and the rule that chooses between the vendors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import pyxlbert
+from pyxlbert import backends
+from pyxlbert.ops import _onednn
+from pyxlbert.testing import compare
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import to_float64
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = [case for case in SPECS["linear"].cases if case.small]
+
+
+@pytest.fixture
+def fresh_probe(monkeypatch):
+    """No probe has run yet, and none of this test's stays."""
+    monkeypatch.setattr(_onednn, "_probes", {})
+
+
+def arguments(dtype: torch.dtype = torch.float32, m: int = 6, n: int = 32, k: int = 24) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(*size, generator=generator).to(dtype) for size in ((m, k), (n, k), (n,))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_probe_passes_at_the_pinned_torch(dtype: torch.dtype, fresh_probe) -> None:
+    """A new torch that moves or changes the private op fails here, not silently."""
+    assert _onednn.probe(dtype) is None
+
+
+def test_a_wrong_product_is_found_and_explained(monkeypatch, fresh_probe) -> None:
+    right = _onednn._linear_pointwise
+    monkeypatch.setattr(_onednn, "_linear_pointwise", lambda *a: right(*a) * 1.01)
+    x, weight, bias = arguments()
+    text = backends.explain("linear", x)
+    assert "differs from torch's linear" in text and "torch: taken" in text
+    with pytest.raises(RuntimeError, match="linear: backend 'cpu' is unavailable: oneDNN's product"):
+        pyxlbert.linear(x, weight, bias, backend="cpu")
+    compare.same_bits("fallback", pyxlbert.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_a_wrong_gelu_is_found(monkeypatch, fresh_probe) -> None:
+    right = _onednn._linear_pointwise
+    monkeypatch.setattr(_onednn, "_linear_pointwise", lambda x, w, b, *_: right(x, w, b, "none", [], ""))
+    assert "oneDNN's gelu" in _onednn.probe(torch.float32)
+
+
+def test_a_missing_op_is_explained(monkeypatch, fresh_probe) -> None:
+    def gone(*_: object) -> None:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+    monkeypatch.setattr(_onednn, "_linear_pointwise", gone)
+    assert "has no attribute '_linear_pointwise'" in backends.explain("linear_gelu", torch.ones(2, 3))
+    pyxlbert.linear_gelu(*arguments())
+
+
+def test_the_first_call_may_be_a_traced_or_an_autocast_one() -> None:
+    """The probe computes with real tensors in its own dtype even when a compiler or autocast watches the caller."""
+    code = """
+import torch, pyxlbert
+from pyxlbert.ops import _onednn
+x, weight = torch.randn(3, 24), torch.randn(32, 24)
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return pyxlbert.linear(x, weight)
+with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    for first in (
+        lambda: torch.compile(Model(), fullgraph=True, backend="aot_eager")(x),
+        lambda: torch.export.export(Model(), (x,)),
+        lambda: torch.export.export(Model(), (x,), strict=True),
+        lambda: torch.jit.trace(Model(), x),
+        lambda: pyxlbert.linear(x, weight),
+    ):
+        _onednn._probes.clear()
+        first()
+        assert _onednn._probes == {torch.bfloat16: None}, _onednn._probes
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_share_one_probe(monkeypatch, fresh_probe) -> None:
+    runs = []
+    right = _onednn._find_fault
+    monkeypatch.setattr(_onednn, "_find_fault", lambda dtype: runs.append(dtype) or right(dtype))
+    threads = [threading.Thread(target=_onednn.probe, args=(torch.float32,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs == [torch.float32]
+
+
+@pytest.mark.parametrize("mkl", [True, False], ids=["mkl_fast", "mkl_slow"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
+def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
+    """The choice follows the processor and the size; here each side of it runs at every size, forward and backward."""
+    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: mkl)
+    monkeypatch.setattr(_onednn, "_torch_goes_back", lambda *tensors: mkl or any_empty(*tensors))
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
+def test_a_processor_without_the_dtype_rounds_once(monkeypatch, case, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(_onednn, "_native", lambda dtype: dtype is torch.float32)
+    check(case, dtype)
+
+
+def any_empty(*tensors: torch.Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    return len(given) == 1 or any(t.numel() == 0 for t in given)
+
+
+def check(case, dtype: torch.dtype) -> None:
+    spec = SPECS["linear"]
+    given = case.make(torch.Generator().manual_seed(5), dtype, torch.device("cpu"))
+    dy = torch.randn(spec.plain(**given).shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+
+    def run(function, given, dy) -> dict[str, torch.Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in given.items()}
+        y = function(**leaves)
+        return {"out 0": y.detach()} | {
+            f"grad {name}": gradient
+            for name, gradient in zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True)
+        }
+
+    ours = run(lambda **a: spec.function(**a, backend="cpu"), given, dy)
+    plain, wide = run(spec.plain, given, dy), to_float64(given)
+    truth = run(spec.plain, wide, dy.double())
+    for name, value in ours.items():
+        terms = spec.terms(name, wide, (dy,))
+        compare.within_budget(f"{case.id} {name}", value, plain[name], truth[name], terms=terms)
+
+
+def test_a_strided_bias_is_read_in_bounds() -> None:
+    """The private op looks at the bias's address and not at its stride; what lies between must not be seen."""
+    x, weight, bias = arguments(n=32)
+    wide = torch.full((32, 7), float("nan"))
+    wide[:, 3] = bias
+    for function in (pyxlbert.linear, pyxlbert.linear_gelu):
+        ours = function(x, weight, wide[:, 3], backend="cpu")
+        compare.same_bits("strided bias", ours, function(x, weight, bias, backend="cpu"))
+    compare.same_bits("product", _onednn.product(x, weight, wide[:, 3]), _onednn.product(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_has_the_dtypes_of_torchs_linear(dtype: torch.dtype) -> None:
+    for mixed in (False, True):
+        x, weight, bias = arguments()
+        x = x.to(torch.bfloat16) if mixed else x
+        leaves = [t.requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast("cpu", dtype=dtype):
+            y, wanted = pyxlbert.linear(*leaves), torch.nn.functional.linear(*leaves)
+            assert y.dtype is wanted.dtype is dtype
+            compare.same_bits(
+                "double", *(f(*(t.double() for t in leaves)) for f in (pyxlbert.linear, torch.nn.functional.linear))
+            )
+        gradients = torch.autograd.grad(y.float().sum(), leaves)
+        assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+
+
+def test_backward_inside_autocast_keeps_float32() -> None:
+    """A float32 forward outside autocast has float32 gradients, wherever backward is called."""
+    leaves = [t.requires_grad_() for t in arguments(m=40, n=64, k=48)]
+    for backend in ("torch", "cpu"):
+        y = pyxlbert.linear(*leaves, backend=backend)
+        wanted = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.autograd.grad(y.sum(), leaves)
+        for a, b in zip(found, wanted, strict=True):
+            compare.same_bits(backend, a, b)
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_only_the_asked_gradients_are_computed_and_only_their_tensors_kept(needed: int) -> None:
+    leaves = [t.requires_grad_(bool(needed & 1 << i)) for i, t in enumerate(arguments())]
+    wanted = [t for t in leaves if t.requires_grad]
+    y = pyxlbert.linear(*leaves)
+    x_kept, weight_kept = y.grad_fn.saved_tensors
+    assert (x_kept is not None) is bool(needed & 2) and (weight_kept is not None) is bool(needed & 1)
+    plain = torch.nn.functional.linear(*leaves)
+    dy = torch.ones_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(plain, wanted, dy), strict=True):
+        compare.within_budget("gradient", ours, theirs, theirs.double(), terms=float(theirs.abs().max()) + 40)
+
+
+def test_sizes_past_two_to_the_31st_are_counted_right() -> None:
+    """The rule multiplies rows, columns and the inner dimension; nothing is allocated for it."""
+    x = torch.empty(1, dtype=torch.float32).expand(1 << 20, 1 << 12)
+    assert _onednn._torch_is_faster(x, 1 << 14, saves=True) is _onednn._mkl_at_full_speed()
