@@ -15,6 +15,8 @@ def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
         TypeError: an argument is not a tensor, or has a dtype that the contract does not list.
         ValueError: a shape or a device is wrong.
     """
+    if _usual(x, weight, bias):
+        return x, weight, bias
     parameters = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
     _check.tensor(op, "x", x)
     _check.floating(op, "x", x)
@@ -49,6 +51,25 @@ def requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a gradient will be asked of any of them."""
     return torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _usual(x: object, weight: object, bias: object) -> bool:
+    """One cheap look at the usual call, which needs no cast; on False the named checks say what is wrong, if any."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or x.is_meta:
+        return False
+    dtype, device, last, shape = x.dtype, x.device, x.shape[-1:], weight.shape
+    return (
+        dtype in _check.FLOATING
+        and weight.dtype is dtype
+        and weight.device == device
+        and len(shape) == 2
+        and shape[1:] == last
+        and (
+            bias is None
+            or (isinstance(bias, Tensor) and bias.dtype is dtype and bias.device == device and bias.shape == shape[:1])
+        )
+        and not torch.is_autocast_enabled(device.type)
     )
 
 

@@ -33,7 +33,6 @@ def supports(*tensors: Tensor | None) -> str | None:
     return refusal(*tensors) or probe(tensors[0].dtype)  # type: ignore[union-attr]
 
 
-@torch.compiler.assume_constant_result
 def probe(dtype: torch.dtype) -> str | None:
     """Why the private op cannot be used for `dtype`, or None; found out once per process."""
     if dtype not in _probes:
@@ -44,6 +43,11 @@ def probe(dtype: torch.dtype) -> str | None:
                 thread.start()
                 thread.join()
     return _probes[dtype]
+
+
+# What `torch.compiler.assume_constant_result` sets: a compiler calls the probe and does not trace it.  The function
+# itself would import the whole compiler.
+probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
