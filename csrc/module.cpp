@@ -86,86 +86,85 @@ void bias_gelu_bwd(Address dy, Address x, Address bias, Address dx, Address dbia
                                     columns,     dy_stride,  x_stride,      DType(dtype), DType(bias_dtype), tanh,
                                     threads};
     PYXLBERT_RUN(bias_gelu_bwd, arguments);
-    // One table of an embedding: where its rows are, which row each token takes, and the period where none is given.
-    struct Table {
-        Address rows, index;
-        std::int64_t period;
+}
 
-        pyxlbert::EmbeddingTable arguments() const {
-            return {pointer(rows), pointer<const std::int64_t>(index), period};
-        }
-    };
+// One table of an embedding: where its rows are, which row each token takes, and the period where none is given.
+struct Table {
+    Address rows, index;
+    std::int64_t period;
 
-    void embedding_layer_norm_fwd(Address word, Address word_index, Address position, Address position_index,
-                                  std::int64_t length, Address token_type, Address token_type_index, Address weight,
-                                  Address bias, Address y, Address y_copy, Address mean, Address rstd,
-                                  std::int64_t rows, std::int64_t columns, float eps, double dropout_p,
-                                  std::int64_t seed, int table_dtype, int weight_dtype, int bias_dtype, int out_dtype,
-                                  int copy_dtype, int threads) {
-        pyxlbert::EmbeddingLayerNormFwd arguments{Table{word, word_index, 1}.arguments(),
-                                                  Table{position, position_index, length}.arguments(),
-                                                  Table{token_type, token_type_index, 1}.arguments(),
-                                                  pointer(weight),
-                                                  pointer(bias),
-                                                  pointer(y),
-                                                  pointer(y_copy),
-                                                  pointer<float>(mean),
-                                                  pointer<float>(rstd),
-                                                  rows,
-                                                  columns,
-                                                  eps,
-                                                  dropout_p,
-                                                  seed,
-                                                  DType(table_dtype),
-                                                  DType(weight_dtype),
-                                                  DType(bias_dtype),
-                                                  DType(out_dtype),
-                                                  DType(copy_dtype),
-                                                  threads};
-        PYXLBERT_RUN(embedding_layer_norm_fwd, arguments);
-    }
+    pyxlbert::EmbeddingTable arguments() const { return {pointer(rows), pointer<const std::int64_t>(index), period}; }
+};
 
-    void embedding_layer_norm_bwd(
-        Address dy, std::int64_t dy_stride, Address word, Address word_index, Address position, Address position_index,
-        std::int64_t length, Address token_type, Address token_type_index, Address weight, Address mean, Address rstd,
-        Address dx, Address dweight, Address dbias, std::int64_t rows, std::int64_t columns, double dropout_p,
-        std::int64_t seed, int table_dtype, int weight_dtype, int bias_dtype, int dy_dtype, int threads) {
-        pyxlbert::EmbeddingLayerNormBwd arguments{pointer(dy),
-                                                  dy_stride,
-                                                  Table{word, word_index, 1}.arguments(),
-                                                  Table{position, position_index, length}.arguments(),
-                                                  Table{token_type, token_type_index, 1}.arguments(),
-                                                  pointer(weight),
-                                                  pointer<const float>(mean),
-                                                  pointer<const float>(rstd),
-                                                  pointer<float>(dx),
-                                                  pointer(dweight),
-                                                  pointer(dbias),
-                                                  rows,
-                                                  columns,
-                                                  dropout_p,
-                                                  seed,
-                                                  DType(table_dtype),
-                                                  DType(weight_dtype),
-                                                  DType(bias_dtype),
-                                                  DType(dy_dtype),
-                                                  threads};
-        PYXLBERT_RUN(embedding_layer_norm_bwd, arguments);
-    }
+void embedding_layer_norm_fwd(Address word, Address word_index, Address position, Address position_index,
+                              std::int64_t length, Address token_type, Address token_type_index, Address weight,
+                              Address bias, Address y, Address y_copy, Address mean, Address rstd, std::int64_t rows,
+                              std::int64_t columns, float eps, double dropout_p, std::int64_t seed, int table_dtype,
+                              int weight_dtype, int bias_dtype, int out_dtype, int copy_dtype, int threads) {
+    pyxlbert::EmbeddingLayerNormFwd arguments{Table{word, word_index, 1}.arguments(),
+                                              Table{position, position_index, length}.arguments(),
+                                              Table{token_type, token_type_index, 1}.arguments(),
+                                              pointer(weight),
+                                              pointer(bias),
+                                              pointer(y),
+                                              pointer(y_copy),
+                                              pointer<float>(mean),
+                                              pointer<float>(rstd),
+                                              rows,
+                                              columns,
+                                              eps,
+                                              dropout_p,
+                                              seed,
+                                              DType(table_dtype),
+                                              DType(weight_dtype),
+                                              DType(bias_dtype),
+                                              DType(out_dtype),
+                                              DType(copy_dtype),
+                                              threads};
+    PYXLBERT_RUN(embedding_layer_norm_fwd, arguments);
+}
 
-    void embedding_scatter(Address dx, Address index, Address order, Address dtable, std::int64_t rows,
-                           std::int64_t columns, std::int64_t skip, int table_dtype, int threads) {
-        pyxlbert::EmbeddingScatter arguments{pointer<const float>(dx),
-                                             pointer<const std::int64_t>(index),
-                                             pointer<const std::int64_t>(order),
-                                             pointer(dtable),
-                                             rows,
-                                             columns,
-                                             skip,
-                                             DType(table_dtype),
-                                             threads};
-        PYXLBERT_RUN(embedding_scatter, arguments);
-    }
+void embedding_layer_norm_bwd(Address dy, std::int64_t dy_stride, Address word, Address word_index, Address position,
+                              Address position_index, std::int64_t length, Address token_type, Address token_type_index,
+                              Address weight, Address mean, Address rstd, Address dx, Address dweight, Address dbias,
+                              std::int64_t rows, std::int64_t columns, double dropout_p, std::int64_t seed,
+                              int table_dtype, int weight_dtype, int bias_dtype, int dy_dtype, int threads) {
+    pyxlbert::EmbeddingLayerNormBwd arguments{pointer(dy),
+                                              dy_stride,
+                                              Table{word, word_index, 1}.arguments(),
+                                              Table{position, position_index, length}.arguments(),
+                                              Table{token_type, token_type_index, 1}.arguments(),
+                                              pointer(weight),
+                                              pointer<const float>(mean),
+                                              pointer<const float>(rstd),
+                                              pointer<float>(dx),
+                                              pointer(dweight),
+                                              pointer(dbias),
+                                              rows,
+                                              columns,
+                                              dropout_p,
+                                              seed,
+                                              DType(table_dtype),
+                                              DType(weight_dtype),
+                                              DType(bias_dtype),
+                                              DType(dy_dtype),
+                                              threads};
+    PYXLBERT_RUN(embedding_layer_norm_bwd, arguments);
+}
+
+void embedding_scatter(Address dx, Address index, Address order, Address dtable, std::int64_t rows,
+                       std::int64_t columns, std::int64_t skip, int table_dtype, int threads) {
+    pyxlbert::EmbeddingScatter arguments{pointer<const float>(dx),
+                                         pointer<const std::int64_t>(index),
+                                         pointer<const std::int64_t>(order),
+                                         pointer(dtable),
+                                         rows,
+                                         columns,
+                                         skip,
+                                         DType(table_dtype),
+                                         threads};
+    PYXLBERT_RUN(embedding_scatter, arguments);
+}
 
 }  // namespace
 
