@@ -24,9 +24,11 @@ except ImportError as error:
 
 
 class _Default(threading.local):
-    # threading.local and not a ContextVar: torch.compile can trace the former.
-    forward: str | None = None
-    backward: str | None = None
+    # threading.local and not a ContextVar: torch.compile can trace the former.  On the instance and not on the class:
+    # compiled code then notices when a block changes them.
+    def __init__(self) -> None:
+        self.forward: str | None = None
+        self.backward: str | None = None
 
 
 _default = _Default()
