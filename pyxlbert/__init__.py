@@ -8,6 +8,7 @@ import torch  # noqa: F401  (first: the native module binds to torch's OpenMP ru
 
 from pyxlbert import backends
 from pyxlbert.backends import use_backend
+from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     bias_gelu,
     embedding_layer_norm,
@@ -25,6 +26,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_gelu",
+    "pack",
+    "unpack",
     "use_backend",
 ]
 

@@ -22,8 +22,8 @@ class Packable(torch.nn.Module):
     packed: PackedWeight | None = None
 
     def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
-        """The layers whose outputs the product holds side by side."""
-        raise NotImplementedError
+        """The layers whose outputs the product holds side by side: the module itself, unless it says otherwise."""
+        return (self,)  # type: ignore[return-value]
 
     def packed_product(self, x: Tensor, approximate: str | None = None) -> Tensor | None:
         """The outputs of `packed_layers` side by side, `[..., N]`, or None where the layers are to be called.

@@ -1,0 +1,323 @@
+"""pack: when the copies are used, what drops them, and that they are never stale."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+
+import pyxlbert
+from pyxlbert.nn.packing import Packable
+from pyxlbert.ops import _onednn
+from pyxlbert.testing import compare
+
+
+class Linear(Packable, torch.nn.Linear):
+    """As a module uses it: the packed product, or the op where there is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.packed_product(x)
+        return pyxlbert.linear(x, self.weight, self.bias) if y is None else y
+
+
+class LinearGelu(Packable, torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.packed_product(x, "tanh")
+        return pyxlbert.linear_gelu(x, self.weight, self.bias, approximate="tanh") if y is None else y
+
+
+class Projections(Packable):
+    """Query, key and value as one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (Linear(64, 64) for _ in range(3))
+
+    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+        return self.query, self.key, self.value
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.packed_product(x)
+        return tuple(layer(x) for layer in (self.query, self.key, self.value)) if y is None else y.chunk(3, -1)
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Projections()
+        self.up = LinearGelu(64, 96)
+        self.down = Linear(96, 64)
+        self.out = Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.down(self.up(sum(self.attention(x)))))
+
+
+@pytest.fixture(autouse=True)
+def always_faster(monkeypatch):
+    """The rule would leave such small products to torch."""
+    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The columns of every product that ran with a packed weight."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _onednn.probe(dtype)  # it multiplies too
+    columns: list[int] = []
+    right = _onednn._linear_pointwise
+
+    def record(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> torch.Tensor:
+        if weight.is_mkldnn:
+            columns.append(weight.shape[0])
+        return right(x, weight, *rest)
+
+    monkeypatch.setattr(_onednn, "_linear_pointwise", record)
+    return columns
+
+
+ALL = [3 * 64, 96, 64, 5]
+
+
+def model(dtype: torch.dtype = torch.float32) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype).eval()
+
+
+def rows(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def packed_modules(module: torch.nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, Packable) and part.packed is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_packed_model_computes_the_same(dtype: torch.dtype, calls: list[int]) -> None:
+    plain, x = model(dtype), rows(dtype)
+    packed = pyxlbert.pack(copy.deepcopy(plain))
+    assert packed_modules(packed) == ["attention", "up", "down", "out"]
+    with torch.no_grad():
+        wanted = plain(x)
+        assert not calls
+        compare.same_bits("packed", packed(x), wanted)
+        assert calls == ALL
+        pyxlbert.unpack(packed)
+        assert packed_modules(packed) == []
+        compare.same_bits("unpacked", packed(x), wanted)
+        assert calls == ALL
+
+
+def test_query_key_and_value_are_slices_of_one_buffer(calls: list[int]) -> None:
+    attention = pyxlbert.pack(model()).attention
+    with torch.inference_mode():
+        parts = attention(rows())
+    assert calls == [3 * 64]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert [part.storage_offset() for part in parts] == [0, 64, 128]
+
+
+def test_used_only_for_inference(calls: list[int]) -> None:
+    packed, x = pyxlbert.pack(model()), rows()
+    packed(x)
+    with torch.no_grad():
+        with torch.enable_grad():
+            packed(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert packed(x).dtype is torch.bfloat16
+        with pyxlbert.use_backend("torch"):
+            packed(x)
+        torch.compile(packed, fullgraph=True, backend="aot_eager")(x)
+        torch.export.export(packed, (x,))
+        assert not calls
+        with pytest.raises(ValueError, match="linear: weight"):
+            packed.out(torch.randn(3, 63))
+        with pytest.raises(TypeError, match="linear: x"):
+            packed.out([1.0])
+        assert packed(x[:0]).shape == (0, 7, 5)
+        assert not calls
+        packed(x)
+    assert calls == ALL
+
+
+def test_nothing_of_it_is_in_parameters_or_state_dict() -> None:
+    plain, packed = model(), pyxlbert.pack(model())
+    assert list(packed.state_dict()) == list(plain.state_dict())
+    assert len(list(packed.parameters())) == len(list(plain.parameters()))
+    assert not list(packed.buffers())
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda m: m.train().eval(),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
+        lambda m: m.bfloat16().float(),
+        lambda m: m.to(torch.float64).float(),
+        lambda m: m.requires_grad_(False).double().float(),
+    ],
+    ids=["train", "load_state_dict", "load_state_dict_assign", "bfloat16", "to", "double"],
+)
+def test_what_drops_it(drop) -> None:
+    packed = pyxlbert.pack(model())
+    drop(packed)
+    assert packed_modules(packed) == []
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_start_without(how, calls: list[int]) -> None:
+    packed = pyxlbert.pack(model())
+    other = how(packed.out)
+    assert other.packed is None and packed.out.packed is not None
+    with torch.no_grad():
+        compare.same_bits("copy", other(rows()), packed.out(rows()))
+    buffer = io.BytesIO()
+    torch.save(how(packed), buffer)
+    buffer.seek(0)
+    assert packed_modules(torch.load(buffer, weights_only=False)) == []
+
+
+def _data(parameter: torch.nn.Parameter) -> None:
+    parameter.data = parameter.data * 2
+
+
+def _copied(parameter: torch.nn.Parameter) -> None:
+    parameter.copy_(parameter * 2)
+
+
+def _in_inference_mode(parameter: torch.nn.Parameter) -> None:
+    with torch.inference_mode():
+        parameter.mul_(2)
+
+
+def _same_address(parameter: torch.nn.Parameter) -> None:
+    """Freed and allocated again: the new values may lie where the old ones were."""
+    values, parameter.data = parameter.data * 2, torch.empty(0)
+    parameter.data = values
+
+
+def _transposed_view(parameter: torch.nn.Parameter) -> None:
+    if parameter.dim() == 2 and parameter.shape[0] == parameter.shape[1]:
+        parameter.data = parameter.data.t()
+    else:
+        parameter.data = parameter.data.flip(0)
+
+
+@pytest.mark.parametrize(
+    "change", [_copied, torch.Tensor.zero_, _data, _in_inference_mode, _same_address, _transposed_view]
+)
+@pytest.mark.parametrize(
+    "name", ["attention.key.weight", "attention.value.bias", "up.weight", "down.bias", "out.weight"]
+)
+def test_a_changed_parameter_is_packed_again(change, name: str, calls: list[int]) -> None:
+    packed, x = pyxlbert.pack(model()), rows()
+    with torch.no_grad():
+        before = packed(x)
+        change(packed.get_parameter(name))
+        after = packed(x)
+        assert calls == ALL * 2
+        assert not torch.equal(before, after)
+        compare.same_bits("after the change", after, pyxlbert.unpack(packed)(x))
+
+
+def test_a_replaced_parameter_is_packed_again(calls: list[int]) -> None:
+    packed, x = pyxlbert.pack(model()), rows()
+    with torch.no_grad():
+        packed.up.weight = torch.nn.Parameter(packed.up.weight * 2)
+        packed.attention.query = copy.deepcopy(packed.attention.key).eval()
+        compare.same_bits("replaced", packed(x), pyxlbert.unpack(packed)(x))
+    assert calls == ALL
+
+
+def test_a_training_step_is_seen(calls: list[int]) -> None:
+    """Fine-tuning the layer in eval mode, as with dropout off, and looking at it in between."""
+    packed, x = pyxlbert.pack(model()), rows()
+    optimizer = torch.optim.SGD(packed.parameters(), lr=0.5)
+    for _ in range(2):
+        packed(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            compare.same_bits("step", packed(x), copy.deepcopy(packed)(x))
+    assert calls == ALL * 2
+
+
+def test_another_layer_in_the_attention_is_called(calls: list[int]) -> None:
+    """An adapter in place of the key projection, or a hook on it, is not passed over."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + 1
+
+    packed, x = pyxlbert.pack(model()), rows()
+    with torch.no_grad():
+        key = packed.attention(x)[1]
+        packed.attention.key = Adapter(packed.attention.key)
+        compare.same_bits("adapter", packed.attention(x)[1], key + 1)
+    packed, seen = pyxlbert.pack(model()), []
+    packed.attention.key.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        packed(x)
+    assert seen == [1] and calls == [3 * 64, 96, 64, 5]
+
+
+def test_parametrized_and_inference_weights_are_left_alone(calls: list[int]) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    odd = model()
+    torch.nn.utils.parametrize.register_parametrization(odd.up, "weight", Doubled())
+    with torch.inference_mode():
+        odd.out.weight = torch.nn.Parameter(odd.out.weight * 2, requires_grad=False)
+    pyxlbert.pack(odd)
+    assert packed_modules(odd) == ["attention", "down"]
+    with torch.no_grad():
+        compare.same_bits("odd", odd(rows()), pyxlbert.unpack(odd)(rows()))
+
+
+def test_threads_share_a_packed_model() -> None:
+    """Also when the first thing they meet is a change."""
+    packed, x = pyxlbert.pack(model()), rows()
+    with torch.no_grad():
+        packed.up.weight.mul_(2)
+        packed.attention.query.bias.add_(1)
+        wanted = copy.deepcopy(packed)(x)
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            found.extend(packed(x) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 160
+    for one in found:
+        compare.same_bits("thread", one, wanted)
+
+
+def test_where_nothing_is_to_be_gained_the_model_stays_as_it_is(monkeypatch, calls: list[int]) -> None:
+    assert packed_modules(pyxlbert.pack(model(torch.float64))) == []
+    monkeypatch.setattr(_onednn, "_probes", {torch.float32: "broken"})
+    assert packed_modules(pyxlbert.pack(model())) == []
+    assert not calls
+
+
+def test_bad_input() -> None:
+    for function in (pyxlbert.pack, pyxlbert.unpack):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: model: got str, wanted a torch.nn.Module"):
+            function("model")
+    with pytest.raises(ValueError, match=r"pack: model: got a model in training mode.*eval"):
+        pyxlbert.pack(Model())
