@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/bias_gelu.h"
+#include "cpu/dropout_add_layer_norm.h"
 #include "cpu/embedding_layer_norm.h"
 #include "cpu/layer_norm.h"
 #include "levels.h"
@@ -166,6 +167,70 @@ void embedding_scatter(Address dx, Address index, Address order, Address dtable,
     PYXLBERT_RUN(embedding_scatter, arguments);
 }
 
+void dropout_add_layer_norm_fwd(Address x, Address x_bias, Address residual, Address weight, Address bias, Address seed,
+                                Address y, Address y_copy, Address sum, Address mean, Address rstd, std::int64_t rows,
+                                std::int64_t columns, std::int64_t x_stride, std::int64_t residual_stride, float eps,
+                                double dropout_p, int dtype, int residual_dtype, int x_bias_dtype, int weight_dtype,
+                                int bias_dtype, int copy_dtype, int threads) {
+    pyxlbert::DropoutAddLayerNormFwd arguments{pointer(x),
+                                               pointer(x_bias),
+                                               pointer(residual),
+                                               pointer(weight),
+                                               pointer(bias),
+                                               pointer<const std::int64_t>(seed),
+                                               pointer(y),
+                                               pointer(y_copy),
+                                               pointer(sum),
+                                               pointer<float>(mean),
+                                               pointer<float>(rstd),
+                                               rows,
+                                               columns,
+                                               x_stride,
+                                               residual_stride,
+                                               eps,
+                                               dropout_p,
+                                               DType(dtype),
+                                               DType(residual_dtype),
+                                               DType(x_bias_dtype),
+                                               DType(weight_dtype),
+                                               DType(bias_dtype),
+                                               DType(copy_dtype),
+                                               threads};
+    PYXLBERT_RUN(dropout_add_layer_norm_fwd, arguments);
+}
+
+void dropout_add_layer_norm_bwd(Address dy, Address dy_copy, Address sum, Address weight, Address mean, Address rstd,
+                                Address seed, Address dx, Address dresidual, Address dx_bias, Address dweight,
+                                Address dbias, std::int64_t rows, std::int64_t columns, std::int64_t dy_stride,
+                                std::int64_t dy_copy_stride, double dropout_p, int dtype, int residual_dtype,
+                                int x_bias_dtype, int weight_dtype, int bias_dtype, int copy_dtype, int threads) {
+    pyxlbert::DropoutAddLayerNormBwd arguments{pointer(dy),
+                                               pointer(dy_copy),
+                                               pointer(sum),
+                                               pointer(weight),
+                                               pointer<const float>(mean),
+                                               pointer<const float>(rstd),
+                                               pointer<const std::int64_t>(seed),
+                                               pointer(dx),
+                                               pointer(dresidual),
+                                               pointer(dx_bias),
+                                               pointer(dweight),
+                                               pointer(dbias),
+                                               rows,
+                                               columns,
+                                               dy_stride,
+                                               dy_copy_stride,
+                                               dropout_p,
+                                               DType(dtype),
+                                               DType(residual_dtype),
+                                               DType(x_bias_dtype),
+                                               DType(weight_dtype),
+                                               DType(bias_dtype),
+                                               DType(copy_dtype),
+                                               threads};
+    PYXLBERT_RUN(dropout_add_layer_norm_bwd, arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -184,6 +249,8 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu");
     cpu.def("bias_gelu_fwd", &bias_gelu_fwd);
     cpu.def("bias_gelu_bwd", &bias_gelu_bwd);
+    cpu.def("dropout_add_layer_norm_fwd", &dropout_add_layer_norm_fwd);
+    cpu.def("dropout_add_layer_norm_bwd", &dropout_add_layer_norm_bwd);
     cpu.def("embedding_layer_norm_fwd", &embedding_layer_norm_fwd);
     cpu.def("embedding_layer_norm_bwd", &embedding_layer_norm_bwd);
     cpu.def("embedding_scatter", &embedding_scatter);

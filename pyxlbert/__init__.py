@@ -11,6 +11,7 @@ from pyxlbert.backends import use_backend
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     bias_gelu,
+    dropout_add_layer_norm,
     embedding_layer_norm,
     layer_norm,
     linear,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "backends",
     "bias_gelu",
+    "dropout_add_layer_norm",
     "embedding_layer_norm",
     "layer_norm",
     "linear",

@@ -2,6 +2,7 @@
 
 from pyxlbert.testing.specs import (
     bias_gelu,
+    dropout_add_layer_norm,
     embedding_layer_norm,
     layer_norm,
     linear,
@@ -10,6 +11,7 @@ from pyxlbert.testing.specs import (
 
 _MODULES = (
     bias_gelu,
+    dropout_add_layer_norm,
     embedding_layer_norm,
     layer_norm,
     linear,

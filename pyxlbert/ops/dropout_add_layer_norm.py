@@ -1,0 +1,250 @@
+"""dropout_add_layer_norm: y = LN(residual + dropout(x + x_bias)) over the last dimension, in one pass.
+
+Source: the sub-layer output of Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762,
+section 5.4; `BertSelfOutput` and `BertOutput` of BERT, `post_attention` of XLNet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxlbert.ops import _check
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._dropout import seed_tensor
+
+OP = Op(
+    "dropout_add_layer_norm",
+    {"torch": "pyxlbert.reference.dropout_add_layer_norm", "cpu": "pyxlbert.native.dropout_add_layer_norm"},
+)
+
+_COPIES = (torch.float32, *_check.LOW_PRECISION)
+
+
+def _fwd_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    eps: float,
+    copy_dtype: torch.dtype | None,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    copy = residual.new_empty(0) if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
+    s = torch.empty_like(y) if save else residual.new_empty(0)
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    mean = x.new_empty(x.shape[:-1] if save else (0,), dtype=statistics)
+    return y, copy, s, mean, torch.empty_like(mean)
+
+
+def _bwd_fake(
+    dy: Tensor | None,
+    dy_copy: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    x_dtype: torch.dtype,
+    needs_x: bool,
+    needs_residual: bool,
+    needs_parameters: bool,
+    needs_x_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = s.shape[-1]
+    return (
+        torch.empty_like(s, dtype=x_dtype) if needs_x else s.new_empty(0, dtype=x_dtype),
+        torch.empty_like(s) if needs_residual else s.new_empty(0),
+        weight.new_empty(n if needs_parameters else 0),
+        bias.new_empty(n if needs_parameters else 0),
+        (s if x_bias is None else x_bias).new_empty(n if needs_x_bias else 0),
+    )
+
+
+_fwd = OP.define(
+    "fwd",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, Tensor? seed, float eps,"
+    " ScalarType? copy_dtype, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor? dy, Tensor? dy_copy, Tensor s, Tensor weight, Tensor bias, Tensor? x_bias, Tensor mean, Tensor rstd,"
+    " float dropout_p, Tensor? seed, ScalarType x_dtype, bool needs_x, bool needs_residual, bool needs_parameters,"
+    " bool needs_x_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _DropoutAddLayerNorm(OpFunction):
+    op = "dropout_add_layer_norm"
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        x_bias: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        eps: float,
+        copy_dtype: torch.dtype | None,
+        backend: str,
+        backward: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, True, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, weight, bias, x_bias, ctx.dropout_p, seed, _, copy_dtype, _, ctx.backend = inputs
+        _, copy, s, mean, rstd = output
+        ctx.x_dtype = x.dtype
+        ctx.mark_non_differentiable(s, mean, rstd, *(() if copy_dtype is not None else (copy,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(s, weight, bias, x_bias, mean, rstd, seed)
+
+    @staticmethod
+    @single_backward("dropout_add_layer_norm")
+    def backward(ctx: Any, dy: Tensor | None, dy_copy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None and dy_copy is None:
+            return (None,) * 11
+        s, weight, bias, x_bias, mean, rstd, seed = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight, needs_bias, needs_x_bias, *_ = ctx.needs_input_grad
+        # Without dropout the two gradients are one; autograd takes the same tensor for both.
+        one = seed is None and ctx.x_dtype is s.dtype
+        dx, dresidual, dweight, dbias, dx_bias = _bwd(
+            dy,
+            dy_copy,
+            s,
+            weight,
+            bias,
+            x_bias,
+            mean,
+            rstd,
+            ctx.dropout_p,
+            seed,
+            ctx.x_dtype,
+            needs_x and not one,
+            needs_residual or (needs_x and one),
+            needs_weight or needs_bias,
+            needs_x_bias,
+            ctx.backend,
+        )
+        return (
+            (dresidual if one else dx) if needs_x else None,
+            dresidual if needs_residual else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            dx_bias if needs_x_bias else None,
+            *(None,) * 6,
+        )
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    eps: float = 1e-12,
+    copy_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm of residual + dropout(x + x_bias) over the last dimension; the sum is never rounded before y is.
+
+    Args:
+        x: `[..., N]`, float32, bfloat16 or float16 (float64 on backend "torch"); any strides.
+        residual: x's shape, x's dtype or float32; any strides.
+        weight, bias: `[N]`, x's dtype or float32.
+        x_bias: `[N]`, x's dtype or float32, added to x before dropout; None adds nothing.
+        dropout_p: probability that an element of x + x_bias is zeroed; the others are scaled by 1 / (1 - p).
+        seed: int64 tensor of one element or an int that decides which; None draws one from the device's default
+            generator. Row i, column j takes word j % 4 of the Philox counter (j // 4, i, 0, op).
+        eps: added to the variance; at least 0.
+        copy_dtype: asks for a copy of y in this dtype out of the same pass: the operand of the next product, while
+            the residual stream stays in float32. Gradients of y and its copy are summed.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        y `[..., N]` in residual's dtype, contiguous; with `copy_dtype` the pair (y, y in that dtype).
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that is not listed above.
+        ValueError: a shape, a device, eps, dropout_p or the seed is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    usual = _check.usual_rows(x, weight, bias) if x_bias is None else _check.usual_rows(x, weight, bias, x_bias)
+    if not (
+        usual
+        and isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.device == x.device
+        and residual.dtype in (x.dtype, torch.float32)
+        and x.dtype is not torch.float64
+        and eps >= 0.0
+        and (copy_dtype is None or copy_dtype in _COPIES)
+    ):
+        _check_arguments(x, residual, weight, bias, x_bias, eps, copy_dtype)
+    seed = seed_tensor("dropout_add_layer_norm", seed, dropout_p, x.device)
+    backend = OP.resolve(backend, x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or residual.requires_grad
+        or weight.requires_grad
+        or bias.requires_grad
+        or (x_bias is not None and x_bias.requires_grad)
+    ):
+        y, copy, *_ = apply(
+            _DropoutAddLayerNorm,
+            x,
+            residual,
+            weight,
+            bias,
+            x_bias,
+            dropout_p,
+            seed,
+            eps,
+            copy_dtype,
+            backend,
+            backward_backend(backend),
+        )
+    else:
+        y, copy, *_ = _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, False, backend)
+    return y if copy_dtype is None else (y, copy)
+
+
+def _check_arguments(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    eps: float,
+    copy_dtype: torch.dtype | None,
+) -> None:
+    op = "dropout_add_layer_norm"
+    _check.rows(op, x, weight=weight, bias=bias, **({} if x_bias is None else {"x_bias": x_bias}))
+    _check.tensor(op, "residual", residual)
+    _check.same_device(op, "residual", residual, "x", x)
+    _check.parameter_dtype(op, "residual", residual, x)
+    _check.shape(op, "residual", residual, tuple(x.shape), "x's")
+    _check.positive(op, "eps", eps)
+    wanted = _COPIES if x.dtype is not torch.float64 else _check.FLOATING
+    if copy_dtype is not None and copy_dtype not in wanted:
+        got = _check.short(copy_dtype) if isinstance(copy_dtype, torch.dtype) else repr(copy_dtype)
+        raise TypeError(f"{op}: copy_dtype: got {got}, wanted {' or '.join(_check.short(one) for one in wanted)}")
