@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
+#include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
 #include "cpu/dropout_add_layer_norm.h"
 #include "cpu/embedding_layer_norm.h"
@@ -41,6 +43,63 @@ T* pointer(Address address) {
         pyxlbert::portable::function(arguments); \
     } while (false)
 #endif
+
+using Strides3 = std::array<std::int64_t, 3>;  // batch, row, head
+using Strides4 = std::array<std::int64_t, 4>;  // batch, head, query, key
+
+pyxlbert::AttentionTensor attention_tensor(Address data, const Strides3& s) {
+    return {pointer(data), s[0], s[1], s[2]};
+}
+pyxlbert::ScoreTensor score_tensor(Address data, const Strides4& s) { return {pointer(data), s[0], s[1], s[2], s[3]}; }
+
+pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_strides, Address key,
+                                           const Strides3& key_strides, Address value, const Strides3& value_strides,
+                                           Address key_lengths, Address cu_seqlens, Address mask,
+                                           const Strides4& mask_strides, Address bias, const Strides4& bias_strides,
+                                           const std::array<std::int64_t, 5>& sizes, std::int64_t total, float scale,
+                                           double dropout_p, std::int64_t seed, int dtype, int bias_dtype, bool causal,
+                                           int threads) {
+    return {attention_tensor(query, query_strides),
+            attention_tensor(key, key_strides),
+            attention_tensor(value, value_strides),
+            pointer<const std::int32_t>(key_lengths),
+            pointer<const std::int32_t>(cu_seqlens),
+            score_tensor(mask, mask_strides),
+            score_tensor(bias, bias_strides),
+            sizes[0],
+            sizes[1],
+            sizes[2],
+            sizes[3],
+            sizes[4],
+            total,
+            scale,
+            dropout_p,
+            seed,
+            DType(dtype),
+            DType(bias_dtype),
+            causal,
+            threads};
+}
+
+void attention_fwd(const pyxlbert::AttentionInputs& inputs, Address out, Address lse) {
+    pyxlbert::AttentionFwd arguments{inputs, pointer(out), pointer<float>(lse)};
+    PYXLBERT_RUN(attention_fwd, arguments);
+}
+
+void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const Strides3& dout_strides, Address out,
+                   Address lse, Address dquery, Address dkey, Address dvalue, Address dbias,
+                   const Strides4& bias_shape) {
+    pyxlbert::AttentionBwd arguments{inputs,
+                                     attention_tensor(dout, dout_strides),
+                                     pointer(out),
+                                     pointer<const float>(lse),
+                                     pointer(dquery),
+                                     pointer(dkey),
+                                     pointer(dvalue),
+                                     pointer(dbias),
+                                     {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]}};
+    PYXLBERT_RUN(attention_bwd, arguments);
+}
 
 void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,
                     std::int64_t columns, std::int64_t x_stride, float eps, int dtype, int weight_dtype, int bias_dtype,
@@ -247,6 +306,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("release_workspace", &pyxlbert::release_workspace);
 
     py::module_ cpu = m.def_submodule("cpu");
+    py::class_<pyxlbert::AttentionInputs>(cpu, "AttentionInputs").def(py::init(&attention_inputs));
+    cpu.def("attention_fwd", &attention_fwd);
+    cpu.def("attention_bwd", &attention_bwd);
     cpu.def("bias_gelu_fwd", &bias_gelu_fwd);
     cpu.def("bias_gelu_bwd", &bias_gelu_bwd);
     cpu.def("dropout_add_layer_norm_fwd", &dropout_add_layer_norm_fwd);

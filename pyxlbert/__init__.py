@@ -10,6 +10,7 @@ from pyxlbert import backends
 from pyxlbert.backends import use_backend
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
+    attention,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
@@ -21,6 +22,7 @@ from pyxlbert.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "attention",
     "backends",
     "bias_gelu",
     "dropout_add_layer_norm",

@@ -1,5 +1,6 @@
 """The ops, one file each: contract, checks, registration, public function."""
 
+from pyxlbert.ops.attention import attention
 from pyxlbert.ops.bias_gelu import bias_gelu
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
@@ -8,6 +9,7 @@ from pyxlbert.ops.linear import linear
 from pyxlbert.ops.linear_gelu import linear_gelu
 
 __all__ = [
+    "attention",
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",

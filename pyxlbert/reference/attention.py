@@ -85,10 +85,8 @@ def attention_bwd(
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dquery = scale * torch.einsum("bhij,bjhd->bihd", ds, k)
     dkey = scale * torch.einsum("bhij,bihd->bjhd", ds, q)
-    if bias is not None and needs_bias:
-        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
-    else:
-        dbias = query.new_empty(0)
+    wanted = bias is not None and needs_bias
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if wanted else query.new_empty(0)
     return (
         dquery.to(query.dtype).contiguous(),
         dkey.to(key.dtype).contiguous(),
@@ -147,18 +145,12 @@ def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)
 
 
-def _positions(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Row of the packed tensor of every place of the padded one, `[B, T]`; places past a sequence's end point at its end."""
-    places = cu_seqlens[:-1, None] + torch.arange(length, device=cu_seqlens.device)
-    return torch.minimum(places, cu_seqlens[1:, None]).long()
-
-
 def _pad(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
     """Packed `[total, ...]` to `[B, length, ...]`, zeros behind every sequence."""
     with_zero = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    places = _positions(cu_seqlens, length)
-    past = torch.arange(length, device=x.device) >= cu_seqlens.diff()[:, None]
-    return with_zero[places.masked_fill(past, x.shape[0])]
+    place = torch.arange(length, device=x.device)
+    rows = (cu_seqlens[:-1, None] + place).long()
+    return with_zero[rows.masked_fill(place >= cu_seqlens.diff()[:, None], x.shape[0])]
 
 
 def _unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:

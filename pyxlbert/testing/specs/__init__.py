@@ -1,6 +1,7 @@
 """The description of every op's inputs, by name."""
 
 from pyxlbert.testing.specs import (
+    attention,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
@@ -10,6 +11,7 @@ from pyxlbert.testing.specs import (
 )
 
 _MODULES = (
+    attention,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,

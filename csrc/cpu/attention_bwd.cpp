@@ -1,0 +1,526 @@
+// Attention, backward.  Scores are computed again from q, k and the saved lse:
+//     P = exp(S - lse), dP = dO V^T, dS = P * (dP - delta) with delta_i = dO_i . O_i,
+//     dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS.
+//
+// A task owns a run of key blocks of one (sequence, head).  A block's keys, values and their gradients stay in
+// the second-level cache while the tiles of queries pass by; dQ is accumulated in memory of Tq x D floats.
+// The three sums over keys or queries take P and dS from where they are: a transposed A costs nothing
+// (gemm_tile.h), and bfloat16 rows are interleaved in pairs over their own scores.
+//
+// Determinism: dK and dV of a block belong to one task.  Runs of key blocks, and groups of planes that
+// share a broadcast bias, are cut by size alone; each has its own partial sums, added in order at the end.
+#include "../workspace.h"
+#include "attention_rows.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+constexpr std::int64_t kTile = 48, kBlock = 256;
+constexpr std::int64_t kScoreStride = kBlock + 32;
+
+// How the work is cut; nothing in it depends on the number of threads.
+struct Plan {
+    std::int64_t planes, blocks;
+    std::int64_t parts;    // runs of key blocks
+    std::int64_t slices;   // planes that share no element of dbias with another slice
+    std::int64_t members;  // planes of a slice
+    std::int64_t groups;   // runs of members, each with partial sums of its own
+    bool sums_bias;        // dbias is summed; otherwise each of its elements is written once
+    std::int64_t bias_queries, bias_keys, bias_partials, bias_slice;
+
+    std::int64_t units, unit_stride, columns, query_rows;
+    std::int64_t dquery, delta, tile, keys, task;  // floats of scratch
+};
+
+PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+template <class U>
+PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
+    constexpr std::int64_t enough_tasks = 32, most_parts = 8, blocks_a_part = 2, most_groups = 16;
+    const AttentionInputs& in = a.in;
+    Plan p;
+    p.planes = in.batch * in.heads;
+    p.blocks = ceil_divide(in.keys, kBlock);
+    p.slices = p.planes;
+    p.members = p.groups = 1;
+    p.sums_bias = false;
+    p.bias_queries = p.bias_keys = p.bias_slice = 0;
+    if (a.dbias != nullptr) {
+        const std::int64_t* shape = a.bias_shape;
+        p.slices = shape[0] * shape[1];
+        p.members = p.planes / p.slices;
+        p.bias_queries = shape[2];
+        p.bias_keys = shape[3];
+        p.bias_slice = shape[2] * shape[3];
+        p.sums_bias = p.members > 1 || shape[2] != in.queries || shape[3] != in.keys;
+        // Partial sums take no more memory than the queries do.
+        if (p.sums_bias) {
+            const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
+            p.groups = larger(1, smaller(smaller(room, most_groups), p.members));
+        }
+    }
+    p.parts = larger(
+        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
+    // A bias that is the same for all keys is summed over the parts too.
+    p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
+
+    p.units = ceil_divide(in.head_size, U::pair);
+    p.unit_stride = round_to(p.units, W);
+    p.columns = round_to(in.head_size, W);
+    p.query_rows = round_to(in.queries, 2);
+    p.dquery = p.query_rows * p.columns;
+    p.delta = round_to(in.queries, 16);
+    p.tile = kTile * (2 * kScoreStride + 2 * p.unit_stride + 2 * p.columns);
+    p.keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
+    p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
+    return p;
+}
+
+template <class T>
+PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, float scale) {
+    std::int64_t c = 0;
+    for (; c + W <= d; c += W) store(target + c, load(source + c) * set1(scale));
+    if (c < d) store(target + c, load(source + c) * set1(scale), static_cast<int>(d - c));
+}
+
+template <class T>
+PYXLBERT_INLINE void zero_rows(T* target, std::int64_t stride, std::int64_t rows, std::int64_t d) {
+    for (std::int64_t r = 0; r < rows; ++r) __builtin_memset(static_cast<void*>(target + r * stride), 0, d * sizeof(T));
+}
+
+template <class T>
+PYXLBERT_INLINE void store_scores(T* target, const float* source, std::int64_t n) {
+    std::int64_t j = 0;
+    for (; j + W <= n; j += W) store(target + j, load(source + j));
+    if (j < n) store(target + j, load(source + j), static_cast<int>(n - j));
+}
+
+// exp(scale * s - lse) * norm of one row.
+struct Exponent {
+    Vec scale, minus_lse, log2_norm;
+
+    // Elements j .. of the row, zero from n on.
+    PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
+        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(kLog2e), log2_norm));
+        return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
+    }
+};
+
+template <class T, class U>
+struct Backward {
+    const AttentionBwd& a;
+    const Plan& plan;
+    const Dropout dropout;
+    const bool terms;
+    float *delta, *log2_norm, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv, *undropped,
+        *own_dquery;
+
+    PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
+        : a(arguments),
+          plan(p),
+          dropout(make_dropout(arguments.in.dropout_p, arguments.in.seed, Tag::attention)),
+          terms(has_terms(arguments.in)) {
+        const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
+            float* taken = scratch;
+            scratch += floats;
+            return taken;
+        };
+        delta = take(p.delta);
+        log2_norm = take(p.delta);
+        scores = take(kTile * kScoreStride);
+        dp = take(kTile * kScoreStride);
+        q = take(kTile * p.unit_stride);
+        dout = take(kTile * p.unit_stride);
+        q_values = take(kTile * p.columns);
+        dout_values = take(kTile * p.columns);
+        k = take(kBlock * p.unit_stride);
+        v = take(kBlock * p.unit_stride);
+        k_values = take(kBlock * p.columns);
+        dk = take((kBlock + kStripRows) * p.columns);
+        dv = take((kBlock + kStripRows) * p.columns);
+        undropped = take(kScoreStride);
+        own_dquery = scratch;
+    }
+
+    PYXLBERT_INLINE const T* dout_of(const Plane<T>& p, std::int64_t b, std::int64_t h) const {
+        const AttentionTensor& x = a.dout;
+        return static_cast<const T*>(x.data) + (a.in.cu_seqlens != nullptr ? p.q_first * x.row : b * x.batch) +
+               h * x.head;
+    }
+
+    // delta_i = dO_i . O_i
+    PYXLBERT_INLINE void sum_rows(const Plane<T>& p, const T* dout_rows, std::int64_t h) {
+        const std::int64_t d = a.in.head_size, stride = a.in.heads * d;
+        const T* out = static_cast<const T*>(a.out) + p.q_first * stride + h * d;
+        for (std::int64_t i = 0; i < p.queries; ++i, out += stride) {
+            const T* gradient = dout_rows + i * a.dout.row;
+            Vec sum = zero();
+            std::int64_t c = 0;
+            for (; c + W <= d; c += W) sum = fma(load(gradient + c), load(out + c), sum);
+            if (c < d)
+                sum = fma(load(gradient + c, static_cast<int>(d - c)), load(out + c, static_cast<int>(d - c)), sum);
+            delta[i] = reduce_add(sum);
+        }
+    }
+
+    PYXLBERT_INLINE Exponent exponent_of(const Plane<T>& p, std::int64_t i) const {
+        return {set1(terms ? 1.0f : a.in.scale), set1(-a.lse[p.lse_first + i]), set1(log2_norm[i])};
+    }
+
+    PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
+        const std::int64_t stride = plan.unit_stride;
+        pack_rows<T, U>(source, row_stride, rows, a.in.head_size, target, stride, stride);
+        if (rows % 2 != 0)
+            for (std::int64_t u = 0; u < stride; u += W) store(target + rows * stride + u, zero());
+    }
+
+    PYXLBERT_INLINE void pack_keys(const Plane<T>& p, std::int64_t j0, std::int64_t n) {
+        pack_transposed<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, W), a.in.head_size, k,
+                              plan.unit_stride);
+    }
+
+    // S of the packed queries and keys.
+    PYXLBERT_INLINE void multiply_keys(const float* rows_a, const float* keys_b, float* target, std::int64_t even,
+                                       std::int64_t n) {
+        multiply<U, false>({rows_a, plan.unit_stride}, {keys_b, plan.unit_stride * W, W}, plan.units, nullptr, 0,
+                           {target, kScoreStride}, even, ceil_divide(n, W));
+    }
+
+    // exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys
+    // (a row whose bias is finfo.min throughout).  The weights of a plane that has such rows are summed first, so
+    // that their sum can be divided out.
+    void normalise(const Plane<T>& p) {
+        constexpr float large = 64.0f;
+        const float* lse = a.lse + p.lse_first;
+        const auto inexact = [&](std::int64_t i) PYXLBERT_LAMBDA {
+            const float size = lse[i] < 0.0f ? -lse[i] : lse[i];
+            return size >= large && size < kInfinity;
+        };
+        bool any = false;
+        for (std::int64_t i = 0; i < p.queries; ++i) {
+            log2_norm[i] = delta[i] = 0.0f;
+            any |= inexact(i);
+        }
+        if (!any) return;
+        for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
+            const std::int64_t n = smaller(kBlock, p.keys - j0);
+            pack_keys(p, j0, n);
+            for (std::int64_t q0 = 0; q0 < p.queries; q0 += kTile) {
+                const std::int64_t rows = smaller(kTile, p.queries - q0);
+                pack_queries(p.q + q0 * p.q_stride, p.q_stride, rows, q);
+                multiply_keys(q, k, scores, round_to(rows, 2), n);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    float* s = scores + r * kScoreStride;
+                    const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                    if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
+                    const Exponent exponent = exponent_of(p, q0 + r);
+                    Vec sum = zero();
+                    for (std::int64_t j = 0; j < visible; j += W) sum += exponent.weight(s, j, visible);
+                    delta[q0 + r] += reduce_add(sum);
+                }
+            }
+        }
+        for (std::int64_t i = 0; i < p.queries; ++i)
+            if (inexact(i)) log2_norm[i] = -__builtin_log2f(delta[i]);
+    }
+
+    // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds
+    // all keys, delta is summed here from P and dP: dO . O has the rounding of O in it.
+    PYXLBERT_INLINE void differentiate(const Plane<T>& p, float* s, float* g, std::int64_t i, std::int64_t j0,
+                                       std::int64_t n, std::int64_t end, bool one_block) {
+        if (terms) add_terms(a.in, p, s, i, j0, n);
+        const Exponent exponent = exponent_of(p, i);
+        const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA { return exponent.weight(s, j, n); };
+        // Lanes past the visible keys of dP may be anything, so they are dropped rather than multiplied.
+        const auto visible = [&](std::int64_t j, Vec x)
+                                 PYXLBERT_LAMBDA { return j + W <= n ? x : keep_first(x, static_cast<int>(n - j)); };
+        const Vec row_delta = set1(delta[i]);
+        if (!one_block && !dropout.active) {
+            for (std::int64_t j = 0; j < n; j += W) {
+                const Vec w = weight(j);
+                store(g + j, visible(j, w * (load(g + j) - row_delta)));
+                store(s + j, w);
+            }
+        } else {
+            Vec sum = zero();
+            if (dropout.active) {
+                for (std::int64_t j = 0; j < n; j += 4 * W) {
+                    VecU words[4];
+                    dropout_words(dropout, static_cast<std::uint32_t>(j0 + j), static_cast<std::uint32_t>(i), p.plane,
+                                  words);
+#pragma GCC unroll 4
+                    for (int x = 0; x < 4; ++x) {
+                        const std::int64_t at = j + x * W;
+                        if (at >= n) break;
+                        const Vec w = weight(at), dropped = visible(at, drop(dropout, words[x], load(g + at)));
+                        sum = fma(w, dropped, sum);
+                        store(g + at, w * (dropped - (one_block ? zero() : row_delta)));
+                        store(s + at, drop(dropout, words[x], w));
+                        if (one_block) store(undropped + at, w);
+                    }
+                }
+            } else {
+                for (std::int64_t j = 0; j < n; j += W) {
+                    const Vec w = weight(j), product = visible(j, w * load(g + j));
+                    sum += product;
+                    store(g + j, product);
+                    store(s + j, w);
+                }
+            }
+            if (one_block) {
+                const Vec exact = set1(reduce_add(sum));
+                const float* w = dropout.active ? undropped : s;
+                for (std::int64_t j = 0; j < n; j += W) store(g + j, load(g + j) - load(w + j) * exact);
+            }
+        }
+        for (std::int64_t j = round_to(n, W); j < end; j += W) {
+            store(s + j, zero());
+            store(g + j, zero());
+        }
+    }
+
+    // dS of query i into dbias, or into the partial sums of this task.
+    PYXLBERT_INLINE void add_bias_gradient(const Plane<T>& p, const float* g, std::int64_t i, std::int64_t j0,
+                                           std::int64_t n, float* partial) {
+        if (!plan.sums_bias) {
+            const std::int64_t at = (p.plane * plan.bias_queries + i) * plan.bias_keys + j0;
+            if (a.in.bias_dtype == DType::float32)
+                store_scores(static_cast<float*>(a.dbias) + at, g, n);
+            else if (a.in.bias_dtype == DType::bfloat16)
+                store_scores(static_cast<bf16*>(a.dbias) + at, g, n);
+            else
+                store_scores(static_cast<f16*>(a.dbias) + at, g, n);
+            return;
+        }
+        float* row = partial + (plan.bias_queries == 1 ? 0 : i) * plan.bias_keys;
+        if (plan.bias_keys == 1) {
+            Vec sum = zero();
+            for (std::int64_t j = 0; j < n; j += W) sum += load(g + j);  // zero past n
+            *row += reduce_add(sum);
+            return;
+        }
+        row += j0;
+        std::int64_t j = 0;
+        for (; j + W <= n; j += W) store(row + j, load(row + j) + load(g + j));
+        if (j < n) {
+            const int left = static_cast<int>(n - j);
+            store(row + j, load(row + j, left) + load(g + j), left);
+        }
+    }
+
+    // Rows 2 r and 2 r + 1 of P and dS, floats, become: at row 2 r of scores P in pairs along the queries, at
+    // row 2 r + 1 dS in such pairs, and in dp both rows of dS in pairs along the keys.
+    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t even, [[maybe_unused]] std::int64_t end) {
+#if defined(__AVX512BF16__)
+        // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
+        alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i shuffle = _mm512_load_si512(order);
+        const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
+        for (std::int64_t r = 0; r < even; r += 2) {
+            float *s0 = scores + r * kScoreStride, *s1 = s0 + kScoreStride;
+            float *g0 = dp + r * kScoreStride, *g1 = g0 + kScoreStride;
+            for (std::int64_t j = 0; j < end; j += 2 * W) {
+#pragma GCC unroll 2
+                for (std::int64_t x = j; x < j + 2 * W; x += W) {
+                    const __m512i weights = round_pair(load(s0 + x), load(s1 + x));
+                    write(s0 + x, _mm512_permutexvar_epi16(shuffle, weights));
+                    write(s1 + x, _mm512_permutexvar_epi16(shuffle, round_pair(load(g0 + x), load(g1 + x))));
+                }
+                write(g0 + j / 2, round_pair(load(g0 + j), load(g0 + j + W)));
+                write(g1 + j / 2, round_pair(load(g1 + j), load(g1 + j + W)));
+            }
+        }
+#endif
+    }
+
+    void tile(const Plane<T>& p, const T* dout_rows, std::int64_t q0, std::int64_t rows, std::int64_t j0,
+              std::int64_t n, float* dquery, float* bias_partial) {
+        const std::int64_t d = a.in.head_size, even = round_to(rows, 2), end = round_to(n, 2 * W);
+        pack_queries(p.q + q0 * p.q_stride, p.q_stride, rows, q);
+        pack_queries(dout_rows + q0 * a.dout.row, a.dout.row, rows, dout);
+        const float *q_rows = q, *dout_b = dout;
+        if constexpr (U::pair == 2) {
+            pack_values<T, U>(p.q + q0 * p.q_stride, p.q_stride, rows, even, d, q_values, plan.columns);
+            pack_values<T, U>(dout_rows + q0 * a.dout.row, a.dout.row, rows, even, d, dout_values, plan.columns);
+            q_rows = q_values;
+            dout_b = dout_values;
+        }
+        multiply_keys(q, k, scores, even, n);
+        multiply_keys(dout, v, dp, even, n);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
+            const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+            differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
+            if (a.dbias != nullptr) add_bias_gradient(p, g, q0 + r, j0, n, bias_partial);
+        }
+        if (even > rows)
+            for (std::int64_t j = 0; j < end; j += W) {
+                store(scores + rows * kScoreStride + j, zero());
+                store(dp + rows * kScoreStride + j, zero());
+            }
+        // P and dS as transposed A: step i of K is query i, or pair of queries i, of the tile.
+        MatrixA p_transposed = {scores, kScoreStride}, ds_transposed = {dp, kScoreStride};
+        if constexpr (U::pair == 2) {
+            interleave(even, end);
+            p_transposed = {scores, 2 * kScoreStride};
+            ds_transposed = {scores + kScoreStride, 2 * kScoreStride};
+        }
+        const std::int64_t key_rows = round_to(n, 2), steps = even / U::pair, wide = plan.columns / W;
+        multiply<U, true>(p_transposed, {dout_b, W, plan.columns}, steps, dv, plan.columns, {dv, plan.columns},
+                          key_rows, wide);
+        multiply<U, true>(ds_transposed, {q_rows, W, plan.columns}, steps, dk, plan.columns, {dk, plan.columns},
+                          key_rows, wide);
+        float* dq = dquery + q0 * plan.columns;
+        multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns}, ceil_divide(n, U::pair), dq, plan.columns,
+                           {dq, plan.columns}, even, wide);
+    }
+
+    // Key blocks of run `part` of one plane; dquery receives the run's share.
+    void run(std::int64_t plane, std::int64_t part, float* dquery, float* bias_partial) {
+        const AttentionInputs& in = a.in;
+        const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
+        const Plane<T> p = plane_of<T>(in, b, h);
+        const T* dout_rows = dout_of(p, b, h);
+        __builtin_memset(dquery, 0, round_to(p.queries, 2) * plan.columns * sizeof(float));
+        normalise(p);
+        if (p.keys > kBlock) sum_rows(p, dout_rows, h);
+        const std::int64_t stride = in.heads * d;
+        T* dkey = static_cast<T*>(a.dkey) + p.k_first * stride + h * d;
+        T* dvalue = static_cast<T*>(a.dvalue) + p.k_first * stride + h * d;
+        for (std::int64_t block = plan.blocks * part / plan.parts; block < plan.blocks * (part + 1) / plan.parts;
+             ++block) {
+            const std::int64_t j0 = block * kBlock, all = smaller(kBlock, p.all_keys - j0);
+            if (all <= 0) break;
+            const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
+            if (n > 0) {
+                pack_keys(p, j0, n);
+                pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, 2), d, k_values, plan.columns);
+                __builtin_memset(dk, 0, round_to(n, 2) * plan.columns * sizeof(float));
+                __builtin_memset(dv, 0, round_to(n, 2) * plan.columns * sizeof(float));
+                // Causal: query i meets this block from i = j0 - diagonal on.
+                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile * kTile : 0;
+                for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile)
+                    tile(p, dout_rows, q0, smaller(kTile, p.queries - q0), j0, n, dquery, bias_partial);
+            }
+            for (std::int64_t j = 0; j < n; ++j) {
+                store_row(dkey + (j0 + j) * stride, dk + j * plan.columns, d, in.scale);
+                store_row(dvalue + (j0 + j) * stride, dv + j * plan.columns, d, 1.0f);
+            }
+            zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
+            zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
+        }
+    }
+};
+
+// Rows first .. end - 1 of one plane's dQ from `parts` partial sums, `between` floats apart.
+template <class T>
+PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::int64_t plane, const float* dquery,
+                                  std::int64_t parts, std::int64_t between) {
+    const AttentionInputs& in = a.in;
+    const std::int64_t h = plane % in.heads, stride = in.heads * in.head_size;
+    const Plane<T> p = plane_of<T>(in, plane / in.heads, h);
+    T* target = static_cast<T*>(a.dquery) + p.q_first * stride + h * in.head_size;
+    for (std::int64_t i = 0; i < p.queries; ++i) {
+        float* row = const_cast<float*>(dquery) + i * plan.columns;
+        for (std::int64_t part = 1; part < parts; ++part)
+            for (std::int64_t c = 0; c < plan.columns; c += W)
+                store(row + c, load(row + c) + load(row + part * between + c));
+        store_row(target + i * stride, row, in.head_size, in.scale);
+    }
+}
+
+// The planes of slice `slice`, in order: member m of a bias that is broadcast over batch, heads or both.
+PYXLBERT_INLINE std::int64_t member_plane(const AttentionBwd& a, std::int64_t slice, std::int64_t m) {
+    if (a.dbias == nullptr) return slice;
+    const std::int64_t batches = a.in.batch, heads = a.in.heads;
+    const bool one_batch = a.bias_shape[0] == 1, one_head = a.bias_shape[1] == 1;
+    if (one_batch && one_head) return m;
+    if (one_batch) return m * heads + slice;
+    if (one_head) return slice * heads + m;
+    static_cast<void>(batches);
+    return slice;
+}
+
+template <class T, class U>
+void backward(const AttentionBwd& a) {
+    const AttentionInputs& in = a.in;
+    const Plan plan = make_plan<U>(a);
+    const std::int64_t tasks = plan.slices * plan.groups * plan.parts;
+    constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
+    const std::int64_t work = plan.planes * in.queries * (in.keys + 1) * in.head_size;
+    const int team = static_cast<int>(larger(1, smaller(in.threads, work / worth_a_thread)));
+    const std::int64_t shared_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
+    const std::int64_t partial = plan.slices * plan.bias_slice, all_partials = plan.bias_partials * partial;
+    float* scratch = static_cast<float*>(workspace(Slot::tile, team * plan.task * sizeof(float)));
+    float* shared = nullptr;
+    if (shared_dquery + all_partials > 0)
+        shared = static_cast<float*>(workspace(Slot::shared, (shared_dquery + all_partials + W) * sizeof(float)));
+    float* partials = shared + shared_dquery;
+    const std::int64_t bias_bytes = element_size(in.bias_dtype);
+
+#pragma omp parallel num_threads(team)
+    {
+        Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
+        if (a.dbias != nullptr) {
+            // Keys that no query sees get no gradient, and nobody else writes there.
+            char* target = static_cast<char*>(plan.sums_bias ? static_cast<void*>(partials) : a.dbias);
+            const std::int64_t bytes = plan.sums_bias ? all_partials * 4 : partial * bias_bytes;
+            constexpr std::int64_t chunk = 1 << 16;
+#pragma omp for schedule(static)
+            for (std::int64_t at = 0; at < bytes; at += chunk)
+                __builtin_memset(target + at, 0, smaller(chunk, bytes - at));
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t task = 0; task < tasks; ++task) {
+            const std::int64_t part = task % plan.parts, group = task / plan.parts % plan.groups;
+            const std::int64_t slice = task / plan.parts / plan.groups;
+            float* bias_partial = nullptr;
+            if (plan.sums_bias) {
+                const std::int64_t set = plan.bias_keys == 1 ? group * plan.parts + part : group;
+                bias_partial = partials + set * partial + slice * plan.bias_slice;
+            }
+            for (std::int64_t m = plan.members * group / plan.groups; m < plan.members * (group + 1) / plan.groups;
+                 ++m) {
+                const std::int64_t plane = member_plane(a, slice, m);
+                float* dquery =
+                    plan.parts == 1 ? worker.own_dquery : shared + (plane * plan.parts + part) * plan.dquery;
+                worker.run(plane, part, dquery, bias_partial);
+                if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
+            }
+        }
+        if (plan.parts > 1) {
+#pragma omp for schedule(dynamic, 1)
+            for (std::int64_t plane = 0; plane < plan.planes; ++plane)
+                store_dquery<T>(a, plan, plane, shared + plane * plan.parts * plan.dquery, plan.parts, plan.dquery);
+        }
+        if (plan.sums_bias) {
+            constexpr std::int64_t chunk = 1 << 12;
+#pragma omp for schedule(static)
+            for (std::int64_t at = 0; at < partial; at += chunk) {
+                const std::int64_t n = smaller(chunk, partial - at);
+                for (std::int64_t set = 1; set < plan.bias_partials; ++set) {
+                    const float* other = partials + set * partial + at;
+                    for (std::int64_t j = 0; j < n; ++j) partials[at + j] += other[j];
+                }
+                if (in.bias_dtype == DType::float32)
+                    store_scores(static_cast<float*>(a.dbias) + at, partials + at, n);
+                else if (in.bias_dtype == DType::bfloat16)
+                    store_scores(static_cast<bf16*>(a.dbias) + at, partials + at, n);
+                else
+                    store_scores(static_cast<f16*>(a.dbias) + at, partials + at, n);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void attention_bwd(const AttentionBwd& arguments) {
+    with_element(arguments.in.dtype,
+                 [&](auto element, auto unit) { backward<decltype(element), decltype(unit)>(arguments); });
+}
+
+}  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -1,0 +1,294 @@
+// The matrix product under the attention kernels: one micro-kernel, and the packers that feed it.
+//
+// Everything is counted in 32-bit units.  A unit is a float, or, where the processor multiplies bfloat16
+// pairs (VDPBF16PS), two bfloat16 that are neighbours along the summed dimension; then that dimension
+// has half as many steps and nothing else changes.
+//
+//     C [rows, 16 n] = I + A [rows, K] B [K, 16 n]     (16 stands for W, the lanes of a vector)
+//
+// A is read one unit at a time and broadcast, row-major or transposed, from anywhere in memory.
+// B is read a vector at a time: vector n of step k lies at b + n * b_stride + k * k_stride.  Two layouts
+// occur: sub-panels [n][K][W] (keys, transposed by pack_transposed) and rows [K][columns] (values).
+// I is null for zero, C to accumulate, or any other address with a row stride of its own: a
+// relative-position band whose row stride is one less than its width adds its skew this way for free.
+#pragma once
+#include "simd.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kStripRows = 6, kStripVectors = 4;  // 24 of 32 registers hold C
+#else
+constexpr int kStripRows = 6, kStripVectors = 2;  // 12 of 16
+#endif
+
+constexpr PYXLBERT_INLINE std::int64_t round_to(std::int64_t n, std::int64_t step) {
+    return (n + step - 1) / step * step;
+}
+
+struct FloatUnit {
+    static constexpr int pair = 1;
+    static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16PairUnit {
+    static constexpr int pair = 2;
+    static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) {
+        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+    }
+};
+#endif
+
+// The unit in which elements of type T are multiplied at this level.
+template <class T>
+struct UnitOf {
+    using Type = FloatUnit;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct UnitOf<bf16> {
+    using Type = Bf16PairUnit;
+};
+#endif
+
+struct MatrixA {
+    const float* data;
+    std::int64_t stride;  // between rows, or between steps of K when transposed
+};
+struct MatrixB {
+    const float* data;
+    std::int64_t vector_stride, k_stride;
+};
+struct MatrixC {
+    float* data;
+    std::int64_t stride;
+};
+
+template <class U, bool kTransposed, int R, int N>
+PYXLBERT_INLINE void micro_kernel(const float* a, std::int64_t a_stride, const float* b, std::int64_t vector_stride,
+                                  std::int64_t k_stride, std::int64_t k_steps, const float* init,
+                                  std::int64_t init_stride, float* c, std::int64_t c_stride) {
+    Vec sum[R][N];
+    if (init == nullptr) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[r][n] = zero();
+    } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[r][n] = load(init + r * init_stride + n * W);
+    }
+    for (std::int64_t k = 0; k < k_steps; ++k) {
+        Vec row[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) row[n] = load(b + n * vector_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Vec x = set1(kTransposed ? a[r] : a[r * a_stride]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[r][n] = U::multiply_add(sum[r][n], x, row[n]);
+        }
+        a += kTransposed ? a_stride : 1;
+        b += k_stride;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(c + r * c_stride + n * W, sum[r][n]);
+}
+
+// All strips of rows against N vectors of B, which stay in the first-level cache.
+template <class U, bool kTransposed, int N>
+__attribute__((noinline)) void strips(MatrixA a, const float* b, std::int64_t vector_stride, std::int64_t k_stride,
+                                      std::int64_t k_steps, const float* init, std::int64_t init_stride, MatrixC c,
+                                      std::int64_t rows) {
+    for (std::int64_t r = 0; r < rows; r += kStripRows) {
+        const float* ar = a.data + (kTransposed ? r : r * a.stride);
+        const float* ir = init == nullptr ? nullptr : init + r * init_stride;
+        float* cr = c.data + r * c.stride;
+        const std::int64_t left = rows - r;
+        if (left > 4)
+            micro_kernel<U, kTransposed, 6, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                               c.stride);
+        else if (left > 2)
+            micro_kernel<U, kTransposed, 4, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                               c.stride);
+        else
+            micro_kernel<U, kTransposed, 2, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                               c.stride);
+    }
+}
+
+// C = I + A B.  `rows` is even: an odd last row has a neighbour in A and C that belongs to nobody.
+template <class U, bool kTransposed>
+PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init, std::int64_t init_stride,
+                              MatrixC c, std::int64_t rows, std::int64_t vectors) {
+    for (std::int64_t n = 0; n < vectors;) {
+        const std::int64_t left = vectors - n;
+        // Five vectors as three and two: a lone vector leaves half of the multipliers idle.
+        const int take = left > kStripVectors + 1    ? kStripVectors
+                         : left == kStripVectors + 1 ? (kStripVectors + 2) / 2
+                                                     : static_cast<int>(left);
+        const float* bn = b.data + n * b.vector_stride;
+        const float* in = init == nullptr ? nullptr : init + n * W;
+        const MatrixC cn = {c.data + n * W, c.stride};
+        switch (take) {
+            case 1:
+                strips<U, kTransposed, 1>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                break;
+            case 2:
+                strips<U, kTransposed, 2>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                break;
+            case 3:
+                if constexpr (kStripVectors > 2)
+                    strips<U, kTransposed, 3>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                break;
+            default:
+                if constexpr (kStripVectors > 3)
+                    strips<U, kTransposed, 4>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+        }
+        n += take;
+    }
+}
+
+// r[i][j] becomes r[j][i].
+PYXLBERT_INLINE void transpose(Vec r[W]) {
+#if defined(__AVX512F__)
+    Vec t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    const auto low = [](Vec a, Vec b) PYXLBERT_LAMBDA {
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+    const auto high = [](Vec a, Vec b) PYXLBERT_LAMBDA {
+        return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = low(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = high(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = low(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = high(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+#elif defined(__AVX2__)
+    Vec t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+#else
+    for (int i = 0; i < W; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float x = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = x;
+        }
+#endif
+}
+
+// The packers read n rows of d elements, stride apart, and never an element past either.
+
+// Units unit .. unit + W - 1 of a row, zero past its d elements.
+template <class T, class U>
+PYXLBERT_INLINE Vec load_units(const T* row, std::int64_t unit, std::int64_t d) {
+    const std::int64_t left = d - unit * U::pair;
+#if defined(__AVX512BF16__)
+    if constexpr (U::pair == 2) {
+        const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, row + unit * 2));
+    }
+#endif
+    if (left >= W) return load(row + unit);
+    return left > 0 ? load(row + unit, static_cast<int>(left)) : zero();
+}
+
+// A: rows as units, [n][stride], zero from d to k_units.
+template <class T, class U>
+PYXLBERT_INLINE void pack_rows(const T* source, std::int64_t row_stride, std::int64_t n, std::int64_t d, float* target,
+                               std::int64_t target_stride, std::int64_t k_units) {
+    for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t u = 0; u < k_units; u += W)
+            store(target + i * target_stride + u, load_units<T, U>(source + i * row_stride, u, d));
+}
+
+// B, transposed: sub-panels of W rows, [n / W][k_units][W]; rows from n to padded (a multiple of W) are zero.
+template <class T, class U>
+__attribute__((noinline)) void pack_transposed(const T* source, std::int64_t row_stride, std::int64_t n,
+                                               std::int64_t padded, std::int64_t d, float* target,
+                                               std::int64_t k_units) {
+    for (std::int64_t r = 0; r < padded; r += W, target += k_units * W)
+        for (std::int64_t u = 0; u < k_units; u += W) {
+            Vec block[W];
+            const bool full = r + W <= n && (u + W) * U::pair <= d;
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                block[i] = full        ? load_units<T, U>(source + (r + i) * row_stride, u, (u + W) * U::pair)
+                           : r + i < n ? load_units<T, U>(source + (r + i) * row_stride, u, d)
+                                       : zero();
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) store(target + (u + i) * W, block[i]);
+        }
+}
+
+// B, in rows: [padded / pair][columns], two rows interleaved to a unit; zero past n rows and d columns.
+template <class T, class U>
+__attribute__((noinline)) void pack_values(const T* source, std::int64_t row_stride, std::int64_t n,
+                                           std::int64_t padded, std::int64_t d, float* target, std::int64_t columns) {
+    for (std::int64_t j = 0; j < padded; j += U::pair, target += columns) {
+        const T* row = source + j * row_stride;
+        for (std::int64_t c = 0; c < columns; c += W) {
+            const int left = static_cast<int>(d - c);
+#if defined(__AVX512BF16__)
+            if constexpr (U::pair == 2) {
+                const __mmask16 lanes = first_lanes(left);
+                const __m256i first = _mm256_maskz_loadu_epi16(j < n ? lanes : 0, row + c);
+                const __m256i second = _mm256_maskz_loadu_epi16(j + 1 < n ? lanes : 0, row + row_stride + c);
+                const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+                store(target + c, _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(first), high)));
+                continue;
+            }
+#endif
+            store(target + c, j >= n ? zero() : left >= W ? load(row + c) : left > 0 ? load(row + c, left) : zero());
+        }
+    }
+}
+
+}  // namespace
+}  // namespace pyxlbert::PYXLBERT_LEVEL
