@@ -1,0 +1,22 @@
+"""Modules: they hold parameters, under the names Hugging Face gives them, and call one op each."""
+
+from __future__ import annotations
+
+from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
+from pyxlbert.nn.embeddings import Embeddings
+from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm
+from pyxlbert.nn.layout import TokenLayout
+from pyxlbert.nn.linear import Linear, LinearActivation
+from pyxlbert.nn.self_attention import SelfAttention
+
+__all__ = [
+    "ACTIVATIONS",
+    "DropoutAddLayerNorm",
+    "Embeddings",
+    "LayerNorm",
+    "Linear",
+    "LinearActivation",
+    "SelfAttention",
+    "TokenLayout",
+    "activation_kind",
+]

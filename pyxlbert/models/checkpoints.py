@@ -1,0 +1,181 @@
+"""Hugging Face model directories: reading and writing files, and the names of tensors in them.
+
+Nothing here builds a model. A directory is read and checked completely before anyone gets a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+
+
+def require_file(directory: str | Path, name: str) -> Path:
+    """The path of a file that must be there.
+
+    Raises:
+        FileNotFoundError: the directory or the file is missing.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; models are read from local directories only")
+    path = directory / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing in {directory}")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: the file does not hold one.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, wanted a JSON object")
+    return values
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` at the end and removed on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, BadZipFile) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path} is not a whole file of weights alone: {reason}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a dictionary of tensors")
+    return dict(state)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_shards(index_path: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index_path} has no weight_map")
+    for shard in weight_map.values():
+        # Names are judged under both systems' rules. Links are left alone: download caches are made of them.
+        parts = (PurePosixPath(str(shard)), PureWindowsPath(str(shard)))
+        if not isinstance(shard, str) or any(p.is_absolute() or p.drive or ".." in p.parts for p in parts):
+            raise ValueError(f"{index_path} names the shard {shard!r}, which is outside its directory")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not (index_path.parent / shard).is_file():
+            raise FileNotFoundError(f"{index_path} names the shard {shard!r}, which is missing")
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors = _read_file(index_path.parent / shard)
+        for name in (name for name, place in weight_map.items() if place == shard):
+            if name not in tensors:
+                raise ValueError(f"{index_path} places {name!r} in the shard {shard!r}, which does not hold it")
+            state[name] = tensors[name]
+    return state
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory, under the names in its files.
+
+    ``model.safetensors`` is preferred to its sharded form (``model.safetensors.index.json``), and both to
+    ``pytorch_model.bin`` and its sharded form. Pickled files are read with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: the directory has no weights, or an index names a shard that is not there.
+        ValueError: a file is truncated or corrupt, or an index leads outside the directory.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; models are read from local directories only")
+    for name in WEIGHTS:
+        if (directory / name).is_file():
+            return _read_file(directory / name)
+        if (directory / f"{name}.index.json").is_file():
+            return _read_shards(directory / f"{name}.index.json")
+    wanted = ", ".join(form for name in WEIGHTS for form in (name, f"{name}.index.json"))
+    raise FileNotFoundError(f"no weights in {directory}: wanted one of {wanted}")
+
+
+def write_weights(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors``; the file appears whole or not at all. No two tensors may share memory."""
+    from safetensors.torch import save_file
+
+    own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with whole_file(Path(directory) / "model.safetensors") as path:
+        save_file(own, path, metadata={"format": "pt"})
+
+
+def own_names(theirs: Iterable[str], *, base: str, base_parts: Iterable[str], headed: bool) -> dict[str, str | None]:
+    """The name that each tensor of a checkpoint has in our model.
+
+    Args:
+        theirs: names in the checkpoint.
+        base: what a model with a head calls its encoder, such as ``"bert"``.
+        base_parts: the encoder's own top-level names.
+        headed: whether our model has a head, and so the prefix.
+
+    Returns:
+        Their name to ours; None for buffers that we have no use for.
+
+    Raises:
+        ValueError: two names lead to the same one.
+    """
+    theirs = list(theirs)
+    prefix = f"{base}."
+    prefixed = any(name.startswith(prefix) for name in theirs)
+    names: dict[str, str | None] = {}
+    taken: dict[str, str] = {}
+    for name in theirs:
+        if name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
+            names[name] = None
+            continue
+        ours = re.sub(r"(LayerNorm|layer_norm)\.gamma$", r"\1.weight", name)
+        ours = re.sub(r"(LayerNorm|layer_norm)\.beta$", r"\1.bias", ours)
+        if not headed:
+            ours = ours.removeprefix(prefix)
+        elif not prefixed and ours.split(".")[0] in base_parts:
+            ours = prefix + ours
+        if ours in taken:
+            raise ValueError(f"the checkpoint holds both {taken[ours]!r} and {name!r}, which are the same weight")
+        names[name] = ours
+        taken[ours] = name
+    return names

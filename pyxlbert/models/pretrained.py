@@ -1,0 +1,267 @@
+"""The base of models that live in Hugging Face directories: loading, saving, initialisation, checkpointing."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyxlbert.models import checkpoints
+from pyxlbert.models.config import ModelConfig
+
+_NAMED_AT_MOST = 8  # names in a message; the rest are counted
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMED_AT_MOST])
+    return shown if len(names) <= _NAMED_AT_MOST else f"{shown} and {len(names) - _NAMED_AT_MOST} more"
+
+
+class PretrainedModel(torch.nn.Module):
+    """A model with a configuration that can be read from and written to a Hugging Face directory.
+
+    Attributes:
+        config: its configuration.
+        loading_info: what `from_pretrained` found: ``missing_keys`` (set to fresh values) and ``unexpected_keys``
+            (left out). None for a model that was not loaded.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    base_model_prefix: ClassVar[str]
+    #: The encoder's own top-level names, and those of them without which a checkpoint is refused.
+    base_parts: ClassVar[tuple[str, ...]]
+    required_parts: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"config: got {type(config).__name__}, wanted {self.config_class.__name__}")
+        config.validate()
+        self.config = config
+        self.loading_info: dict[str, list[str]] | None = None
+
+    # Structure
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        """The encoder: this model itself when it has no head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the parameters hold, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def tied_names(self) -> dict[str, str]:
+        """Names in the state dict that are the same tensor as another name: the second's name for each."""
+        return {}
+
+    def tie_weights(self) -> None:
+        """Make the tied parameters one tensor again, after something has replaced one of them."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each layer in the backward pass instead of keeping what it made.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False here
+                unless given.
+        """
+        self.base_model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep what the layers make for the backward pass again."""
+        self.base_model.checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return self.base_model.checkpointing is not None
+
+    # Initialisation
+
+    def init_weights(self) -> None:
+        """Set every parameter to a fresh value."""
+        for name, _ in self.named_parameters():
+            self._init_parameter(name)
+
+    @torch.no_grad()
+    def _init_parameter(self, name: str) -> None:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.get_submodule(owner_name)
+        parameter = getattr(owner, leaf)
+        if isinstance(owner, torch.nn.LayerNorm):
+            parameter.fill_(1.0 if leaf == "weight" else 0.0)
+        elif leaf == "bias":
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, self.config.initializer_range)
+            if isinstance(owner, torch.nn.Embedding) and owner.padding_idx is not None:
+                parameter[owner.padding_idx].zero_()
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        config: ModelConfig | None = None,
+        dtype: torch.dtype | str | None = "auto",
+        output_loading_info: bool = False,
+        **overrides: Any,
+    ) -> Self | tuple[Self, dict[str, list[str]]]:
+        """A model in evaluation mode, read from a local Hugging Face directory.
+
+        A checkpoint of the bare encoder loads into a model with a head, and the other way round. Everything is read
+        and checked before a model is made. Weights of the encoder must all be there; a pooler or head that is missing
+        gets fresh values, tensors that have no place here are left out, and both are reported, once, as a warning.
+
+        Args:
+            directory: holds ``config.json`` and the weights.
+            config: used in place of ``config.json``.
+            dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's.
+            output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
+            overrides: fields of the configuration to replace, such as ``num_labels=3``; also ``add_pooling_layer``
+                where the constructor takes it.
+
+        Returns:
+            The model, with `output_loading_info` the pair (model, info). The model also carries it as `loading_info`.
+
+        Raises:
+            FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing.
+            ValueError: a file is corrupt, a field of the configuration cannot be honoured, an encoder weight is
+                missing, or a tensor has the wrong shape.
+        """
+        model_options = {name: overrides.pop(name) for name in cls._constructor_options() if name in overrides}
+        if config is None:
+            config = cls.config_class.from_pretrained(directory, **overrides)
+        elif overrides:
+            raise ValueError(f"config: given together with {', '.join(overrides)}; set the fields on the configuration")
+        found = checkpoints.read_weights(directory)
+        with torch.device("meta"):
+            model = cls(config, **model_options)
+        tensors, unexpected, untied = model._place(found)
+        if untied:
+            # The checkpoint was trained untied, whatever its configuration says: as transformers does, believe it.
+            warnings.warn(
+                f"{_listed(untied)} in {directory} differ from what they are tied to: left untied", stacklevel=2
+            )
+            config.tie_word_embeddings = False
+            with torch.device("meta"):
+                model = cls(config, **model_options)
+            tensors, unexpected, _ = model._place(found)
+        dtype = cls._choose_dtype(dtype, config, tensors)
+        wanted = model._untied_parameters()
+        missing = [name for name in wanted if name not in tensors]
+        cls._check_tensors(tensors, wanted, missing, directory)
+
+        for name, parameter in wanted.items():
+            if name in tensors:
+                value = tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            else:
+                value = torch.empty(parameter.shape, dtype=dtype)
+            owner_name, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner_name), leaf, torch.nn.Parameter(value, parameter.requires_grad))
+        model.tie_weights()
+        for name in missing:
+            model._init_parameter(name)
+        config.dtype = str(dtype).removeprefix("torch.")
+        model.loading_info = {"missing_keys": sorted(missing), "unexpected_keys": sorted(unexpected)}
+        cls._report(model.loading_info, directory)
+        model.eval()
+        return (model, model.loading_info) if output_loading_info else model
+
+    @classmethod
+    def _constructor_options(cls) -> tuple[str, ...]:
+        return ()
+
+    def _place(self, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        """The checkpoint's tensors under our names, names without a place, and tied weights that differ."""
+        headed = self.base_model is not self
+        ours = checkpoints.own_names(found, base=self.base_model_prefix, base_parts=self.base_parts, headed=headed)
+        tensors = {own: found[name] for name, own in ours.items() if own is not None}
+        tied = self.tied_names()
+        differing = []
+        for name, same in tied.items():
+            if name in tensors:
+                value = tensors.pop(name)
+                if name.endswith(".weight") and same in tensors and not torch.equal(value, tensors[same]):
+                    differing.append(name)
+                # Where an old file disagrees with itself about a bias, this is the one that was computed with.
+                tensors[same] = value
+        places = set(self._untied_parameters())
+        unexpected = [name for name, own in ours.items() if own is not None and own not in places and own not in tied]
+        return {name: value for name, value in tensors.items() if name in places}, unexpected, differing
+
+    def _untied_parameters(self) -> dict[str, Tensor]:
+        tied = self.tied_names()
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if name not in tied}
+
+    @classmethod
+    def _check_tensors(
+        cls, tensors: dict[str, Tensor], wanted: dict[str, Tensor], missing: list[str], directory: str | Path
+    ) -> None:
+        prefix = f"{cls.base_model_prefix}."
+        required = [n for n in missing if n.removeprefix(prefix).split(".")[0] in cls.required_parts]
+        if required:
+            raise ValueError(f"the checkpoint in {directory} lacks weights of the encoder: {_listed(required)}")
+        wrong = [
+            f"{name}: got shape {list(tensors[name].shape)}, wanted {list(parameter.shape)}"
+            for name, parameter in wanted.items()
+            if name in tensors and tensors[name].shape != parameter.shape
+        ]
+        if wrong:
+            raise ValueError(f"the checkpoint in {directory} does not fit its configuration: {_listed(wrong)}")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: got {tensor.dtype} in {directory}, wanted a floating-point dtype")
+
+    @staticmethod
+    def _choose_dtype(dtype: torch.dtype | str | None, config: ModelConfig, tensors: dict[str, Tensor]) -> torch.dtype:
+        if dtype in ("auto", None):
+            dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype!r}, wanted 'auto' or a floating-point torch dtype")
+        return dtype
+
+    @classmethod
+    def _report(cls, info: dict[str, list[str]], directory: str | Path) -> None:
+        parts = []
+        if info["missing_keys"]:
+            parts.append(f"not in the checkpoint, set to fresh values: {_listed(info['missing_keys'])}")
+        if info["unexpected_keys"]:
+            parts.append(f"in the checkpoint, without a place here: {_listed(info['unexpected_keys'])}")
+        if parts:
+            warnings.warn(f"{cls.__name__} from {directory}: {'; '.join(parts)}", stacklevel=3)
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        return self._untied_parameters()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json``, which `transformers` reads back.
+
+        Tied tensors are written once. Each file appears whole or not at all.
+
+        Args:
+            directory: made if need be.
+        """
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        checkpoints.write_weights(directory, self._tensors_to_save())
+        config.save_pretrained(directory)

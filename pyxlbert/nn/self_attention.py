@@ -1,0 +1,106 @@
+"""Multi-head self-attention with separate query, key and value projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyxlbert.nn.layout import TokenLayout
+from pyxlbert.nn.linear import Linear
+from pyxlbert.ops.attention import attention
+
+
+class SelfAttention(torch.nn.Module):
+    """``softmax(q kᵀ / √D) v`` for every head, with q, k and v projected from one input.
+
+    Args:
+        hidden_size: length of a row.
+        num_attention_heads: H; the head size is D = hidden_size / H.
+        dropout_p: probability that an attention weight is dropped while training.
+
+    Shape:
+        x ``[B, T, E]`` or packed ``[total, E]``, and the same out.
+
+    Raises:
+        ValueError: the number of heads does not divide the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        if num_attention_heads < 1 or hidden_size % num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: got {num_attention_heads}, wanted a divisor of hidden_size {hidden_size}"
+            )
+        self.num_attention_heads = num_attention_heads
+        self.head_size = hidden_size // num_attention_heads
+        self.dropout_p = dropout_p
+        self.query = Linear(hidden_size, hidden_size)
+        self.key = Linear(hidden_size, hidden_size)
+        self.value = Linear(hidden_size, hidden_size)
+        # What `pyxlbert.pack` attaches, outside parameters and state dict: from x [..., E] it makes one buffer
+        # [..., 3E] of query, key and value, or returns None where it must not be used.
+        self.fused_projection: Callable[[Tensor], Tensor | None] | None = None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each ``[..., H, D]``; slices of one buffer when the projections are fused."""
+        heads = (self.num_attention_heads, self.head_size)
+        fused = self.fused_projection(x) if self.fused_projection is not None else None
+        if fused is not None:
+            return fused.view(*x.shape[:-1], 3, *heads).unbind(-3)
+        return tuple(layer(x).view(*x.shape[:-1], *heads) for layer in (self.query, self.key, self.value))
+
+    def forward(self, x: Tensor, layout: TokenLayout, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: the rows.
+            layout: where they lie, with the masks.
+            output_attentions: also return the weights, which holds a Tq×Tk tensor per head.
+
+        Returns:
+            The mixed values, shaped as x, and the weights ``[B, H, T, T]`` or None.
+        """
+        query, key, value = self.project(x)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if output_attentions:
+            mixed, weights = self._with_weights(query, key, value, layout, dropout_p)
+            return mixed.flatten(-2), weights
+        mixed = attention(
+            query,
+            key,
+            value,
+            cu_seqlens=layout.cu_seqlens,
+            max_seqlen=layout.max_seqlen,
+            attention_mask=layout.attention_mask,
+            bias=layout.bias,
+            dropout_p=dropout_p,
+        )
+        return mixed.flatten(-2), None
+
+    def _with_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value = (layout.restore(x) for x in (query, key, value))  # [B, T, H, D]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = torch.einsum("bihd,bjhd->bhij", query, key).to(wide) * self.head_size**-0.5
+        if layout.bias is not None:
+            scores = scores + layout.bias
+        tokens = layout.tokens(query.device)
+        mask = tokens[:, None, None, :] if tokens is not None else layout.attention_mask
+        if mask is not None:
+            # A finite number and a product, so that a row that may attend nothing is zeros and has no NaN gradient.
+            scores = scores.masked_fill(~mask, torch.finfo(wide).min)
+        weights = torch.softmax(scores, dim=-1)
+        if mask is not None:
+            weights = weights * mask
+        if tokens is not None:
+            weights = weights * tokens[:, None, :, None]
+        weights = F.dropout(weights, dropout_p).to(value.dtype)
+        mixed = torch.einsum("bhij,bjhd->bihd", weights, value)
+        return layout.take(mixed), weights
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"

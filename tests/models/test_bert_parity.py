@@ -1,0 +1,283 @@
+"""BertModel and every head against transformers: random small configurations, forward and all gradients."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from pyxlbert import models
+from pyxlbert.testing import compare
+from pyxlbert.testing.pairwise import pairwise_cases, uncovered_pairs
+
+OPTIONS = {
+    "head": [
+        "BertModel",
+        "BertForPreTraining",
+        "BertForMaskedLM",
+        "BertForNextSentencePrediction",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+        "BertForMultipleChoice",
+    ],
+    "mask": ["none", "right", "holes", "dense"],
+    "heads": [(1, 8), (3, 8), (2, 17), (4, 16)],  # number, size
+    "shape": [(1, 1), (2, 7), (3, 12), (1, 33)],  # B, T
+    "hidden_act": ["gelu", "gelu_new", "relu", "silu"],
+    "num_hidden_layers": [0, 1, 3],
+    "intermediate_size": [1, 24, 65],
+    "types": [1, 2, 5],  # 1: not given
+    "pad_token_id": [0, None, 3],
+    "output": ["last", "hidden_states", "attentions"],
+    "position_ids": [False, True],
+    "inputs_embeds": [False, True],
+    "labels": [False, True],
+    "tie_word_embeddings": [True, False],
+    "layer_norm_eps": [1e-12, 1e-5],
+    "checkpointing": [False, True],
+}
+SEED = 2
+COUNT = 400 if os.environ.get("PYXLBERT_TEST_ALL") == "1" else 40
+CASES = pairwise_cases(OPTIONS, seed=SEED, count=COUNT)
+POOLED = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+)
+VOCAB, POSITIONS = 53, 40
+
+
+def test_the_cases_are_a_covering() -> None:
+    assert uncovered_pairs(OPTIONS, CASES) == 0
+
+
+def classification(case: dict[str, Any], index: int) -> dict[str, Any]:
+    if case["head"] == "BertForSequenceClassification":
+        return [
+            {"num_labels": 1},
+            {"num_labels": 3, "problem_type": "regression"},
+            {"num_labels": 4},
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+        ][index % 4]
+    return {"num_labels": 5} if case["head"] == "BertForTokenClassification" else {}
+
+
+def random_mask(
+    kind: str, batch: int, length: int, heads: int, pooled: bool, g: torch.Generator
+) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    if kind == "right":
+        lengths = torch.randint(1, length + 1, (batch, 1), generator=g)
+        return (torch.arange(length) < lengths).long()
+    if kind == "holes":
+        mask = torch.rand(batch, length, generator=g) < 0.6
+        if pooled:
+            mask[:, 0] = True  # transformers pools the first place even when it is padding
+        mask[:, -1] |= ~mask.any(1)
+        return mask if torch.rand((), generator=g) < 0.5 else mask.float()
+    allowed = torch.rand(batch, length, length, generator=g) < 0.6
+    allowed |= torch.eye(length, dtype=torch.bool)
+    form = int(torch.randint(3, (), generator=g))
+    if form == 0:
+        return allowed.long()
+    if form == 1:
+        return allowed[:, None]
+    return torch.randn(batch, heads, length, length, generator=g).masked_fill(~allowed[:, None], -math.inf)
+
+
+def random_arguments(case: dict[str, Any], config: models.BertConfig, g: torch.Generator) -> dict[str, torch.Tensor]:
+    batch, length = case["shape"]
+    head, heads = case["head"], case["heads"][0]
+    choices = 3 if head == "BertForMultipleChoice" else 1
+    mask = case["mask"] if choices == 1 or case["mask"] != "dense" else "holes"
+    rows = batch * choices
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=g)
+
+    arguments: dict[str, torch.Tensor | None] = {
+        "attention_mask": random_mask(mask, rows, length, heads, head in POOLED, g),
+        "token_type_ids": integers(case["types"], rows, length) if case["types"] > 1 else None,
+        "position_ids": integers(POSITIONS, rows, length) if case["position_ids"] else None,
+    }
+    if case["inputs_embeds"]:
+        arguments["inputs_embeds"] = torch.randn(rows, length, config.hidden_size, generator=g)
+    else:
+        arguments["input_ids"] = integers(VOCAB, rows, length)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if head == "BertForMultipleChoice":
+        given = {name: value.unflatten(0, (batch, choices)) for name, value in given.items()}
+    if case["labels"]:
+        given |= random_labels(head, config, given, batch, length, choices, g)
+    return given
+
+
+def random_labels(head, config, given, batch, length, choices, g) -> dict[str, torch.Tensor]:
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=g)
+
+    mask = given.get("attention_mask")
+    tokens = mask.bool() if mask is not None and mask.dim() == 2 else torch.ones(batch, length, dtype=torch.bool)
+    some = tokens & (torch.rand(batch, length, generator=g) < 0.7)
+    some[0, tokens[0].long().argmax()] = True
+    if head in ("BertForPreTraining", "BertForMaskedLM"):
+        labels = {"labels": integers(VOCAB, batch, length).masked_fill(~some, -100)}
+        return labels | ({"next_sentence_label": integers(2, batch)} if head == "BertForPreTraining" else {})
+    if head == "BertForTokenClassification":
+        return {"labels": integers(config.num_labels, batch, length).masked_fill(~some, -100)}
+    if head == "BertForNextSentencePrediction":
+        return {"labels": integers(2, batch)}
+    if head == "BertForMultipleChoice":
+        return {"labels": integers(choices, batch)}
+    if head == "BertForQuestionAnswering":
+        return {
+            "start_positions": tokens.long().argmax(1),
+            "end_positions": length - 1 - tokens.long().flip(1).argmax(1),
+        }
+    if head == "BertForSequenceClassification":
+        if config.num_labels == 1:
+            return {"labels": torch.randn(batch, generator=g)}
+        if config.problem_type == "regression":
+            return {"labels": torch.randn(batch, config.num_labels, generator=g)}
+        if config.problem_type == "multi_label_classification":
+            return {"labels": integers(2, batch, config.num_labels).float()}
+        return {"labels": integers(config.num_labels, batch)}
+    return {}
+
+
+def for_transformers(arguments: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating-point arguments in the oracle's dtype, masks of 3 and 4 dimensions as it adds them."""
+    given = dict(arguments)
+    mask = given.get("attention_mask")
+    batched = given.get("inputs_embeds", given.get("input_ids"))
+    choices = batched is not None and batched.dim() == (4 if "inputs_embeds" in given else 3)
+    if mask is not None and not choices and mask.dim() > 2 and not mask.is_floating_point():
+        allowed = mask.bool() if mask.dim() == 4 else mask.bool()[:, None]
+        given["attention_mask"] = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+
+
+def named_outputs(output: Any, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Every output tensor but the loss; what stands at padding is set to zero, ours and theirs alike."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in output.items():
+        if name in ("hidden_states", "attentions"):
+            found |= {f"{name}.{i}": one for i, one in enumerate(value)}
+        elif name not in ("loss", "cross_attentions"):
+            found[name] = value
+    if tokens is None:
+        return found
+    for name, value in found.items():
+        real = tokens
+        if name.startswith("attentions"):
+            real = tokens[:, None, :, None]
+        elif value.dim() == 3:
+            real = tokens[..., None]
+        elif value.shape != tokens.shape or ("start" not in name and "end" not in name):
+            continue
+        found[name] = torch.where(real, value, 0.0)
+    return found
+
+
+def loss_of(output: Any, arguments: dict[str, torch.Tensor], tokens: torch.Tensor | None) -> torch.Tensor | None:
+    """The oracle's loss. Where there is padding, its span logits must not take part: ours have none there."""
+    if tokens is None or "start_positions" not in arguments:
+        return output.get("loss")
+    losses = [
+        F.cross_entropy(logits.masked_fill(~tokens, -math.inf), places)
+        for logits, places in (
+            (output.start_logits, arguments["start_positions"]),
+            (output.end_logits, arguments["end_positions"]),
+        )
+    ]
+    return sum(losses) / 2
+
+
+def run(model, arguments, case, tokens, cotangents, oracle: bool) -> dict[str, torch.Tensor]:
+    """Outputs, loss and the gradients of a random linear functional of them plus the loss."""
+    model.zero_grad()
+    arguments = dict(arguments)
+    if "inputs_embeds" in arguments:
+        arguments["inputs_embeds"] = arguments["inputs_embeds"].detach().requires_grad_()
+    options = {f"output_{case['output']}": True} if case["output"] != "last" else {}
+    output = model(**arguments, **options)
+    results = named_outputs(output, tokens)
+    loss = loss_of(output, arguments, tokens) if oracle else output.get("loss")
+    total = (
+        sum((results[name] * g.to(results[name].dtype)).sum() for name, g in cotangents.items()) if cotangents else 0.0
+    )
+    if loss is not None:
+        results["loss"] = loss
+        total = total + loss
+    if cotangents:
+        total.backward()
+        results |= {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if "inputs_embeds" in arguments:
+            results["d inputs_embeds"] = arguments["inputs_embeds"].grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def pair_of_models(case: dict[str, Any], index: int, g: torch.Generator):
+    heads, size = case["heads"]
+    fields = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": POSITIONS,
+        "hidden_size": heads * size,
+        "num_attention_heads": heads,
+        "type_vocab_size": case["types"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **classification(case, index),
+    }
+    names = ("hidden_act", "num_hidden_layers", "intermediate_size", "pad_token_id", "tie_word_embeddings")
+    fields |= {name: case[name] for name in (*names, "layer_norm_eps")}
+    theirs = getattr(transformers, case["head"])(transformers.BertConfig(**fields, attn_implementation="eager"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape, generator=g)
+            norm = "LayerNorm.weight" in name
+            parameter.copy_(
+                1 + 0.2 * noise if norm else noise * (0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
+            )
+    ours = getattr(models, case["head"])(models.BertConfig(**fields))
+    if not case["tie_word_embeddings"] and hasattr(theirs, "cls") and hasattr(theirs.cls, "predictions"):
+        # Untied, transformers keeps a second bias that it never reads; ours is one.
+        theirs.cls.predictions.bias = theirs.cls.predictions.decoder.bias
+    ours.load_state_dict(theirs.state_dict())
+    if case["checkpointing"]:
+        ours.gradient_checkpointing_enable()
+    return theirs.train(), ours.train()
+
+
+@pytest.mark.parametrize("index", range(COUNT))
+def test_parity(index: int) -> None:
+    case = CASES[index]
+    g = torch.Generator().manual_seed(index)
+    theirs, ours = pair_of_models(case, index, g)
+    arguments = random_arguments(case, ours.config, g)
+    mask = arguments.get("attention_mask")
+    padded = mask is not None and mask.dim() == (3 if case["head"] == "BertForMultipleChoice" else 2)
+    tokens = mask.bool().reshape(-1, mask.shape[-1]) if padded else None
+
+    plain_arguments = for_transformers(arguments, torch.float32)
+    probe = run(theirs, plain_arguments, case, tokens, {}, oracle=True)
+    cotangents = {name: torch.randn(value.shape, generator=g) for name, value in probe.items() if name != "loss"}
+    plain = run(theirs, plain_arguments, case, tokens, cotangents, oracle=True)
+    truth = run(theirs.double(), for_transformers(arguments, torch.float64), case, tokens, cotangents, oracle=True)
+    result = run(ours, arguments, case, tokens, cotangents, oracle=False)
+
+    # A gradient may be a sum that cancels (a key bias has none in exact arithmetic): the largest of all scales it.
+    largest = max((float(value.abs().max()) for name, value in truth.items() if name.startswith("d ")), default=0.0)
+    assert set(result) == set(truth)
+    for name, value in truth.items():
+        terms = largest if name.startswith("d ") else None
+        compare.within_budget(f"{name} of {case}", result[name], plain[name], value, terms=terms)

@@ -1,0 +1,116 @@
+"""Configurations: defaults, round trips and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+from pyxlbert.models import BertConfig, BertForQuestionAnswering, BertModel
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    ours, theirs = BertConfig().to_dict(), transformers.BertConfig().to_dict()
+    shared = set(ours) & set(theirs) - {"id2label", "label2id"}
+    assert {"hidden_size", "layer_norm_eps", "tie_word_embeddings", "pad_token_id", "model_type"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_round_trip_keeps_unknown_keys(tmp_path) -> None:
+    written = {
+        "model_type": "bert",
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "colour": {"a": [1]},
+        "use_cache": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = BertConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "again")
+    read = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name: read[name] for name in written} == written
+    assert BertConfig.from_pretrained(tmp_path / "again") == config
+
+
+def test_old_and_new_names_of_the_dtype() -> None:
+    assert BertConfig.from_dict({"torch_dtype": "float16"}).dtype == "float16"
+    assert BertConfig.from_dict({"torch_dtype": "float16", "dtype": "bfloat16"}).dtype == "bfloat16"
+
+
+def test_labels() -> None:
+    assert BertConfig().num_labels == 2
+    config = BertConfig.from_dict({"id2label": {"0": "no", "1": "yes", "2": "maybe"}, "label2id": {"no": 0}})
+    assert config.num_labels == 3
+    assert config.id2label[2] == "maybe"
+    assert BertConfig.from_dict(config.to_dict(), num_labels=4).num_labels == 4
+    assert BertConfig.from_dict(BertConfig(num_labels=7).to_dict()).num_labels == 7
+
+
+def test_transformers_reads_what_we_write(tmp_path) -> None:
+    config = BertConfig(hidden_size=24, num_attention_heads=2, num_labels=5, hidden_act="relu", pad_token_id=None)
+    config.save_pretrained(tmp_path)
+    theirs = transformers.BertConfig.from_pretrained(tmp_path)
+    assert (theirs.hidden_size, theirs.num_labels, theirs.hidden_act, theirs.pad_token_id) == (24, 5, "relu", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("is_decoder", True),
+        ("add_cross_attention", True),
+        ("position_embedding_type", "relative_key"),
+        ("is_encoder_decoder", True),
+        ("pruned_heads", {"0": [1]}),
+        ("quantization_config", {"bits": 4}),
+        ("model_type", "roberta"),
+        ("hidden_act", "softmax"),
+        ("hidden_act", None),
+        ("num_attention_heads", 7),
+        ("num_attention_heads", 0),
+        ("hidden_size", 12.0),
+        ("vocab_size", True),
+        ("num_hidden_layers", -1),
+        ("hidden_dropout_prob", 1.5),
+        ("hidden_dropout_prob", -0.1),
+        ("attention_probs_dropout_prob", float("nan")),
+        ("attention_probs_dropout_prob", None),
+        ("classifier_dropout", 2),
+        ("layer_norm_eps", -1e-5),
+        ("layer_norm_eps", "tiny"),
+        ("pad_token_id", 30522),
+        ("pad_token_id", -1),
+        ("type_vocab_size", 0),
+        ("problem_type", "clustering"),
+        ("num_labels", 0),
+    ],
+)
+def test_a_field_that_cannot_be_honoured_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        BertConfig.from_dict({name: value})
+
+
+def test_a_changed_field_is_checked_when_a_model_is_made() -> None:
+    config = BertConfig(hidden_size=24, num_attention_heads=2)
+    config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        BertModel(config)
+
+
+def test_question_answering_has_two_labels() -> None:
+    with pytest.raises(ValueError, match="num_labels"):
+        BertForQuestionAnswering(BertConfig(num_labels=3))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_a_broken_file_is_named(tmp_path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        BertConfig.from_pretrained(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        BertConfig.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="bert-base-uncased"):
+        BertConfig.from_pretrained("bert-base-uncased")
