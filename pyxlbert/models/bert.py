@@ -305,14 +305,12 @@ class BertModel(BertPreTrainedModel):
             self._check_device("cu_seqlens", cu_seqlens, tokens.device)
             layout = TokenLayout.from_cu_seqlens(cu_seqlens, tokens.shape[0], max_seqlen)
         else:
-            batch, length = tokens.shape[:2]
-            if position_ids is None and length > config.max_position_embeddings:
-                raise ValueError(
-                    f"{given}: got {length} tokens a row, wanted at most max_position_embeddings "
-                    f"{config.max_position_embeddings}"
-                )
             self._check_device("attention_mask", attention_mask, tokens.device)
-            layout = TokenLayout.from_mask(attention_mask, batch, length)
+            layout = TokenLayout.from_mask(attention_mask, *tokens.shape[:2])
+        longest = layout.max_seqlen if layout.length is None else layout.length
+        if position_ids is None and longest > config.max_position_embeddings:
+            most = config.max_position_embeddings
+            raise ValueError(f"{given}: got {longest} tokens a row, wanted at most max_position_embeddings {most}")
 
         weight_dtype = self.embeddings.word_embeddings.weight.dtype
         stream_dtype = torch.float32 if weight_dtype in LOW_PRECISION and config.residual_in_fp32 else weight_dtype
@@ -321,9 +319,8 @@ class BertModel(BertPreTrainedModel):
         product_dtype = torch.get_autocast_dtype(device_type) if autocast else weight_dtype
         copy_dtype = None if product_dtype == stream_dtype else product_dtype
 
-        x, residual = self._embed(
-            input_ids, inputs_embeds, token_type_ids, position_ids, layout, stream_dtype, copy_dtype
-        )
+        ids = (input_ids, inputs_embeds, token_type_ids, position_ids)
+        x, residual = self._embed(*ids, layout, stream_dtype, copy_dtype)
 
         def public(x: Tensor, residual: Tensor) -> Tensor:
             return x if x.dtype == weight_dtype else residual.to(weight_dtype)
@@ -398,11 +395,8 @@ class BertModel(BertPreTrainedModel):
             if not inputs_embeds.is_floating_point():
                 raise TypeError(f"inputs_embeds: got {inputs_embeds.dtype}, wanted a floating-point dtype")
             hidden = self.config.hidden_size
-            given, tokens, wanted = (
-                "inputs_embeds",
-                inputs_embeds,
-                f"[total, {hidden}]" if packed else f"[B, T, {hidden}]",
-            )
+            given, tokens = "inputs_embeds", inputs_embeds
+            wanted = f"[total, {hidden}]" if packed else f"[B, T, {hidden}]"
             good = inputs_embeds.dim() == (2 if packed else 3) and inputs_embeds.shape[-1] == hidden
         if not good:
             raise ValueError(f"{given}: got shape {list(tokens.shape)}, wanted {wanted}")
@@ -569,8 +563,8 @@ class BertForPreTraining(BertVocabularyModel):
         super().__init__(config)
         self.bert = BertModel(config)
         self.cls = BertHeads(config, masked_lm=True, next_sentence=True)
-        self.init_weights()
         self.tie_weights()
+        self.init_weights("cls.")
 
     def forward(
         self,
@@ -631,8 +625,8 @@ class BertForMaskedLM(BertVocabularyModel):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertHeads(config, masked_lm=True, next_sentence=False)
-        self.init_weights()
         self.tie_weights()
+        self.init_weights("cls.")
 
     def forward(
         self,
@@ -677,7 +671,7 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         super().__init__(config)
         self.bert = BertModel(config)
         self.cls = BertHeads(config, masked_lm=False, next_sentence=True)
-        self.init_weights()
+        self.init_weights("cls.")
 
     def forward(
         self,
@@ -728,7 +722,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         self.bert = BertModel(config)
         self.dropout = nn.Dropout(config.head_dropout_prob)
         self.classifier = Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights("classifier.")
 
     def forward(
         self,
@@ -799,7 +793,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         self.bert = BertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(config.head_dropout_prob)
         self.classifier = Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights("classifier.")
 
     def forward(
         self,
@@ -856,7 +850,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
         self.qa_outputs = Linear(config.hidden_size, config.num_labels)
-        self.init_weights()
+        self.init_weights("qa_outputs.")
 
     def forward(
         self,
@@ -925,7 +919,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
         self.bert = BertModel(config)
         self.dropout = nn.Dropout(config.head_dropout_prob)
         self.classifier = Linear(config.hidden_size, 1)
-        self.init_weights()
+        self.init_weights("classifier.")
 
     def forward(
         self,

@@ -91,10 +91,15 @@ class PretrainedModel(torch.nn.Module):
 
     # Initialisation
 
-    def init_weights(self) -> None:
-        """Set every parameter to a fresh value."""
+    def init_weights(self, within: str = "") -> None:
+        """Set parameters to fresh values.
+
+        Args:
+            within: only those whose name begins like this.
+        """
         for name, _ in self.named_parameters():
-            self._init_parameter(name)
+            if name.startswith(within):
+                self._init_parameter(name)
 
     @torch.no_grad()
     def _init_parameter(self, name: str) -> None:

@@ -421,6 +421,7 @@ BAD = [
     ({"input_ids": torch.full((1, 3), 40)}, "input_ids"),
     ({"input_ids": torch.full((1, 3), -1)}, "input_ids"),
     ({"input_ids": torch.zeros(1, 17, dtype=torch.long)}, "input_ids.*max_position_embeddings"),
+    ({"input_ids": torch.zeros(17).long(), "cu_seqlens": torch.tensor([0, 17]).int()}, "input_ids.*max_position"),
     ({"inputs_embeds": torch.zeros(1, 17, 24)}, "inputs_embeds.*max_position_embeddings"),
     ({"inputs_embeds": torch.zeros(1, 3, 23)}, "inputs_embeds"),
     ({"inputs_embeds": torch.zeros(1, 3, 24, dtype=torch.long)}, "inputs_embeds"),
