@@ -44,6 +44,7 @@ OPTIONS = {
 }
 SEED = 2
 COUNT = 400 if os.environ.get("PYXLBERT_TEST_ALL") == "1" else 40
+QUICK = 5  # of them, in `make quick`
 CASES = pairwise_cases(OPTIONS, seed=SEED, count=COUNT)
 POOLED = (
     "BertModel",
@@ -258,7 +259,7 @@ def pair_of_models(case: dict[str, Any], index: int, g: torch.Generator):
     return theirs.train(), ours.train()
 
 
-@pytest.mark.parametrize("index", range(COUNT))
+@pytest.mark.parametrize("index", [pytest.param(i, marks=pytest.mark.quick if i < QUICK else ()) for i in range(COUNT)])
 def test_parity(index: int) -> None:
     case = CASES[index]
     g = torch.Generator().manual_seed(index)

@@ -9,6 +9,8 @@ import transformers
 
 from pyxlbert.models import BertConfig, BertForQuestionAnswering, BertModel
 
+pytestmark = pytest.mark.quick
+
 
 def test_defaults_are_those_of_transformers() -> None:
     ours, theirs = BertConfig().to_dict(), transformers.BertConfig().to_dict()

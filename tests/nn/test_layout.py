@@ -7,6 +7,8 @@ import torch
 
 from pyxlbert.nn import TokenLayout
 
+pytestmark = pytest.mark.quick
+
 MASKS = [
     torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0]]),
     torch.tensor([[1, 1, 1], [1, 1, 1]]),

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from pyxlbert import nn
 from pyxlbert.testing import compare
 
+pytestmark = pytest.mark.quick
+
 FLOAT32 = compare.tolerances.MODEL_FLOAT32
 
 
