@@ -10,7 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -314,6 +314,8 @@ class BertModel(BertPreTrainedModel):
 
         weight_dtype = self.embeddings.word_embeddings.weight.dtype
         stream_dtype = torch.float32 if weight_dtype in LOW_PRECISION and config.residual_in_fp32 else weight_dtype
+        if layout.bias is not None:
+            layout = replace(layout, bias=layout.bias.to(torch.promote_types(weight_dtype, torch.float32)))
         device_type = tokens.device.type
         autocast = torch.is_autocast_enabled(device_type)
         product_dtype = torch.get_autocast_dtype(device_type) if autocast else weight_dtype

@@ -186,8 +186,18 @@ def test_dense_masks_agree() -> None:
     allowed = (torch.rand(5, 7, 7) < 0.6) | torch.eye(7, dtype=torch.bool)
     wanted = model(IDS, allowed)[0]
     added = torch.zeros(5, 1, 7, 7).masked_fill(~allowed[:, None], -torch.inf)
-    for mask in (allowed.long(), allowed.float(), allowed[:, None], allowed[:, None].int(), added):
+    for mask in (
+        allowed.long(),
+        allowed.float(),
+        allowed[:, None],
+        allowed[:, None].int(),
+        added,
+        added.double(),
+        added.bfloat16(),
+    ):
         compare.close("states", model(IDS, mask)[0], wanted, FLOAT32)
+    half = build().to(torch.bfloat16)
+    compare.same_bits("half", half(IDS, added)[0], half(IDS, added.bfloat16())[0])
     keys = torch.ones(1, 1, 1, 7, dtype=torch.bool)
     compare.close("states", model(IDS, keys)[0], model(IDS)[0], FLOAT32)
 

@@ -260,7 +260,7 @@ def pair_of_models(case: dict[str, Any], index: int, g: torch.Generator):
 
 
 @pytest.mark.parametrize("index", [pytest.param(i, marks=pytest.mark.quick if i < QUICK else ()) for i in range(COUNT)])
-def test_parity(index: int) -> None:
+def test_against_transformers(index: int) -> None:
     case = CASES[index]
     g = torch.Generator().manual_seed(index)
     theirs, ours = pair_of_models(case, index, g)
