@@ -57,7 +57,7 @@ class Embeddings(torch.nn.Module):
         Args:
             input_ids: rows of the word table.
             token_type_ids: rows of the token-type table; zeros by default.
-            position_ids: rows of the position table; by default the place in the last dimension of `input_ids`.
+            position_ids: rows of the position table; by default the place in the row, which packed tokens do not have.
             word_table: rows to look up in place of the word embeddings: this is how ready-made vectors enter, with
                 `input_ids` counting them.
             out_dtype: dtype of y; the tables' by default.

@@ -115,7 +115,7 @@ def test_embeddings() -> None:
     )
     compare.close("packed", packed, wanted, FLOAT32)
     vectors = torch.randn(5, 12)
-    given = module(torch.tensor([4, 1]), word_table=vectors)
+    given = module(torch.tensor([4, 1]), position_ids=torch.arange(2), word_table=vectors)
     wanted = F.layer_norm(vectors[[4, 1]] + tables[1][0] + tables[2][:2], (12,), eps=1e-5)
     compare.close("vectors", given, wanted, FLOAT32)
     y, copy = module(ids, out_dtype=torch.float32, copy_dtype=torch.bfloat16)
