@@ -7,22 +7,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.nn.activations import activation_kind
+from pyxlbert.nn.packing import Packable
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.linear_gelu import linear_gelu
 
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
-class Linear(torch.nn.Linear):
-    """`torch.nn.Linear` computed by the op `linear`.
+
+class Linear(Packable, torch.nn.Linear):
+    """`torch.nn.Linear` computed by the op `linear`, or with packed weights where `pyxlbert.pack` has made them.
 
     Shape:
         x ``[..., in_features]`` to ``[..., out_features]``; any number of rows, none included.
     """
 
+    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+        return (self,)
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        y = self.packed_product(x)
+        return linear(x, self.weight, self.bias) if y is None else y
 
 
-class LinearActivation(torch.nn.Linear):
+class LinearActivation(Packable, torch.nn.Linear):
     """A linear layer and its activation, which for GELU is the epilogue of the matrix product.
 
     Args:
@@ -41,12 +48,16 @@ class LinearActivation(torch.nn.Linear):
         super().__init__(in_features, out_features)
         self.activation = activation_kind(activation)
 
+    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+        return (self,)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            return linear_gelu(x, self.weight, self.bias)
-        if self.activation == "gelu_tanh":
-            return linear_gelu(x, self.weight, self.bias, approximate="tanh")
-        y = linear(x, self.weight, self.bias)
+        approximate = _GELU.get(self.activation)
+        y = self.packed_product(x, approximate)
+        if approximate is not None:
+            return linear_gelu(x, self.weight, self.bias, approximate=approximate) if y is None else y
+        if y is None:
+            y = linear(x, self.weight, self.bias)
         return F.relu(y) if self.activation == "relu" else F.silu(y)
 
     def extra_repr(self) -> str:

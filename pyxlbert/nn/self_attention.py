@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.linear import Linear
+from pyxlbert.nn.packing import Packable
 from pyxlbert.ops.attention import attention
 
 
-class SelfAttention(torch.nn.Module):
+class SelfAttention(Packable):
     """``softmax(q kᵀ / √D) v`` for every head, with q, k and v projected from one input.
 
     Args:
@@ -40,16 +39,16 @@ class SelfAttention(torch.nn.Module):
         self.query = Linear(hidden_size, hidden_size)
         self.key = Linear(hidden_size, hidden_size)
         self.value = Linear(hidden_size, hidden_size)
-        # What `pyxlbert.pack` attaches, outside parameters and state dict: from x [..., E] it makes one buffer
-        # [..., 3E] of query, key and value, or returns None where it must not be used.
-        self.fused_projection: Callable[[Tensor], Tensor | None] | None = None
+
+    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+        return self.query, self.key, self.value
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each ``[..., H, D]``; slices of one buffer when the projections are fused."""
+        """Query, key and value, each ``[..., H, D]``; slices of one buffer when the weights are packed."""
         heads = (self.num_attention_heads, self.head_size)
-        fused = self.fused_projection(x) if self.fused_projection is not None else None
-        if fused is not None:
-            return fused.view(*x.shape[:-1], 3, *heads).unbind(-3)
+        together = self.packed_product(x)
+        if together is not None:
+            return together.view(*x.shape[:-1], 3, *heads).unbind(-3)
         return tuple(layer(x).view(*x.shape[:-1], *heads) for layer in (self.query, self.key, self.value))
 
     def forward(self, x: Tensor, layout: TokenLayout, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:

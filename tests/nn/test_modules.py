@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pyxlbert import nn
+from pyxlbert.nn.packing import pack
 from pyxlbert.testing import compare
 
 pytestmark = pytest.mark.quick
@@ -83,22 +84,33 @@ def test_self_attention() -> None:
         nn.SelfAttention(24, 5)
 
 
-def test_a_fused_projection_is_one_buffer() -> None:
+def test_packed_weights_give_one_buffer() -> None:
     torch.manual_seed(0)
-    module = nn.SelfAttention(24, 3)
-    parts = (module.query, module.key, module.value)
-    weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
-    x = torch.randn(2, 5, 24)
-    layout = nn.TokenLayout.from_mask(None, 2, 5)
-    apart = module(x, layout)[0]
+    module = nn.SelfAttention(384, 12).eval()
+    x, layout = torch.randn(4, 64, 384), nn.TokenLayout.from_mask(None, 4, 64)
     names = set(module.state_dict())
-    module.fused_projection = lambda x: F.linear(x, weight, bias)
-    query, key, value = module.project(x)
+    with torch.no_grad():
+        apart = module(x, layout)[0]
+        pack(module)
+        if module.packed_product(x) is None:
+            pytest.skip("this processor has nothing to gain from packed weights")
+        query, key, value = module.project(x)
+        compare.close("packed", module(x, layout)[0], apart, FLOAT32)
     assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
-    compare.close("fused", module(x, layout)[0], apart, FLOAT32)
+    assert module.query.packed is None, "covered by the common product"
     assert set(module.state_dict()) == names
-    module.fused_projection = lambda x: None
-    compare.same_bits("refused", module(x, layout)[0], apart)
+    with torch.enable_grad():
+        assert module(x, layout)[0].requires_grad
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_packed_feed_forward(activation: str) -> None:
+    torch.manual_seed(0)
+    module = nn.LinearActivation(384, 512, activation).eval()
+    x = torch.randn(4, 64, 384)
+    with torch.no_grad():
+        apart = module(x)
+        compare.close(activation, pack(module)(x), apart, FLOAT32)
 
 
 def test_embeddings() -> None:
