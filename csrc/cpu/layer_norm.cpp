@@ -60,8 +60,10 @@ void forward(const LayerNormFwd& a) {
                       fma((load(row + body) - set1(mean)) * set1(rstd), load(weight + body, tail),
                           load(bias + body, tail)),
                       tail);
-            a.mean[i] = mean;
-            a.rstd[i] = rstd;
+            if (a.mean != nullptr) {
+                a.mean[i] = mean;
+                a.rstd[i] = rstd;
+            }
         }
     }
 }

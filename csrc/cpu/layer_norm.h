@@ -11,8 +11,8 @@ struct LayerNormFwd {
     const void* weight;
     const void* bias;
     void* y;      // [M, N], contiguous
-    float* mean;  // [M]
-    float* rstd;  // [M]
+    float* mean;  // [M], or null: nothing is saved
+    float* rstd;  // [M], or null
     std::int64_t rows, columns, x_stride;
     float eps;
     DType dtype, weight_dtype, bias_dtype;

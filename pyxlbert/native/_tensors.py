@@ -28,6 +28,14 @@ def row_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, torch.empty_like(mean)
 
 
+def empty_statistics(saved: tuple[torch.Tensor, ...], eps: float) -> tuple[torch.Tensor, ...]:
+    """mean and rstd, if there are any, filled with those of rows without a column."""
+    if saved:
+        saved[0].zero_()
+        saved[1].fill_(eps**-0.5 if eps > 0 else float("inf"))
+    return saved
+
+
 def rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """x `[..., N]` as rows of N adjacent elements a fixed stride apart: x itself or a view, copied only if neither is.
 

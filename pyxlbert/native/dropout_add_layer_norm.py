@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, row_statistics, rows
+from pyxlbert.native._tensors import DTYPE, empty_statistics, refusal, row_statistics, rows
 
 supports = refusal
 
@@ -22,23 +22,19 @@ def dropout_add_layer_norm_fwd(
     eps: float,
     copy_dtype: torch.dtype | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """See `pyxlbert.reference.dropout_add_layer_norm.dropout_add_layer_norm_fwd`."""
     source, x_stride = rows(x)
     stream, residual_stride = rows(residual)
     weight, bias = weight.contiguous(), bias.contiguous()
     x_bias = None if x_bias is None else x_bias.contiguous()
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    copy = torch.empty(0, dtype=residual.dtype) if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
-    if save:
-        s = torch.empty_like(y)
-        mean, rstd = row_statistics(x)
-    else:
-        s = torch.empty(0, dtype=residual.dtype)
-        mean, rstd = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
+    outputs = [y] if copy_dtype is None else [y, torch.empty_like(y, dtype=copy_dtype)]
+    saved = (torch.empty_like(y), *row_statistics(x)) if save else ()
     elements, columns = y.numel(), x.shape[-1]
     if elements == 0:
-        return y, copy, s, mean.zero_(), rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
+        empty_statistics(saved[1:], eps)
+        return [*outputs, *saved]
     dtype = DTYPE[x.dtype]
     _C.cpu.dropout_add_layer_norm_fwd(
         source.data_ptr(),
@@ -48,10 +44,10 @@ def dropout_add_layer_norm_fwd(
         bias.data_ptr(),
         0 if seed is None else seed.data_ptr(),
         y.data_ptr(),
-        0 if copy_dtype is None else copy.data_ptr(),
-        s.data_ptr() if save else 0,
-        mean.data_ptr() if save else 0,
-        rstd.data_ptr() if save else 0,
+        0 if copy_dtype is None else outputs[1].data_ptr(),
+        saved[0].data_ptr() if save else 0,
+        saved[1].data_ptr() if save else 0,
+        saved[2].data_ptr() if save else 0,
         elements // columns,
         columns,
         x_stride,
@@ -66,7 +62,7 @@ def dropout_add_layer_norm_fwd(
         dtype if copy_dtype is None else DTYPE[copy_dtype],
         torch.get_num_threads(),
     )
-    return y, copy, s, mean, rstd
+    return [*outputs, *saved]
 
 
 def dropout_add_layer_norm_bwd(

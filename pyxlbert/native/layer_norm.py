@@ -5,30 +5,31 @@ from __future__ import annotations
 import torch
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, row_statistics, rows
+from pyxlbert.native._tensors import DTYPE, empty_statistics, refusal, row_statistics, rows
 
 supports = refusal
 
 
 def layer_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, save: bool
+) -> list[torch.Tensor]:
     """See `pyxlbert.reference.layer_norm.layer_norm_fwd`."""
     source, stride = rows(x)
     weight, bias = weight.contiguous(), bias.contiguous()
     y = torch.empty_like(source) if source is x else torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = row_statistics(x)
-    if y.numel() == 0:
-        return y, mean.zero_(), rstd.fill_(eps**-0.5 if eps > 0 else float("inf"))
+    elements, columns = y.numel(), x.shape[-1]
+    saved = row_statistics(x) if save else ()
+    if elements == 0:
+        return [y, *empty_statistics(saved, eps)]
     _C.cpu.layer_norm_fwd(
         source.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
         y.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        mean.numel(),
-        x.shape[-1],
+        saved[0].data_ptr() if save else 0,
+        saved[1].data_ptr() if save else 0,
+        elements // columns,
+        columns,
         stride,
         eps,
         DTYPE[x.dtype],
@@ -36,7 +37,7 @@ def layer_norm_fwd(
         DTYPE[bias.dtype],
         torch.get_num_threads(),
     )
-    return y, mean, rstd
+    return [y, *saved]
 
 
 def layer_norm_bwd(

@@ -35,13 +35,13 @@ def _fwd_fake(
     copy_dtype: torch.dtype | None,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    copy = residual.new_empty(0) if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
-    s = torch.empty_like(y) if save else residual.new_empty(0)
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    mean = x.new_empty(x.shape[:-1] if save else (0,), dtype=statistics)
-    return y, copy, s, mean, torch.empty_like(mean)
+    outputs = [y] if copy_dtype is None else [y, torch.empty_like(y, dtype=copy_dtype)]
+    if save:
+        mean = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        outputs += [torch.empty_like(y), mean, torch.empty_like(mean)]
+    return outputs
 
 
 def _bwd_fake(
@@ -75,7 +75,7 @@ def _bwd_fake(
 _fwd = OP.define(
     "fwd",
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, Tensor? seed, float eps,"
-    " ScalarType? copy_dtype, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType? copy_dtype, bool save, str backend) -> Tensor[]",
     _fwd_fake,
 )
 _bwd = OP.define(
@@ -103,21 +103,22 @@ class _DropoutAddLayerNorm(OpFunction):
         copy_dtype: torch.dtype | None,
         backend: str,
         backward: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, True, backend)
+    ) -> tuple[Tensor, ...]:
+        return tuple(_fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, True, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, weight, bias, x_bias, ctx.dropout_p, seed, _, copy_dtype, _, ctx.backend = inputs
-        _, copy, s, mean, rstd = output
-        ctx.x_dtype = x.dtype
-        ctx.mark_non_differentiable(s, mean, rstd, *(() if copy_dtype is not None else (copy,)))
+        s, mean, rstd = output[-3:]
+        ctx.x_dtype, ctx.copied = x.dtype, copy_dtype is not None
+        ctx.mark_non_differentiable(s, mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, weight, bias, x_bias, mean, rstd, seed)
 
     @staticmethod
     @single_backward("dropout_add_layer_norm")
-    def backward(ctx: Any, dy: Tensor | None, dy_copy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy_copy = others[0] if ctx.copied else None
         if dy is None and dy_copy is None:
             return (None,) * 11
         s, weight, bias, x_bias, mean, rstd, seed = ctx.saved_tensors
@@ -200,7 +201,8 @@ def dropout_add_layer_norm(
         and (copy_dtype is None or copy_dtype in _COPIES)
     ):
         _check_arguments(x, residual, weight, bias, x_bias, eps, copy_dtype)
-    seed = seed_tensor("dropout_add_layer_norm", seed, dropout_p, x.device)
+    if dropout_p != 0.0 or seed is not None:
+        seed = seed_tensor("dropout_add_layer_norm", seed, dropout_p, x.device)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -209,7 +211,7 @@ def dropout_add_layer_norm(
         or bias.requires_grad
         or (x_bias is not None and x_bias.requires_grad)
     ):
-        y, copy, *_ = apply(
+        outputs = apply(
             _DropoutAddLayerNorm,
             x,
             residual,
@@ -224,8 +226,8 @@ def dropout_add_layer_norm(
             backward_backend(backend),
         )
     else:
-        y, copy, *_ = _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, False, backend)
-    return y if copy_dtype is None else (y, copy)
+        outputs = _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, False, backend)
+    return outputs[0] if copy_dtype is None else (outputs[0], outputs[1])
 
 
 def _check_arguments(

@@ -17,10 +17,13 @@ OP = Op("layer_norm", {"torch": "pyxlbert.reference.layer_norm", "cpu": "pyxlber
 
 
 def _fwd_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, save: bool, backend: str
+) -> list[torch.Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not save:
+        return [y]
+    mean = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return [y, mean, torch.empty_like(mean)]
 
 
 def _bwd_fake(
@@ -38,7 +41,7 @@ def _bwd_fake(
 
 
 _fwd = OP.define(
-    "fwd", "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor)", _fwd_fake
+    "fwd", "(Tensor x, Tensor weight, Tensor bias, float eps, bool save, str backend) -> Tensor[]", _fwd_fake
 )
 _bwd = OP.define(
     "bwd",
@@ -55,7 +58,7 @@ class _LayerNorm(OpFunction):
     def forward(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, backend: str, backward: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _fwd(x, weight, bias, eps, backend)
+        return tuple(_fwd(x, weight, bias, eps, True, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -107,7 +110,7 @@ def layer_norm(
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return apply(_LayerNorm, x, weight, bias, eps, backend, backward_backend(backend))[0]
-    return _fwd(x, weight, bias, eps, backend)[0]
+    return _fwd(x, weight, bias, eps, False, backend)[0]
 
 
 def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:

@@ -24,9 +24,9 @@ def dropout_add_layer_norm_fwd(
     eps: float,
     copy_dtype: torch.dtype | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y `[..., N]` in residual's dtype and its copy in `copy_dtype` (empty if None); where `save`, for backward:
-    the sum s in residual's dtype, its mean and rstd `[...]` in float32 (float64 for float64 input), else empty.
+) -> list[Tensor]:
+    """y `[..., N]` in residual's dtype; unless `copy_dtype` is None its copy in that; where `save`, for backward, the
+    sum s in residual's dtype, its mean and rstd `[...]` in float32 (float64 for float64 input).
 
     s = residual + dropout(x + x_bias) is rounded only when it is stored: y is made of what it was before, the saved
     mean and rstd of what is stored.
@@ -36,13 +36,13 @@ def dropout_add_layer_norm_fwd(
     s = residual + _drop(branch, dropout_p, seed)
     mean, rstd = _statistics(s, eps)
     y = (s - mean[..., None]) * rstd[..., None] * weight + bias
-    copy = y.new_empty(0, dtype=residual.dtype) if copy_dtype is None else _rounded(y, copy_dtype)
+    outputs = [_rounded(y, residual.dtype)]
+    if copy_dtype is not None:
+        outputs.append(_rounded(y, copy_dtype))
     if save:
         stored = _rounded(s, residual.dtype)
-        saved = (stored, *_statistics(stored.to(s.dtype), eps))
-    else:
-        saved = (residual.new_empty(0), mean.new_empty(0), mean.new_empty(0))
-    return _rounded(y, residual.dtype), copy, *saved
+        outputs += [stored, *_statistics(stored.to(s.dtype), eps)]
+    return outputs
 
 
 def dropout_add_layer_norm_bwd(

@@ -31,7 +31,7 @@ def embedding_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[..., N]`; its copy in `copy_dtype` (empty without one); mean and rstd `[...]`."""
     total = _sum(input_ids, word, token_type, position, token_type_ids, position_ids)
-    y, mean, rstd = layer_norm_fwd(total, weight, bias, eps)
+    y, mean, rstd = layer_norm_fwd(total, weight, bias, eps, True)
     if seed is not None:
         y = _drop(y, dropout_p, seed)
     copy = y.new_empty(0, dtype=copy_dtype) if copy_dtype is None else y.to(copy_dtype)

@@ -20,16 +20,25 @@ def test_hand_written_gradient() -> None:
 
 def test_saved_statistics_are_what_the_contract_names() -> None:
     x = torch.randn(4, 9)
-    _, mean, rstd = layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5)
+    _, mean, rstd = layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5, True)
     assert mean.shape == rstd.shape == (4,)
     assert mean.dtype == rstd.dtype == torch.float32
-    again = torch.ops.pyxlbert.layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5, "cpu")
+    again = torch.ops.pyxlbert.layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5, True, "cpu")
     assert [t.shape for t in again] == [x.shape, mean.shape, rstd.shape]
+
+
+def test_nothing_is_saved_without_a_gradient() -> None:
+    x = torch.randn(4, 9)
+    arguments = (x, torch.ones(9), torch.zeros(9), 0.5)
+    with_statistics = torch.ops.pyxlbert.layer_norm_fwd(*arguments, True, "cpu")[0]
+    for backend in ("torch", "cpu"):
+        assert len(torch.ops.pyxlbert.layer_norm_fwd(*arguments, False, backend)) == 1
+    assert torch.equal(torch.ops.pyxlbert.layer_norm_fwd(*arguments, False, "cpu")[0], with_statistics)
 
 
 def test_gradients_that_nobody_wants_are_not_computed() -> None:
     x = torch.randn(4, 9)
-    _, mean, rstd = layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5)
+    _, mean, rstd = layer_norm_fwd(x, torch.ones(9), torch.zeros(9), 0.5, True)
     arguments = (torch.ones_like(x), x, torch.ones(9), torch.zeros(9), mean, rstd, False)
     for dx, dweight, dbias in (layer_norm_bwd(*arguments), torch.ops.pyxlbert.layer_norm_bwd(*arguments, "cpu")):
         assert dx.shape == x.shape
