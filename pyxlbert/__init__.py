@@ -18,10 +18,12 @@ from pyxlbert.ops import (
     linear,
     linear_gelu,
 )
+from pyxlbert.text import SentenceEncoder
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SentenceEncoder",
     "attention",
     "backends",
     "bias_gelu",

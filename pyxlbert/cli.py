@@ -1,0 +1,248 @@
+"""The `pyxlbert` command: `embed` writes sentence vectors, `info` says what this machine has."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+import pyxlbert
+from pyxlbert import backends
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Packages whose versions matter in a report; read from their metadata, so that none is imported.
+_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
+
+# The processor flags that some kernel of ours or of oneDNN asks for, as Linux spells them.
+_FEATURES = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "sve"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: what follows the command's name; None takes the process's own.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which has been printed. Wrong usage exits with 2.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"pyxlbert {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"pyxlbert {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyxlbert", description=pyxlbert.__doc__)
+    parser.add_argument("--version", action="version", version=f"pyxlbert {pyxlbert.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    embed = commands.add_parser(
+        "embed",
+        help="write one vector for each line of a file",
+        description="One text a line, UTF-8; an empty line is an empty text; row i of the output is line i.",
+    )
+    embed.add_argument("file", metavar="FILE", help="the texts, or - for standard input")
+    embed.add_argument(
+        "--model", required=True, metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it"
+    )
+    embed.add_argument(
+        "--out", required=True, metavar="X.npy|X.jsonl", help="a float32 matrix, or a JSON object a line"
+    )
+    embed.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per run of the model (32)")
+    embed.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; the output is float32")
+    embed.add_argument("--pooling", choices=("mean", "cls", "max"), help="instead of the directory's own")
+    embed.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="L",
+        help="a layer (0: embeddings, -1: last), the mean of several (--layers=-2,-1) or a sum (--layers=sum:-2,-1)",
+    )
+    embed.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="divide each vector by its length, or don't, instead of what the directory says",
+    )
+    embed.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
+    embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
+    embed.set_defaults(run=_embed)
+
+    info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
+    info.set_defaults(run=lambda options: print(info_text()))
+    return parser
+
+
+def _layers(text: str) -> int | tuple[str | int, ...]:
+    combine, _, listed = text.rpartition(":")
+    try:
+        layers = [int(part) for part in listed.split(",")]
+    except ValueError:
+        layers = []
+    if combine not in ("", "sum", "mean") or not layers:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a layer such as -2, or several such as sum:-2,-1")
+    return layers[0] if len(layers) == 1 else (combine or "mean", *layers)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    # Everything that can be wrong without the model is found before minutes are spent.
+    out = _output_path(options.out)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size: got {options.batch_size}, wanted at least 1")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads: got {options.threads}, wanted at least 1")
+        torch.set_num_threads(options.threads)
+    texts = read_lines(options.file)
+    encoder = pyxlbert.SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
+    vectors = encoder.encode(
+        texts,
+        batch_size=options.batch_size,
+        normalize=options.normalize,
+        layers=options.layers,
+        pooling=options.pooling,
+        show_progress=options.progress,
+    )
+    with whole_file(out) as file:
+        _WRITERS[out.suffix](file, texts, vectors)
+    print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for "-"; a line ends in LF or CR LF.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not UTF-8; the message has its number.
+    """
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines[-1] == b"":  # what follows the last line end is no line
+        lines.pop()
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            where = "standard input" if name == "-" else name
+            raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return texts
+
+
+def _output_path(name: str) -> Path:
+    path = Path(os.path.realpath(name))  # a link keeps pointing where it did
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out: {name!r} is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: the directory of {name!r} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--out: the directory of {name!r} is not writable")
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` when the block ends, and not at all when it raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_npy(file: BinaryIO, texts: list[str], vectors: np.ndarray) -> None:
+    np.save(file, vectors)
+
+
+def _write_jsonl(file: BinaryIO, texts: list[str], vectors: np.ndarray) -> None:
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"--out: JSON has no number for the values of line {int(finite.argmin()) + 1}, not all finite")
+    for text, vector in zip(texts, vectors, strict=True):
+        # str of a float32 is the shortest text that reads back as the same float32.
+        numbers = ", ".join(map(str, vector))
+        file.write(f'{{"text": {json.dumps(text, ensure_ascii=False)}, "vector": [{numbers}]}}\n'.encode())
+
+
+_WRITERS: dict[str, Callable[[BinaryIO, list[str], np.ndarray], None]] = {".npy": _write_npy, ".jsonl": _write_jsonl}
+
+
+def info_text() -> str:
+    """What `pyxlbert info` prints."""
+    lines = [f"pyxlbert {pyxlbert.__version__}", f"python {platform.python_version()}"]
+    lines += [f"{name} {_version(name)}" for name in _PACKAGES]
+    model, features = processor()
+    lines += ["", f"processor: {model}, {os.cpu_count()} cores", f"features: {' '.join(features) or 'unknown'}"]
+    if backends.unavailable("cpu") is None:
+        from pyxlbert import _C
+
+        lines.append(f"instruction set: {_C.level()} (of {', '.join(_C.levels())})")
+    lines.append(f"threads: {torch.get_num_threads()}")
+    runtimes = openmp_runtimes()
+    lines.append(f"OpenMP runtimes: {', '.join(runtimes) or 'none loaded'}")
+    if len(runtimes) > 1:
+        lines.append("warning: several OpenMP runtimes are loaded; their thread pools compete for the same cores")
+    lines += ["", "backends:"]
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        lines.append(f"  {name:<7}" + ("available" if reason is None else f"missing: {reason}"))
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name and those of its features that matter here, from /proc/cpuinfo (Linux)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine(), []
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    return fields.get("model name", platform.machine()), [name for name in _FEATURES if name in flags]
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP runtimes loaded into this process, as file names (Linux; elsewhere empty)."""
+    try:
+        text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    paths = {columns[5] for line in text.splitlines() if len(columns := line.split(maxsplit=5)) == 6}
+    names = ("libgomp", "libiomp", "libomp")
+    return sorted(name for path in paths if (name := os.path.basename(path)).startswith(names) and ".so" in name)

@@ -1,0 +1,114 @@
+"""`python -m pyxlbert.evaluate stsb --data DIR --model DIR`: a model's score on STS Benchmark's dev pairs.
+
+The score is Spearman's rank correlation, times 100, between the cosine of two sentences' vectors and the similarity
+that people gave the pair. Needs SciPy, and `transformers` for `--compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pyxlbert import SentenceEncoder
+from pyxlbert.cli import DTYPES
+
+# Columns of the tab-separated file: genre, file, year, id, score, sentence 1, sentence 2.
+_SCORE, _FIRST, _SECOND = 4, 5, 6
+
+
+def read_stsb(directory: Path, split: str = "dev") -> tuple[list[str], list[str], np.ndarray]:
+    """The pairs and scores of `sts-<split>.csv`.
+
+    Returns:
+        First sentences, second sentences, scores in float64 from 0 to 5.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: a line has too few columns or a score that is no number.
+    """
+    path = directory / f"sts-{split}.csv"
+    first, second, scores = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
+        columns = line.rstrip("\r").split("\t")  # quotation marks mean nothing in this file
+        try:
+            scores.append(float(columns[_SCORE]))
+            first.append(columns[_FIRST])
+            second.append(columns[_SECOND])
+        except (IndexError, ValueError):
+            raise ValueError(f"{path}: line {number} is not a score and two sentences") from None
+    return first, second, np.array(scores)
+
+
+def spearman(
+    encode: Callable[[Sequence[str]], np.ndarray], first: Sequence[str], second: Sequence[str], scores: np.ndarray
+) -> float:
+    """Spearman's correlation of cosine similarity with `scores`.
+
+    Args:
+        encode: texts to [N, E].
+        first, second: the pairs' sentences.
+        scores: one number a pair.
+    """
+    from scipy.stats import spearmanr
+
+    a, b = (np.asarray(encode(texts), dtype=np.float64) for texts in (first, second))
+    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return float(spearmanr(cosine, scores).statistic)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the evaluation.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m pyxlbert.evaluate", description="Scores on public benchmarks.")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    stsb = tasks.add_parser("stsb", help="sentence similarity: Spearman x 100 on the dev pairs of STS Benchmark")
+    stsb.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with sts-dev.csv")
+    stsb.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model's folder")
+    stsb.add_argument("--split", choices=("dev", "train", "test"), default="dev")
+    stsb.add_argument("--dtype", choices=DTYPES, default="float32")
+    stsb.add_argument("--batch-size", type=int, default=32, metavar="N")
+    stsb.add_argument(
+        "--compare",
+        action="store_true",
+        help="also by transformers: masked mean, in float32 and batches of the same size",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        _stsb(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"evaluate: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _stsb(options: argparse.Namespace) -> None:
+    first, second, scores = read_stsb(options.data, options.split)
+    encoder = SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
+    own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
+    print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100")
+    print(f"  pyxlbert {options.dtype:<12}{100 * own:.4f}")
+    if options.compare:
+        from pyxlbert.demo import transformers_encoder
+
+        reference = transformers_encoder(options.model, encoder.tokenizer.max_length)
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            size = options.batch_size
+            return np.concatenate([reference(texts[start : start + size]) for start in range(0, len(texts), size)])
+
+        peer = spearman(encode, first, second, scores)
+        print(f"  transformers float32 {100 * peer:.4f}")
+        print(f"  difference           {100 * (own - peer):+.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Sentences to vectors: tokenise, run longest first in packed batches, pool, normalise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pyxlbert.models import BertModel
+from pyxlbert.nn.packing import pack
+
+from .pooling import POOLINGS, SentenceModules, pool, read_modules
+from .tokenizer import TextTokenizer
+
+# A progress bar that nobody asked for appears after so many seconds, on a terminal.
+_BAR_DELAY = 2.0
+
+
+class TokenVectors(NamedTuple):
+    """The tokens (or words) of one text, without the special tokens around it.
+
+    Shape: n tokens; `offsets` are character positions in the text, end excluded.
+    """
+
+    tokens: list[str]
+    offsets: np.ndarray  # int64 [n, 2]
+    vectors: np.ndarray  # float32 [n, E]
+
+
+class SentenceEncoder:
+    """A BERT model with its tokenizer and the pooling of its directory. Threads may share one.
+
+    Args:
+        model: a `BertModel`. It is owned from here on: set to evaluation, its weights packed for speed.
+        tokenizer: gives at most as many tokens as the model has positions.
+        modules: what happens after the model; None is mean pooling without normalisation.
+    """
+
+    def __init__(self, model: BertModel, tokenizer: TextTokenizer, modules: SentenceModules | None = None) -> None:
+        self.model = pack(model.eval().requires_grad_(False))
+        self.tokenizer = tokenizer
+        self.modules = SentenceModules() if modules is None else modules
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> SentenceEncoder:
+        """Reads a Hugging Face or sentence-transformers directory.
+
+        Args:
+            directory: a model's folder. With `modules.json` its pooling, dense layers and normalisation are followed;
+                without it texts are mean-pooled.
+            dtype: of the model's weights and products; vectors are float32 always.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: a file is corrupt or asks for what is not supported; the message names it.
+            TypeError: `dtype` is not one that models run in.
+        """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16 or torch.float16")
+        modules, folder = read_modules(directory)
+        with warnings.catch_warnings():
+            # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
+            warnings.simplefilter("ignore")
+            model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
+        tokenizer = TextTokenizer.from_directory(folder, model.config.max_position_embeddings)
+        return cls(model, tokenizer, modules)
+
+    @property
+    def size(self) -> int:
+        """The length of a sentence vector, with the directory's own pooling."""
+        return self.modules.size(self.model.config.hidden_size)
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        batch_size: int = 32,
+        normalize: bool | None = None,
+        layers: int | Sequence[Any] | None = None,
+        pooling: str | None = None,
+        token_vectors: bool | str = False,
+        show_progress: bool | None = None,
+    ) -> Any:
+        """One vector a text, or one a token.
+
+        Args:
+            texts: a text or several. A text longer than the tokenizer's limit is cut; an empty one is its special
+                tokens; surrogate code points are read as U+FFFD.
+            batch_size: texts per run of the model; they run longest first, without padding.
+            normalize: divide each vector by its length; None does what the directory's modules say (for token
+                vectors: no).
+            layers: None is the last; an int is that layer, 0 being the embeddings and negatives counting from the
+                top; several ints are averaged; `("sum", -1, -2)` adds them, `("mean", -1, -2)` is the average.
+            pooling: "mean", "cls" or "max"; None is the directory's own, dense layers included.
+            token_vectors: True gives the vectors of the tokens, "word" those of the words (the mean of their pieces).
+            show_progress: a bar on standard error; None shows it on a terminal when the work takes long.
+
+        Shape:
+            A text gives [E], N texts [N, E]; several pooling modes or a dense layer change E as they say.
+
+        Returns:
+            float32 NumPy in the order of the texts; with `token_vectors` a `TokenVectors`, or a list of them.
+
+        Raises:
+            TypeError: an argument, or an item of `texts`, has the wrong type.
+            ValueError: an argument has a value that means nothing; the message names it.
+        """
+        single = isinstance(texts, str)
+        items = [texts] if single else _check_texts(texts)
+        _check_batch_size(batch_size)
+        chosen, combine = _resolve_layers(layers, self.model.config.num_hidden_layers)
+        if pooling is not None and pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
+        if not isinstance(token_vectors, bool) and token_vectors != "word":
+            raise ValueError(f"token_vectors: got {token_vectors!r}, wanted True, False or 'word'")
+        if token_vectors and pooling is not None:
+            raise ValueError(f"pooling: got {pooling!r} with token_vectors, which are not pooled; wanted None")
+        hidden = _Hidden(self.model, chosen, combine)
+        if token_vectors:
+            result: Any = self._tokens(
+                items, hidden, batch_size, bool(normalize), token_vectors == "word", show_progress
+            )
+        else:
+            divide = self.modules.normalize if normalize is None else normalize
+            result = self._sentences(items, hidden, batch_size, divide, pooling, show_progress)
+        return result[0] if single else result
+
+    def _sentences(
+        self,
+        texts: list[str],
+        hidden: _Hidden,
+        batch_size: int,
+        normalize: bool,
+        pooling: str | None,
+        show_progress: bool | None,
+    ) -> np.ndarray:
+        size = self.size if pooling is None else self.model.config.hidden_size
+        result = np.empty((len(texts), size), dtype=np.float32)
+        ids = self.tokenizer.ids(texts)
+        for rows in _longest_first([len(i) for i in ids], batch_size, show_progress):
+            lengths = [len(ids[row]) for row in rows]
+            with torch.inference_mode():
+                x = hidden([ids[row] for row in rows])
+                vectors = self.modules(x, lengths) if pooling is None else pool(x, lengths, (pooling,))
+                if normalize:
+                    vectors = F.normalize(vectors, dim=-1)
+                result[rows] = vectors.cpu().numpy()
+        return result
+
+    def _tokens(
+        self,
+        texts: list[str],
+        hidden: _Hidden,
+        batch_size: int,
+        normalize: bool,
+        words: bool,
+        show_progress: bool | None,
+    ) -> list[TokenVectors]:
+        tokenized = self.tokenizer.tokenize(texts)
+        result: dict[int, TokenVectors] = {}
+        for rows in _longest_first([len(t.ids) for t in tokenized], batch_size, show_progress):
+            with torch.inference_mode():
+                x = hidden([tokenized[row].ids for row in rows]).float()
+                pieces = x.split([len(tokenized[row].ids) for row in rows])
+                for row, vectors in zip(rows, pieces, strict=True):
+                    text = tokenized[row]
+                    keep = np.flatnonzero(~text.special)
+                    tokens, offsets = [text.tokens[i] for i in keep], text.offsets[keep]
+                    vectors = vectors[torch.from_numpy(keep).to(vectors.device)]
+                    if words:
+                        tokens, offsets, vectors = _merge_words(text.text, text.words[keep], offsets, vectors)
+                    if normalize:
+                        vectors = F.normalize(vectors, dim=-1)
+                    result[row] = TokenVectors(tokens, offsets, vectors.cpu().numpy())
+        return [result[row] for row in range(len(texts))]
+
+
+class _Hidden:
+    """Runs the model on packed ids and returns the chosen layer or combination of layers, [total, E]."""
+
+    def __init__(self, model: BertModel, layers: list[int] | None, combine: str) -> None:
+        self.model, self.layers, self.combine = model, layers, combine
+
+    def __call__(self, ids: list[np.ndarray]) -> torch.Tensor:
+        device = next(self.model.parameters()).device
+        lengths = [len(i) for i in ids]
+        cu_seqlens = torch.zeros(len(ids) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=cu_seqlens[1:])
+        output = self.model(
+            input_ids=torch.from_numpy(np.concatenate(ids)).long().to(device),
+            cu_seqlens=cu_seqlens.to(device),
+            max_seqlen=max(lengths),
+            output_hidden_states=self.layers is not None,
+        )
+        if self.layers is None:
+            return output.last_hidden_state
+        first, *rest = (output.hidden_states[layer] for layer in self.layers)
+        total = first.float()
+        for other in rest:
+            total = total + other.float()
+        return total / len(self.layers) if self.combine == "mean" else total
+
+
+def _longest_first(lengths: list[int], batch_size: int, show_progress: bool | None) -> Iterator[list[int]]:
+    """Rows of each batch. Longest first: memory is at its largest at once, and the bar's estimate never grows."""
+    from tqdm import tqdm
+
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    if show_progress is None and len(order) <= batch_size:
+        show_progress = False
+    bar = tqdm(
+        total=len(order),
+        unit="text",
+        delay=_BAR_DELAY if show_progress is None else 0,
+        disable=None if show_progress is None else not show_progress,  # None: unless it is a terminal
+    )
+    with bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            yield rows
+            bar.update(len(rows))
+
+
+def _merge_words(
+    text: str, words: np.ndarray, offsets: np.ndarray, vectors: torch.Tensor
+) -> tuple[list[str], np.ndarray, torch.Tensor]:
+    """Joins neighbouring tokens of one word: its characters, its span, the mean of its vectors."""
+    starts = np.flatnonzero(np.diff(words, prepend=-2))
+    spans = list(pairwise([*starts.tolist(), len(words)]))
+    merged = np.array([(offsets[a, 0], offsets[b - 1, 1]) for a, b in spans], dtype=np.int64).reshape(-1, 2)
+    return [text[start:end] for start, end in merged], merged, pool(vectors, [b - a for a, b in spans])
+
+
+def _check_texts(texts: object) -> list[str]:
+    if isinstance(texts, (bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts: got {type(texts).__name__}, wanted a str or a list of str")
+    items = list(texts)
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            raise TypeError(f"texts: item {index} is {type(item).__name__}, wanted str")
+    return items
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size: got {type(batch_size).__name__}, wanted int")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
+
+
+def _resolve_layers(layers: object, count: int) -> tuple[list[int] | None, str]:
+    """The indices into `hidden_states` (None: the last layer's output) and "mean" or "sum"."""
+    if layers is None:
+        return None, "mean"
+    items = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)) else [layers]
+    combine = items.pop(0) if items and items[0] in ("sum", "mean") else "mean"
+    wanted = f"wanted layers from {-count - 1} to {count} (0 is the embeddings)"
+    if not items:
+        raise ValueError(f"layers: got {layers!r}, which names no layer; {wanted}")
+    for layer in items:
+        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+            raise TypeError(f"layers: got {layers!r}; wanted an int, several, or ('sum', int, ...)")
+        if not -count - 1 <= layer <= count:
+            raise ValueError(f"layers: got {layer}; {wanted}")
+    resolved = [int(layer) % (count + 1) for layer in items]
+    return (None, "mean") if resolved == [count] else (resolved, combine)
