@@ -77,10 +77,16 @@ def ninja_file(output: Path) -> str:
 class NinjaBuild(build_ext):
     """One ninja run: parallel, incremental, flags per file."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # run() of the base class clears `inplace` while it builds.
+        self.in_tree = bool(self.inplace) or self.editable_mode
+
     def build_extension(self, extension: Extension) -> None:
         if sys.platform != "linux":
             raise SystemExit(f"pyxlbert: the native module builds on Linux only, and this is {sys.platform}")
-        build = Path(self.build_temp).resolve()
+        # pip builds an editable install in a temporary folder; here it shares objects with the build in place.
+        build = ROOT / "build" / "in-place" if self.in_tree else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
