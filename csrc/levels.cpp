@@ -3,8 +3,31 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pyxlbert {
 namespace {
+
+#if defined(__x86_64__)
+// The processor has bfloat16 tiles and the system lets this process use them: it must be asked, once.
+bool has_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) return false;
+#if defined(__linux__)
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool supported(Level level) {
     if (level == Level::portable) return true;
@@ -21,6 +44,8 @@ bool supported(Level level) {
         case Level::avx512_bf16:
             return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                    supported(Level::avx512);
+        case Level::amx:
+            return supported(Level::avx512_bf16) && has_tiles();
         default:
             break;
     }
@@ -36,7 +61,7 @@ std::atomic<Level>& active() {
 }  // namespace
 
 const char* level_name(Level level) {
-    static const char* const names[level_count] = {"portable", "avx2", "avx512", "avx512_bf16"};
+    static const char* const names[level_count] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
     return names[static_cast<int>(level)];
 }
 

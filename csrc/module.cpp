@@ -25,24 +25,26 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Runs the active level's version of a kernel with the GIL released.
+// Runs the active level's version of a kernel with the GIL released; `last` is the level whose version runs at amx.
 #if defined(__x86_64__)
-#define PYXLBERT_RUN(function, arguments)                                                                  \
-    do {                                                                                                   \
-        using Function = void (*)(const decltype(arguments)&);                                             \
-        static constexpr Function table[] = {pyxlbert::portable::function, pyxlbert::avx2::function,       \
-                                             pyxlbert::avx512::function, pyxlbert::avx512_bf16::function}; \
-        const Function run = table[static_cast<int>(pyxlbert::active_level())];                            \
-        py::gil_scoped_release release;                                                                    \
-        run(arguments);                                                                                    \
+#define PYXLBERT_RUN_AMX(function, arguments, last)                                                       \
+    do {                                                                                                  \
+        using Function = void (*)(const decltype(arguments)&);                                            \
+        static constexpr Function table[] = {pyxlbert::portable::function, pyxlbert::avx2::function,      \
+                                             pyxlbert::avx512::function, pyxlbert::avx512_bf16::function, \
+                                             pyxlbert::last::function};                                   \
+        const Function run = table[static_cast<int>(pyxlbert::active_level())];                           \
+        py::gil_scoped_release release;                                                                   \
+        run(arguments);                                                                                   \
     } while (false)
 #else
-#define PYXLBERT_RUN(function, arguments)        \
-    do {                                         \
-        py::gil_scoped_release release;          \
-        pyxlbert::portable::function(arguments); \
+#define PYXLBERT_RUN_AMX(function, arguments, last) \
+    do {                                            \
+        py::gil_scoped_release release;             \
+        pyxlbert::portable::function(arguments);    \
     } while (false)
 #endif
+#define PYXLBERT_RUN(function, arguments) PYXLBERT_RUN_AMX(function, arguments, avx512_bf16)
 
 using Strides3 = std::array<std::int64_t, 3>;  // batch, row, head
 using Strides4 = std::array<std::int64_t, 4>;  // batch, head, query, key
@@ -83,7 +85,7 @@ pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_
 
 void attention_fwd(const pyxlbert::AttentionInputs& inputs, Address out, Address lse) {
     pyxlbert::AttentionFwd arguments{inputs, pointer(out), pointer<float>(lse)};
-    PYXLBERT_RUN(attention_fwd, arguments);
+    PYXLBERT_RUN_AMX(attention_fwd, arguments, amx);
 }
 
 void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const Strides3& dout_strides, Address out,
@@ -98,7 +100,8 @@ void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const 
                                      pointer(dvalue),
                                      pointer(dbias),
                                      {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]}};
-    PYXLBERT_RUN(attention_bwd, arguments);
+    // Processors with tiles multiply bfloat16 pairs at half the rate of floats.
+    PYXLBERT_RUN_AMX(attention_bwd, arguments, avx512);
 }
 
 void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,

@@ -40,6 +40,17 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
     }
 #endif
 
+// The same for a function that also has a version for the bfloat16 tiles of the fifth level; where it has none,
+// that level runs the version of another.
+#if defined(__x86_64__)
+#define PYXLBERT_DECLARE_AMX(function, Args) \
+    namespace amx {                          \
+    void function(const Args&);              \
+    }
+#else
+#define PYXLBERT_DECLARE_AMX(function, Args)
+#endif
+
 #define PYXLBERT_INLINE inline __attribute__((always_inline))
 // The same for a lambda, between its parameters and its body.
 #define PYXLBERT_LAMBDA __attribute__((always_inline))

@@ -12,8 +12,12 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kTile = 24, kBlock = 512;
+constexpr std::int64_t kBlock = 512;
 constexpr std::int64_t kScoreStride = kBlock + 32;  // not a power of two: rows would share cache sets
+
+// Queries of a tile: for tiles of 16 rows the next multiple of 32.
+template <class U>
+constexpr std::int64_t kTile = U::row_step == 16 ? 32 : 24;
 
 struct Sizes {
     std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
@@ -23,14 +27,14 @@ struct Sizes {
 template <class U>
 PYXLBERT_INLINE Sizes sizes_of(const AttentionInputs& a) {
     Sizes s;
-    s.units = (a.head_size + U::pair - 1) / U::pair;
+    s.units = round_to((a.head_size + U::pair - 1) / U::pair, U::k_step);
     s.unit_stride = round_to(s.units, W);
     s.columns = round_to(a.head_size, W);
     const std::int64_t keys = round_to(a.keys, W * 2);
-    s.scores = kTile * kScoreStride;
-    s.q = kTile * s.unit_stride;
-    s.o = kTile * s.columns;
-    s.statistics = round_to(3 * kTile, 16);
+    s.scores = kTile<U> * kScoreStride;
+    s.q = kTile<U> * s.unit_stride;
+    s.o = kTile<U> * s.columns;
+    s.statistics = round_to(3 * kTile<U>, 16);
     s.k = keys * s.unit_stride;
     s.v = keys / U::pair * s.columns;
     s.total = round_to(s.scores + s.q + s.o + s.statistics + s.k + s.v, 1024) + 64;
@@ -56,13 +60,14 @@ struct Forward {
         k = o + size.o;
         v = k + size.k;
         maximum = v + size.v;
-        sum = maximum + kTile;
-        rescale = sum + kTile;
+        sum = maximum + kTile<U>;
+        rescale = sum + kTile<U>;
     }
 
     PYXLBERT_INLINE void pack(const Plane<T>& p) {
         pack_transposed<T, U>(p.k, p.k_stride, p.keys, round_to(p.keys, W), a.in.head_size, k, size.unit_stride);
-        pack_values<T, U>(p.v, p.v_stride, p.keys, round_to(p.keys, U::pair), a.in.head_size, v, size.columns);
+        pack_values<T, U>(p.v, p.v_stride, p.keys, round_to(p.keys, U::pair * U::k_step), a.in.head_size, v,
+                          size.columns);
     }
 
     // Scores of one row, n of them visible, to weights; those up to `end` are zero.  Updates the row's
@@ -130,10 +135,9 @@ struct Forward {
     }
 
     void tile(const Plane<T>& p, std::int64_t h, std::int64_t q0, std::int64_t rows) {
-        const std::int64_t d = a.in.head_size, even = round_to(rows, 2);
+        const std::int64_t d = a.in.head_size, padded = round_to(rows, U::row_step);
         pack_rows<T, U>(p.q + q0 * p.q_stride, p.q_stride, rows, d, q, size.unit_stride, size.unit_stride);
-        if (even > rows)
-            for (std::int64_t u = 0; u < size.unit_stride; u += W) store(q + rows * size.unit_stride + u, zero());
+        for (std::int64_t u = rows * size.unit_stride; u < padded * size.unit_stride; u += W) store(q + u, zero());
         for (std::int64_t r = 0; r < rows; ++r) {
             maximum[r] = -kInfinity;
             sum[r] = 0.0f;
@@ -142,7 +146,7 @@ struct Forward {
         for (std::int64_t j0 = 0; j0 < limit; j0 += kBlock) {
             const std::int64_t n = smaller(kBlock, limit - j0);
             multiply<U, false>({q, size.unit_stride}, {k + j0 * size.unit_stride, size.unit_stride * W, W}, size.units,
-                               nullptr, 0, {scores, kScoreStride}, even, (n + W - 1) / W);
+                               nullptr, 0, {scores, kScoreStride}, padded, (n + W - 1) / W);
             for (std::int64_t r = 0; r < rows; ++r) {
                 const std::int64_t visible = p.visible(q0 + r, a.in.causal, limit) - j0;
                 softmax(p, r, q0 + r, j0, visible < 0 ? 0 : smaller(visible, n), n);
@@ -154,8 +158,8 @@ struct Forward {
                     for (std::int64_t c = 0; c < size.columns; c += W) store(row + c, load(row + c) * set1(rescale[r]));
                 }
             multiply<U, false>({scores, kScoreStride}, {v + j0 / U::pair * size.columns, W, size.columns},
-                               (n + U::pair - 1) / U::pair, j0 > 0 ? o : nullptr, size.columns, {o, size.columns}, even,
-                               size.columns / W);
+                               round_to((n + U::pair - 1) / U::pair, U::k_step), j0 > 0 ? o : nullptr, size.columns,
+                               {o, size.columns}, padded, size.columns / W);
         }
         const std::int64_t stride = a.in.heads * d;
         T* out = static_cast<T*>(a.out) + (p.q_first + q0) * stride + h * d;
@@ -177,7 +181,7 @@ template <class T, class U>
 void forward(const AttentionFwd& a) {
     const AttentionInputs& in = a.in;
     const Sizes size = sizes_of<U>(in);
-    const std::int64_t planes = in.batch * in.heads, tiles = (in.queries + kTile - 1) / kTile;
+    const std::int64_t planes = in.batch * in.heads, tiles = (in.queries + kTile<U> - 1) / kTile<U>;
     if (planes == 0 || tiles == 0) return;
     // Every task of a plane packs its keys again, so there are only as many as keep the threads busy.
     std::int64_t parts = planes >= 4 * in.threads ? 1 : smaller((4 * in.threads + planes - 1) / planes, tiles);
@@ -193,17 +197,19 @@ void forward(const AttentionFwd& a) {
     {
         Forward<T, U> worker(a, size, scratch + thread_index() * size.total);
         std::int64_t packed = -1;
+        if constexpr (U::row_step == 16) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
             const std::int64_t plane = task / parts, h = plane % in.heads;
             const Plane<T> p = plane_of<T>(in, plane / in.heads, h);
-            const std::int64_t first = task % parts * tiles_per_part * kTile;
-            const std::int64_t end = smaller(p.queries, first + tiles_per_part * kTile);
+            const std::int64_t first = task % parts * tiles_per_part * kTile<U>;
+            const std::int64_t end = smaller(p.queries, first + tiles_per_part * kTile<U>);
             if (first >= end) continue;
             if (packed != plane) worker.pack(p);
             packed = plane;
-            for (std::int64_t q0 = first; q0 < end; q0 += kTile) worker.tile(p, h, q0, smaller(kTile, end - q0));
+            for (std::int64_t q0 = first; q0 < end; q0 += kTile<U>) worker.tile(p, h, q0, smaller(kTile<U>, end - q0));
         }
+        if constexpr (U::row_step == 16) end_tiles();
     }
 }
 

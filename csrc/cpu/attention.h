@@ -54,6 +54,7 @@ struct AttentionBwd {
 };
 
 PYXLBERT_DECLARE_LEVELS(attention_fwd, AttentionFwd)
+PYXLBERT_DECLARE_AMX(attention_fwd, AttentionFwd)
 PYXLBERT_DECLARE_LEVELS(attention_bwd, AttentionBwd)
 
 }  // namespace pyxlbert

@@ -27,17 +27,25 @@ constexpr PYXLBERT_INLINE std::int64_t round_to(std::int64_t n, std::int64_t ste
     return (n + step - 1) / step * step;
 }
 
+// row_step and k_step: the products of this unit take multiples of so many rows of A and C, and steps of K.
 struct FloatUnit {
-    static constexpr int pair = 1;
+    static constexpr int pair = 1, row_step = 2, k_step = 1;
     static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct Bf16PairUnit {
-    static constexpr int pair = 2;
+    static constexpr int pair = 2, row_step = 2, k_step = 1;
     static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) {
         return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+// The same pairs through tiles of 16 rows x 16 units: a sub-panel of B already is one.
+struct Bf16TileUnit {
+    static constexpr int pair = 2, row_step = 16, k_step = 16;
 };
 #endif
 
@@ -46,7 +54,12 @@ template <class T>
 struct UnitOf {
     using Type = FloatUnit;
 };
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+template <>
+struct UnitOf<bf16> {
+    using Type = Bf16TileUnit;
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct UnitOf<bf16> {
     using Type = Bf16PairUnit;
@@ -123,10 +136,10 @@ __attribute__((noinline)) void strips(MatrixA a, const float* b, std::int64_t ve
     }
 }
 
-// C = I + A B.  `rows` is even: an odd last row has a neighbour in A and C that belongs to nobody.
+// All vectors of B, as many at a time as registers hold.
 template <class U, bool kTransposed>
-PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init, std::int64_t init_stride,
-                              MatrixC c, std::int64_t rows, std::int64_t vectors) {
+PYXLBERT_INLINE void multiply_vectors(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init,
+                                      std::int64_t init_stride, MatrixC c, std::int64_t rows, std::int64_t vectors) {
     for (std::int64_t n = 0; n < vectors;) {
         const std::int64_t left = vectors - n;
         // Five vectors as three and two: a lone vector leaves half of the multipliers idle.
@@ -153,6 +166,99 @@ PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const 
         }
         n += take;
     }
+}
+
+#if defined(__AMX_BF16__)
+// Eight tiles of 16 rows of 64 bytes, for the calling thread.
+PYXLBERT_INLINE void begin_tiles() {
+    alignas(64) std::uint8_t configuration[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+        configuration[16 + 2 * tile] = 64;
+        configuration[48 + tile] = 16;
+    }
+    _tile_loadconfig(configuration);
+}
+PYXLBERT_INLINE void end_tiles() { _tile_release(); }
+#else
+PYXLBERT_INLINE void begin_tiles() {}
+PYXLBERT_INLINE void end_tiles() {}
+#endif
+
+#if defined(__AMX_BF16__)
+
+// 32 or 16 rows against two vectors or one.  Tiles 0 to 3 are C, 4 and 5 rows of A, 6 and 7 vectors of B.
+template <bool kTwoRows, bool kTwoVectors>
+PYXLBERT_INLINE void tile_kernel(const float* a, std::int64_t a_stride, const float* b, std::int64_t vector_stride,
+                                 std::int64_t k_stride, std::int64_t k_steps, const float* init,
+                                 std::int64_t init_stride, float* c, std::int64_t c_stride) {
+    const std::int64_t init_bytes = init_stride * 4, a_bytes = a_stride * 4, b_bytes = k_stride * 4;
+    if (init == nullptr) {
+        _tile_zero(0);
+        if (kTwoVectors) _tile_zero(1);
+        if (kTwoRows) _tile_zero(2);
+        if (kTwoRows && kTwoVectors) _tile_zero(3);
+    } else {
+        const float* second = init + 16 * init_stride;
+        _tile_loadd(0, init, init_bytes);
+        if (kTwoVectors) _tile_loadd(1, init + W, init_bytes);
+        if (kTwoRows) _tile_loadd(2, second, init_bytes);
+        if (kTwoRows && kTwoVectors) _tile_loadd(3, second + W, init_bytes);
+    }
+    for (std::int64_t k = 0; k < k_steps; k += 16, a += 16, b += 16 * k_stride) {
+        _tile_loadd(6, b, b_bytes);
+        _tile_loadd(4, a, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if (kTwoVectors) {
+            _tile_loadd(7, b + vector_stride, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (kTwoRows) {
+            _tile_loadd(5, a + 16 * a_stride, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if (kTwoVectors) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    const std::int64_t c_bytes = c_stride * 4;
+    _tile_stored(0, c, c_bytes);
+    if (kTwoVectors) _tile_stored(1, c + W, c_bytes);
+    if (kTwoRows) _tile_stored(2, c + 16 * c_stride, c_bytes);
+    if (kTwoRows && kTwoVectors) _tile_stored(3, c + 16 * c_stride + W, c_bytes);
+}
+
+__attribute__((noinline)) void multiply_tiles(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init,
+                                              std::int64_t init_stride, MatrixC c, std::int64_t rows,
+                                              std::int64_t vectors) {
+    for (std::int64_t n = 0; n < vectors; n += 2) {
+        const float* bn = b.data + n * b.vector_stride;
+        for (std::int64_t r = 0; r < rows; r += 32) {
+            const float* ar = a.data + r * a.stride;
+            const float* ir = init == nullptr ? nullptr : init + r * init_stride + n * W;
+            float* cr = c.data + r * c.stride + n * W;
+            const auto run = [&](auto kernel) PYXLBERT_LAMBDA {
+                kernel(ar, a.stride, bn, b.vector_stride, b.k_stride, k_steps, ir, init_stride, cr, c.stride);
+            };
+            if (r + 32 <= rows)
+                n + 2 <= vectors ? run(tile_kernel<true, true>) : run(tile_kernel<true, false>);
+            else
+                n + 2 <= vectors ? run(tile_kernel<false, true>) : run(tile_kernel<false, false>);
+        }
+    }
+}
+#endif
+
+// C = I + A B.  `rows` and `k_steps` are multiples of the unit's steps: rows past the last one have neighbours in A
+// and C that belong to nobody, steps past the last one are zero in A or in B and finite in the other.
+template <class U, bool kTransposed>
+PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init, std::int64_t init_stride,
+                              MatrixC c, std::int64_t rows, std::int64_t vectors) {
+#if defined(__AMX_BF16__)
+    if constexpr (U::row_step == 16) {
+        static_assert(!kTransposed, "a tile of A holds rows");
+        multiply_tiles(a, b, k_steps, init, init_stride, c, rows, vectors);
+        return;
+    } else
+#endif
+        multiply_vectors<U, kTransposed>(a, b, k_steps, init, init_stride, c, rows, vectors);
 }
 
 // r[i][j] becomes r[j][i].

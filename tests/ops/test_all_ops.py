@@ -43,8 +43,10 @@ FAST = [runner for runner in RUNNERS if "/" not in runner or runner == f"cpu/{py
 
 
 def runners_of(spec: Spec) -> list[str]:
-    """The runners that differ for this op: a vendor's library has no instruction-set levels of ours."""
+    """The runners that differ for this op: a vendor's library has no levels of ours, few ops use tiles."""
     candidates = FAST if spec.vendor else RUNNERS
+    if "cpu/amx" in candidates and not spec.tiles:
+        candidates = [runner for runner in candidates if runner != "cpu/avx512_bf16"]
     return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].implementations]
 
 

@@ -66,6 +66,7 @@ class Spec:
         vendor: set where backend "cpu" calls a vendor's library: what the common suite cannot ask of it, in one
             sentence.  Such an op has no instruction-set levels of its own, and the same bits are asked of it for
             the same number of threads only.
+        tiles: the cpu backend has a version for bfloat16 tiles; without one, level "amx" is "avx512_bf16" again.
         bytes_moved, flops: of a forward call with these arguments, for the benchmark's limits.
     """
 
@@ -78,6 +79,7 @@ class Spec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     terms: Callable[[str, Arguments, tuple[torch.Tensor, ...]], torch.Tensor | float | None] | None = None
     vendor: str | None = None
+    tiles: bool = False
     bytes_moved: Callable[[Arguments], int] | None = None
     flops: Callable[[Arguments], int] | None = None
     notes: dict[str, str] = field(default_factory=dict)

@@ -346,6 +346,7 @@ SPEC = Spec(
         Bad("backend unknown", _replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
     ),
     terms=_terms,
+    tiles=True,
     flops=_flops,
     bytes_moved=lambda a: sum(a[n].numel() * a[n].element_size() for n in ("query", "query", "key", "value")),
 )
