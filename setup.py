@@ -24,7 +24,7 @@ X86_LEVELS = {
     "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 # The files that use tiles; of the others the fifth level runs an earlier version.
-AMX_SOURCES = ("attention",)
+AMX_SOURCES = ("attention", "attention_bwd")
 OTHER_LEVELS = {"portable": ""}
 
 

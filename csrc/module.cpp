@@ -100,8 +100,7 @@ void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const 
                                      pointer(dvalue),
                                      pointer(dbias),
                                      {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]}};
-    // Processors with tiles multiply bfloat16 pairs at half the rate of floats.
-    PYXLBERT_RUN_AMX(attention_bwd, arguments, avx512);
+    PYXLBERT_RUN_AMX(attention_bwd, arguments, amx);
 }
 
 void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,

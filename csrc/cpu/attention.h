@@ -56,5 +56,6 @@ struct AttentionBwd {
 PYXLBERT_DECLARE_LEVELS(attention_fwd, AttentionFwd)
 PYXLBERT_DECLARE_AMX(attention_fwd, AttentionFwd)
 PYXLBERT_DECLARE_LEVELS(attention_bwd, AttentionBwd)
+PYXLBERT_DECLARE_AMX(attention_bwd, AttentionBwd)
 
 }  // namespace pyxlbert

@@ -5,7 +5,7 @@
 // A task owns a run of key blocks of one (sequence, head).  A block's keys, values and their gradients stay in
 // the second-level cache while the tiles of queries pass by; dQ is accumulated in memory of Tq x D floats.
 // The three sums over keys or queries take P and dS from where they are: a transposed A costs nothing
-// (gemm_tile.h), and bfloat16 rows are interleaved in pairs over their own scores.
+// (gemm_tile.h), bfloat16 rows are interleaved in pairs over their own scores, and tiles sum dK^T and dV^T.
 //
 // Determinism: dK and dV of a block belong to one task.  Runs of key blocks, and groups of planes that
 // share a broadcast bias, are cut by size alone; each has its own partial sums, added in order at the end.
@@ -15,8 +15,24 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kTile = 48, kBlock = 256;
+constexpr std::int64_t kBlock = 256;
 constexpr std::int64_t kScoreStride = kBlock + 32;
+
+// Products of tiles.  A tile of A cannot be read transposed, so there the sums over queries are transposed,
+// dV^T = dO^T P and dK^T = Q^T dS: P and dS in pairs along the queries are tiles of B as they are.
+template <class U>
+constexpr bool kTiles = U::row_step == 16;
+
+// Queries of a tile, and what their number is rounded up to.
+template <class U>
+constexpr std::int64_t kTile = kTiles<U> ? 64 : 48;
+template <class U>
+constexpr std::int64_t kRowStep = kTiles<U> ? 32 : 2;
+
+// Strides of transposed sums and operands: odd numbers of cache lines.
+constexpr std::int64_t kSumStride = kBlock + W;
+template <class U>
+constexpr std::int64_t kPairStride = kTile<U> / 2 + W;
 
 // How the work is cut; nothing in it depends on the number of threads.
 struct Plan {
@@ -29,7 +45,7 @@ struct Plan {
     std::int64_t bias_queries, bias_keys, bias_partials, bias_slice;
 
     std::int64_t units, unit_stride, columns, query_rows;
-    std::int64_t dquery, delta, tile, keys, task;  // floats of scratch
+    std::int64_t dquery, delta, values, sums, tile, keys, task;  // floats of scratch
 };
 
 PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -64,14 +80,16 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     // A bias that is the same for all keys is summed over the parts too.
     p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
 
-    p.units = ceil_divide(in.head_size, U::pair);
+    p.units = round_to(ceil_divide(in.head_size, U::pair), U::k_step);
     p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
-    p.query_rows = round_to(in.queries, 2);
+    p.query_rows = round_to(in.queries, U::row_step);
     p.dquery = p.query_rows * p.columns;
     p.delta = round_to(in.queries, 16);
-    p.tile = kTile * (2 * kScoreStride + 2 * p.unit_stride + 2 * p.columns);
-    p.keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
+    p.values = larger(kTile<U> * p.columns, kTiles<U> ? p.columns * kPairStride<U> : 0);
+    p.sums = larger((kBlock + kStripRows) * p.columns, kTiles<U> ? p.columns * kSumStride : 0);
+    p.tile = kTile<U> * (2 * kScoreStride + 2 * p.unit_stride) + 2 * p.values;
+    p.keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * p.sums + kScoreStride;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
     return p;
 }
@@ -127,17 +145,17 @@ struct Backward {
         };
         delta = take(p.delta);
         log2_norm = take(p.delta);
-        scores = take(kTile * kScoreStride);
-        dp = take(kTile * kScoreStride);
-        q = take(kTile * p.unit_stride);
-        dout = take(kTile * p.unit_stride);
-        q_values = take(kTile * p.columns);
-        dout_values = take(kTile * p.columns);
+        scores = take(kTile<U> * kScoreStride);
+        dp = take(kTile<U> * kScoreStride);
+        q = take(kTile<U> * p.unit_stride);
+        dout = take(kTile<U> * p.unit_stride);
+        q_values = take(p.values);
+        dout_values = take(p.values);
         k = take(kBlock * p.unit_stride);
         v = take(kBlock * p.unit_stride);
         k_values = take(kBlock * p.columns);
-        dk = take((kBlock + kStripRows) * p.columns);
-        dv = take((kBlock + kStripRows) * p.columns);
+        dk = take(p.sums);
+        dv = take(p.sums);
         undropped = take(kScoreStride);
         own_dquery = scratch;
     }
@@ -170,8 +188,8 @@ struct Backward {
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
         const std::int64_t stride = plan.unit_stride;
         pack_rows<T, U>(source, row_stride, rows, a.in.head_size, target, stride, stride);
-        if (rows % 2 != 0)
-            for (std::int64_t u = 0; u < stride; u += W) store(target + rows * stride + u, zero());
+        for (std::int64_t u = rows * stride; u < round_to(rows, kRowStep<U>) * stride; u += W)
+            store(target + u, zero());
     }
 
     PYXLBERT_INLINE void pack_keys(const Plane<T>& p, std::int64_t j0, std::int64_t n) {
@@ -180,10 +198,10 @@ struct Backward {
     }
 
     // S of the packed queries and keys.
-    PYXLBERT_INLINE void multiply_keys(const float* rows_a, const float* keys_b, float* target, std::int64_t even,
+    PYXLBERT_INLINE void multiply_keys(const float* rows_a, const float* keys_b, float* target, std::int64_t padded,
                                        std::int64_t n) {
         multiply<U, false>({rows_a, plan.unit_stride}, {keys_b, plan.unit_stride * W, W}, plan.units, nullptr, 0,
-                           {target, kScoreStride}, even, ceil_divide(n, W));
+                           {target, kScoreStride}, padded, ceil_divide(n, W));
     }
 
     // exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys
@@ -205,10 +223,10 @@ struct Backward {
         for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
             const std::int64_t n = smaller(kBlock, p.keys - j0);
             pack_keys(p, j0, n);
-            for (std::int64_t q0 = 0; q0 < p.queries; q0 += kTile) {
-                const std::int64_t rows = smaller(kTile, p.queries - q0);
+            for (std::int64_t q0 = 0; q0 < p.queries; q0 += kTile<U>) {
+                const std::int64_t rows = smaller(kTile<U>, p.queries - q0);
                 pack_queries(p.q + q0 * p.q_stride, p.q_stride, rows, q);
-                multiply_keys(q, k, scores, round_to(rows, 2), n);
+                multiply_keys(q, k, scores, round_to(rows, kRowStep<U>), n);
                 for (std::int64_t r = 0; r < rows; ++r) {
                     float* s = scores + r * kScoreStride;
                     const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
@@ -310,7 +328,7 @@ struct Backward {
 
     // Rows 2 r and 2 r + 1 of P and dS, floats, become: at row 2 r of scores P in pairs along the queries, at
     // row 2 r + 1 dS in such pairs, and in dp both rows of dS in pairs along the keys.
-    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t even, [[maybe_unused]] std::int64_t end) {
+    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t padded, [[maybe_unused]] std::int64_t end) {
 #if defined(__AVX512BF16__)
         // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
         alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -318,7 +336,7 @@ struct Backward {
                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512i shuffle = _mm512_load_si512(order);
         const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
-        for (std::int64_t r = 0; r < even; r += 2) {
+        for (std::int64_t r = 0; r < padded; r += 2) {
             float *s0 = scores + r * kScoreStride, *s1 = s0 + kScoreStride;
             float *g0 = dp + r * kScoreStride, *g1 = g0 + kScoreStride;
             for (std::int64_t j = 0; j < end; j += 2 * W) {
@@ -336,45 +354,84 @@ struct Backward {
     }
 
     void tile(const Plane<T>& p, const T* dout_rows, std::int64_t q0, std::int64_t rows, std::int64_t j0,
-              std::int64_t n, float* dquery, float* bias_partial) {
-        const std::int64_t d = a.in.head_size, even = round_to(rows, 2), end = round_to(n, 2 * W);
-        pack_queries(p.q + q0 * p.q_stride, p.q_stride, rows, q);
-        pack_queries(dout_rows + q0 * a.dout.row, a.dout.row, rows, dout);
-        const float *q_rows = q, *dout_b = dout;
-        if constexpr (U::pair == 2) {
-            pack_values<T, U>(p.q + q0 * p.q_stride, p.q_stride, rows, even, d, q_values, plan.columns);
-            pack_values<T, U>(dout_rows + q0 * a.dout.row, a.dout.row, rows, even, d, dout_values, plan.columns);
-            q_rows = q_values;
-            dout_b = dout_values;
+              std::int64_t n, bool first, float* dquery, float* bias_partial) {
+        const std::int64_t d = a.in.head_size, padded = round_to(rows, kRowStep<U>), end = round_to(n, 2 * W);
+        const T *q_source = p.q + q0 * p.q_stride, *dout_source = dout_rows + q0 * a.dout.row;
+        pack_queries(q_source, p.q_stride, rows, q);
+        pack_queries(dout_source, a.dout.row, rows, dout);
+        if constexpr (kTiles<U>) {
+            pack_columns<T, U>(q_source, p.q_stride, rows, padded, d, q_values, kPairStride<U>, plan.columns);
+            pack_columns<T, U>(dout_source, a.dout.row, rows, padded, d, dout_values, kPairStride<U>, plan.columns);
+        } else if constexpr (U::pair == 2) {
+            pack_values<T, U>(q_source, p.q_stride, rows, padded, d, q_values, plan.columns);
+            pack_values<T, U>(dout_source, a.dout.row, rows, padded, d, dout_values, plan.columns);
         }
-        multiply_keys(q, k, scores, even, n);
-        multiply_keys(dout, v, dp, even, n);
+        multiply_keys(q, k, scores, padded, n);
+        multiply_keys(dout, v, dp, padded, n);
         for (std::int64_t r = 0; r < rows; ++r) {
             float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
             const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
             differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
             if (a.dbias != nullptr) add_bias_gradient(p, g, q0 + r, j0, n, bias_partial);
         }
-        if (even > rows)
+        for (std::int64_t r = rows; r < padded; ++r)
             for (std::int64_t j = 0; j < end; j += W) {
-                store(scores + rows * kScoreStride + j, zero());
-                store(dp + rows * kScoreStride + j, zero());
+                store(scores + r * kScoreStride + j, zero());
+                store(dp + r * kScoreStride + j, zero());
             }
-        // P and dS as transposed A: step i of K is query i, or pair of queries i, of the tile.
-        MatrixA p_transposed = {scores, kScoreStride}, ds_transposed = {dp, kScoreStride};
-        if constexpr (U::pair == 2) {
-            interleave(even, end);
-            p_transposed = {scores, 2 * kScoreStride};
-            ds_transposed = {scores + kScoreStride, 2 * kScoreStride};
-        }
-        const std::int64_t key_rows = round_to(n, 2), steps = even / U::pair, wide = plan.columns / W;
-        multiply<U, true>(p_transposed, {dout_b, W, plan.columns}, steps, dv, plan.columns, {dv, plan.columns},
-                          key_rows, wide);
-        multiply<U, true>(ds_transposed, {q_rows, W, plan.columns}, steps, dk, plan.columns, {dk, plan.columns},
-                          key_rows, wide);
+        if constexpr (U::pair == 2) interleave(padded, end);
+        sum_over_queries(padded / U::pair, n, first);
         float* dq = dquery + q0 * plan.columns;
-        multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns}, ceil_divide(n, U::pair), dq, plan.columns,
-                           {dq, plan.columns}, even, wide);
+        multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns},
+                           round_to(ceil_divide(n, U::pair), U::k_step), dq, plan.columns, {dq, plan.columns},
+                           round_to(rows, U::row_step), plan.columns / W);
+    }
+
+    // dV and dK of the key block, from P, dS and the packed queries of a tile, added to those of earlier tiles; a step
+    // is a query or a pair of queries.
+    PYXLBERT_INLINE void sum_over_queries(std::int64_t steps, std::int64_t n, bool first) {
+        const std::int64_t columns = plan.columns;
+        if constexpr (kTiles<U>) {
+            const auto sum = [&](const float* rows_a, const float* scores_b, float* target) PYXLBERT_LAMBDA {
+                multiply<U, false>({rows_a, kPairStride<U>}, {scores_b, W, 2 * kScoreStride}, steps,
+                                   first ? nullptr : target, kSumStride, {target, kSumStride}, columns,
+                                   ceil_divide(n, W));
+            };
+            sum(dout_values, scores, dv);
+            sum(q_values, scores + kScoreStride, dk);
+        } else {
+            const auto sum = [&](MatrixA scores_a, const float* rows_b, float* target) PYXLBERT_LAMBDA {
+                multiply<U, true>(scores_a, {rows_b, W, columns}, steps, first ? nullptr : target, columns,
+                                  {target, columns}, round_to(n, 2), columns / W);
+            };
+            if constexpr (U::pair == 2) {
+                sum({scores, 2 * kScoreStride}, dout_values, dv);
+                sum({scores + kScoreStride, 2 * kScoreStride}, q_values, dk);
+            } else {
+                sum({scores, kScoreStride}, dout, dv);
+                sum({dp, kScoreStride}, q, dk);
+            }
+        }
+    }
+
+    // Sums of n keys to rows of dK or dV.
+    PYXLBERT_INLINE void store_sums(T* target, std::int64_t stride, const float* sums, std::int64_t n, float scale) {
+        const std::int64_t d = a.in.head_size;
+        if constexpr (kTiles<U>) {
+            for (std::int64_t j = 0; j < n; j += W)
+                for (std::int64_t c = 0; c < d; c += W) {
+                    Vec block[W];
+#pragma GCC unroll 16
+                    for (int i = 0; i < W; ++i) block[i] = load(sums + (c + i) * kSumStride + j) * set1(scale);
+                    transpose(block);
+                    const int left = static_cast<int>(smaller(W, d - c));
+#pragma GCC unroll 16
+                    for (int i = 0; i < W; ++i)
+                        if (j + i < n) store(target + (j + i) * stride + c, block[i], left);
+                }
+        } else {
+            for (std::int64_t j = 0; j < n; ++j) store_row(target + j * stride, sums + j * plan.columns, d, scale);
+        }
     }
 
     // Key blocks of run `part` of one plane; dquery receives the run's share.
@@ -383,7 +440,7 @@ struct Backward {
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
         const T* dout_rows = dout_of(p, b, h);
-        __builtin_memset(dquery, 0, round_to(p.queries, 2) * plan.columns * sizeof(float));
+        __builtin_memset(dquery, 0, round_to(p.queries, U::row_step) * plan.columns * sizeof(float));
         normalise(p);
         if (p.keys > kBlock) sum_rows(p, dout_rows, h);
         const std::int64_t stride = in.heads * d;
@@ -397,18 +454,19 @@ struct Backward {
             if (n > 0) {
                 pack_keys(p, j0, n);
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
-                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, 2), d, k_values, plan.columns);
-                __builtin_memset(dk, 0, round_to(n, 2) * plan.columns * sizeof(float));
-                __builtin_memset(dv, 0, round_to(n, 2) * plan.columns * sizeof(float));
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair * U::k_step), d, k_values,
+                                  plan.columns);
                 // Causal: query i meets this block from i = j0 - diagonal on.
-                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile * kTile : 0;
-                for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile)
-                    tile(p, dout_rows, q0, smaller(kTile, p.queries - q0), j0, n, dquery, bias_partial);
+                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile<U> * kTile<U> : 0;
+                for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile<U>)
+                    tile(p, dout_rows, q0, smaller(kTile<U>, p.queries - q0), j0, n, q0 == first, dquery, bias_partial);
+                if (first >= p.queries) {
+                    __builtin_memset(dk, 0, plan.sums * sizeof(float));
+                    __builtin_memset(dv, 0, plan.sums * sizeof(float));
+                }
             }
-            for (std::int64_t j = 0; j < n; ++j) {
-                store_row(dkey + (j0 + j) * stride, dk + j * plan.columns, d, in.scale);
-                store_row(dvalue + (j0 + j) * stride, dv + j * plan.columns, d, 1.0f);
-            }
+            store_sums(dkey + j0 * stride, stride, dk, n, in.scale);
+            store_sums(dvalue + j0 * stride, stride, dv, n, 1.0f);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
         }
@@ -464,6 +522,7 @@ void backward(const AttentionBwd& a) {
 #pragma omp parallel num_threads(team)
     {
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
+        if constexpr (kTiles<U>) begin_tiles();
         if (a.dbias != nullptr) {
             // Keys that no query sees get no gradient, and nobody else writes there.
             char* target = static_cast<char*>(plan.sums_bias ? static_cast<void*>(partials) : a.dbias);
@@ -491,6 +550,7 @@ void backward(const AttentionBwd& a) {
                 if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
             }
         }
+        if constexpr (kTiles<U>) end_tiles();
         if (plan.parts > 1) {
 #pragma omp for schedule(dynamic, 1)
             for (std::int64_t plane = 0; plane < plan.planes; ++plane)
@@ -519,8 +579,16 @@ void backward(const AttentionBwd& a) {
 }  // namespace
 
 void attention_bwd(const AttentionBwd& arguments) {
+#if defined(__AMX_BF16__)
+    // Nothing else is multiplied by tiles.
+    if (arguments.in.dtype == DType::bfloat16)
+        backward<bf16, UnitOf<bf16>::Type>(arguments);
+    else
+        avx512::attention_bwd(arguments);
+#else
     with_element(arguments.in.dtype,
                  [&](auto element, auto unit) { backward<decltype(element), decltype(unit)>(arguments); });
+#endif
 }
 
 }  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -373,6 +373,33 @@ __attribute__((noinline)) void pack_transposed(const T* source, std::int64_t row
         }
 }
 
+#if defined(__AVX512BF16__)
+// A, transposed, for pairs along the rows: [columns][target_stride], column c of rows 2 u and 2 u + 1 in unit u;
+// zero past n rows (padded is a multiple of 2 W) and d columns.
+template <class T, class U>
+__attribute__((noinline)) void pack_columns(const T* source, std::int64_t row_stride, std::int64_t n,
+                                            std::int64_t padded, std::int64_t d, float* target,
+                                            std::int64_t target_stride, std::int64_t columns) {
+    for (std::int64_t i0 = 0; i0 < padded; i0 += 2 * W)
+        for (std::int64_t c = 0; c < columns; c += W) {
+            const __mmask16 lanes = first_lanes(static_cast<int>(d - c));
+            Vec block[W];
+#pragma GCC unroll 16
+            for (int x = 0; x < W; ++x) {
+                const std::int64_t i = i0 + 2 * x;
+                const T* row = source + i * row_stride + c;
+                const __m256i first = _mm256_maskz_loadu_epi16(i < n ? lanes : 0, row);
+                const __m256i second = _mm256_maskz_loadu_epi16(i + 1 < n ? lanes : 0, row + row_stride);
+                const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
+                block[x] = _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(first), high));
+            }
+            transpose(block);
+#pragma GCC unroll 16
+            for (int x = 0; x < W; ++x) store(target + (c + x) * target_stride + i0 / 2, block[x]);
+        }
+}
+#endif
+
 // B, in rows: [padded / pair][columns], two rows interleaved to a unit; zero past n rows and d columns.
 template <class T, class U>
 __attribute__((noinline)) void pack_values(const T* source, std::int64_t row_stride, std::int64_t n,
