@@ -11,6 +11,7 @@
 #include "cpu/dropout_add_layer_norm.h"
 #include "cpu/embedding_layer_norm.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear.h"
 #include "levels.h"
 #include "workspace.h"
 
@@ -148,6 +149,13 @@ void bias_gelu_bwd(Address dy, Address x, Address bias, Address dx, Address dbia
                                     columns,     dy_stride,  x_stride,      DType(dtype), DType(bias_dtype), tanh,
                                     threads};
     PYXLBERT_RUN(bias_gelu_bwd, arguments);
+}
+
+void linear_fwd(Address x, Address weight, Address bias, Address y, std::int64_t rows, std::int64_t columns,
+                std::int64_t inner, std::int64_t x_stride, int dtype, bool gelu, bool tanh, int threads) {
+    pyxlbert::LinearFwd arguments{pointer(x), pointer(weight), pointer(bias), pointer(y), rows, columns,
+                                  inner,      x_stride,        DType(dtype),  gelu,       tanh, threads};
+    PYXLBERT_RUN(linear_fwd, arguments);
 }
 
 // One table of an embedding: where its rows are, which row each token takes, and the period where none is given.
@@ -320,4 +328,5 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("embedding_scatter", &embedding_scatter);
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
+    cpu.def("linear_fwd", &linear_fwd);
 }

@@ -31,7 +31,7 @@ ARROWS = {
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
 }
 
-# Ops that wrap a vendor's GEMM have no kernel of ours.
+# Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
 
 # Headers that define nothing an AVX-512 copy of which could end up in another file.

@@ -6,7 +6,7 @@ rule, reads a strided bias out of bounds, does not take float64, and refuses an 
 that ends here.  A probe, once per dtype, compares it with `torch.nn.functional.linear`; where it is missing or
 wrong, backend "cpu" does not take the dtype and says so in `pyxlbert.backends.explain("linear", x)`.
 
-Which product runs is a rule, not a measurement: see `_torch_is_faster`.
+Which product runs is a rule, not a measurement: see `_few_rows`, for a kernel of ours, and `_torch_is_faster`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from torch.nn import functional as F
 
 from pyxlbert.native._tensors import refusal
 from pyxlbert.reference import linear as reference
+
+try:
+    from pyxlbert.native import linear as native
+except ImportError:  # it is not built, and backend "cpu" then takes no call
+    native = None  # type: ignore[assignment]
 
 # The attribute and the algorithm that `_linear_pointwise` wants, per activation.
 _EPILOGUES = {None: ("none", ""), "none": ("gelu", "none"), "tanh": ("gelu", "tanh")}
@@ -54,6 +59,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `pyxlbert.reference.linear.linear_fwd`."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.linear_fwd(x, weight, bias)
+    if _few_rows(x) and weight.is_contiguous():
+        return native.linear_fwd(x, weight, bias, None)
     if _torch_is_faster(x, weight.shape[0]):
         return F.linear(x, weight, bias)
     return product(x, weight, bias)
@@ -78,7 +85,10 @@ def linear_gelu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
 ) -> tuple[Tensor, Tensor]:
     """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
-    if needs_preactivation or x.numel() == 0 or weight.numel() == 0 or _torch_is_faster(x, weight.shape[0], saves=True):
+    empty = x.numel() == 0 or weight.numel() == 0
+    if not needs_preactivation and not empty and _few_rows(x) and weight.is_contiguous():
+        return native.linear_fwd(x, weight, bias, approximate), x.new_empty(0)
+    if needs_preactivation or empty or _torch_is_faster(x, weight.shape[0], saves=True):
         preactivation = linear_fwd(x, weight, bias)
         y = F.gelu(preactivation, approximate=approximate)
         return y, preactivation if needs_preactivation else y.new_empty(0)
@@ -124,7 +134,12 @@ def reorder(weight: Tensor) -> Tensor | None:
 
 def reordered_is_faster(x: Tensor, n: int) -> bool:
     """Whether a reordered weight of N rows beats the plain one for this x `[..., K]`."""
-    return x.numel() != 0 and n != 0 and not _torch_is_faster(x, n, saves=True)
+    return x.numel() != 0 and n != 0 and not _few_rows(x) and not _torch_is_faster(x, n, saves=True)
+
+
+def _few_rows(x: Tensor) -> bool:
+    """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
+    return native is not None and x.numel() <= native.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 
 
 def _linear_pointwise(*arguments: object) -> Tensor:

@@ -1,7 +1,7 @@
-"""linear: y = x weightᵀ + bias, left to the vendor's matrix product.
+"""linear: y = x weightᵀ + bias, left to the vendor's matrix product unless the rows are few.
 
-On CPU that is oneDNN or MKL (`pyxlbert/ops/_onednn.py` says which, and why), in backend "torch" whatever
-`torch.nn.functional.linear` calls.
+On CPU that is oneDNN or MKL (`pyxlbert/ops/_onednn.py` says which, and why) or for few rows `csrc/cpu/linear.cpp`, in
+backend "torch" whatever `torch.nn.functional.linear` calls.
 
 Source: the dense layers of BERT, Devlin et al., https://arxiv.org/abs/1810.04805.
 """

@@ -59,8 +59,9 @@ class Model(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def always_faster(monkeypatch):
-    """The rule would leave such small products to torch."""
+    """The rules would leave such small products to torch, and such few rows to the kernel that reads plain weights."""
     monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)
+    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
 
 
 @pytest.fixture

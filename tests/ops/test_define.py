@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.utils._python_dispatch
 
+import pyxlbert
 from pyxlbert.ops import _define
+from pyxlbert.testing import compare
 
 SCALE = 3.0
 
@@ -36,3 +39,44 @@ def test_apply_is_the_functions_own_apply() -> None:
         y.sum().backward()
         assert type(y.grad_fn).__name__ == "_ScaleBackward"
         assert y.tolist() == x.grad.tolist() == [SCALE] * 2
+
+
+class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_the_short_way_to_an_implementation_is_here() -> None:
+    """The private names behind it: without them every small call takes three times as long."""
+    assert _define.watched is _define._watched
+    assert _define.watched() is False
+
+
+def test_whoever_watches_sees_the_op() -> None:
+    """The short way past the dispatcher is for calls that nobody wants to see."""
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    name = "pyxlbert.layer_norm_fwd.default"
+    with _Seen() as seen:
+        pyxlbert.layer_norm(x, weight, weight)
+    assert name in seen.names
+    with torch.profiler.profile() as profile:
+        pyxlbert.layer_norm(x, weight, weight)
+    assert "pyxlbert::layer_norm_fwd" in {event.key for event in profile.key_averages()}
+    with torch._subclasses.FakeTensorMode():
+        assert type(pyxlbert.layer_norm(torch.empty(3, 8), torch.empty(8), torch.empty(8))) is not torch.Tensor
+    # Fake tensors outside of their mode.
+    mode = torch._subclasses.FakeTensorMode()
+    y = pyxlbert.layer_norm(*(mode.from_tensor(t) for t in (x, weight, weight)))
+    assert type(y) is not torch.Tensor and y.shape == x.shape
+
+
+def test_the_short_way_has_the_same_bits(monkeypatch) -> None:
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    short = pyxlbert.layer_norm(x, weight, weight)
+    monkeypatch.setattr(_define, "watched", lambda: True)
+    compare.same_bits("dispatched", pyxlbert.layer_norm(x, weight, weight), short)

@@ -11,6 +11,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
+from pyxlbert.native import linear as native
 from pyxlbert.ops import _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
@@ -104,6 +105,7 @@ def test_threads_share_one_probe(monkeypatch, fresh_probe) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
 def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
     """The choice follows the processor and the size; here each side of it runs at every size, forward and backward."""
+    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
     monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: mkl)
     monkeypatch.setattr(_onednn, "_torch_goes_back", lambda *tensors: mkl or any_empty(*tensors))
     check(case, torch.float32)
@@ -112,6 +114,7 @@ def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
 def test_a_processor_without_the_dtype_rounds_once(monkeypatch, case, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
     monkeypatch.setattr(_onednn, "_native", lambda dtype: dtype is torch.float32)
     check(case, dtype)
 
@@ -140,6 +143,73 @@ def check(case, dtype: torch.dtype) -> None:
     for name, value in ours.items():
         terms = spec.terms(name, wide, (dy,))
         compare.within_budget(f"{case.id} {name}", value, plain[name], truth[name], terms=terms)
+
+
+@pytest.fixture(params=backends._C.levels())
+def level(request):
+    """Each instruction-set level in turn."""
+    before = backends._C.level()
+    backends._C.set_level(request.param)
+    yield request.param
+    backends._C.set_level(before)
+
+
+# Rows of x in every group that the kernel sums at once, columns and an inner dimension that end within a vector.
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 1, 1), (2, 3, 17), (5, 16, 64), (6, 21, 40), (11, 50, 71), (13, 64, 96), (24, 7, 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+def test_few_rows(level: str, m: int, n: int, k: int, dtype: torch.dtype, approximate: str | None) -> None:
+    """The kernel of ours, on every level and at sizes that the rule may leave to the vendor's library."""
+    x, weight, bias = given = arguments(dtype, m, n, k)
+    spec = SPECS["linear" if approximate is None else "linear_gelu"]
+    options = {} if approximate is None else {"approximate": approximate}
+    wide = dict(zip(("x", "weight", "bias"), (t.double() for t in given), strict=True))
+    ours = native.linear_fwd(x, weight, bias, approximate)
+    terms = SPECS["linear"].terms("out 0", wide, (ours,))
+    compare.within_budget("few rows", ours, spec.plain(*given, **options), spec.plain(**wide, **options), terms=terms)
+    without = spec.plain(wide["x"], wide["weight"], **options)
+    plain = spec.plain(x, weight, **options)
+    compare.within_budget("no bias", native.linear_fwd(x, weight, None, approximate), plain, without, terms=terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_have_the_same_bits_for_any_number_of_threads(level: str, dtype: torch.dtype) -> None:
+    x, weight, bias = arguments(dtype, 7, 200, 333)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(native.linear_fwd(x, weight, bias, "none"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        compare.same_bits("threads", other, found[0])
+
+
+def test_few_rows_are_read_where_they_lie() -> None:
+    wide = torch.full((9, 3, 100), float("nan"))
+    x, weight, bias = arguments(m=9, k=40)
+    wide[:, 1, 30:70] = x
+    right = native.linear_fwd(x, weight, bias, None)
+    compare.same_bits("view", native.linear_fwd(wide[:, 1, 30:70], weight, bias, None), right)
+    spread = torch.full((32, 7), float("nan"))
+    spread[:, 3] = bias
+    compare.same_bits("strided bias", native.linear_fwd(x, weight, spread[:, 3], None), right)
+
+
+def test_many_rows_are_left_to_the_vendor(monkeypatch) -> None:
+    rows = []
+    right = native.linear_fwd
+    monkeypatch.setattr(native, "linear_fwd", lambda x, *rest: rows.append(len(x)) or right(x, *rest))
+    most = native.most_rows(torch.float32, True)
+    for m in (most, most + 1):
+        pyxlbert.linear(*arguments(m=m))
+        pyxlbert.linear_gelu(*arguments(m=m))
+    pyxlbert.linear(arguments()[0], arguments(n=24, k=32)[1].t())
+    assert rows == [most, most]
 
 
 def test_a_strided_bias_is_read_in_bounds() -> None:

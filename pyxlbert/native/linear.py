@@ -1,0 +1,60 @@
+"""linear and linear_gelu for few rows through the native module: tensors to addresses.
+
+With few rows a product takes as long as reading its weight, and a vendor's library, made for many, reads it at half of
+what memory gives or less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyxlbert import _C
+from pyxlbert.native._tensors import DTYPE, rows
+
+# Above so many rows the arithmetic takes longer than the weight does to arrive, and the vendor's library is faster.
+_MOST_ROWS = {"portable": 0, "avx2": 8}
+_MOST_ROWS_AVX512 = 24
+_MOST_ROWS_TILES = 12
+
+
+def most_rows(dtype: torch.dtype, multiplied: bool) -> int:
+    """Up to how many rows the kernel beats the vendor's library.
+
+    Args:
+        dtype: of x and the weight.
+        multiplied: whether the processor has products of that dtype, which the library then uses.
+    """
+    most = _MOST_ROWS.get(_C.level(), _MOST_ROWS_AVX512)
+    return min(most, _MOST_ROWS_TILES) if multiplied and dtype is not torch.float32 else most
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None) -> Tensor:
+    """x weightᵀ + bias, all of one dtype; then gelu unless `approximate` is None.
+
+    Args:
+        x: `[..., K]`; any strides, at least one row.
+        weight: `[N, K]`, contiguous, no dimension 0.
+        bias: `[N]`; any strides.
+        approximate: None for no activation, "none" or "tanh" for that gelu.
+    """
+    source, stride = rows(x)
+    columns, inner = weight.shape
+    y = x.new_empty(*x.shape[:-1], columns)
+    if bias is not None:
+        bias = bias.contiguous()
+    _C.cpu.linear_fwd(
+        source.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // inner,
+        columns,
+        inner,
+        stride,
+        DTYPE[x.dtype],
+        approximate is not None,
+        approximate == "tanh",
+        torch.get_num_threads(),
+    )
+    return y
