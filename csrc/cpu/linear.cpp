@@ -39,10 +39,10 @@ PYXLBERT_INLINE void sum_lanes(const Vec (&v)[together], float* out) {
 #endif
 }
 
-// sums[r][i] = x row r . weight row i, for R rows of x and four of the weight.
+// sums[r * task_columns + i] = x row r . weight row i, for R rows of x and four of the weight.
 template <int R, class T>
 PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (&weight)[together], std::int64_t inner,
-                         std::int64_t ahead, float (*sums)[task_columns]) {
+                         const std::int64_t (&ahead)[together], float* sums) {
     Vec sum[R][together];
     for (int r = 0; r < R; ++r)
         for (int i = 0; i < together; ++i) sum[r][i] = zero();
@@ -57,7 +57,7 @@ PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (
         Vec w[together];
         for (int i = 0; i < together; ++i) {
             // Past the weight's end this asks for memory that is not there, which does no harm.
-            __builtin_prefetch(weight[i] + k + ahead);
+            __builtin_prefetch(weight[i] + k + ahead[i]);
             w[i] = load(weight[i] + k);
         }
         step(k, w, [](const float* p) PYXLBERT_LAMBDA { return load(p); });
@@ -68,12 +68,12 @@ PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (
         for (int i = 0; i < together; ++i) w[i] = load(weight[i] + k, tail);
         step(k, w, [tail](const float* p) PYXLBERT_LAMBDA { return load(p, tail); });
     }
-    for (int r = 0; r < R; ++r) sum_lanes(sum[r], sums[r]);
+    for (int r = 0; r < R; ++r) sum_lanes(sum[r], sums + r * task_columns);
 }
 
 template <class T>
 PYXLBERT_INLINE void dot_rows(int rows, const float* x, std::int64_t x_stride, const T* const (&weight)[together],
-                              std::int64_t inner, std::int64_t ahead, float (*sums)[task_columns]) {
+                              std::int64_t inner, const std::int64_t (&ahead)[together], float* sums) {
     switch (rows) {
         case 1:
             return dot<1>(x, x_stride, weight, inner, ahead, sums);
@@ -92,7 +92,6 @@ PYXLBERT_INLINE void dot_rows(int rows, const float* x, std::int64_t x_stride, c
     }
 }
 
-// gelu is a template of one argument, or absent.
 template <class T, class Activation>
 void forward(const LinearFwd& a, Activation activation) {
     const T* weight = static_cast<const T*>(a.weight);
@@ -115,30 +114,30 @@ void forward(const LinearFwd& a, Activation activation) {
     for (std::int64_t task = 0; task < tasks; ++task) {
         const std::int64_t first = task * task_columns;
         const int columns = static_cast<int>(a.columns - first < task_columns ? a.columns - first : task_columns);
-        for (int g = 0; g < groups; ++g) {
-            const std::int64_t start = block_start(a.rows, groups, g);
-            const int rows = static_cast<int>(block_start(a.rows, groups, g + 1) - start);
-            float sums[most_rows][task_columns];
-            for (int n = 0; n < columns; n += together) {
-                // Past the last row of the weight the last one stands in; its sums are not stored.
-                const T* w[together];
-                for (int i = 0; i < together; ++i) {
-                    const int row = n + i < columns ? n + i : columns - 1;
-                    w[i] = weight + (first + row) * a.inner;
-                }
-                // The first rows of x bring the weight; the others find it in the nearest cache.
-                const std::int64_t ahead = g == 0 ? together * a.inner : 0;
-                dot_rows(rows, x + start * x_stride, x_stride, w, a.inner, ahead,
-                         reinterpret_cast<float (*)[task_columns]>(&sums[0][n]));
+        float* sums = static_cast<float*>(workspace(Slot::tile, a.rows * task_columns * sizeof(float)));
+        for (int n = 0; n < columns; n += together) {
+            // Past the last row of the weight the last one stands in; its sums are not stored.
+            const T* w[together];
+            for (int i = 0; i < together; ++i) {
+                const int row = n + i < columns ? n + i : columns - 1;
+                w[i] = weight + (first + row) * a.inner;
             }
-            for (int r = 0; r < rows; ++r) {
-                T* y = static_cast<T*>(a.y) + (start + r) * a.columns + first;
-                for (int n = 0; n < columns; n += W) {
-                    const int lanes = columns - n;
-                    Vec z = load(&sums[r][n]);
-                    if (bias != nullptr) z = z + load(bias + first + n, lanes);
-                    store(y + n, activation(z), lanes);
-                }
+            for (int g = 0; g < groups; ++g) {
+                const std::int64_t start = block_start(a.rows, groups, g);
+                const int rows = static_cast<int>(block_start(a.rows, groups, g + 1) - start);
+                // Each group of rows asks for its share of the next four rows of the weight, so that memory is never
+                // idle.
+                std::int64_t ahead[together];
+                for (int i = 0; i < together; ++i) ahead[i] = i % groups == g % together ? together * a.inner : 0;
+                dot_rows(rows, x + start * x_stride, x_stride, w, a.inner, ahead, sums + start * task_columns + n);
+            }
+        }
+        for (std::int64_t i = 0; i < a.rows; ++i) {
+            T* y = static_cast<T*>(a.y) + i * a.columns + first;
+            for (int n = 0; n < columns; n += W) {
+                Vec z = load(sums + i * task_columns + n);
+                if (bias != nullptr) z = z + load(bias + first + n, columns - n);
+                store(y + n, activation(z), columns - n);
             }
         }
     }

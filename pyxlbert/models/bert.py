@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.models.config import ModelConfig
+from pyxlbert.models.few_rows import EncoderAddresses, Unusual
 from pyxlbert.models.outputs import (
     BaseModelOutputWithPooling,
     HeadOutput,
@@ -38,6 +39,7 @@ from pyxlbert.nn import (
     TokenLayout,
     activation_kind,
 )
+from pyxlbert.ops._encoder_layers import encoder_layers_fwd, takes
 
 IGNORED = -100  # the label that counts for nothing
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -186,9 +188,34 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """The stack of layers."""
 
+    # The layers as the kernels take them, found at the first use.
+    addresses: EncoderAddresses | None = None
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def few_rows(self, x: Tensor, residual: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        """All layers in one go, with the same bits; None where they are to be called one by one."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.training
+            or layout.attention_mask is not None
+            or layout.bias is not None
+            or not takes(x)
+        ):
+            return None
+        addresses = self.addresses
+        if addresses is None or not addresses.unchanged():
+            try:
+                self.addresses = addresses = EncoderAddresses(self, BertLayer, BertResidual)
+            except Unusual:
+                self.addresses = None
+                return None
+        if x.dtype is not addresses.dtype or x.shape[-1] != addresses.hidden:
+            return None
+        return encoder_layers_fwd(x, residual, addresses.layers, layout.cu_seqlens, layout.max_seqlen)
 
 
 class BertPooler(nn.Module):
@@ -330,7 +357,12 @@ class BertModel(BertPreTrainedModel):
         hidden_states = [public(x, residual)] if output_hidden_states else None
         attentions = [] if output_attentions else None
         recompute = self.checkpointing is not None and self.training and torch.is_grad_enabled()
-        for layer in self.encoder.layer:
+        done = None
+        if not (output_attentions or output_hidden_states):
+            done = self.encoder.few_rows(x, residual, layout)
+        if done is not None:
+            x, residual = done
+        for layer in self.encoder.layer if done is None else ():
             inputs = (x, residual, layout, copy_dtype, output_attentions)
             x, residual, weights = checkpoint(layer, *inputs, **self.checkpointing) if recompute else layer(*inputs)
             if output_hidden_states:

@@ -14,8 +14,8 @@ from pyxlbert.native._tensors import DTYPE, rows
 
 # Above so many rows the arithmetic takes longer than the weight does to arrive, and the vendor's library is faster.
 _MOST_ROWS = {"portable": 0, "avx2": 8}
-_MOST_ROWS_AVX512 = 24
-_MOST_ROWS_TILES = 12
+_MOST_ROWS_AVX512 = 32
+_MOST_ROWS_MULTIPLIED = 16
 
 
 def most_rows(dtype: torch.dtype, multiplied: bool) -> int:
@@ -26,7 +26,7 @@ def most_rows(dtype: torch.dtype, multiplied: bool) -> int:
         multiplied: whether the processor has products of that dtype, which the library then uses.
     """
     most = _MOST_ROWS.get(_C.level(), _MOST_ROWS_AVX512)
-    return min(most, _MOST_ROWS_TILES) if multiplied and dtype is not torch.float32 else most
+    return min(most, _MOST_ROWS_MULTIPLIED) if multiplied and dtype is not torch.float32 else most
 
 
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None) -> Tensor:

@@ -6,7 +6,7 @@ rule, reads a strided bias out of bounds, does not take float64, and refuses an 
 that ends here.  A probe, once per dtype, compares it with `torch.nn.functional.linear`; where it is missing or
 wrong, backend "cpu" does not take the dtype and says so in `pyxlbert.backends.explain("linear", x)`.
 
-Which product runs is a rule, not a measurement: see `_few_rows`, for a kernel of ours, and `_torch_is_faster`.
+Which product runs is a rule, not a measurement: see `few_rows`, for a kernel of ours, and `_torch_is_faster`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `pyxlbert.reference.linear.linear_fwd`."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.linear_fwd(x, weight, bias)
-    if _few_rows(x) and weight.is_contiguous():
+    if few_rows(x) and weight.is_contiguous():
         return native.linear_fwd(x, weight, bias, None)
     if _torch_is_faster(x, weight.shape[0]):
         return F.linear(x, weight, bias)
@@ -86,7 +86,7 @@ def linear_gelu_fwd(
 ) -> tuple[Tensor, Tensor]:
     """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
     empty = x.numel() == 0 or weight.numel() == 0
-    if not needs_preactivation and not empty and _few_rows(x) and weight.is_contiguous():
+    if not needs_preactivation and not empty and few_rows(x) and weight.is_contiguous():
         return native.linear_fwd(x, weight, bias, approximate), x.new_empty(0)
     if needs_preactivation or empty or _torch_is_faster(x, weight.shape[0], saves=True):
         preactivation = linear_fwd(x, weight, bias)
@@ -134,10 +134,10 @@ def reorder(weight: Tensor) -> Tensor | None:
 
 def reordered_is_faster(x: Tensor, n: int) -> bool:
     """Whether a reordered weight of N rows beats the plain one for this x `[..., K]`."""
-    return x.numel() != 0 and n != 0 and not _few_rows(x) and not _torch_is_faster(x, n, saves=True)
+    return x.numel() != 0 and n != 0 and not few_rows(x) and not _torch_is_faster(x, n, saves=True)
 
 
-def _few_rows(x: Tensor) -> bool:
+def few_rows(x: Tensor) -> bool:
     """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
     return native is not None and x.numel() <= native.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 

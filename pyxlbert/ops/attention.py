@@ -71,7 +71,7 @@ def _bwd_fake(
     )
 
 
-def _check_values(
+def check_values(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -111,7 +111,7 @@ _fwd = OP.define(
     " Tensor? attention_mask, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed, str backend)"
     " -> (Tensor, Tensor)",
     _fwd_fake,
-    _check_values,
+    check_values,
 )
 _bwd = OP.define(
     "bwd",

@@ -189,18 +189,16 @@ class _Hidden:
 
     def __call__(self, ids: list[np.ndarray]) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        lengths = [len(i) for i in ids]
-        cu_seqlens = torch.zeros(len(ids) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, dtype=torch.int32, out=cu_seqlens[1:])
-        output = self.model(
-            input_ids=torch.from_numpy(np.concatenate(ids)).long().to(device),
-            cu_seqlens=cu_seqlens.to(device),
-            max_seqlen=max(lengths),
-            output_hidden_states=self.layers is not None,
-        )
+        packed: dict[str, Any] = {}
+        tokens = torch.from_numpy(ids[0][None] if len(ids) == 1 else np.concatenate(ids)).long().to(device)
+        if len(ids) > 1:  # a text alone is a batch without padding
+            lengths = [len(i) for i in ids]
+            cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+            packed = {"cu_seqlens": cu_seqlens.to(device), "max_seqlen": max(lengths)}
+        output = self.model(input_ids=tokens, output_hidden_states=self.layers is not None, **packed)
         if self.layers is None:
-            return output.last_hidden_state
-        first, *rest = (output.hidden_states[layer] for layer in self.layers)
+            return output.last_hidden_state.flatten(end_dim=-2)
+        first, *rest = (output.hidden_states[layer].flatten(end_dim=-2) for layer in self.layers)
         total = first.float()
         for other in rest:
             total = total + other.float()
@@ -209,16 +207,18 @@ class _Hidden:
 
 def _longest_first(lengths: list[int], batch_size: int, show_progress: bool | None) -> Iterator[list[int]]:
     """Rows of each batch. Longest first: memory is at its largest at once, and the bar's estimate never grows."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    if show_progress is False or (show_progress is None and len(order) <= batch_size):
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+        return
     from tqdm import tqdm
 
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    if show_progress is None and len(order) <= batch_size:
-        show_progress = False
     bar = tqdm(
         total=len(order),
         unit="text",
         delay=_BAR_DELAY if show_progress is None else 0,
-        disable=None if show_progress is None else not show_progress,  # None: unless it is a terminal
+        disable=None if show_progress is None else False,  # None: unless it is a terminal
     )
     with bar:
         for start in range(0, len(order), batch_size):

@@ -61,7 +61,7 @@ class Model(torch.nn.Module):
 def always_faster(monkeypatch):
     """The rules would leave such small products to torch, and such few rows to the kernel that reads plain weights."""
     monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)
-    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
+    monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
 
 
 @pytest.fixture

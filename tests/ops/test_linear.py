@@ -105,7 +105,7 @@ def test_threads_share_one_probe(monkeypatch, fresh_probe) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
 def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
     """The choice follows the processor and the size; here each side of it runs at every size, forward and backward."""
-    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
+    monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
     monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: mkl)
     monkeypatch.setattr(_onednn, "_torch_goes_back", lambda *tensors: mkl or any_empty(*tensors))
     check(case, torch.float32)
@@ -114,7 +114,7 @@ def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id.replace(" ", "_"))
 def test_a_processor_without_the_dtype_rounds_once(monkeypatch, case, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
+    monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
     monkeypatch.setattr(_onednn, "_native", lambda dtype: dtype is torch.float32)
     check(case, dtype)
 

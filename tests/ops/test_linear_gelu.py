@@ -21,7 +21,7 @@ def arguments(dtype: torch.dtype, m: int = 24, n: int = 96, k: int = 64) -> list
 @pytest.mark.parametrize("epilogue", [True, False])
 def test_epilogue_and_separate_pass_are_both_right(monkeypatch, dtype, approximate: str, epilogue: bool) -> None:
     """Whichever the rule would choose for this processor."""
-    monkeypatch.setattr(_onednn, "_few_rows", lambda x: False)
+    monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
     monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: not epilogue)
     plain = SPECS["linear_gelu"].plain
     given = arguments(dtype)
