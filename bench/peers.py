@@ -57,8 +57,11 @@ def onnx_runtime(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype:
     return lambda: forward(inputs["input_ids"], inputs["attention_mask"])
 
 
-def onnx_runtime_any(model: torch.nn.Module, dtype: torch.dtype) -> Forward:
-    """ONNX Runtime after its transformer optimiser; float32 only, its CPU kernels have no bfloat16."""
+def onnx_runtime_any(model: torch.nn.Module, dtype: torch.dtype, spinning: bool = False) -> Forward:
+    """ONNX Runtime after its transformer optimiser; float32 only, its CPU kernels have no bfloat16.
+
+    Without `spinning` its threads sleep between calls; they would hold a core while others have their turn.
+    """
     import onnxruntime
     from onnxruntime.transformers import optimizer
 
@@ -74,6 +77,8 @@ def onnx_runtime_any(model: torch.nn.Module, dtype: torch.dtype) -> Forward:
         found.save_model_to_file(str(optimised), use_external_data_format=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(optimised), options, providers=["CPUExecutionProvider"])
     types = {i.name: i.type for i in session.get_inputs()}
 

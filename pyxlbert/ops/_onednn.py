@@ -90,8 +90,10 @@ def linear_gelu_fwd(
         return native.linear_fwd(x, weight, bias, approximate), x.new_empty(0)
     if needs_preactivation or empty or _torch_is_faster(x, weight.shape[0], saves=True):
         preactivation = linear_fwd(x, weight, bias)
-        y = F.gelu(preactivation, approximate=approximate)
-        return y, preactivation if needs_preactivation else y.new_empty(0)
+        if needs_preactivation:
+            return F.gelu(preactivation, approximate=approximate), preactivation
+        # In place: a second result of this size would cost more for its fresh pages than for its values.
+        return torch.ops.aten.gelu_.default(preactivation, approximate=approximate), x.new_empty(0)
     return product(x, weight, bias, approximate), x.new_empty(0)
 
 
