@@ -11,8 +11,9 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
 struct Erf {
-    // From here on Q is below the smallest normal number; an infinite z must not meet it in a product.
-    static constexpr float far = 13.2f;
+    // From here on Q is near the smallest normal number; numbers below it take a hundred times as long, and an infinite
+    // z must not meet them in a product.
+    static constexpr float far = 12.9f;
     static PYXLBERT_INLINE Vec value(Vec z) {
         const Vec a = min(set1(far), absolute(z));
         Vec density;
