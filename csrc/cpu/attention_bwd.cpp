@@ -124,6 +124,33 @@ struct Exponent {
     }
 };
 
+// Rows that will be read next: n of them, `stride` apart.
+template <class T>
+struct Upcoming {
+    const T* rows;
+    std::int64_t stride, n;
+    std::int64_t each;  // to fetch in a step
+
+    // Those of step `at`, into the second-level cache: rows of a projection lie too far apart for the processor to
+    // fetch them by itself.
+    PYXLBERT_INLINE void fetch(std::int64_t at, std::int64_t d) const {
+        constexpr std::int64_t line = 64 / sizeof(T);
+        for (std::int64_t i = at * each; i < smaller(n, (at + 1) * each); ++i)
+            for (std::int64_t c = 0; c < d; c += line) __builtin_prefetch(rows + i * stride + c, 0, 2);
+    }
+};
+
+// A key block of one plane and its pass over the queries.
+template <class T>
+struct Block {
+    const Plane<T>& p;
+    const T* dout;
+    std::int64_t h, j0, n;  // n keys from j0 on
+    std::int64_t first;     // the first tile of queries that meets it
+    bool sums_delta;
+    Upcoming<T> k, v, q, dout_rows;  // of the block after this one
+};
+
 template <class T, class U>
 struct Backward {
     const AttentionBwd& a;
@@ -167,16 +194,17 @@ struct Backward {
     }
 
     // delta_i = dO_i . O_i
-    PYXLBERT_INLINE void sum_rows(const Plane<T>& p, const T* dout_rows, std::int64_t h) {
+    PYXLBERT_INLINE void sum_rows(const Plane<T>& p, const T* dout_rows, std::int64_t h, std::int64_t q0,
+                                  std::int64_t rows) {
         const std::int64_t d = a.in.head_size, stride = a.in.heads * d;
         const T* out = static_cast<const T*>(a.out) + p.q_first * stride + h * d;
-        for (std::int64_t i = 0; i < p.queries; ++i, out += stride) {
-            const T* gradient = dout_rows + i * a.dout.row;
+        for (std::int64_t i = q0; i < q0 + rows; ++i) {
+            const T *gradient = dout_rows + i * a.dout.row, *value = out + i * stride;
             Vec sum = zero();
             std::int64_t c = 0;
-            for (; c + W <= d; c += W) sum = fma(load(gradient + c), load(out + c), sum);
+            for (; c + W <= d; c += W) sum = fma(load(gradient + c), load(value + c), sum);
             if (c < d)
-                sum = fma(load(gradient + c, static_cast<int>(d - c)), load(out + c, static_cast<int>(d - c)), sum);
+                sum = fma(load(gradient + c, static_cast<int>(d - c)), load(value + c, static_cast<int>(d - c)), sum);
             delta[i] = reduce_add(sum);
         }
     }
@@ -353,10 +381,12 @@ struct Backward {
 #endif
     }
 
-    void tile(const Plane<T>& p, const T* dout_rows, std::int64_t q0, std::int64_t rows, std::int64_t j0,
-              std::int64_t n, bool first, float* dquery, float* bias_partial) {
-        const std::int64_t d = a.in.head_size, padded = round_to(rows, kRowStep<U>), end = round_to(n, 2 * W);
-        const T *q_source = p.q + q0 * p.q_stride, *dout_source = dout_rows + q0 * a.dout.row;
+    void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery, float* bias_partial) {
+        const Plane<T>& p = block.p;
+        const std::int64_t j0 = block.j0, n = block.n, d = a.in.head_size;
+        const std::int64_t padded = round_to(rows, kRowStep<U>), end = round_to(n, 2 * W);
+        const T *q_source = p.q + q0 * p.q_stride, *dout_source = block.dout + q0 * a.dout.row;
+        if (block.sums_delta) sum_rows(p, block.dout, block.h, q0, rows);
         pack_queries(q_source, p.q_stride, rows, q);
         pack_queries(dout_source, a.dout.row, rows, dout);
         if constexpr (kTiles<U>) {
@@ -368,7 +398,15 @@ struct Backward {
         }
         multiply_keys(q, k, scores, padded, n);
         multiply_keys(dout, v, dp, padded, n);
+        const std::int64_t left = p.queries - q0 - kTile<U>;
+        const Upcoming<T> next_q = upcoming(q_source + kTile<U> * p.q_stride, p.q_stride, left, rows, block.q);
+        const Upcoming<T> next_dout =
+            upcoming(dout_source + kTile<U> * a.dout.row, a.dout.row, left, rows, block.dout_rows);
         for (std::int64_t r = 0; r < rows; ++r) {
+            next_q.fetch(r, d);
+            next_dout.fetch(r, d);
+            block.k.fetch(q0 - block.first + r, d);
+            block.v.fetch(q0 - block.first + r, d);
             float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
             const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
             differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
@@ -380,7 +418,7 @@ struct Backward {
                 store(dp + r * kScoreStride + j, zero());
             }
         if constexpr (U::pair == 2) interleave(padded, end);
-        sum_over_queries(padded / U::pair, n, first);
+        sum_over_queries(padded / U::pair, n, q0 == block.first);
         float* dq = dquery + q0 * plan.columns;
         multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns},
                            round_to(ceil_divide(n, U::pair), U::k_step), dq, plan.columns, {dq, plan.columns},
@@ -434,21 +472,41 @@ struct Backward {
         }
     }
 
-    // Key blocks of run `part` of one plane; dquery receives the run's share.
-    void run(std::int64_t plane, std::int64_t part, float* dquery, float* bias_partial) {
+    // The next tile of a plane with `left` rows after this one, or the one that follows the block.
+    PYXLBERT_INLINE Upcoming<T> upcoming(const T* rows, std::int64_t stride, std::int64_t left, std::int64_t steps,
+                                         const Upcoming<T>& follows) const {
+        Upcoming<T> next = follows;
+        if (left > 0) next = {rows, stride, smaller(left, kTile<U>), 0};
+        next.each = ceil_divide(next.n, steps);
+        return next;
+    }
+
+    // The keys from j0 on and the first queries of a plane: what is read after this block.
+    PYXLBERT_INLINE void follow(Block<T>& block, const Plane<T>& p, const T* dout_rows, std::int64_t j0) const {
+        const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0)), first = smaller(kTile<U>, p.queries);
+        const std::int64_t steps = block.p.queries - block.first;
+        if (steps <= 0) return;
+        block.k = {p.k + j0 * p.k_stride, p.k_stride, n, ceil_divide(n, steps)};
+        block.v = {p.v + j0 * p.v_stride, p.v_stride, n, ceil_divide(n, steps)};
+        block.q = {p.q, p.q_stride, first, 0};
+        block.dout_rows = {dout_rows, a.dout.row, first, 0};
+    }
+
+    // Key blocks of run `part` of one plane; dquery receives the run's share.  `next` is the plane whose first block
+    // comes after them, or -1.
+    void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial) {
         const AttentionInputs& in = a.in;
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
         const T* dout_rows = dout_of(p, b, h);
         __builtin_memset(dquery, 0, round_to(p.queries, U::row_step) * plan.columns * sizeof(float));
         normalise(p);
-        if (p.keys > kBlock) sum_rows(p, dout_rows, h);
         const std::int64_t stride = in.heads * d;
         T* dkey = static_cast<T*>(a.dkey) + p.k_first * stride + h * d;
         T* dvalue = static_cast<T*>(a.dvalue) + p.k_first * stride + h * d;
-        for (std::int64_t block = plan.blocks * part / plan.parts; block < plan.blocks * (part + 1) / plan.parts;
-             ++block) {
-            const std::int64_t j0 = block * kBlock, all = smaller(kBlock, p.all_keys - j0);
+        const std::int64_t begin = plan.blocks * part / plan.parts, finish = plan.blocks * (part + 1) / plan.parts;
+        for (std::int64_t index = begin; index < finish; ++index) {
+            const std::int64_t j0 = index * kBlock, all = smaller(kBlock, p.all_keys - j0);
             if (all <= 0) break;
             const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
             if (n > 0) {
@@ -458,8 +516,16 @@ struct Backward {
                                   plan.columns);
                 // Causal: query i meets this block from i = j0 - diagonal on.
                 const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile<U> * kTile<U> : 0;
+                // The first block of a run meets all queries that the others meet.
+                Block<T> block = {p, dout_rows, h, j0, n, first, p.keys > kBlock && index == begin, {}, {}, {}, {}};
+                if (index + 1 < finish && j0 + kBlock < p.keys) {
+                    follow(block, p, dout_rows, j0 + kBlock);
+                } else if (next >= 0) {
+                    const Plane<T> other = plane_of<T>(in, next / in.heads, next % in.heads);
+                    follow(block, other, dout_of(other, next / in.heads, next % in.heads), 0);
+                }
                 for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile<U>)
-                    tile(p, dout_rows, q0, smaller(kTile<U>, p.queries - q0), j0, n, q0 == first, dquery, bias_partial);
+                    tile(block, q0, smaller(kTile<U>, p.queries - q0), dquery, bias_partial);
                 if (first >= p.queries) {
                     __builtin_memset(dk, 0, plan.sums * sizeof(float));
                     __builtin_memset(dv, 0, plan.sums * sizeof(float));
@@ -541,12 +607,20 @@ void backward(const AttentionBwd& a) {
                 const std::int64_t set = plan.bias_keys == 1 ? group * plan.parts + part : group;
                 bias_partial = partials + set * partial + slice * plan.bias_slice;
             }
-            for (std::int64_t m = plan.members * group / plan.groups; m < plan.members * (group + 1) / plan.groups;
-                 ++m) {
+            const std::int64_t finish = plan.members * (group + 1) / plan.groups;
+            for (std::int64_t m = plan.members * group / plan.groups; m < finish; ++m) {
                 const std::int64_t plane = member_plane(a, slice, m);
                 float* dquery =
                     plan.parts == 1 ? worker.own_dquery : shared + (plane * plan.parts + part) * plan.dquery;
-                worker.run(plane, part, dquery, bias_partial);
+                // This thread's next task is most likely as far away as there are threads.
+                const std::int64_t later = task + team;
+                std::int64_t next = -1;
+                if (m + 1 < finish)
+                    next = member_plane(a, slice, m + 1);
+                else if (later < tasks)
+                    next = member_plane(a, later / plan.parts / plan.groups,
+                                        plan.members * (later / plan.parts % plan.groups) / plan.groups);
+                worker.run(plane, part, next, dquery, bias_partial);
                 if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
             }
         }
