@@ -42,6 +42,8 @@ struct Plan {
     std::int64_t members;  // planes of a slice
     std::int64_t groups;   // runs of members, each with partial sums of its own
     bool sums_bias;        // dbias is summed; otherwise each of its elements is written once
+    bool fills_bias;       // every plane has every element of its slice of dbias
+    bool in_place;         // dbias is where it is summed
     std::int64_t bias_queries, bias_keys, bias_partials, bias_slice;
 
     std::int64_t units, unit_stride, columns, query_rows;
@@ -59,7 +61,7 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.blocks = ceil_divide(in.keys, kBlock);
     p.slices = p.planes;
     p.members = p.groups = 1;
-    p.sums_bias = false;
+    p.sums_bias = p.fills_bias = false;
     p.bias_queries = p.bias_keys = p.bias_slice = 0;
     if (a.dbias != nullptr) {
         const std::int64_t* shape = a.bias_shape;
@@ -69,6 +71,8 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
         p.bias_keys = shape[3];
         p.bias_slice = shape[2] * shape[3];
         p.sums_bias = p.members > 1 || shape[2] != in.queries || shape[3] != in.keys;
+        p.fills_bias =
+            shape[2] == in.queries && shape[3] == in.keys && !in.causal && in.key_lengths == nullptr && in.keys > 1;
         // Partial sums take no more memory than the queries do.
         if (p.sums_bias) {
             const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
@@ -79,6 +83,7 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
         1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
     // A bias that is the same for all keys is summed over the parts too.
     p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
+    p.in_place = p.bias_partials == 1 && in.bias_dtype == DType::float32;
 
     p.units = round_to(ceil_divide(in.head_size, U::pair), U::k_step);
     p.unit_stride = round_to(p.units, W);
@@ -148,6 +153,8 @@ struct Block {
     std::int64_t h, j0, n;  // n keys from j0 on
     std::int64_t first;     // the first tile of queries that meets it
     bool sums_delta;
+    float* bias_partial;
+    bool begins_bias;                // nothing is in bias_partial yet
     Upcoming<T> k, v, q, dout_rows;  // of the block after this one
 };
 
@@ -326,10 +333,10 @@ struct Backward {
     }
 
     // dS of query i into dbias, or into the partial sums of this task.
-    PYXLBERT_INLINE void add_bias_gradient(const Plane<T>& p, const float* g, std::int64_t i, std::int64_t j0,
-                                           std::int64_t n, float* partial) {
+    PYXLBERT_INLINE void add_bias_gradient(const Block<T>& block, const float* g, std::int64_t i) {
+        const std::int64_t j0 = block.j0, n = block.n;
         if (!plan.sums_bias) {
-            const std::int64_t at = (p.plane * plan.bias_queries + i) * plan.bias_keys + j0;
+            const std::int64_t at = (block.p.plane * plan.bias_queries + i) * plan.bias_keys + j0;
             if (a.in.bias_dtype == DType::float32)
                 store_scores(static_cast<float*>(a.dbias) + at, g, n);
             else if (a.in.bias_dtype == DType::bfloat16)
@@ -338,7 +345,7 @@ struct Backward {
                 store_scores(static_cast<f16*>(a.dbias) + at, g, n);
             return;
         }
-        float* row = partial + (plan.bias_queries == 1 ? 0 : i) * plan.bias_keys;
+        float* row = block.bias_partial + (plan.bias_queries == 1 ? 0 : i) * plan.bias_keys;
         if (plan.bias_keys == 1) {
             Vec sum = zero();
             for (std::int64_t j = 0; j < n; j += W) sum += load(g + j);  // zero past n
@@ -346,6 +353,7 @@ struct Backward {
             return;
         }
         row += j0;
+        if (block.begins_bias) return store_scores(row, g, n);
         std::int64_t j = 0;
         for (; j + W <= n; j += W) store(row + j, load(row + j) + load(g + j));
         if (j < n) {
@@ -354,9 +362,9 @@ struct Backward {
         }
     }
 
-    // Rows 2 r and 2 r + 1 of P and dS, floats, become: at row 2 r of scores P in pairs along the queries, at
-    // row 2 r + 1 dS in such pairs, and in dp both rows of dS in pairs along the keys.
-    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t padded, [[maybe_unused]] std::int64_t end) {
+    // Rows r and r + 1 of P and dS, floats, become: at row r of scores P in pairs along the queries, at row r + 1
+    // dS in such pairs, and in dp both rows of dS in pairs along the keys.
+    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t r, [[maybe_unused]] std::int64_t end) {
 #if defined(__AVX512BF16__)
         // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
         alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -364,24 +372,22 @@ struct Backward {
                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512i shuffle = _mm512_load_si512(order);
         const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
-        for (std::int64_t r = 0; r < padded; r += 2) {
-            float *s0 = scores + r * kScoreStride, *s1 = s0 + kScoreStride;
-            float *g0 = dp + r * kScoreStride, *g1 = g0 + kScoreStride;
-            for (std::int64_t j = 0; j < end; j += 2 * W) {
+        float *s0 = scores + r * kScoreStride, *s1 = s0 + kScoreStride;
+        float *g0 = dp + r * kScoreStride, *g1 = g0 + kScoreStride;
+        for (std::int64_t j = 0; j < end; j += 2 * W) {
 #pragma GCC unroll 2
-                for (std::int64_t x = j; x < j + 2 * W; x += W) {
-                    const __m512i weights = round_pair(load(s0 + x), load(s1 + x));
-                    write(s0 + x, _mm512_permutexvar_epi16(shuffle, weights));
-                    write(s1 + x, _mm512_permutexvar_epi16(shuffle, round_pair(load(g0 + x), load(g1 + x))));
-                }
-                write(g0 + j / 2, round_pair(load(g0 + j), load(g0 + j + W)));
-                write(g1 + j / 2, round_pair(load(g1 + j), load(g1 + j + W)));
+            for (std::int64_t x = j; x < j + 2 * W; x += W) {
+                const __m512i weights = round_pair(load(s0 + x), load(s1 + x));
+                write(s0 + x, _mm512_permutexvar_epi16(shuffle, weights));
+                write(s1 + x, _mm512_permutexvar_epi16(shuffle, round_pair(load(g0 + x), load(g1 + x))));
             }
+            write(g0 + j / 2, round_pair(load(g0 + j), load(g0 + j + W)));
+            write(g1 + j / 2, round_pair(load(g1 + j), load(g1 + j + W)));
         }
 #endif
     }
 
-    void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery, float* bias_partial) {
+    void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery) {
         const Plane<T>& p = block.p;
         const std::int64_t j0 = block.j0, n = block.n, d = a.in.head_size;
         const std::int64_t padded = round_to(rows, kRowStep<U>), end = round_to(n, 2 * W);
@@ -402,22 +408,22 @@ struct Backward {
         const Upcoming<T> next_q = upcoming(q_source + kTile<U> * p.q_stride, p.q_stride, left, rows, block.q);
         const Upcoming<T> next_dout =
             upcoming(dout_source + kTile<U> * a.dout.row, a.dout.row, left, rows, block.dout_rows);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            next_q.fetch(r, d);
-            next_dout.fetch(r, d);
-            block.k.fetch(q0 - block.first + r, d);
-            block.v.fetch(q0 - block.first + r, d);
+        for (std::int64_t r = 0; r < padded; ++r) {
             float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
-            const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
-            differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
-            if (a.dbias != nullptr) add_bias_gradient(p, g, q0 + r, j0, n, bias_partial);
-        }
-        for (std::int64_t r = rows; r < padded; ++r)
-            for (std::int64_t j = 0; j < end; j += W) {
-                store(scores + r * kScoreStride + j, zero());
-                store(dp + r * kScoreStride + j, zero());
+            if (r < rows) {
+                next_q.fetch(r, d);
+                next_dout.fetch(r, d);
+                block.k.fetch(q0 - block.first + r, d);
+                block.v.fetch(q0 - block.first + r, d);
+                const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
+                if (a.dbias != nullptr) add_bias_gradient(block, g, q0 + r);
+            } else {
+                fill_from(s, 0, end, 0.0f);
+                fill_from(g, 0, end, 0.0f);
             }
-        if constexpr (U::pair == 2) interleave(padded, end);
+            if (U::pair == 2 && r % 2 != 0) interleave(r - 1, end);
+        }
         sum_over_queries(padded / U::pair, n, q0 == block.first);
         float* dq = dquery + q0 * plan.columns;
         multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns},
@@ -494,7 +500,8 @@ struct Backward {
 
     // Key blocks of run `part` of one plane; dquery receives the run's share.  `next` is the plane whose first block
     // comes after them, or -1.
-    void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial) {
+    void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial,
+             bool begins_bias) {
         const AttentionInputs& in = a.in;
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
@@ -517,7 +524,9 @@ struct Backward {
                 // Causal: query i meets this block from i = j0 - diagonal on.
                 const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile<U> * kTile<U> : 0;
                 // The first block of a run meets all queries that the others meet.
-                Block<T> block = {p, dout_rows, h, j0, n, first, p.keys > kBlock && index == begin, {}, {}, {}, {}};
+                Block<T> block = {
+                    p,           dout_rows, h,  j0, n, first, p.keys > kBlock && index == begin, bias_partial,
+                    begins_bias, {},        {}, {}, {}};
                 if (index + 1 < finish && j0 + kBlock < p.keys) {
                     follow(block, p, dout_rows, j0 + kBlock);
                 } else if (next >= 0) {
@@ -525,7 +534,7 @@ struct Backward {
                     follow(block, other, dout_of(other, next / in.heads, next % in.heads), 0);
                 }
                 for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile<U>)
-                    tile(block, q0, smaller(kTile<U>, p.queries - q0), dquery, bias_partial);
+                    tile(block, q0, smaller(kTile<U>, p.queries - q0), dquery);
                 if (first >= p.queries) {
                     __builtin_memset(dk, 0, plan.sums * sizeof(float));
                     __builtin_memset(dv, 0, plan.sums * sizeof(float));
@@ -578,18 +587,19 @@ void backward(const AttentionBwd& a) {
     const int team = static_cast<int>(larger(1, smaller(in.threads, work / worth_a_thread)));
     const std::int64_t shared_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
     const std::int64_t partial = plan.slices * plan.bias_slice, all_partials = plan.bias_partials * partial;
+    const std::int64_t shared_partials = plan.in_place ? 0 : all_partials;
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * plan.task * sizeof(float)));
     float* shared = nullptr;
-    if (shared_dquery + all_partials > 0)
-        shared = static_cast<float*>(workspace(Slot::shared, (shared_dquery + all_partials + W) * sizeof(float)));
-    float* partials = shared + shared_dquery;
+    if (shared_dquery + shared_partials > 0)
+        shared = static_cast<float*>(workspace(Slot::shared, (shared_dquery + shared_partials + W) * sizeof(float)));
+    float* partials = plan.in_place ? static_cast<float*>(a.dbias) : shared + shared_dquery;
     const std::int64_t bias_bytes = element_size(in.bias_dtype);
 
 #pragma omp parallel num_threads(team)
     {
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
         if constexpr (kTiles<U>) begin_tiles();
-        if (a.dbias != nullptr) {
+        if (a.dbias != nullptr && !plan.fills_bias) {
             // Keys that no query sees get no gradient, and nobody else writes there.
             char* target = static_cast<char*>(plan.sums_bias ? static_cast<void*>(partials) : a.dbias);
             const std::int64_t bytes = plan.sums_bias ? all_partials * 4 : partial * bias_bytes;
@@ -607,8 +617,9 @@ void backward(const AttentionBwd& a) {
                 const std::int64_t set = plan.bias_keys == 1 ? group * plan.parts + part : group;
                 bias_partial = partials + set * partial + slice * plan.bias_slice;
             }
+            const std::int64_t first = plan.members * group / plan.groups;
             const std::int64_t finish = plan.members * (group + 1) / plan.groups;
-            for (std::int64_t m = plan.members * group / plan.groups; m < finish; ++m) {
+            for (std::int64_t m = first; m < finish; ++m) {
                 const std::int64_t plane = member_plane(a, slice, m);
                 float* dquery =
                     plan.parts == 1 ? worker.own_dquery : shared + (plane * plan.parts + part) * plan.dquery;
@@ -620,7 +631,8 @@ void backward(const AttentionBwd& a) {
                 else if (later < tasks)
                     next = member_plane(a, later / plan.parts / plan.groups,
                                         plan.members * (later / plan.parts % plan.groups) / plan.groups);
-                worker.run(plane, part, next, dquery, bias_partial);
+                const bool begins_bias = plan.fills_bias && m == first;
+                worker.run(plane, part, next, dquery, bias_partial, begins_bias);
                 if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
             }
         }
@@ -630,7 +642,7 @@ void backward(const AttentionBwd& a) {
             for (std::int64_t plane = 0; plane < plan.planes; ++plane)
                 store_dquery<T>(a, plan, plane, shared + plane * plan.parts * plan.dquery, plan.parts, plan.dquery);
         }
-        if (plan.sums_bias) {
+        if (plan.sums_bias && !plan.in_place) {
             constexpr std::int64_t chunk = 1 << 12;
 #pragma omp for schedule(static)
             for (std::int64_t at = 0; at < partial; at += chunk) {
