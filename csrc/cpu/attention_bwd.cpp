@@ -99,11 +99,37 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     return p;
 }
 
+// A row of a gradient.  Whole cache lines go past the caches: the caller reads them long after, and to fetch lines
+// that are overwritten whole took a quarter of the time of short sequences.
 template <class T>
 PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, float scale) {
     std::int64_t c = 0;
+#if defined(__AVX512F__)
+    if (reinterpret_cast<std::uintptr_t>(target) % 64 == 0) {
+        if constexpr (sizeof(T) == 4)
+            for (; c + W <= d; c += W) {
+                watch_store(target + c, W);
+                _mm512_stream_ps(target + c, load(source + c) * set1(scale));
+            }
+#if defined(__AVX512BF16__)
+        if constexpr (UnitOf<T>::Type::pair == 2)
+            for (; c + 2 * W <= d; c += 2 * W) {
+                watch_store(target + c, 2 * W);
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(target + c),
+                                    round_pair(load(source + c) * set1(scale), load(source + c + W) * set1(scale)));
+            }
+#endif
+    }
+#endif
     for (; c + W <= d; c += W) store(target + c, load(source + c) * set1(scale));
     if (c < d) store(target + c, load(source + c) * set1(scale), static_cast<int>(d - c));
+}
+
+// Makes the rows of this thread visible to whoever waits for it.
+PYXLBERT_INLINE void finish_rows() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
 }
 
 template <class T>
@@ -413,10 +439,10 @@ struct Backward {
             if (r < rows) {
                 next_q.fetch(r, d);
                 next_dout.fetch(r, d);
-                block.k.fetch(q0 - block.first + r, d);
-                block.v.fetch(q0 - block.first + r, d);
                 const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
                 differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
+                block.k.fetch(q0 - block.first + r, d);
+                block.v.fetch(q0 - block.first + r, d);
                 if (a.dbias != nullptr) add_bias_gradient(block, g, q0 + r);
             } else {
                 fill_from(s, 0, end, 0.0f);
@@ -458,21 +484,22 @@ struct Backward {
         }
     }
 
-    // Sums of n keys to rows of dK or dV.
+    // Sums of n keys to rows of dK or dV, the packed queries being used up.
     PYXLBERT_INLINE void store_sums(T* target, std::int64_t stride, const float* sums, std::int64_t n, float scale) {
         const std::int64_t d = a.in.head_size;
         if constexpr (kTiles<U>) {
-            for (std::int64_t j = 0; j < n; j += W)
-                for (std::int64_t c = 0; c < d; c += W) {
+            for (std::int64_t j = 0; j < n; j += W) {
+                for (std::int64_t c = 0; c < plan.columns; c += W) {
                     Vec block[W];
 #pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) block[i] = load(sums + (c + i) * kSumStride + j) * set1(scale);
+                    for (int i = 0; i < W; ++i) block[i] = load(sums + (c + i) * kSumStride + j);
                     transpose(block);
-                    const int left = static_cast<int>(smaller(W, d - c));
 #pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i)
-                        if (j + i < n) store(target + (j + i) * stride + c, block[i], left);
+                    for (int i = 0; i < W; ++i) store(q + i * plan.columns + c, block[i]);
                 }
+                for (std::int64_t i = 0; i < smaller(W, n - j); ++i)
+                    store_row(target + (j + i) * stride, q + i * plan.columns, d, scale);
+            }
         } else {
             for (std::int64_t j = 0; j < n; ++j) store_row(target + j * stride, sums + j * plan.columns, d, scale);
         }
@@ -636,11 +663,13 @@ void backward(const AttentionBwd& a) {
                 if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
             }
         }
+        finish_rows();
         if constexpr (kTiles<U>) end_tiles();
         if (plan.parts > 1) {
 #pragma omp for schedule(dynamic, 1)
             for (std::int64_t plane = 0; plane < plan.planes; ++plane)
                 store_dquery<T>(a, plan, plane, shared + plane * plan.parts * plan.dquery, plan.parts, plan.dquery);
+            finish_rows();
         }
         if (plan.sums_bias && !plan.in_place) {
             constexpr std::int64_t chunk = 1 << 12;
