@@ -15,25 +15,7 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-// count elements, W of them where that is a constant of the caller.
-template <class T>
-PYXLBERT_INLINE Vec load_some(const T* p, int count) {
-    return count == W ? load(p) : load(p, count);
-}
-template <class T>
-PYXLBERT_INLINE void store_some(T* p, Vec v, int count) {
-    count == W ? store(p, v) : store(p, v, count);
-}
-
-// Calls step(j, count) for the vectors of a row in order; count is W for all but the last.
-template <class F>
-PYXLBERT_INLINE void for_vectors(std::int64_t n, F step) {
-    std::int64_t j = 0;
-    for (; j + W <= n; j += W) step(j, W);
-    if (j < n) step(j, static_cast<int>(n - j));
-}
-
-// The same with the dropout words of each vector: step(j, count, word).  Four vectors share one draw.
+// for_vectors with the dropout words of each vector: step(j, count, word).  Four vectors share one draw.
 template <class F>
 PYXLBERT_INLINE void for_dropout_vectors(const Dropout& dropout, std::int64_t row, std::int64_t n, F step) {
     const std::uint32_t low = static_cast<std::uint32_t>(row);
@@ -70,14 +52,7 @@ PYXLBERT_INLINE Dropout dropout_of(double p, const std::int64_t* seed) {
 // 1 / sqrt(mean of squared deviations + eps) of a row.
 template <class T>
 PYXLBERT_INLINE float inverse_deviation(const T* row, std::int64_t n, float mean, float eps) {
-    Vec squares = zero();
-    for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
-        const Vec d = load_some(row + j, count) - set1(mean);
-        // The lanes past the row hold zero, whose deviation must not count.
-        const Vec counted = count == W ? d : keep_first(d, count);
-        squares = fma(counted, counted, squares);
-    });
-    return 1.0f / sqrt(reduce_add(squares) / static_cast<float>(n) + eps);
+    return 1.0f / sqrt(squared_deviations(row, n, mean) / static_cast<float>(n) + eps);
 }
 
 template <class T, class R>
@@ -133,11 +108,9 @@ void forward(const DropoutAddLayerNormFwd& a) {
                 }
             }
             const bool copied = a.y_copy != nullptr;
-            for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
-                const Vec result = fma((load(row + j) - set1(mean)) * set1(rstd), load_some(weight + j, count),
-                                       load_some(bias + j, count));
-                store_some(y + j, result, count);
-                if (copied) store(row + j, result);
+            normalised(row, n, mean, rstd, weight, bias, [&](std::int64_t j, int count, Vec v) PYXLBERT_LAMBDA {
+                store_some(y + j, v, count);
+                if (copied) store(row + j, v);
             });
             if (copied) {
                 with_type(a.copy_dtype,
@@ -176,7 +149,6 @@ void backward(const DropoutAddLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
-    const float inverse_n = 1.0f / static_cast<float>(n);
 
 #pragma omp parallel num_threads(team(a.threads, a.rows* n))
     {
@@ -193,28 +165,16 @@ void backward(const DropoutAddLayerNormBwd& a) {
             for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
                 const R* s = static_cast<const R*>(a.sum) + i * n;
                 const float* dy = row_gradient<R>(a, i, scratch);
-                const Vec mean = set1(a.mean[i]), rstd = set1(a.rstd[i]);
-                Vec sum = zero(), dot = zero();
-                // dy is loaded as zero in the lanes past the row, so those lanes add nothing to any sum.
-                for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
-                    const Vec dyj = load_some(dy + j, count);
-                    const Vec h = (load_some(s + j, count) - mean) * rstd;
-                    const Vec g = dyj * load_some(weight + j, count);
-                    store(xhat + j, h);
-                    store(gradient + j, g);
-                    sum += g;
-                    dot = fma(g, h, dot);
-                    if (sums) {
-                        store(dweight + j, fma(dyj, h, load(dweight + j)));
-                        store(dbias + j, load(dbias + j) + dyj);
-                    }
-                });
+                RowGradient g = {set1(a.mean[i]), set1(a.rstd[i]), xhat, gradient, zero(), zero()};
+                g.walk(
+                    n, weight, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(s + j, count); },
+                    [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(dy + j, count); }, sums, dweight,
+                    dbias);
                 if (!inputs) continue;
-                const Vec mean_g = set1(reduce_add(sum) * inverse_n), mean_gh = set1(reduce_add(dot) * inverse_n);
                 T* dx = static_cast<T*>(a.dx) + (a.dx != nullptr ? i * n : 0);
                 R* dresidual = static_cast<R*>(a.dresidual) + (a.dresidual != nullptr ? i * n : 0);
                 const auto ds = [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
-                    const Vec v = rstd * (load(gradient + j) - mean_g - load(xhat + j) * mean_gh);
+                    const Vec v = g.dx(j);
                     if (a.dresidual != nullptr) store_some(dresidual + j, v, count);
                     return v;
                 };

@@ -26,16 +26,10 @@ template <class T>
 struct Sum {
     const T *word, *position, *token_type;
 
-    PYXLBERT_INLINE Vec at(std::int64_t j) const {
-        Vec v = load(word + j);
-        if (position != nullptr) v += load(position + j);
-        if (token_type != nullptr) v += load(token_type + j);
-        return v;
-    }
-    PYXLBERT_INLINE Vec at(std::int64_t j, int n) const {
-        Vec v = load(word + j, n);
-        if (position != nullptr) v += load(position + j, n);
-        if (token_type != nullptr) v += load(token_type + j, n);
+    PYXLBERT_INLINE Vec at(std::int64_t j, int count) const {
+        Vec v = load_some(word + j, count);
+        if (position != nullptr) v += load_some(position + j, count);
+        if (token_type != nullptr) v += load_some(token_type + j, count);
         return v;
     }
 };
@@ -65,8 +59,6 @@ void forward(const EmbeddingLayerNormFwd& a) {
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
     const float inverse_n = 1.0f / static_cast<float>(n);
-    const int tail = static_cast<int>(n % W);
-    const std::int64_t body = n - tail;
 
 #pragma omp parallel num_threads(team(a.threads, a.rows* n))
     {
@@ -75,32 +67,15 @@ void forward(const EmbeddingLayerNormFwd& a) {
         for (std::int64_t i = 0; i < a.rows; ++i) {
             const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
             Vec total = zero();
-            for (std::int64_t j = 0; j < body; j += W) {
-                const Vec v = x.at(j);
+            for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+                const Vec v = x.at(j, count);
                 store(row + j, v);
                 total += v;
-            }
-            if (tail) {
-                const Vec v = x.at(body, tail);
-                store(row + body, v);
-                total += v;
-            }
+            });
             const float mean = reduce_add(total) * inverse_n;
-            Vec squares = zero();
-            for (std::int64_t j = 0; j < body; j += W) {
-                const Vec d = load(row + j) - set1(mean);
-                squares = fma(d, d, squares);
-            }
-            if (tail) {
-                const Vec d = keep_first(load(row + body) - set1(mean), tail);
-                squares = fma(d, d, squares);
-            }
-            const float rstd = 1.0f / sqrt(reduce_add(squares) * inverse_n + a.eps);
-            for (std::int64_t j = 0; j < body; j += W)
-                store(row + j, fma((load(row + j) - set1(mean)) * set1(rstd), load(weight + j), load(bias + j)));
-            if (tail)
-                store(row + body, fma((load(row + body) - set1(mean)) * set1(rstd), load(weight + body, tail),
-                                      load(bias + body, tail)));
+            const float rstd = 1.0f / sqrt(squared_deviations(row, n, mean) * inverse_n + a.eps);
+            normalised(row, n, mean, rstd, weight, bias,
+                       [&](std::int64_t j, int, Vec v) PYXLBERT_LAMBDA { store(row + j, v); });
             if (dropout.active) drop_row(dropout, i, row, n);
             with_type(a.out_dtype, [&](auto type) { narrow_row(row, static_cast<decltype(type)*>(a.y) + i * n, n); });
             if (a.y_copy != nullptr)
@@ -123,7 +98,6 @@ void backward(const EmbeddingLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
-    const float inverse_n = 1.0f / static_cast<float>(n);
 
 #pragma omp parallel num_threads(team(a.threads, a.rows* n))
     {
@@ -139,32 +113,13 @@ void backward(const EmbeddingLayerNormBwd& a) {
                 const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
                 widen_row(static_cast<const G*>(a.dy) + i * a.dy_stride, gradient, n);
                 if (dropout.active) drop_row(dropout, i, gradient, n);
-                const Vec mean = set1(a.mean[i]), rstd = set1(a.rstd[i]);
-                Vec total = zero(), dot = zero();
-                // The gradient is zero in the lanes past the row, so those lanes add nothing to any sum.
-                const auto step = [&](std::int64_t j, Vec xj, Vec dyj, Vec weightj) PYXLBERT_LAMBDA {
-                    const Vec h = (xj - mean) * rstd;
-                    const Vec g = dyj * weightj;
-                    store(xhat + j, h);
-                    store(gradient + j, g);
-                    total += g;
-                    dot = fma(g, h, dot);
-                    if (sums) {
-                        store(dweight + j, fma(dyj, h, load(dweight + j)));
-                        store(dbias + j, load(dbias + j) + dyj);
-                    }
-                };
-                std::int64_t j = 0;
-                for (; j + W <= n; j += W) step(j, x.at(j), load(gradient + j), load(weight + j));
-                const int tail = static_cast<int>(n - j);
-                if (tail) step(j, x.at(j, tail), load(gradient + j, tail), load(weight + j, tail));
-                const Vec mean_g = set1(reduce_add(total) * inverse_n), mean_gh = set1(reduce_add(dot) * inverse_n);
+                RowGradient g = {set1(a.mean[i]), set1(a.rstd[i]), xhat, gradient, zero(), zero()};
+                g.walk(
+                    n, weight, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return x.at(j, count); },
+                    [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(gradient + j, count); }, sums,
+                    dweight, dbias);
                 float* dx = a.dx + i * n;
-                const auto result = [&](std::int64_t k) PYXLBERT_LAMBDA {
-                    return rstd * (load(gradient + k) - mean_g - load(xhat + k) * mean_gh);
-                };
-                for (j = 0; j + W <= n; j += W) store(dx + j, result(j));
-                if (tail) store(dx + j, result(j), tail);
+                for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { store_some(dx + j, g.dx(j), count); });
             }
         }
     }

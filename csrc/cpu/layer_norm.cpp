@@ -20,8 +20,6 @@ void forward(const LayerNormFwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, parameters);
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const float inverse_n = 1.0f / static_cast<float>(n);
-    const int tail = static_cast<int>(n % W);
-    const std::int64_t body = n - tail;
 
 #pragma omp parallel num_threads(team(a.threads, a.rows* n))
     {
@@ -31,35 +29,15 @@ void forward(const LayerNormFwd& a) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             T* y = static_cast<T*>(a.y) + i * n;
             Vec sum = zero();
-            for (std::int64_t j = 0; j < body; j += W) {
-                const Vec v = load(x + j);
+            for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+                const Vec v = load_some(x + j, count);
                 store(row + j, v);
                 sum += v;
-            }
-            if (tail) {
-                const Vec v = load(x + body, tail);
-                store(row + body, v);
-                sum += v;
-            }
+            });
             const float mean = reduce_add(sum) * inverse_n;
-            Vec squares = zero();
-            for (std::int64_t j = 0; j < body; j += W) {
-                const Vec d = load(row + j) - set1(mean);
-                squares = fma(d, d, squares);
-            }
-            if (tail) {
-                // The lanes past the row hold zero, whose deviation must not count.
-                const Vec d = keep_first(load(row + body) - set1(mean), tail);
-                squares = fma(d, d, squares);
-            }
-            const float rstd = 1.0f / sqrt(reduce_add(squares) * inverse_n + a.eps);
-            for (std::int64_t j = 0; j < body; j += W)
-                store(y + j, fma((load(row + j) - set1(mean)) * set1(rstd), load(weight + j), load(bias + j)));
-            if (tail)
-                store(y + body,
-                      fma((load(row + body) - set1(mean)) * set1(rstd), load(weight + body, tail),
-                          load(bias + body, tail)),
-                      tail);
+            const float rstd = 1.0f / sqrt(squared_deviations(row, n, mean) * inverse_n + a.eps);
+            normalised(row, n, mean, rstd, weight, bias,
+                       [&](std::int64_t j, int count, Vec v) PYXLBERT_LAMBDA { store_some(y + j, v, count); });
             if (a.mean != nullptr) {
                 a.mean[i] = mean;
                 a.rstd[i] = rstd;
@@ -79,7 +57,6 @@ void backward(const LayerNormBwd& a) {
         workspace(Slot::shared, (padded + (sums ? (blocks > 0 ? blocks : 1) * partial_stride : 0)) * sizeof(float)));
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
-    const float inverse_n = 1.0f / static_cast<float>(n);
     if (sums)
         for (std::int64_t j = 0; j < partial_stride; j += W) store(partial + j, zero());
 
@@ -97,31 +74,12 @@ void backward(const LayerNormBwd& a) {
                 const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
                 const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
                 T* dx = static_cast<T*>(a.dx) + i * n;
-                const Vec mean = set1(a.mean[i]), rstd = set1(a.rstd[i]);
-                Vec sum = zero(), dot = zero();
-                // dy is zero in the lanes past the row, so those lanes add nothing to any sum.
-                const auto step = [&](std::int64_t j, Vec xj, Vec dyj, Vec weightj) PYXLBERT_LAMBDA {
-                    const Vec h = (xj - mean) * rstd;
-                    const Vec g = dyj * weightj;
-                    store(xhat + j, h);
-                    store(gradient + j, g);
-                    sum += g;
-                    dot = fma(g, h, dot);
-                    if (sums) {
-                        store(dweight + j, fma(dyj, h, load(dweight + j)));
-                        store(dbias + j, load(dbias + j) + dyj);
-                    }
-                };
-                std::int64_t j = 0;
-                for (; j + W <= n; j += W) step(j, load(x + j), load(dy + j), load(weight + j));
-                const int tail = static_cast<int>(n - j);
-                if (tail) step(j, load(x + j, tail), load(dy + j, tail), load(weight + j, tail));
-                const Vec mean_g = set1(reduce_add(sum) * inverse_n), mean_gh = set1(reduce_add(dot) * inverse_n);
-                const auto result = [&](std::int64_t k) PYXLBERT_LAMBDA {
-                    return rstd * (load(gradient + k) - mean_g - load(xhat + k) * mean_gh);
-                };
-                for (j = 0; j + W <= n; j += W) store(dx + j, result(j));
-                if (tail) store(dx + j, result(j), tail);
+                RowGradient g = {set1(a.mean[i]), set1(a.rstd[i]), xhat, gradient, zero(), zero()};
+                g.walk(
+                    n, weight, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(x + j, count); },
+                    [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(dy + j, count); }, sums, dweight,
+                    dbias);
+                for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { store_some(dx + j, g.dx(j), count); });
             }
         }
     }

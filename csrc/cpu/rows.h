@@ -1,5 +1,5 @@
-// What the row kernels share: dispatch on element types, parameters widened to float once a call, and
-// column sums that do not depend on the number of threads.
+// What the row kernels share: dispatch on element types, parameters widened to float once a call, LayerNorm's walks
+// over a row, and column sums that do not depend on the number of threads.
 #pragma once
 #include "../workspace.h"
 #include "simd.h"
@@ -47,6 +47,84 @@ PYXLBERT_INLINE const float* as_float(const void* source, DType dtype, std::int6
 PYXLBERT_INLINE void from_float(const float* source, void* target, DType dtype, std::int64_t n) {
     with_type(dtype, [&](auto type) { narrow_row(source, static_cast<decltype(type)*>(target), n); });
 }
+
+// count elements, W of them where that is a constant of the caller.
+template <class T>
+PYXLBERT_INLINE Vec load_some(const T* p, int count) {
+    return count == W ? load(p) : load(p, count);
+}
+template <class T>
+PYXLBERT_INLINE void store_some(T* p, Vec v, int count) {
+    count == W ? store(p, v) : store(p, v, count);
+}
+
+// Calls step(j, count) for the vectors of a row in order; count is W for all but the last.
+template <class F>
+PYXLBERT_INLINE void for_vectors(std::int64_t n, F step) {
+    std::int64_t j = 0;
+    for (; j + W <= n; j += W) step(j, W);
+    if (j < n) step(j, static_cast<int>(n - j));
+}
+
+// The sum over a row of (x - mean)^2.
+template <class T>
+PYXLBERT_INLINE float squared_deviations(const T* row, std::int64_t n, float mean) {
+    Vec squares = zero();
+    for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+        const Vec d = load_some(row + j, count) - set1(mean);
+        // The lanes past the row hold zero, whose deviation must not count.
+        const Vec counted = count == W ? d : keep_first(d, count);
+        squares = fma(counted, counted, squares);
+    });
+    return reduce_add(squares);
+}
+
+// Calls step(j, count, y) with the vectors of (row - mean) * rstd * weight + bias; the row has room for whole vectors.
+template <class F>
+PYXLBERT_INLINE void normalised(const float* row, std::int64_t n, float mean, float rstd, const float* weight,
+                                const float* bias, F step) {
+    for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+        step(j, count,
+             fma((load(row + j) - set1(mean)) * set1(rstd), load_some(weight + j, count), load_some(bias + j, count)));
+    });
+}
+
+// Backward of LayerNorm for one row, in two walks: xhat = (x - mean) * rstd and g = dy * weight stay in two buffers
+// with room for whole vectors.
+struct RowGradient {
+    Vec mean, rstd;
+    float *xhat, *gradient;
+    Vec mean_g, mean_gh;
+
+    // x(j, count) and dy(j, count) give vectors.  dy is zero in the lanes past the row, so those lanes add nothing to
+    // any sum.  With `sums`, dy * xhat and dy are added to dweight and dbias.
+    template <class X, class Dy>
+    PYXLBERT_INLINE void walk(std::int64_t n, const float* weight, X x, Dy dy, bool sums, float* dweight,
+                              float* dbias) {
+        Vec sum = zero(), dot = zero();
+        for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+            const Vec dyj = dy(j, count);
+            const Vec h = (x(j, count) - mean) * rstd;
+            const Vec g = dyj * load_some(weight + j, count);
+            store(xhat + j, h);
+            store(gradient + j, g);
+            sum += g;
+            dot = fma(g, h, dot);
+            if (sums) {
+                store(dweight + j, fma(dyj, h, load(dweight + j)));
+                store(dbias + j, load(dbias + j) + dyj);
+            }
+        });
+        const float inverse_n = 1.0f / static_cast<float>(n);
+        mean_g = set1(reduce_add(sum) * inverse_n);
+        mean_gh = set1(reduce_add(dot) * inverse_n);
+    }
+
+    // rstd * (g - mean_j(g) - xhat * mean_j(g * xhat))
+    PYXLBERT_INLINE Vec dx(std::int64_t j) const {
+        return rstd * (load(gradient + j) - mean_g - load(xhat + j) * mean_gh);
+    }
+};
 
 PYXLBERT_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
