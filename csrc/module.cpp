@@ -12,6 +12,8 @@
 #include "cpu/embedding_layer_norm.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
+#include "cpu/relative_attention.h"
+#include "cpu/two_stream_attention.h"
 #include "levels.h"
 #include "workspace.h"
 
@@ -102,6 +104,82 @@ void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const 
                                      pointer(dbias),
                                      {bias_shape[0], bias_shape[1], bias_shape[2], bias_shape[3]}};
     PYXLBERT_RUN_AMX(attention_bwd, arguments, amx);
+}
+
+// tables, rows of a table, offset
+using TableSizes = std::array<std::int64_t, 3>;
+
+pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs, Address table,
+                                         const Strides3& table_strides, const TableSizes& sizes, Address content_bias,
+                                         Address position_bias, Address segment_bias, Address segment_embedding,
+                                         Address key_rank, Address key_segments, bool uniform_rows) {
+    return {inputs,
+            attention_tensor(table, table_strides),
+            sizes[0],
+            sizes[1],
+            sizes[2],
+            pointer<const float>(content_bias),
+            pointer<const float>(position_bias),
+            pointer<const float>(segment_bias),
+            pointer<const float>(segment_embedding),
+            pointer<const std::int32_t>(key_rank),
+            pointer<const std::int32_t>(key_segments),
+            uniform_rows};
+}
+
+pyxlbert::QueryRows query_rows(Address query, const Strides3& strides, std::int64_t count, Address out, Address lse,
+                               std::uint32_t tag, Address positions, Address order, Address rank, Address segment,
+                               bool see_self, bool mask_by_position) {
+    return {attention_tensor(query, strides),
+            count,
+            pointer(out),
+            pointer<float>(lse),
+            tag,
+            pointer<const std::int32_t>(positions),
+            pointer<const std::int32_t>(order),
+            pointer<const std::int32_t>(rank),
+            pointer<const std::int32_t>(segment),
+            see_self,
+            mask_by_position};
+}
+
+void relative_attention_fwd(const pyxlbert::RelativeInputs& inputs, const pyxlbert::QueryRows& content,
+                            const pyxlbert::QueryRows& query) {
+    pyxlbert::RelativeAttentionFwd arguments{inputs, {content, query}};
+    PYXLBERT_RUN_AMX(relative_attention_fwd, arguments, amx);
+}
+
+void two_stream_attention_fwd(const pyxlbert::RelativeInputs& inputs, const pyxlbert::QueryRows& content,
+                              const pyxlbert::QueryRows& query) {
+    pyxlbert::RelativeAttentionFwd arguments{inputs, {content, query}};
+    PYXLBERT_RUN_AMX(two_stream_attention_fwd, arguments, amx);
+}
+
+// dparameters, in float: of table, content bias, position bias, segment bias and segment embedding.
+pyxlbert::RelativeAttentionBwd relative_gradients(const pyxlbert::RelativeInputs& inputs,
+                                                  const pyxlbert::QueryRows& content, const pyxlbert::QueryRows& query,
+                                                  const std::array<Address, 2>& dout,
+                                                  const std::array<Strides3, 2>& dout_strides,
+                                                  const std::array<Address, 2>& dquery, Address dkey, Address dvalue,
+                                                  const std::array<Address, 5>& dparameters) {
+    return {inputs,
+            {content, query},
+            {attention_tensor(dout[0], dout_strides[0]), attention_tensor(dout[1], dout_strides[1])},
+            {pointer(dquery[0]), pointer(dquery[1])},
+            pointer(dkey),
+            pointer(dvalue),
+            pointer<float>(dparameters[0]),
+            pointer<float>(dparameters[1]),
+            pointer<float>(dparameters[2]),
+            pointer<float>(dparameters[3]),
+            pointer<float>(dparameters[4])};
+}
+
+void relative_attention_bwd(const pyxlbert::RelativeAttentionBwd& arguments) {
+    PYXLBERT_RUN(relative_attention_bwd, arguments);
+}
+void two_stream_attention_bwd(const pyxlbert::RelativeAttentionBwd& arguments) {
+    PYXLBERT_RUN(two_stream_attention_bwd, arguments);
 }
 
 void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,
@@ -319,6 +397,13 @@ PYBIND11_MODULE(_C, m) {
     py::class_<pyxlbert::AttentionInputs>(cpu, "AttentionInputs").def(py::init(&attention_inputs));
     cpu.def("attention_fwd", &attention_fwd);
     cpu.def("attention_bwd", &attention_bwd);
+    py::class_<pyxlbert::RelativeInputs>(cpu, "RelativeInputs").def(py::init(&relative_inputs));
+    py::class_<pyxlbert::QueryRows>(cpu, "QueryRows").def(py::init<>()).def(py::init(&query_rows));
+    cpu.def("relative_attention_fwd", &relative_attention_fwd);
+    cpu.def("two_stream_attention_fwd", &two_stream_attention_fwd);
+    py::class_<pyxlbert::RelativeAttentionBwd>(cpu, "RelativeAttentionBwd").def(py::init(&relative_gradients));
+    cpu.def("relative_attention_bwd", &relative_attention_bwd);
+    cpu.def("two_stream_attention_bwd", &two_stream_attention_bwd);
     cpu.def("bias_gelu_fwd", &bias_gelu_fwd);
     cpu.def("bias_gelu_bwd", &bias_gelu_bwd);
     cpu.def("dropout_add_layer_norm_fwd", &dropout_add_layer_norm_fwd);

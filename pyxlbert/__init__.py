@@ -17,6 +17,8 @@ from pyxlbert.ops import (
     layer_norm,
     linear,
     linear_gelu,
+    relative_attention,
+    two_stream_attention,
 )
 from pyxlbert.text import SentenceEncoder
 
@@ -33,6 +35,8 @@ __all__ = [
     "linear",
     "linear_gelu",
     "pack",
+    "relative_attention",
+    "two_stream_attention",
     "unpack",
     "use_backend",
 ]

@@ -35,6 +35,22 @@ struct AttentionInputs {
     int threads;
 };
 
+// Queries of one stream: rows of scores, and where their results go.
+struct QueryRows {
+    AttentionTensor query;
+    std::int64_t count;  // of a sequence; packed: of the longest
+    void* out;           // contiguous
+    float* lse;          // [B, H, count], packed [H, total]
+    std::uint32_t tag;   // of dropout
+    // The rest is of relative attention alone.
+    const std::int32_t* positions;  // [B, count]: where each row stands, -1: nowhere; null: row i at i
+    const std::int32_t* order;      // [B, count]: the rows by rising position, where there are positions
+    const std::int32_t* rank;       // [B, count], packed [total], or null
+    const std::int32_t* segment;    // the same
+    bool see_self;                  // row i sees key i + Tk - Tq whatever rank and mask say
+    bool mask_by_position;          // a row's mask is that of its position
+};
+
 struct AttentionFwd {
     AttentionInputs in;
     void* out;   // contiguous

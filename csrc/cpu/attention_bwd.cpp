@@ -10,7 +10,7 @@
 // Determinism: dK and dV of a block belong to one task.  Runs of key blocks, and groups of planes that
 // share a broadcast bias, are cut by size alone; each has its own partial sums, added in order at the end.
 #include "../workspace.h"
-#include "attention_rows.h"
+#include "backward_rows.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -49,8 +49,6 @@ struct Plan {
     std::int64_t units, unit_stride, columns, query_rows;
     std::int64_t dquery, delta, values, sums, tile, keys, task;  // floats of scratch
 };
-
-PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <class U>
 PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
@@ -99,61 +97,12 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     return p;
 }
 
-// A row of a gradient.  Whole cache lines go past the caches: the caller reads them long after, and to fetch lines
-// that are overwritten whole took a quarter of the time of short sequences.
-template <class T>
-PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, float scale) {
-    std::int64_t c = 0;
-#if defined(__AVX512F__)
-    if (reinterpret_cast<std::uintptr_t>(target) % 64 == 0) {
-        if constexpr (sizeof(T) == 4)
-            for (; c + W <= d; c += W) {
-                watch_store(target + c, W);
-                _mm512_stream_ps(target + c, load(source + c) * set1(scale));
-            }
-#if defined(__AVX512BF16__)
-        if constexpr (UnitOf<T>::Type::pair == 2)
-            for (; c + 2 * W <= d; c += 2 * W) {
-                watch_store(target + c, 2 * W);
-                _mm512_stream_si512(reinterpret_cast<__m512i*>(target + c),
-                                    round_pair(load(source + c) * set1(scale), load(source + c + W) * set1(scale)));
-            }
-#endif
-    }
-#endif
-    for (; c + W <= d; c += W) store(target + c, load(source + c) * set1(scale));
-    if (c < d) store(target + c, load(source + c) * set1(scale), static_cast<int>(d - c));
-}
-
-// Makes the rows of this thread visible to whoever waits for it.
-PYXLBERT_INLINE void finish_rows() {
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
-}
-
-template <class T>
-PYXLBERT_INLINE void zero_rows(T* target, std::int64_t stride, std::int64_t rows, std::int64_t d) {
-    for (std::int64_t r = 0; r < rows; ++r) __builtin_memset(static_cast<void*>(target + r * stride), 0, d * sizeof(T));
-}
-
 template <class T>
 PYXLBERT_INLINE void store_scores(T* target, const float* source, std::int64_t n) {
     std::int64_t j = 0;
     for (; j + W <= n; j += W) store(target + j, load(source + j));
     if (j < n) store(target + j, load(source + j), static_cast<int>(n - j));
 }
-
-// exp(scale * s - lse) * norm of one row.
-struct Exponent {
-    Vec scale, minus_lse, log2_norm;
-
-    // Elements j .. of the row, zero from n on.
-    PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
-        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(kLog2e), log2_norm));
-        return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
-    }
-};
 
 // Rows that will be read next: n of them, `stride` apart.
 template <class T>
@@ -232,13 +181,7 @@ struct Backward {
         const std::int64_t d = a.in.head_size, stride = a.in.heads * d;
         const T* out = static_cast<const T*>(a.out) + p.q_first * stride + h * d;
         for (std::int64_t i = q0; i < q0 + rows; ++i) {
-            const T *gradient = dout_rows + i * a.dout.row, *value = out + i * stride;
-            Vec sum = zero();
-            std::int64_t c = 0;
-            for (; c + W <= d; c += W) sum = fma(load(gradient + c), load(value + c), sum);
-            if (c < d)
-                sum = fma(load(gradient + c, static_cast<int>(d - c)), load(value + c, static_cast<int>(d - c)), sum);
-            delta[i] = reduce_add(sum);
+            delta[i] = dot_row(dout_rows + i * a.dout.row, out + i * stride, d);
         }
     }
 
@@ -265,20 +208,13 @@ struct Backward {
                            {target, kScoreStride}, padded, ceil_divide(n, W));
     }
 
-    // exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys
-    // (a row whose bias is finfo.min throughout).  The weights of a plane that has such rows are summed first, so
-    // that their sum can be divided out.
+    // See inexact_lse.
     void normalise(const Plane<T>& p) {
-        constexpr float large = 64.0f;
         const float* lse = a.lse + p.lse_first;
-        const auto inexact = [&](std::int64_t i) PYXLBERT_LAMBDA {
-            const float size = lse[i] < 0.0f ? -lse[i] : lse[i];
-            return size >= large && size < kInfinity;
-        };
         bool any = false;
         for (std::int64_t i = 0; i < p.queries; ++i) {
             log2_norm[i] = delta[i] = 0.0f;
-            any |= inexact(i);
+            any |= inexact_lse(lse[i]);
         }
         if (!any) return;
         for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
@@ -300,62 +236,7 @@ struct Backward {
             }
         }
         for (std::int64_t i = 0; i < p.queries; ++i)
-            if (inexact(i)) log2_norm[i] = -__builtin_log2f(delta[i]);
-    }
-
-    // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds
-    // all keys, delta is summed here from P and dP: dO . O has the rounding of O in it.
-    PYXLBERT_INLINE void differentiate(const Plane<T>& p, float* s, float* g, std::int64_t i, std::int64_t j0,
-                                       std::int64_t n, std::int64_t end, bool one_block) {
-        if (terms) add_terms(a.in, p, s, i, j0, n);
-        const Exponent exponent = exponent_of(p, i);
-        const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA { return exponent.weight(s, j, n); };
-        // Lanes past the visible keys of dP may be anything, so they are dropped rather than multiplied.
-        const auto visible = [&](std::int64_t j, Vec x)
-                                 PYXLBERT_LAMBDA { return j + W <= n ? x : keep_first(x, static_cast<int>(n - j)); };
-        const Vec row_delta = set1(delta[i]);
-        if (!one_block && !dropout.active) {
-            for (std::int64_t j = 0; j < n; j += W) {
-                const Vec w = weight(j);
-                store(g + j, visible(j, w * (load(g + j) - row_delta)));
-                store(s + j, w);
-            }
-        } else {
-            Vec sum = zero();
-            if (dropout.active) {
-                for (std::int64_t j = 0; j < n; j += 4 * W) {
-                    VecU words[4];
-                    dropout_words(dropout, static_cast<std::uint32_t>(j0 + j), static_cast<std::uint32_t>(i), p.plane,
-                                  words);
-#pragma GCC unroll 4
-                    for (int x = 0; x < 4; ++x) {
-                        const std::int64_t at = j + x * W;
-                        if (at >= n) break;
-                        const Vec w = weight(at), dropped = visible(at, drop(dropout, words[x], load(g + at)));
-                        sum = fma(w, dropped, sum);
-                        store(g + at, w * (dropped - (one_block ? zero() : row_delta)));
-                        store(s + at, drop(dropout, words[x], w));
-                        if (one_block) store(undropped + at, w);
-                    }
-                }
-            } else {
-                for (std::int64_t j = 0; j < n; j += W) {
-                    const Vec w = weight(j), product = visible(j, w * load(g + j));
-                    sum += product;
-                    store(g + j, product);
-                    store(s + j, w);
-                }
-            }
-            if (one_block) {
-                const Vec exact = set1(reduce_add(sum));
-                const float* w = dropout.active ? undropped : s;
-                for (std::int64_t j = 0; j < n; j += W) store(g + j, load(g + j) - load(w + j) * exact);
-            }
-        }
-        for (std::int64_t j = round_to(n, W); j < end; j += W) {
-            store(s + j, zero());
-            store(g + j, zero());
-        }
+            if (inexact_lse(lse[i])) log2_norm[i] = -__builtin_log2f(delta[i]);
     }
 
     // dS of query i into dbias, or into the partial sums of this task.
@@ -440,7 +321,9 @@ struct Backward {
                 next_q.fetch(r, d);
                 next_dout.fetch(r, d);
                 const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
-                differentiate(p, s, g, q0 + r, j0, visible, end, p.keys <= kBlock);
+                if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
+                differentiate(exponent_of(p, q0 + r), dropout, p.plane, delta[q0 + r], s, g, undropped, q0 + r, j0,
+                              visible, end, p.keys <= kBlock);
                 block.k.fetch(q0 - block.first + r, d);
                 block.v.fetch(q0 - block.first + r, d);
                 if (a.dbias != nullptr) add_bias_gradient(block, g, q0 + r);

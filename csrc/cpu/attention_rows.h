@@ -102,7 +102,8 @@ template <class T>
 struct Plane {
     const T *q, *k, *v;
     std::int64_t q_stride, k_stride, v_stride;
-    std::int64_t queries, keys;     // keys: those that some query may see
+    std::int64_t queries, keys;     // keys: those that are read
+    std::int64_t seen_keys;         // those that some query may see
     std::int64_t all_keys;          // including those that none may see
     std::int64_t diagonal;          // causal: query i sees keys 0 .. i + diagonal
     std::int64_t q_first, k_first;  // rows of the (b, t) plane that contiguous tensors start at
@@ -131,14 +132,14 @@ PYXLBERT_INLINE Plane<T> plane_of(const AttentionInputs& a, std::int64_t b, std:
     };
     if (a.cu_seqlens != nullptr) {
         p.q_first = p.k_first = a.cu_seqlens[b];
-        p.queries = p.keys = p.all_keys = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
+        p.queries = p.keys = p.seen_keys = p.all_keys = a.cu_seqlens[b + 1] - a.cu_seqlens[b];
         p.lse_first = h * a.total + p.q_first;
     } else {
         p.q_first = b * a.queries;
         p.k_first = b * a.keys;
         p.queries = a.queries;
         p.all_keys = a.keys;
-        p.keys = a.key_lengths != nullptr ? a.key_lengths[b] : a.keys;
+        p.keys = p.seen_keys = a.key_lengths != nullptr ? a.key_lengths[b] : a.keys;
         p.lse_first = (b * a.heads + h) * a.queries;
     }
     p.q = at(a.query, p.q_first);
@@ -180,20 +181,21 @@ PYXLBERT_INLINE void add_bias(float* s, const T* bias, std::int64_t key_stride, 
     if (j < n) store(s + j, fma(load(s + j), set1(scale), load(bias + j, static_cast<int>(n - j))));
 }
 
-PYXLBERT_INLINE void apply_mask(float* s, const std::uint8_t* mask, std::int64_t key_stride, std::int64_t n) {
+PYXLBERT_INLINE void apply_mask(float* s, const std::uint8_t* mask, std::int64_t key_stride, std::int64_t n,
+                                float masked) {
     if (key_stride == 0) {
         if (*mask == 0)
-            for (std::int64_t j = 0; j < n; j += W) store(s + j, set1(-kInfinity));
+            for (std::int64_t j = 0; j < n; j += W) store(s + j, set1(masked));
         return;
     }
     for (std::int64_t j = 0; j < n; j += W) {
 #if defined(__AVX512F__)
         const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(static_cast<int>(n - j)), mask + j);
-        store(s + j, _mm512_mask_mov_ps(set1(-kInfinity), _mm_test_epi8_mask(bytes, bytes), load(s + j)));
+        store(s + j, _mm512_mask_mov_ps(set1(masked), _mm_test_epi8_mask(bytes, bytes), load(s + j)));
 #else
         const std::int64_t end = smaller(n, j + W);
         for (std::int64_t i = j; i < end; ++i)
-            if (mask[i] == 0) s[i] = -kInfinity;
+            if (mask[i] == 0) s[i] = masked;
 #endif
     }
 }
@@ -215,7 +217,7 @@ PYXLBERT_INLINE void add_terms(const AttentionInputs& a, const Plane<T>& p, floa
         else
             add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.scale);
     }
-    if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n);
+    if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n, -kInfinity);
 }
 
 // s[n .. end - 1] = x; end - n may be anything, and end is a multiple of W.

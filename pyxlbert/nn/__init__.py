@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
 from pyxlbert.nn.embeddings import Embeddings
-from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm
-from pyxlbert.nn.layout import TokenLayout
+from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
+from pyxlbert.nn.layout import TokenLayout, has_values
 from pyxlbert.nn.linear import Linear, LinearActivation
+from pyxlbert.nn.relative_attention import RelativeAttention, RelativeLayout
 from pyxlbert.nn.self_attention import SelfAttention
 
 __all__ = [
@@ -16,7 +17,11 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearActivation",
+    "RelativeAttention",
+    "RelativeLayout",
     "SelfAttention",
     "TokenLayout",
     "activation_kind",
+    "has_values",
+    "rows_and_stream",
 ]

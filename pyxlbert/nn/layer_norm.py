@@ -57,3 +57,8 @@ class DropoutAddLayerNorm(LayerNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+
+
+def rows_and_stream(y: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an op with `copy_dtype` returned, as (rows for the next product, residual stream)."""
+    return (y[1], y[0]) if isinstance(y, tuple) else (y, y)

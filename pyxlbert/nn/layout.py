@@ -20,8 +20,8 @@ def _check_zero_one(name: str, mask: Tensor) -> None:
         )
 
 
-def _can_read_values(tensor: Tensor) -> bool:
-    # A traced or a meta tensor has no values to branch on.
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values to branch on: a traced or a meta tensor has none."""
     return not torch.compiler.is_compiling() and tensor.device.type != "meta"
 
 
@@ -71,7 +71,7 @@ class TokenLayout:
         if mask.dim() == 2:
             if shape != (batch, length):
                 raise ValueError(f"attention_mask: got shape {list(shape)}, wanted [{batch}, {length}]")
-            if not _can_read_values(mask):
+            if not has_values(mask):
                 real = mask.to(torch.bool)
                 return cls(batch, length, token_mask=real, attention_mask=real[:, None, None, :])
             _check_zero_one("attention_mask", mask)
@@ -79,7 +79,7 @@ class TokenLayout:
         if mask.dim() == 3:
             if shape != (batch, length, length):
                 raise ValueError(f"attention_mask: got shape {list(shape)}, wanted [{batch}, {length}, {length}]")
-            if _can_read_values(mask):
+            if has_values(mask):
                 _check_zero_one("attention_mask", mask)
             return cls(batch, length, attention_mask=mask.to(torch.bool)[:, None])
         if mask.dim() != 4:
@@ -120,7 +120,7 @@ class TokenLayout:
             raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, wanted torch.int32")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}, wanted [B + 1]")
-        if _can_read_values(cu_seqlens) and cu_seqlens.device.type == "cpu":
+        if has_values(cu_seqlens) and cu_seqlens.device.type == "cpu":
             if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
                 ends = f"{int(cu_seqlens[0])} to {int(cu_seqlens[-1])}"
                 raise ValueError(f"cu_seqlens: got {ends}, wanted 0 to the number of rows {total}")

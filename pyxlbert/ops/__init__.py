@@ -7,6 +7,8 @@ from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.ops.layer_norm import layer_norm
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.linear_gelu import linear_gelu
+from pyxlbert.ops.relative_attention import relative_attention
+from pyxlbert.ops.two_stream_attention import two_stream_attention
 
 __all__ = [
     "attention",
@@ -16,4 +18,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_gelu",
+    "relative_attention",
+    "two_stream_attention",
 ]

@@ -7,12 +7,11 @@ al., "FlashAttention", https://arxiv.org/abs/2205.14135, section B.2.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert.ops import _check, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import seed_tensor
 
@@ -81,28 +80,8 @@ def check_values(
     *_: Any,
 ) -> None:
     """Lengths within the keys; offsets that rise from 0 to total by at most max_seqlen."""
-    if key_lengths is not None and key_lengths.numel() > 0:
-        low, high = (int(x) for x in key_lengths.aminmax())
-        if low < 0 or high > key.shape[1]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"attention: key_lengths: got {wrong}, wanted lengths in [0, {key.shape[1]}]")
-    if cu_seqlens is None:
-        return
-    offsets, total = cu_seqlens.tolist(), query.shape[0]
-    if offsets[0] != 0 or offsets[-1] != total:
-        raise ValueError(
-            f"attention: cu_seqlens: got offsets from {offsets[0]} to {offsets[-1]}, wanted 0 to {total}, query's rows"
-        )
-    longest = 0
-    for b in range(len(offsets) - 1):
-        length = offsets[b + 1] - offsets[b]
-        if length < 0:
-            raise ValueError(
-                f"attention: cu_seqlens: got {offsets[b]} before {offsets[b + 1]}, wanted offsets that do not decrease"
-            )
-        longest = max(longest, length)
-    if longest > max_seqlen:
-        raise ValueError(f"attention: max_seqlen: got {max_seqlen}, wanted at least {longest}, the longest sequence")
+    _scores.check_lengths("attention", key_lengths, key.shape[1])
+    _scores.check_offsets("attention", cu_seqlens, query.shape[0], max_seqlen)
 
 
 _fwd = OP.define(
@@ -307,81 +286,19 @@ def _check_arguments(
     scale: float | None,
 ) -> None:
     op = "attention"
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale: got {scale}, wanted a finite number")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check.tensor(op, name, tensor)
-        _check.floating(op, name, tensor)
-        _check.same_device(op, name, tensor, "query", query)
-        if tensor.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
-            _check.dtype(op, name, tensor, query.dtype)
-        wanted, letters = (4, "[B, T, H, D]") if cu_seqlens is None else (3, "[total, H, D], packed")
-        if tensor.dim() != wanted:
-            raise ValueError(f"{op}: {name}: got shape {list(tensor.shape)}, wanted {wanted} dimensions {letters}")
-    if query.shape[-1] == 0:
-        raise ValueError(f"{op}: query: got shape {list(query.shape)}, wanted a head size of at least 1")
-    if cu_seqlens is None:
-        batch, _, heads, head_size = query.shape
-        wanted = (batch, key.shape[1], heads, head_size)
-        _check.shape(op, "key", key, wanted, "B, Tk, H, D with query's B, H and D")
-        _check.shape(op, "value", value, wanted, "key's shape")
-    else:
-        _check.shape(op, "key", key, tuple(query.shape), "query's shape, packed")
-        _check.shape(op, "value", value, tuple(query.shape), "query's shape, packed")
-        _check_packed(cu_seqlens, max_seqlen, query, key_lengths, attention_mask, bias)
+    _scores.check_scale(op, scale)
+    _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
+    if cu_seqlens is not None:
+        _scores.check_packed(
+            op, cu_seqlens, max_seqlen, query, key_lengths=key_lengths, attention_mask=attention_mask, bias=bias
+        )
         return
     if max_seqlen is not None:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
-    scores = (batch, heads, query.shape[1], key.shape[1])
-    if key_lengths is not None:
-        _check.tensor(op, "key_lengths", key_lengths)
-        _check.dtype(op, "key_lengths", key_lengths, torch.int32, torch.int64)
-        _check.same_device(op, "key_lengths", key_lengths, "query", query)
-        _check.shape(op, "key_lengths", key_lengths, (batch,), "B")
-    if attention_mask is not None:
-        _check.tensor(op, "attention_mask", attention_mask)
-        _check.dtype(op, "attention_mask", attention_mask, torch.bool)
-        _check_scores("attention_mask", attention_mask, query, scores)
+    _scores.check_masks(op, key_lengths, attention_mask, query, key.shape[1])
     if bias is not None:
         _check.tensor(op, "bias", bias)
         _check.floating(op, "bias", bias)
         if not torch.is_autocast_enabled(query.device.type):
             _check.parameter_dtype(op, "bias", bias, query)
-        _check_scores("bias", bias, query, scores)
-
-
-def _check_scores(name: str, tensor: torch.Tensor, query: torch.Tensor, scores: tuple[int, ...]) -> None:
-    """`tensor` is 4-D and broadcasts to `[B, H, Tq, Tk]`."""
-    _check.same_device("attention", name, tensor, "query", query)
-    if tensor.dim() != 4:
-        hint = "; give key_lengths for a mask of padding" if tensor.dim() == 2 else ""
-        raise ValueError(
-            f"attention: {name}: got shape {list(tensor.shape)}, wanted 4 dimensions that broadcast to "
-            f"{list(scores)} (B, H, Tq, Tk){hint}"
-        )
-    if any(n not in (1, full) for n, full in zip(tensor.shape, scores, strict=True)):
-        raise ValueError(
-            f"attention: {name}: got shape {list(tensor.shape)}, wanted one that broadcasts to {list(scores)} "
-            "(B, H, Tq, Tk)"
-        )
-
-
-def _check_packed(
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    query: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> None:
-    op = "attention"
-    _check.tensor(op, "cu_seqlens", cu_seqlens)
-    _check.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
-    _check.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens: got shape {list(cu_seqlens.shape)}, wanted [B + 1]")
-    for name, other in (("key_lengths", key_lengths), ("attention_mask", attention_mask), ("bias", bias)):
-        if other is not None:
-            raise ValueError(f"{op}: {name}: got {_check.describe(other)} beside cu_seqlens, wanted None")
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least 0")
+        _scores.check_scores(op, "bias", bias, query, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyxlbert.reference.philox import Tag, keep_scores
+from pyxlbert.reference._scores import drop, hide, pad, softmax, unpad, wide
+from pyxlbert.reference.philox import Tag
 
 
 def supports(*tensors: Tensor | None) -> None:
@@ -33,13 +34,13 @@ def attention_fwd(
     A row without a single allowed key has p = 0, out = 0 and lse = +inf.
     """
     if cu_seqlens is not None:
-        q, k, v = (_pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
+        q, k, v = (pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
         lengths = cu_seqlens.diff()
         out, lse = attention_fwd(q, k, v, lengths, None, 0, None, None, causal, scale, dropout_p, seed)
-        return _unpad(out, cu_seqlens, query.shape[0]), _unpad(lse.transpose(1, 2), cu_seqlens, query.shape[0]).t()
-    q, k, v = _wide(query), *_seen(key, value, key_lengths)
+        return unpad(out, cu_seqlens, query.shape[0]), unpad(lse.transpose(1, 2), cu_seqlens, query.shape[0]).t()
+    q, k, v = wide(query), *_seen(key, value, key_lengths)
     p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
-    kept = _drop(p, dropout_p, seed)
+    kept = drop(p, dropout_p, seed, Tag.ATTENTION)
     out = torch.einsum("bhij,bjhd->bihd", kept, v)
     return out.to(query.dtype).contiguous(), lse
 
@@ -69,19 +70,19 @@ def attention_bwd(
     dquery = scale * ds k, dkey = scale * ds^T q, dbias = ds summed over the dimensions that bias broadcasts.
     """
     if cu_seqlens is not None:
-        do, q, k, v = (_pad(x, cu_seqlens, max_seqlen) for x in (dout, query, key, value))
+        do, q, k, v = (pad(x, cu_seqlens, max_seqlen) for x in (dout, query, key, value))
         lengths = cu_seqlens.diff()
         *gradients, dbias = attention_bwd(
             do, q, k, v, out, lse, lengths, None, 0, None, None, causal, scale, dropout_p, seed, False
         )
-        dquery, dkey, dvalue = (_unpad(x, cu_seqlens, query.shape[0]) for x in gradients)
+        dquery, dkey, dvalue = (unpad(x, cu_seqlens, query.shape[0]) for x in gradients)
         return dquery, dkey, dvalue, dbias
-    q, k, v = _wide(query), *_seen(key, value, key_lengths)
-    do = _wide(dout)
+    q, k, v = wide(query), *_seen(key, value, key_lengths)
+    do = wide(dout)
     p, _ = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
-    kept = _drop(p, dropout_p, seed)
+    kept = drop(p, dropout_p, seed, Tag.ATTENTION)
     dvalue = torch.einsum("bhij,bihd->bjhd", kept, do)
-    dp = _drop(torch.einsum("bihd,bjhd->bhij", do, v), dropout_p, seed)
+    dp = drop(torch.einsum("bihd,bjhd->bhij", do, v), dropout_p, seed, Tag.ATTENTION)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dquery = scale * torch.einsum("bhij,bjhd->bihd", ds, k)
     dkey = scale * torch.einsum("bhij,bihd->bjhd", ds, q)
@@ -95,17 +96,12 @@ def attention_bwd(
     )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _seen(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values in the wide dtype; those past their sequence's length are zero, so that a NaN there is gone."""
-    if key_lengths is None:
-        return _wide(key), _wide(value)
-    unseen = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
-    unseen = unseen[..., None, None]
-    return _wide(key).masked_fill(unseen, 0.0), _wide(value).masked_fill(unseen, 0.0)
+    """Keys and values in the wide dtype, those past their sequence's length zero."""
+    present = None
+    if key_lengths is not None:
+        present = torch.arange(key.shape[1], device=key.device) < key_lengths[:, None]
+    return hide(wide(key), present), hide(wide(value), present)
 
 
 def _weights(
@@ -129,31 +125,4 @@ def _weights(
         s = s.masked_fill(~attention_mask, -torch.inf)
     if causal:
         s = s.masked_fill(j > i + (s.shape[3] - s.shape[2]), -torch.inf)
-    lse = s.logsumexp(-1)
-    dead = lse == -torch.inf
-    p = s.softmax(-1).masked_fill(dead[..., None], 0.0)
-    return p, lse.masked_fill(dead, torch.inf)
-
-
-def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of `[B, H, Tq, Tk]`: kept elements times 1 / (1 - p), the others zero."""
-    if dropout_p == 0.0 or seed is None:
-        return x
-    if dropout_p == 1.0:
-        return torch.zeros_like(x)
-    keep = keep_scores(seed, dropout_p, *x.shape, tag=Tag.ATTENTION)
-    return torch.where(keep, x * (1.0 / (1.0 - dropout_p)), 0.0)
-
-
-def _pad(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
-    """Packed `[total, ...]` to `[B, length, ...]`, zeros behind every sequence."""
-    with_zero = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    place = torch.arange(length, device=x.device)
-    rows = (cu_seqlens[:-1, None] + place).long()
-    return with_zero[rows.masked_fill(place >= cu_seqlens.diff()[:, None], x.shape[0])]
-
-
-def _unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Padded `[B, length, ...]` to `[total, ...]`."""
-    inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]
-    return x[inside].reshape(total, *x.shape[2:])
+    return softmax(s)

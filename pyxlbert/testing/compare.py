@@ -63,8 +63,14 @@ def within_budget(
     )
 
 
-def close(name: str, ours: torch.Tensor, wanted: torch.Tensor, relative: float) -> None:
+def close(name: str, ours: torch.Tensor, wanted: torch.Tensor, relative: float, *, least: float = 0.0) -> None:
     """The largest difference is at most `relative` times the largest element of `wanted`; a number of `tolerances`.
+
+    Args:
+        name: what is compared, for the message.
+        ours, wanted: tensors of one shape.
+        relative: the ratio.
+        least: taken for the largest element where that is smaller: what is zero in exact arithmetic has no scale.
 
     Raises:
         AssertionError: a shape differs, a value is not finite, or the difference is larger.
@@ -74,7 +80,7 @@ def close(name: str, ours: torch.Tensor, wanted: torch.Tensor, relative: float) 
         return
     a, b = ours.double(), wanted.double()
     _require(bool(a.isfinite().all()), f"{name}: {int((~a.isfinite()).sum())} elements not finite")
-    difference, largest = (a - b).abs().max(), b.abs().max()
+    difference, largest = (a - b).abs().max(), b.abs().max().clamp(min=least)
     _require(
         bool(difference <= relative * largest),
         f"{name}: largest difference {difference:.3e}, largest element {largest:.3e}, wanted a ratio of {relative:.1e}",

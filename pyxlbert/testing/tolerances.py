@@ -33,6 +33,10 @@ MODEL_GRADIENT_FLOAT32 = 2e-4
 # about the error to expect: it is held to the two numbers above instead of FACTOR.
 MODEL_FEW = 64
 
+# A gradient of so few elements has at least this share of the largest of all as its scale: what is zero in exact
+# arithmetic has none of its own.
+MODEL_SMALL_GRADIENT = 1e-3
+
 # Worst 1 - cosine of a sentence vector against transformers in float32.
 COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}
 

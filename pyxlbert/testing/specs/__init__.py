@@ -8,6 +8,8 @@ from pyxlbert.testing.specs import (
     layer_norm,
     linear,
     linear_gelu,
+    relative_attention,
+    two_stream_attention,
 )
 
 _MODULES = (
@@ -18,6 +20,8 @@ _MODULES = (
     layer_norm,
     linear,
     linear_gelu,
+    relative_attention,
+    two_stream_attention,
 )
 
 SPECS = {module.SPEC.name: module.SPEC for module in _MODULES}

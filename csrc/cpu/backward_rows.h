@@ -1,0 +1,132 @@
+// The work of attention's backward on single rows: weights again from lse, the gradient of the scores, sums to results.
+#pragma once
+#include "attention_rows.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// A row of a gradient.  Whole cache lines go past the caches: the caller reads them long after, and to fetch lines
+// that are overwritten whole took a quarter of the time of short sequences.
+template <class T>
+PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, float scale) {
+    std::int64_t c = 0;
+#if defined(__AVX512F__)
+    if (reinterpret_cast<std::uintptr_t>(target) % 64 == 0) {
+        if constexpr (sizeof(T) == 4)
+            for (; c + W <= d; c += W) {
+                watch_store(target + c, W);
+                _mm512_stream_ps(target + c, load(source + c) * set1(scale));
+            }
+#if defined(__AVX512BF16__)
+        if constexpr (UnitOf<T>::Type::pair == 2)
+            for (; c + 2 * W <= d; c += 2 * W) {
+                watch_store(target + c, 2 * W);
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(target + c),
+                                    round_pair(load(source + c) * set1(scale), load(source + c + W) * set1(scale)));
+            }
+#endif
+    }
+#endif
+    for (; c + W <= d; c += W) store(target + c, load(source + c) * set1(scale));
+    if (c < d) store(target + c, load(source + c) * set1(scale), static_cast<int>(d - c));
+}
+
+// Makes the rows of this thread visible to whoever waits for it.
+PYXLBERT_INLINE void finish_rows() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
+template <class T>
+PYXLBERT_INLINE void zero_rows(T* target, std::int64_t stride, std::int64_t rows, std::int64_t d) {
+    for (std::int64_t r = 0; r < rows; ++r) __builtin_memset(static_cast<void*>(target + r * stride), 0, d * sizeof(T));
+}
+
+// sum(a * b) of d elements
+template <class T>
+PYXLBERT_INLINE float dot_row(const T* a, const T* b, std::int64_t d) {
+    Vec sum = zero();
+    std::int64_t c = 0;
+    for (; c + W <= d; c += W) sum = fma(load(a + c), load(b + c), sum);
+    if (c < d) sum = fma(load(a + c, static_cast<int>(d - c)), load(b + c, static_cast<int>(d - c)), sum);
+    return reduce_add(sum);
+}
+
+// exp(scale * s - lse) * norm of one row.
+struct Exponent {
+    Vec scale, minus_lse, log2_norm;
+
+    // Elements j .. of the row, zero from n on.
+    PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
+        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(kLog2e), log2_norm));
+        return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
+    }
+};
+
+// exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys (a row
+// whose scores are finfo.min throughout).  The weights of such rows are summed first, so that their sum can be divided
+// out.
+PYXLBERT_INLINE bool inexact_lse(float lse) {
+    const float size = lse < 0.0f ? -lse : lse;
+    return size >= 64.0f && size < kInfinity;
+}
+
+// A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds all
+// keys, delta is summed here from P and dP: dO . O has the rounding of O in it.  i and j0 count dropout's bits;
+// `undropped` is scratch of a row.
+PYXLBERT_INLINE void differentiate(const Exponent& exponent, const Dropout& dropout, std::uint32_t plane, float delta,
+                                   float* s, float* g, float* undropped, std::int64_t i, std::int64_t j0,
+                                   std::int64_t n, std::int64_t end, bool one_block) {
+    const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA { return exponent.weight(s, j, n); };
+    // Lanes past the visible keys of dP may be anything, so they are dropped rather than multiplied.
+    const auto visible = [&](std::int64_t j, Vec x)
+                             PYXLBERT_LAMBDA { return j + W <= n ? x : keep_first(x, static_cast<int>(n - j)); };
+    const Vec row_delta = set1(delta);
+    if (!one_block && !dropout.active) {
+        for (std::int64_t j = 0; j < n; j += W) {
+            const Vec w = weight(j);
+            store(g + j, visible(j, w * (load(g + j) - row_delta)));
+            store(s + j, w);
+        }
+    } else {
+        Vec sum = zero();
+        if (dropout.active) {
+            for (std::int64_t j = 0; j < n; j += 4 * W) {
+                VecU words[4];
+                dropout_words(dropout, static_cast<std::uint32_t>(j0 + j), static_cast<std::uint32_t>(i), plane, words);
+#pragma GCC unroll 4
+                for (int x = 0; x < 4; ++x) {
+                    const std::int64_t at = j + x * W;
+                    if (at >= n) break;
+                    const Vec w = weight(at), dropped = visible(at, drop(dropout, words[x], load(g + at)));
+                    sum = fma(w, dropped, sum);
+                    store(g + at, w * (dropped - (one_block ? zero() : row_delta)));
+                    store(s + at, drop(dropout, words[x], w));
+                    if (one_block) store(undropped + at, w);
+                }
+            }
+        } else {
+            for (std::int64_t j = 0; j < n; j += W) {
+                const Vec w = weight(j), product = visible(j, w * load(g + j));
+                sum += product;
+                store(g + j, product);
+                store(s + j, w);
+            }
+        }
+        if (one_block) {
+            const Vec exact = set1(reduce_add(sum));
+            const float* w = dropout.active ? undropped : s;
+            for (std::int64_t j = 0; j < n; j += W) store(g + j, load(g + j) - load(w + j) * exact);
+        }
+    }
+    for (std::int64_t j = round_to(n, W); j < end; j += W) {
+        store(s + j, zero());
+        store(g + j, zero());
+    }
+}
+
+}  // namespace
+}  // namespace pyxlbert::PYXLBERT_LEVEL

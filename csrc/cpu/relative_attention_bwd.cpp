@@ -1,0 +1,570 @@
+// Relative attention, backward, one stream or two.  Scores are computed again from their parts and the saved lse; with
+//     P = exp(S - lse), dP = dO V^T, G = scale * P * (dP - delta), delta_i = dO_i . O_i, and G_r, which is G with every
+//     row moved to the columns of the table rows that it meets:
+//     dV = P^T dO, dK = G^T (q + u), dr = G_r^T (q + w), dq = G K + G_r r + segments.
+//
+// A task owns a run of key blocks of all sequences that share one head of a table (or of a group of them).  A block's
+// keys, values and their gradients stay in the second-level cache while the tiles of queries pass by.  For every tile:
+// the band of table rows that it meets is packed twice, as columns for the scores and as rows for dq; G_r is G copied
+// row by row into a band of zeros; dr is summed in the task's own memory of a run's keys and the queries' rows.
+//
+// Everything is multiplied as floats, whatever the element type.
+//
+// Determinism: runs of key blocks and groups of sequences are cut by size alone; each has its own partial sums, added
+// in order at the end.
+#include "../workspace.h"
+#include "backward_rows.h"
+#include "relative_rows.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+constexpr std::int64_t kTile = 48, kBlock = 256;
+constexpr std::int64_t kScoreStride = kBlock + 32;
+constexpr std::int64_t kSpan = 192;  // positions that rows of a tile lie apart at most
+constexpr std::int64_t kBandStride = kBlock + kSpan + 32;
+constexpr int kStreams = 2;
+
+// Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
+enum Small { content, position, segment, same_segment, other_segment, kSmall };
+
+// How the work is cut; nothing in it depends on the number of threads.
+struct Plan {
+    std::int64_t planes, blocks;
+    std::int64_t parts;    // runs of key blocks
+    std::int64_t slices;   // heads of tables
+    std::int64_t members;  // sequences of a table
+    std::int64_t groups;   // runs of members, each with a partial dr of its own
+    std::int64_t rows, last_place, columns;
+    std::int64_t dquery, table_rows;  // floats of a plane's dQ, rows of a partial dr
+    std::int64_t task;                // floats of scratch
+};
+
+PYXLBERT_INLINE std::int64_t first_block(const Plan& plan, std::int64_t part) {
+    return plan.blocks * part / plan.parts;
+}
+
+PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
+    constexpr std::int64_t enough_tasks = 16, most_parts = 8, blocks_a_part = 2;
+    const AttentionInputs& in = a.in.in;
+    Plan p;
+    p.planes = in.batch * in.heads;
+    p.blocks = ceil_divide(in.keys, kBlock);
+    p.slices = a.in.tables * in.heads;
+    p.members = in.batch / a.in.tables;
+    p.groups = smaller(p.members, ceil_divide(enough_tasks, p.slices));
+    p.parts = larger(
+        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
+    p.rows = a.rows[0].count + a.rows[1].count;
+    p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
+    p.columns = round_to(in.head_size, W);
+    p.dquery = p.rows * p.columns;
+    p.table_rows = ceil_divide(p.blocks, p.parts) * kBlock + p.last_place + kStripRows + 1;
+    const std::int64_t tile = kTile * (2 * kScoreStride + 2 * kBandStride + 4 * p.columns);
+    const std::int64_t keys = kBlock * 3 * p.columns + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
+    const std::int64_t table = 2 * round_to(kBlock + kSpan, W) * p.columns;
+    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * round_to(kTile, 16);
+    p.task = round_to((p.parts == 1 ? p.dquery : 0) + tile + keys + table + rows, 1024) + 64;
+    return p;
+}
+
+PYXLBERT_INLINE void add_row(float* sum, const float* row, std::int64_t columns, float factor = 1.0f) {
+    for (std::int64_t c = 0; c < columns; c += W) store(sum + c, fma(load(row + c), set1(factor), load(sum + c)));
+}
+
+// The sum of a row's scores at keys of its own segment; n is rounded up to vectors, the row is zero there.
+PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segments, std::int32_t segment,
+                                     std::int64_t n) {
+#if defined(__AVX512F__)
+    Vec sum = zero();
+    for (std::int64_t j = 0; j < n; j += W) {
+        const __m512i keys = _mm512_maskz_loadu_epi32(first_lanes(static_cast<int>(n - j)), segments + j);
+        sum = sum + _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(segment)), load(g + j));
+    }
+    return reduce_add(sum);
+#else
+    float sum = 0.0f;
+    for (std::int64_t j = 0; j < n; ++j)
+        if (segments[j] == segment) sum += g[j];
+    return sum;
+#endif
+}
+
+template <class T>
+struct Backward {
+    using U = FloatUnit;
+
+    const RelativeAttentionBwd& a;
+    const RelativeInputs& relative;
+    const AttentionInputs& in;
+    const Plan& plan;
+    const bool terms;
+    Dropout dropout;
+    float *scores, *dp, *band, *dband, *q_content, *q_position, *dout, *dq_tile, *k, *v, *k_values, *dk, *dv,
+        *undropped, *table, *table_values, *delta, *log2_norm, *same_sum, *other_sum, *same_score, *other_score,
+        *own_dquery;
+    std::int32_t *index, *place;  // of every row of the plane, the streams one after the other
+
+    // The plane.
+    Plane<T> p;
+    std::int64_t b, h;
+    Queries<T> queries[kStreams];
+    const T* dout_rows[kStreams];
+    std::int64_t start[kStreams + 1];
+    float *dquery, *small, *dtable;
+    std::int64_t first_row;  // of the table, in dtable
+
+    PYXLBERT_INLINE Backward(const RelativeAttentionBwd& arguments, const Plan& with, float* scratch)
+        : a(arguments),
+          relative(arguments.in),
+          in(arguments.in.in),
+          plan(with),
+          terms(has_terms(arguments.in.in) || has_relative_terms(&arguments.in)),
+          dropout(make_dropout(arguments.in.in.dropout_p, arguments.in.in.seed, Tag::relative_attention)) {
+        const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
+            float* taken = scratch;
+            scratch += floats;
+            return taken;
+        };
+        const std::int64_t rows = round_to(plan.rows, 16), columns = plan.columns;
+        scores = take(kTile * kScoreStride);
+        dp = take(kTile * kScoreStride);
+        band = take(kTile * kBandStride);
+        dband = take(kTile * kBandStride);
+        q_content = take(kTile * columns);
+        q_position = take(kTile * columns);
+        dout = take(kTile * columns);
+        dq_tile = take(kTile * columns);
+        k = take(kBlock * columns);
+        v = take(kBlock * columns);
+        k_values = take(kBlock * columns);
+        dk = take((kBlock + kStripRows) * columns);
+        dv = take((kBlock + kStripRows) * columns);
+        undropped = take(kScoreStride);
+        table = take(round_to(kBlock + kSpan, W) * columns);
+        table_values = take(round_to(kBlock + kSpan, W) * columns);
+        delta = take(rows);
+        log2_norm = take(rows);
+        same_sum = take(rows);
+        other_sum = take(rows);
+        index = reinterpret_cast<std::int32_t*>(take(rows));
+        place = reinterpret_cast<std::int32_t*>(take(rows));
+        same_score = take(round_to(kTile, 16));
+        other_score = take(round_to(kTile, 16));
+        own_dquery = scratch;
+    }
+
+    PYXLBERT_INLINE const T* query_row(int stream, std::int64_t row) const {
+        return queries[stream].data + index[row] * queries[stream].stride;
+    }
+    PYXLBERT_INLINE const T* dout_row(int stream, std::int64_t row) const {
+        return dout_rows[stream] + index[row] * a.dout[stream].row;
+    }
+    PYXLBERT_INLINE float lse_of(int stream, std::int64_t row) const {
+        return a.rows[stream].lse[queries[stream].lse_first + index[row]];
+    }
+
+    void begin_plane(std::int64_t plane) {
+        b = plane / in.heads;
+        h = plane % in.heads;
+        p = plane_of<T>(in, b, h);
+        if (relative.uniform_rows) p.keys = p.all_keys;
+        start[0] = 0;
+        for (int stream = 0; stream < kStreams; ++stream) {
+            const Queries<T>& x = queries[stream] = queries_of<T>(in, a.rows[stream], b, h);
+            const AttentionTensor& d = a.dout[stream];
+            dout_rows[stream] =
+                static_cast<const T*>(d.data) + (in.cu_seqlens != nullptr ? x.first * d.row : b * d.batch) + h * d.head;
+            std::int64_t row = start[stream];
+            for (std::int64_t at = first_at(x, 0); at < x.count; ++at, ++row) {
+                index[row] = x.order != nullptr ? x.order[at] : static_cast<std::int32_t>(at);
+                place[row] = x.positions != nullptr ? x.positions[index[row]] : index[row];
+                same_sum[row] = other_sum[row] = log2_norm[row] = 0.0f;
+            }
+            start[stream + 1] = row;
+        }
+    }
+
+    // (q + bias), rounded where forward rounds it, to rows of floats.
+    PYXLBERT_INLINE void load_query(const T* x, const float* bias, float* target) const {
+        pack_query<T, U>(x, bias, in.head_size, target, plan.columns);
+        if constexpr (UnitOf<T>::Type::pair == 2)
+            for (std::int64_t c = 0; c < plan.columns; c += W)
+                store(target + c, widen(narrow(load(target + c), T{}), T{}));
+    }
+
+    // Rows row .. row + rows - 1 of a stream against n keys from j0 on: q_content, q_position, the band of the table
+    // and S with all its terms.
+    PYXLBERT_INLINE void score(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
+        const std::int64_t d = in.head_size, columns = plan.columns;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const T* x = query_row(stream, row + r);
+            load_query(x, of_head(relative.content_bias, h, d), q_content + r * columns);
+            load_query(x, of_head(relative.position_bias, h, d), q_position + r * columns);
+            if (relative.segment_embedding != nullptr) {
+                const float* bias = of_head(relative.segment_bias, h, d);
+                const float* same = of_head(relative.segment_embedding, h, d);
+                same_score[r] = segment_score(x, bias, same, d);
+                other_score[r] = segment_score(x, bias, same + in.heads * d, d);
+            }
+        }
+        const std::int64_t last = place[row + rows - 1], span = last - place[row], width = n + span;
+        const std::int64_t first = relative.offset + j0 - last, padded = round_to(rows, U::row_step);
+        const std::int64_t present = larger(0, smaller(width, relative.table_rows - first));
+        const AttentionTensor& r = relative.table;
+        const T* source =
+            static_cast<const T*>(r.data) + b * relative.tables / in.batch * r.batch + h * r.head + first * r.row;
+        pack_transposed<T, U>(source, r.row, present, round_to(width, W), d, table, columns);
+        pack_values<T, U>(source, r.row, present, width, d, table_values, columns);
+        multiply<U, false>({q_position, columns}, {table, columns * W, W}, d, nullptr, 0, {band, kBandStride}, padded,
+                           ceil_divide(width, W));
+        const float* init = band + rows - 1;
+        std::int64_t init_stride = kBandStride - 1;
+        if (queries[stream].positions != nullptr) {
+            for (std::int64_t x = 0; x < rows; ++x)
+                __builtin_memcpy(scores + x * kScoreStride, band + x * kBandStride + last - place[row + x], n * 4);
+            init = scores;
+            init_stride = kScoreStride;
+        }
+        multiply<U, false>({q_content, columns}, {k, columns * W, W}, d, init, init_stride, {scores, kScoreStride},
+                           padded, ceil_divide(n, W));
+        if (!terms) return;
+        const QueryRows& info = a.rows[stream];
+        for (std::int64_t x = 0; x < rows; ++x) {
+            const std::int64_t i = index[row + x], visible = visible_keys(i, j0, n);
+            float* s = scores + x * kScoreStride;
+            add_relative_terms(relative, p, s, {same_score[x], other_score[x]}, queries[stream].rank,
+                               queries[stream].segment, info.see_self, i, info.mask_by_position ? place[row + x] : i,
+                               j0, visible);
+            if (relative.uniform_rows) fill_from(s, visible, round_to(n, W), kMaskedScore);
+        }
+    }
+
+    // Of n keys from j0 on those that lengths and causal leave to query i.
+    PYXLBERT_INLINE std::int64_t visible_keys(std::int64_t i, std::int64_t j0, std::int64_t n) const {
+        return larger(0, smaller(n, p.visible(i, in.causal, p.seen_keys) - j0));
+    }
+
+    PYXLBERT_INLINE Exponent exponent_of(int stream, std::int64_t row) const {
+        return {set1(terms ? 1.0f : in.scale), set1(-lse_of(stream, row)), set1(log2_norm[row])};
+    }
+
+    PYXLBERT_INLINE void pack_keys(std::int64_t j0, std::int64_t n) {
+        pack_transposed<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, W), in.head_size, k, plan.columns);
+    }
+
+    // Calls work(stream, row, rows, n) for every tile of queries that may see some of the n keys from j0 on.
+    template <class F>
+    PYXLBERT_INLINE void for_tiles(std::int64_t j0, std::int64_t n, F work) {
+        const std::int32_t* ranks = relative.key_rank == nullptr ? nullptr : relative.key_rank + p.k_first + j0;
+        const std::int32_t lowest = ranks == nullptr ? 0 : lowest_of(ranks, n);
+        for (int stream = 0; stream < kStreams; ++stream) {
+            dropout.tag = static_cast<Tag>(a.rows[stream].tag);
+            std::int64_t rows;
+            for (std::int64_t row = start[stream]; row < start[stream + 1]; row += rows) {
+                rows = 1;
+                while (rows < kTile && row + rows < start[stream + 1] && place[row + rows] - place[row] <= kSpan)
+                    ++rows;
+                std::int64_t seen = n;
+                if (!relative.uniform_rows) {
+                    if (ranks != nullptr && hidden(stream, row, rows, j0, n, lowest)) continue;
+                    seen = visible_keys(index[row + rows - 1], j0, n);
+                }
+                if (seen > 0) work(stream, row, rows, seen);
+            }
+        }
+    }
+
+    PYXLBERT_INLINE bool hidden(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n,
+                                std::int32_t lowest) const {
+        if (a.rows[stream].see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
+            return false;
+        for (std::int64_t r = row; r < row + rows; ++r)
+            if (queries[stream].rank[index[r]] > lowest) return false;
+        return true;
+    }
+
+    // See inexact_lse.
+    void normalise() {
+        bool any = false;
+        for (int stream = 0; stream < kStreams; ++stream)
+            for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
+                delta[row] = 0.0f;
+                any |= inexact_lse(lse_of(stream, row));
+            }
+        if (!any) return;
+        for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
+            const std::int64_t n = smaller(kBlock, p.keys - j0);
+            pack_keys(j0, n);
+            for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
+                score(stream, row, rows, j0, seen);
+                for (std::int64_t r = 0; r < rows; ++r) {
+                    const std::int64_t own = relative.uniform_rows ? seen : visible_keys(index[row + r], j0, seen);
+                    const Exponent exponent = exponent_of(stream, row + r);
+                    Vec sum = zero();
+                    for (std::int64_t j = 0; j < own; j += W) sum += exponent.weight(scores + r * kScoreStride, j, own);
+                    delta[row + r] += reduce_add(sum);
+                }
+            });
+        }
+        for (int stream = 0; stream < kStreams; ++stream)
+            for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row)
+                if (inexact_lse(lse_of(stream, row))) log2_norm[row] = -__builtin_log2f(delta[row]);
+    }
+
+    void tile(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
+        const std::int64_t d = in.head_size, columns = plan.columns, wide = columns / W, end = round_to(n, 2 * W);
+        const std::int64_t padded = round_to(rows, U::row_step);
+        score(stream, row, rows, j0, n);
+        for (std::int64_t r = 0; r < rows; ++r)
+            pack_rows<T, U>(dout_row(stream, row + r), 0, 1, d, dout + r * columns, 0, columns);
+        multiply<U, false>({dout, columns}, {v, columns * W, W}, d, nullptr, 0, {dp, kScoreStride}, padded,
+                           ceil_divide(n, W));
+        const std::int64_t last = place[row + rows - 1], width = n + last - place[row];
+        for (std::int64_t r = 0; r < rows; ++r) {
+            float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
+            const std::int64_t i = index[row + r], visible = visible_keys(i, j0, n);
+            differentiate(exponent_of(stream, row + r), dropout, p.plane, delta[row + r], s, g, undropped, i, j0,
+                          relative.uniform_rows ? n : visible, end, p.keys <= kBlock);
+            // Later keys may lie outside the table, so their scores are constants.
+            if (relative.uniform_rows && in.causal)
+                fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
+            if (relative.segment_embedding != nullptr) {
+                const std::int32_t* keys = relative.key_segments + p.k_first + j0;
+                const float same = sum_of_segment(g, keys, queries[stream].segment[i], n);
+                Vec all = zero();
+                for (std::int64_t j = 0; j < end; j += W) all += load(g + j);
+                same_sum[row + r] += same;
+                other_sum[row + r] += reduce_add(all) - same;
+            }
+            float* moved = dband + r * kBandStride;
+            const std::int64_t shift = last - place[row + r];
+            __builtin_memset(moved, 0, shift * 4);
+            __builtin_memcpy(moved + shift, g, n * 4);
+            __builtin_memset(moved + shift + n, 0, (round_to(width, 2) - shift - n) * 4);
+        }
+        multiply<U, true>({scores, kScoreStride}, {dout, W, columns}, rows, dv, columns, {dv, columns}, round_to(n, 2),
+                          wide);
+        multiply<U, true>({dp, kScoreStride}, {q_content, W, columns}, rows, dk, columns, {dk, columns}, round_to(n, 2),
+                          wide);
+        if (dtable != nullptr) {
+            float* dr = dtable + (relative.offset + j0 - last - first_row) * columns;
+            multiply<U, true>({dband, kBandStride}, {q_position, W, columns}, rows, dr, columns, {dr, columns},
+                              round_to(width, 2), wide);
+        }
+        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, n, nullptr, 0, {dq_tile, columns}, padded, wide);
+        add_tile(row, rows, small + content * columns);
+        multiply<U, false>({dband, kBandStride}, {table_values, W, columns}, width, nullptr, 0, {dq_tile, columns},
+                           padded, wide);
+        add_tile(row, rows, small + position * columns);
+    }
+
+    // dq_tile to dQ, and the sum of its rows to `sum`.
+    PYXLBERT_INLINE void add_tile(std::int64_t row, std::int64_t rows, float* sum) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+            add_row(dquery + (row + r) * plan.columns, dq_tile + r * plan.columns, plan.columns);
+            add_row(sum, dq_tile + r * plan.columns, plan.columns);
+        }
+    }
+
+    // What the segment term gives to dQ, to its bias and to both embeddings.
+    void add_segments() {
+        const std::int64_t d = in.head_size, columns = plan.columns;
+        const float* same = of_head(relative.segment_embedding, h, d);
+        pack_rows<float, U>(same, 0, 1, d, q_content, 0, columns);
+        pack_rows<float, U>(same + in.heads * d, 0, 1, d, q_content + columns, 0, columns);
+        for (int stream = 0; stream < kStreams; ++stream)
+            for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
+                pack_query<T, U>(query_row(stream, row), of_head(relative.segment_bias, h, d), d, q_position, columns);
+                float* dq = dquery + row * columns;
+                const auto add = [&](Small embedding, const float* e, float sum) PYXLBERT_LAMBDA {
+                    add_row(dq, e, columns, sum);
+                    add_row(small + segment * columns, e, columns, sum);
+                    add_row(small + embedding * columns, q_position, columns, sum);
+                };
+                add(same_segment, q_content, same_sum[row]);
+                add(other_segment, q_content + columns, other_sum[row]);
+            }
+    }
+
+    // Key blocks of run `part` of one plane.
+    void run(std::int64_t plane, std::int64_t part) {
+        begin_plane(plane);
+        const std::int64_t d = in.head_size, columns = plan.columns, stride = in.heads * d;
+        __builtin_memset(dquery, 0, start[kStreams] * columns * sizeof(float));
+        __builtin_memset(small, 0, kSmall * columns * sizeof(float));
+        normalise();
+        if (p.keys > kBlock)
+            for (int stream = 0; stream < kStreams; ++stream)
+                for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
+                    const T* out = static_cast<const T*>(a.rows[stream].out) +
+                                   (queries[stream].first + index[row]) * stride + h * d;
+                    delta[row] = dot_row(dout_row(stream, row), out, d);
+                }
+        T* dkey = static_cast<T*>(a.dkey) + p.k_first * stride + h * d;
+        T* dvalue = static_cast<T*>(a.dvalue) + p.k_first * stride + h * d;
+        for (std::int64_t block = first_block(plan, part); block < first_block(plan, part + 1); ++block) {
+            const std::int64_t j0 = block * kBlock, all = smaller(kBlock, p.all_keys - j0);
+            if (all <= 0) break;
+            const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
+            if (n > 0) {
+                pack_keys(j0, n);
+                pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, columns);
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, n, d, k_values, columns);
+                if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
+                __builtin_memset(dk, 0, round_to(n, 2) * columns * sizeof(float));
+                __builtin_memset(dv, 0, round_to(n, 2) * columns * sizeof(float));
+                for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
+                    tile(stream, row, rows, j0, seen);
+                });
+            }
+            for (std::int64_t j = 0; j < n; ++j) {
+                store_row(dkey + (j0 + j) * stride, dk + j * columns, d, in.scale);
+                store_row(dvalue + (j0 + j) * stride, dv + j * columns, d, 1.0f);
+            }
+            zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
+            zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
+        }
+        if (relative.segment_embedding != nullptr) add_segments();
+    }
+
+    // Keys and values that no row may see are not read into a product: a NaN in them would survive a weight of zero.
+    PYXLBERT_INLINE void clear_block(std::int64_t j0, std::int64_t n) {
+        const std::int32_t* ranks = relative.key_rank + p.k_first + j0;
+        clear_unseen<U>(ranks, n, k_values, plan.columns);
+        for (std::int64_t j = 0; j < n; ++j)
+            if (ranks[j] == kUnseenRank)
+                for (std::int64_t u = 0; u < plan.columns; ++u) v[j / W * plan.columns * W + u * W + j % W] = 0.0f;
+    }
+
+    // A plane's dQ from `parts` partial sums, `between` floats apart.
+    void store_dquery(std::int64_t plane, float* sums, std::int64_t parts, std::int64_t between) {
+        begin_plane(plane);
+        const std::int64_t d = in.head_size, columns = plan.columns;
+        for (int stream = 0; stream < kStreams; ++stream)
+            for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
+                float* sum = sums + row * columns;
+                for (std::int64_t part = 1; part < parts; ++part) add_row(sum, sum + part * between, columns);
+                T* target =
+                    static_cast<T*>(a.dquery[stream]) + ((queries[stream].first + index[row]) * in.heads + h) * d;
+                store_row(target, sum, d, in.scale);
+            }
+    }
+};
+
+// The sequences of group `group` of table `table`, in order.
+PYXLBERT_INLINE std::int64_t first_member(const Plan& plan, std::int64_t table, std::int64_t group) {
+    return table * plan.members + plan.members * group / plan.groups;
+}
+
+// Rows first .. end - 1 of one head of a table: the sum over its groups and parts.
+PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& plan, const float* partials,
+                                  std::int64_t slice, std::int64_t first, std::int64_t end, float* sum) {
+    const AttentionInputs& in = a.in.in;
+    const std::int64_t table = slice / in.heads, h = slice % in.heads, columns = plan.columns;
+    for (std::int64_t row = first; row < end; ++row) {
+        for (std::int64_t c = 0; c < columns; c += W) store(sum + c, zero());
+        for (std::int64_t set = 0; set < plan.groups * plan.parts; ++set) {
+            const std::int64_t part = set % plan.parts, j0 = first_block(plan, part) * kBlock;
+            const std::int64_t keys = smaller(first_block(plan, part + 1) * kBlock, in.keys) - j0;
+            const std::int64_t at = row - (a.in.offset + j0 - plan.last_place);
+            if (at < 0 || at >= keys + plan.last_place) continue;
+            add_row(sum, partials + ((slice * plan.groups * plan.parts + set) * plan.table_rows + at) * columns,
+                    columns);
+        }
+        store_row(a.dtable + ((table * a.in.table_rows + row) * in.heads + h) * in.head_size, sum, in.head_size,
+                  in.scale);
+    }
+}
+
+// One head's gradient of a bias or embedding: the sum over its sequences and parts.
+PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan, const float* smalls, std::int64_t h,
+                                 Small which, float* target, float* sum) {
+    const AttentionInputs& in = a.in.in;
+    for (std::int64_t c = 0; c < plan.columns; c += W) store(sum + c, zero());
+    for (std::int64_t b = 0; b < in.batch; ++b)
+        for (std::int64_t part = 0; part < plan.parts; ++part)
+            add_row(sum, smalls + (((b * in.heads + h) * plan.parts + part) * kSmall + which) * plan.columns,
+                    plan.columns);
+    store_row(target, sum, in.head_size, in.scale);
+}
+
+template <class T>
+void backward(const RelativeAttentionBwd& a) {
+    const AttentionInputs& in = a.in.in;
+    const Plan plan = make_plan(a);
+    const std::int64_t sets = plan.groups * plan.parts, tasks = plan.slices * sets;
+    constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
+    const std::int64_t work = plan.planes * plan.rows * (in.keys + 1) * in.head_size;
+    const int team = static_cast<int>(larger(1, smaller(smaller(in.threads, tasks), work / worth_a_thread)));
+    const std::int64_t one_table = plan.table_rows * plan.columns, columns = plan.columns;
+    const std::int64_t all_tables = a.dtable != nullptr ? tasks * one_table : 0;
+    const std::int64_t all_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
+    const std::int64_t all_small = plan.planes * plan.parts * kSmall * columns;
+    float* scratch = static_cast<float*>(workspace(Slot::tile, team * plan.task * sizeof(float)));
+    float* smalls = static_cast<float*>(workspace(Slot::shared, (all_small + all_dquery + all_tables) * sizeof(float)));
+    float *dqueries = smalls + all_small, *dtables = dqueries + all_dquery;
+
+#pragma omp parallel num_threads(team)
+    {
+        Backward<T> worker(a, plan, scratch + thread_index() * plan.task);
+#pragma omp for schedule(dynamic, 1)
+        for (std::int64_t task = 0; task < tasks; ++task) {
+            const std::int64_t part = task % plan.parts, group = task / plan.parts % plan.groups, slice = task / sets;
+            const std::int64_t table = slice / in.heads, h = slice % in.heads;
+            worker.dtable = nullptr;
+            if (a.dtable != nullptr) {
+                worker.dtable = dtables + task * one_table;
+                __builtin_memset(worker.dtable, 0, one_table * sizeof(float));
+            }
+            worker.first_row = a.in.offset + first_block(plan, part) * kBlock - plan.last_place;
+            for (std::int64_t b = first_member(plan, table, group); b < first_member(plan, table, group + 1); ++b) {
+                const std::int64_t plane = b * in.heads + h, run = plane * plan.parts + part;
+                worker.small = smalls + run * kSmall * columns;
+                worker.dquery = plan.parts == 1 ? worker.own_dquery : dqueries + run * plan.dquery;
+                worker.run(plane, part);
+                if (plan.parts == 1) worker.store_dquery(plane, worker.dquery, 1, 0);
+            }
+            finish_rows();
+        }
+        if (plan.parts > 1) {
+#pragma omp for schedule(dynamic, 1)
+            for (std::int64_t plane = 0; plane < plan.planes; ++plane) {
+                worker.store_dquery(plane, dqueries + plane * plan.parts * plan.dquery, plan.parts, plan.dquery);
+                finish_rows();
+            }
+        }
+        float* sum = worker.dq_tile;
+        if (a.dtable != nullptr) {
+            constexpr std::int64_t chunk = 64;
+            const std::int64_t chunks = ceil_divide(a.in.table_rows, chunk);
+#pragma omp for schedule(static)
+            for (std::int64_t x = 0; x < plan.slices * chunks; ++x) {
+                const std::int64_t first = x % chunks * chunk;
+                store_dtable(a, plan, dtables, x / chunks, first, smaller(a.in.table_rows, first + chunk), sum);
+                finish_rows();
+            }
+        }
+#pragma omp for schedule(static)
+        for (std::int64_t h = 0; h < in.heads; ++h) {
+            const std::int64_t d = in.head_size;
+            const auto store_bias = [&](Small which, float* target) {
+                if (target != nullptr) store_small(a, plan, smalls, h, which, target + h * d, sum);
+            };
+            store_bias(content, a.dcontent_bias);
+            store_bias(position, a.dposition_bias);
+            store_bias(segment, a.dsegment_bias);
+            store_bias(same_segment, a.dsegment_embedding);
+            store_bias(other_segment, a.dsegment_embedding == nullptr ? nullptr : a.dsegment_embedding + in.heads * d);
+            finish_rows();
+        }
+    }
+}
+
+}  // namespace
+
+void relative_attention_bwd(const RelativeAttentionBwd& a) {
+    with_element(a.in.in.dtype, [&](auto element, auto) { backward<decltype(element)>(a); });
+}
+
+}  // namespace pyxlbert::PYXLBERT_LEVEL

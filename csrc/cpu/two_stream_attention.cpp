@@ -1,0 +1,14 @@
+// XLNet's two streams are relative attention with two sets of queries: a chunk of positions takes the content rows and
+// the targets that stand there, against the same packed keys, values and table rows (attention_forward.h), and a block
+// of keys collects the gradients of both (relative_attention_bwd.cpp).
+#include "two_stream_attention.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+
+void two_stream_attention_fwd(const RelativeAttentionFwd& a) { relative_attention_fwd(a); }
+
+#if !defined(__AMX_BF16__)
+void two_stream_attention_bwd(const RelativeAttentionBwd& a) { relative_attention_bwd(a); }
+#endif
+
+}  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -1,0 +1,177 @@
+"""Checks and casts that relative_attention and two_stream_attention share."""
+
+from __future__ import annotations
+
+import torch
+
+from pyxlbert.ops import _check
+
+MASKED_ROWS = ("zero", "uniform")
+
+
+def uniform_rows(op: str, masked_rows: str) -> bool:
+    """Whether a fully masked row averages over all keys."""
+    if masked_rows not in MASKED_ROWS:
+        raise ValueError(f"{op}: masked_rows: got {masked_rows!r}, wanted 'zero' or 'uniform'")
+    return masked_rows == "uniform"
+
+
+def check_offset(op: str, offset: int, least: int, letters: str) -> None:
+    """`offset` is an int of at least `least`, so that no row lies before the table."""
+    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
+        raise TypeError(f"{op}: offset: got {_check.describe(offset)}, wanted an int")
+    if offset < max(least, 0):
+        raise ValueError(f"{op}: offset: got {offset}, wanted at least {max(least, 0)} ({letters})")
+
+
+def check_table(
+    op: str, position_key: torch.Tensor, query: torch.Tensor, batch: int, needed: int, letters: str, first: str
+) -> None:
+    """The table is `[R, H, D]` or `[G, R, H, D]`, R at least `needed`, G dividing the batch."""
+    name = "position_key"
+    _check.tensor(op, name, position_key)
+    _check.floating(op, name, position_key)
+    _check.same_device(op, name, position_key, first, query)
+    if not torch.is_autocast_enabled(query.device.type):
+        _check.parameter_dtype(op, name, position_key, query)
+    shape = list(position_key.shape)
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{op}: {name}: got shape {shape}, wanted [R, H, D] or [G, R, H, D]")
+    if shape[-2:] != list(query.shape[-2:]):
+        raise ValueError(
+            f"{op}: {name}: got shape {shape}, wanted {list(query.shape[-2:])} in the end ({first}'s H and D)"
+        )
+    if shape[-3] < needed:
+        raise ValueError(f"{op}: {name}: got {shape[-3]} rows in shape {shape}, wanted at least {needed} ({letters})")
+    if len(shape) == 4 and (shape[0] == 0 or batch % shape[0] != 0):
+        raise ValueError(
+            f"{op}: {name}: got {shape[0]} tables in shape {shape}, wanted a number that divides B, {batch}"
+        )
+
+
+def check_biases(
+    op: str,
+    query: torch.Tensor,
+    first: str,
+    content_bias: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    segment_bias: torch.Tensor | None,
+    segment_embedding: torch.Tensor | None,
+) -> None:
+    """Biases are `[H, D]`, the segment embedding `[2, H, D]`, in query's dtype or float32."""
+    heads, head_size = query.shape[-2:]
+    for name, tensor, wanted, letters in (
+        ("content_bias", content_bias, (heads, head_size), "H, D"),
+        ("position_bias", position_bias, (heads, head_size), "H, D"),
+        ("segment_bias", segment_bias, (heads, head_size), "H, D"),
+        ("segment_embedding", segment_embedding, (2, heads, head_size), "same and other segment, H, D"),
+    ):
+        if tensor is None:
+            continue
+        _check.tensor(op, name, tensor)
+        _check.floating(op, name, tensor)
+        _check.same_device(op, name, tensor, first, query)
+        if not torch.is_autocast_enabled(query.device.type):
+            _check.parameter_dtype(op, name, tensor, query)
+        _check.shape(op, name, tensor, wanted, letters)
+    if segment_bias is not None and segment_embedding is None:
+        raise ValueError(f"{op}: segment_bias: got it without segment_embedding, wanted both or neither")
+
+
+def check_segments(
+    op: str,
+    query: torch.Tensor,
+    first: str,
+    segment_embedding: torch.Tensor | None,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    rows: tuple[int, ...],
+    keys: tuple[int, ...],
+    letters: tuple[str, str],
+) -> None:
+    """Segments are integers, one a row and one a key, and stand beside a segment embedding."""
+    given = {"segment_embedding": segment_embedding, "query_segments": query_segments, "key_segments": key_segments}
+    missing = [name for name, tensor in given.items() if tensor is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(f"{op}: {missing[0]}: got None, wanted it beside {', '.join(set(given) - set(missing))}")
+    integers = (torch.int32, torch.int64)
+    check_numbers(op, "query_segments", query_segments, query, first, rows, letters[0], *integers)
+    check_numbers(op, "key_segments", key_segments, query, first, keys, letters[1], *integers)
+
+
+def check_ranks(
+    op: str,
+    query: torch.Tensor,
+    first: str,
+    query_rank: torch.Tensor | None,
+    key_rank: torch.Tensor | None,
+    rows: tuple[int, ...],
+    keys: tuple[int, ...],
+    letters: tuple[str, str],
+) -> None:
+    """Ranks are int32, one a row and one a key, both or neither."""
+    for name, tensor, other in (("query_rank", query_rank, "key_rank"), ("key_rank", key_rank, "query_rank")):
+        if tensor is None and (query_rank is not None or key_rank is not None):
+            raise ValueError(f"{op}: {name}: got None, wanted it beside {other}")
+    check_numbers(op, "query_rank", query_rank, query, first, rows, letters[0], torch.int32)
+    check_numbers(op, "key_rank", key_rank, query, first, keys, letters[1], torch.int32)
+
+
+def check_numbers(
+    op: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    query: torch.Tensor,
+    first: str,
+    shape: tuple[int, ...],
+    letters: str,
+    *dtypes: torch.dtype,
+) -> None:
+    """`tensor`, if there is one, holds integers in exactly this shape."""
+    if tensor is None:
+        return
+    _check.tensor(op, name, tensor)
+    _check.dtype(op, name, tensor, *dtypes)
+    _check.same_device(op, name, tensor, first, query)
+    _check.shape(op, name, tensor, shape, letters)
+
+
+def check_positions(op: str, name: str, positions: torch.Tensor | None, most: int, letters: str) -> None:
+    """The values of positions lie in [-1, most]."""
+    if positions is None or positions.numel() == 0:
+        return
+    low, high = (int(x) for x in positions.aminmax())
+    if low < -1 or high > most:
+        wrong = low if low < -1 else high
+        raise ValueError(f"{op}: {name}: got {wrong}, wanted positions in [-1, {most}] ({letters})")
+
+
+def lower(
+    activations: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast all activations in its dtype, and parameters that are not float32; float64 queries stay."""
+    device = activations[0].device.type
+    if not torch.is_autocast_enabled(device) or activations[0].dtype is torch.float64:
+        return *activations, *parameters
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        *(x.to(dtype) for x in activations),
+        *(x if x is None or x.dtype is torch.float32 else x.to(dtype) for x in parameters),
+    )
+
+
+def gradients(needs: list[bool], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """A fake backward's results: shaped as their tensors where needed, else empty."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else first.new_empty(0)
+        for need, tensor in zip(needs, tensors, strict=True)
+    )
+
+
+def lse_like(query: torch.Tensor) -> torch.Tensor:
+    """A fake lse: `[B, H, T]`, packed `[H, total]`, float32 or float64."""
+    *first, rows, heads, _ = query.shape
+    return query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))

@@ -1,0 +1,138 @@
+"""Checks that the attention ops share: query, key and value, masks, lengths, packed rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pyxlbert.ops import _check
+
+
+def check_scale(op: str, scale: float | None) -> None:
+    """`scale` is a finite number or None."""
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale: got {scale}, wanted a finite number")
+
+
+def check_query_key_value(
+    op: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: bool = False,
+    name: str = "query",
+) -> None:
+    """Three tensors of one dtype and device, `[B, T, H, D]` or packed `[total, H, D]`, with the query's B, H and D."""
+    for label, tensor in ((name, query), ("key", key), ("value", value)):
+        check_rows(op, label, tensor, query, packed, name)
+    if query.shape[-1] == 0:
+        raise ValueError(f"{op}: {name}: got shape {list(query.shape)}, wanted a head size of at least 1")
+    if packed:
+        _check.shape(op, "key", key, tuple(query.shape), f"{name}'s shape, packed")
+        _check.shape(op, "value", value, tuple(query.shape), f"{name}'s shape, packed")
+        return
+    batch, _, heads, head_size = query.shape
+    wanted = (batch, key.shape[1], heads, head_size)
+    _check.shape(op, "key", key, wanted, f"B, Tk, H, D with {name}'s B, H and D")
+    _check.shape(op, "value", value, wanted, "key's shape")
+
+
+def check_rows(op: str, label: str, tensor: torch.Tensor, query: torch.Tensor, packed: bool, name: str) -> None:
+    """`tensor` is a floating `[B, T, H, D]` (packed: `[total, H, D]`) of the dtype and on the device of the query."""
+    _check.tensor(op, label, tensor)
+    _check.floating(op, label, tensor)
+    _check.same_device(op, label, tensor, name, query)
+    if tensor.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
+        _check.dtype(op, label, tensor, query.dtype)
+    wanted, letters = (3, "[total, H, D], packed") if packed else (4, "[B, T, H, D]")
+    if tensor.dim() != wanted:
+        raise ValueError(f"{op}: {label}: got shape {list(tensor.shape)}, wanted {wanted} dimensions {letters}")
+
+
+def check_scores(
+    op: str, name: str, tensor: torch.Tensor, query: torch.Tensor, scores: tuple[int, ...], first: str = "query"
+) -> None:
+    """`tensor` is 4-D and broadcasts to `[B, H, Tq, Tk]`."""
+    _check.same_device(op, name, tensor, first, query)
+    if tensor.dim() != 4:
+        hint = "; give key_lengths for a mask of padding" if tensor.dim() == 2 else ""
+        raise ValueError(
+            f"{op}: {name}: got shape {list(tensor.shape)}, wanted 4 dimensions that broadcast to "
+            f"{list(scores)} (B, H, Tq, Tk){hint}"
+        )
+    if any(n not in (1, full) for n, full in zip(tensor.shape, scores, strict=True)):
+        raise ValueError(
+            f"{op}: {name}: got shape {list(tensor.shape)}, wanted one that broadcasts to {list(scores)} (B, H, Tq, Tk)"
+        )
+
+
+def check_masks(
+    op: str,
+    key_lengths: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    query: torch.Tensor,
+    keys: int,
+    first: str = "query",
+) -> None:
+    """key_lengths is integer `[B]`, attention_mask boolean and 4-D."""
+    if key_lengths is not None:
+        _check.tensor(op, "key_lengths", key_lengths)
+        _check.dtype(op, "key_lengths", key_lengths, torch.int32, torch.int64)
+        _check.same_device(op, "key_lengths", key_lengths, first, query)
+        _check.shape(op, "key_lengths", key_lengths, (query.shape[0],), "B")
+    if attention_mask is not None:
+        _check.tensor(op, "attention_mask", attention_mask)
+        _check.dtype(op, "attention_mask", attention_mask, torch.bool)
+        scores = (query.shape[0], query.shape[2], query.shape[1], keys)
+        check_scores(op, "attention_mask", attention_mask, query, scores, first)
+
+
+def check_packed(
+    op: str,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    query: torch.Tensor,
+    **others: torch.Tensor | None,
+) -> None:
+    """Offsets of packed rows, int32 `[B + 1]`; none of the `others` may stand beside them."""
+    _check.tensor(op, "cu_seqlens", cu_seqlens)
+    _check.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    _check.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens: got shape {list(cu_seqlens.shape)}, wanted [B + 1]")
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(f"{op}: {name}: got {_check.describe(other)} beside cu_seqlens, wanted None")
+    if max_seqlen is not None and max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least 0")
+
+
+def check_lengths(op: str, key_lengths: torch.Tensor | None, keys: int) -> None:
+    """The values of key_lengths lie within the keys."""
+    if key_lengths is not None and key_lengths.numel() > 0:
+        low, high = (int(x) for x in key_lengths.aminmax())
+        if low < 0 or high > keys:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{op}: key_lengths: got {wrong}, wanted lengths in [0, {keys}]")
+
+
+def check_offsets(op: str, cu_seqlens: torch.Tensor | None, total: int, max_seqlen: int) -> None:
+    """The values of cu_seqlens rise from 0 to total by at most max_seqlen."""
+    if cu_seqlens is None:
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != total:
+        raise ValueError(
+            f"{op}: cu_seqlens: got offsets from {offsets[0]} to {offsets[-1]}, wanted 0 to {total}, query's rows"
+        )
+    longest = 0
+    for b in range(len(offsets) - 1):
+        length = offsets[b + 1] - offsets[b]
+        if length < 0:
+            raise ValueError(
+                f"{op}: cu_seqlens: got {offsets[b]} before {offsets[b + 1]}, wanted offsets that do not decrease"
+            )
+        longest = max(longest, length)
+    if longest > max_seqlen:
+        raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least {longest}, the longest sequence")

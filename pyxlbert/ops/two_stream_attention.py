@@ -1,0 +1,331 @@
+"""two_stream_attention: XLNet's content and query stream, which share keys, values and the position table.
+
+Each stream is a `relative_attention`.  The content stream has one row a position and sees itself; the query stream
+has one row a target, stands at the target's position, and sees what that position may see, never itself.
+
+Source: Yang et al., "XLNet", https://arxiv.org/abs/1906.08237, section 2.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyxlbert.ops import _check, _relative, _scores
+from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._dropout import seed_tensor
+
+OP = Op(
+    "two_stream_attention",
+    {"torch": "pyxlbert.reference.two_stream_attention", "cpu": "pyxlbert.native.two_stream_attention"},
+)
+
+# Forward's arguments, and backward's after the outputs and their gradients.
+_ARGUMENTS = (
+    "Tensor content_query, Tensor query_query, Tensor key, Tensor value, Tensor position_key, Tensor? content_bias,"
+    " Tensor? position_bias, SymInt offset, Tensor? segment_bias, Tensor? segment_embedding, Tensor? query_segments,"
+    " Tensor? key_segments, Tensor? target_positions, Tensor? key_lengths, Tensor? query_rank, Tensor? key_rank,"
+    " Tensor? attention_mask, bool uniform_rows, float scale, float dropout_p, Tensor? seed"
+)
+
+
+def _fwd_fake(
+    content_query: torch.Tensor, query_query: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(content_query, memory_format=torch.contiguous_format),
+        _relative.lse_like(content_query),
+        torch.empty_like(query_query, memory_format=torch.contiguous_format),
+        _relative.lse_like(query_query),
+    )
+
+
+def _bwd_fake(
+    dcontent: torch.Tensor | None,
+    dquery: torch.Tensor | None,
+    content: torch.Tensor,
+    content_lse: torch.Tensor,
+    query: torch.Tensor,
+    query_lse: torch.Tensor,
+    content_query: torch.Tensor,
+    query_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_key: torch.Tensor,
+    content_bias: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    offset: int,
+    segment_bias: torch.Tensor | None,
+    segment_embedding: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    *_, needs, _ = rest
+    return _relative.gradients(
+        needs,
+        content_query,
+        query_query,
+        key,
+        value,
+        position_key,
+        content_bias,
+        position_bias,
+        segment_bias,
+        segment_embedding,
+    )
+
+
+def _check_values(
+    content_query: torch.Tensor,
+    query_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_key: torch.Tensor,
+    content_bias: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    offset: int,
+    segment_bias: torch.Tensor | None,
+    segment_embedding: torch.Tensor | None,
+    query_segments: torch.Tensor | None,
+    key_segments: torch.Tensor | None,
+    target_positions: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    *_: Any,
+) -> None:
+    """Lengths within the keys, targets within the sequence."""
+    _scores.check_lengths("two_stream_attention", key_lengths, key.shape[1])
+    _relative.check_positions(
+        "two_stream_attention", "target_positions", target_positions, content_query.shape[1] - 1, "T - 1"
+    )
+
+
+_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, _check_values)
+_bwd = OP.define(
+    "bwd",
+    "(Tensor? dcontent, Tensor? dquery, Tensor content, Tensor content_lse, Tensor query, Tensor query_lse,"
+    f" {_ARGUMENTS}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _TwoStreamAttention(OpFunction):
+    op = "two_stream_attention"
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        return _fwd(*arguments[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        content_query, query_query, key, value, position_key, content_bias, position_bias, ctx.offset, *rest = inputs
+        segment_bias, segment_embedding, query_segments, key_segments, target_positions, key_lengths, *rest = rest
+        query_rank, key_rank, attention_mask, ctx.uniform_rows, ctx.scale, ctx.dropout_p, seed, _, ctx.backend = rest
+        content, content_lse, query, query_lse = output
+        ctx.mark_non_differentiable(content_lse, query_lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            content,
+            content_lse,
+            query,
+            query_lse,
+            content_query,
+            query_query,
+            key,
+            value,
+            position_key,
+            content_bias,
+            position_bias,
+            segment_bias,
+            segment_embedding,
+            query_segments,
+            key_segments,
+            target_positions,
+            key_lengths,
+            query_rank,
+            key_rank,
+            attention_mask,
+            seed,
+        )
+
+    @staticmethod
+    @single_backward("two_stream_attention")
+    def backward(
+        ctx: Any, dcontent: torch.Tensor | None, _: None, dquery: torch.Tensor | None, *__: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if dcontent is None and dquery is None:
+            return (None,) * 23
+        content, content_lse, query, query_lse, content_query, query_query, *rest = ctx.saved_tensors
+        key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding, *rest = rest
+        query_segments, key_segments, target_positions, key_lengths, query_rank, key_rank, attention_mask, seed = rest
+        needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[8:10]]
+        found = _bwd(
+            dcontent,
+            dquery,
+            content,
+            content_lse,
+            query,
+            query_lse,
+            content_query,
+            query_query,
+            key,
+            value,
+            position_key,
+            content_bias,
+            position_bias,
+            ctx.offset,
+            segment_bias,
+            segment_embedding,
+            query_segments,
+            key_segments,
+            target_positions,
+            key_lengths,
+            query_rank,
+            key_rank,
+            attention_mask,
+            ctx.uniform_rows,
+            ctx.scale,
+            ctx.dropout_p,
+            seed,
+            needs,
+            ctx.backend,
+        )
+        wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+        return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
+
+
+def two_stream_attention(
+    content_query: torch.Tensor,
+    query_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_key: torch.Tensor,
+    *,
+    target_positions: torch.Tensor | None = None,
+    content_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    offset: int | None = None,
+    segment_bias: torch.Tensor | None = None,
+    segment_embedding: torch.Tensor | None = None,
+    query_segments: torch.Tensor | None = None,
+    key_segments: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    query_rank: torch.Tensor | None = None,
+    key_rank: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    masked_rows: str = "zero",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | int | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both streams of XLNet's attention in one call.
+
+    The content stream equals `relative_attention(content_query, ..., see_self=True)` (without ranks and mask every
+    row sees itself anyway), the query stream `relative_attention(query_query, ..., query_positions=target_positions)`
+    with ranks, segments and rows of the mask taken at the targets.  Only the dropout bits of the query stream are its
+    own.
+
+    Args:
+        content_query: `[B, T, H, D]`; float32, bfloat16 or float16 (float64 on backend "torch").  Views with a
+            contiguous last dimension are read in place.
+        query_query: `[B, M, H, D]`, one row a target; content_query's dtype.
+        key: `[B, Tk, H, D]`; content_query's dtype.  With memories Tk > T: position i is key i + Tk - T.
+        value: as key.
+        position_key: the table r, `[R, H, D]`, or `[G, R, H, D]` with G dividing B: sequence b uses table b * G // B.
+            content_query's dtype or float32.  R >= offset + Tk.
+        target_positions: int32 `[B, M]` in 0 .. T - 1; -1: no target, a row of zeros.  None: M = T and row i stands at
+            position i.
+        content_bias: `[H, D]`, added to queries where they meet key; content_query's dtype or float32, as the next
+            three.
+        position_bias: `[H, D]`, added to queries where they meet the table.
+        offset: c, the table's row of distance 0, at least T - 1; None: T.
+        segment_bias: `[H, D]`, added to queries where they meet the segment embedding.
+        segment_embedding: `[2, H, D]`: row 0 for keys of the query's segment, row 1 for the others; goes with
+            query_segments and key_segments.
+        query_segments: int32 or int64 `[B, T]`, of positions.
+        key_segments: int32 or int64 `[B, Tk]`.
+        key_lengths: int32 or int64 `[B]`: sequence b has the keys 0 .. key_lengths[b] - 1; None: all.
+        query_rank: int32 `[B, T]`, of positions: one may see key j if query_rank > key_rank[j].
+        key_rank: int32 `[B, Tk]`; 2**31 - 1: no row sees it.
+        attention_mask: boolean, 4-D, broadcastable to `[B, H, T, Tk]`; True: may attend.
+        masked_rows: what a row gives that may see nothing: "zero", or "uniform", the average over all Tk keys,
+            padding included, with the gradient of scores from which 1e30 was taken, as XLNet does; every key and
+            value is read then.
+        scale: factor of the scores; None: D ** -0.5.
+        dropout_p: probability in [0, 1] of dropping a weight; kept ones are scaled by 1 / (1 - dropout_p).
+        seed: int64 tensor of one element or an int; the same seed drops the same weights on every backend.
+            None draws one from the device's default generator.
+        backend: one of `pyxlbert.backends.NAMES`; None takes the first that supports the inputs.
+
+    Returns:
+        content `[B, T, H, D]` and query `[B, M, H, D]`, contiguous, in content_query's dtype.  Under autocast the
+        queries, key, value and position_key are cast to its dtype first.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, a device, a length, a position or a probability is wrong.
+        RuntimeError: the named backend cannot run here.
+    """
+    op, first = "two_stream_attention", "content_query"
+    _scores.check_scale(op, scale)
+    _scores.check_query_key_value(op, content_query, key, value, name=first)
+    uniform = _relative.uniform_rows(op, masked_rows)
+    batch, rows, heads, head_size = content_query.shape
+    keys = key.shape[1]
+    _scores.check_rows(op, "query_query", query_query, content_query, False, first)
+    targets = rows if target_positions is None else query_query.shape[1]
+    wanted = (batch, targets, heads, head_size)
+    letters = "content_query's shape, without target_positions" if target_positions is None else "B, M, H, D"
+    _check.shape(op, "query_query", query_query, wanted, letters)
+    _relative.check_numbers(
+        op, "target_positions", target_positions, content_query, first, (batch, targets), "B, M", torch.int32
+    )
+    _scores.check_masks(op, key_lengths, attention_mask, content_query, keys, first)
+    offset = rows if offset is None else offset
+    _relative.check_offset(op, offset, rows - 1, "T - 1")
+    why = f"offset {offset} and {keys} keys"
+    _relative.check_table(op, position_key, content_query, batch, offset + keys, why, first)
+    _relative.check_biases(op, content_query, first, content_bias, position_bias, segment_bias, segment_embedding)
+    shapes = ((batch, rows), (batch, keys), ("B, T", "B, Tk"))
+    _relative.check_segments(op, content_query, first, segment_embedding, query_segments, key_segments, *shapes)
+    _relative.check_ranks(op, content_query, first, query_rank, key_rank, *shapes)
+    seed = seed_tensor(op, seed, dropout_p, content_query.device)
+    trained = _relative.lower(
+        (content_query, query_query, key, value, position_key),
+        (content_bias, position_bias, segment_bias, segment_embedding),
+    )
+    content_query, query_query, key, value, position_key = trained[:5]
+    content_bias, position_bias, segment_bias, segment_embedding = trained[5:]
+    if scale is None:
+        scale = head_size**-0.5
+    backend = OP.resolve(backend, content_query)
+    arguments = (
+        content_query,
+        query_query,
+        key,
+        value,
+        position_key,
+        content_bias,
+        position_bias,
+        offset,
+        segment_bias,
+        segment_embedding,
+        query_segments,
+        key_segments,
+        target_positions,
+        key_lengths,
+        query_rank,
+        key_rank,
+        attention_mask,
+        uniform,
+        float(scale),
+        float(dropout_p),
+        seed,
+        backend,
+    )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+        content, _, query, _ = apply(_TwoStreamAttention, *arguments, backward_backend(backend))
+    else:
+        content, _, query, _ = _fwd(*arguments)
+    return content, query

@@ -1,0 +1,235 @@
+"""relative_attention in plain PyTorch, any dtype and device; the definition the other backends are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxlbert.reference._scores import drop, hide, pad, softmax, unpad, wide
+from pyxlbert.reference.philox import Tag
+
+# A key of this rank is seen by no row, not even by see_self.
+UNSEEN_RANK = 2**31 - 1
+
+# What is added to a masked score where a row without any key averages over all of them.
+UNIFORM_SCORE = -1e30
+
+
+def supports(*tensors: Tensor | None) -> None:
+    """Every input that the contract allows."""
+    return None
+
+
+def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """out, shaped as query, and lse `[B, H, Tq]` (packed: `[H, total]`) in float32, or float64 for float64 input.
+
+    With the scores s of `Scores`, which names the arguments: p = softmax(s), out = dropout(p) v,
+    lse = log(sum(exp(s))).  A row that may see nothing has p = 0, out = 0 and lse = +inf.
+    """
+    out, lse = Scores(*arguments, tag=Tag.RELATIVE_ATTENTION).forward()
+    return out.to(arguments[0].dtype), lse
+
+
+def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding.
+
+    Each has its tensor's shape and dtype, or is empty where its flag in `needs`, the last argument, is False.
+    The formulas stand at `Scores.backward`; out and lse are what a kernel starts from, here they are computed again.
+    """
+    *call, needs = arguments
+    query, key, value, position_key, content_bias, position_bias, _, segment_bias, segment_embedding, *_ = call
+    tensors = (query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding)
+    return asked(Scores(*call, tag=Tag.RELATIVE_ATTENTION).backward(dout), tensors, needs)
+
+
+def asked(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
+    return tuple(
+        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else gradient.new_empty(0)
+        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
+    )
+
+
+class Scores:
+    """One call in `[B, T, H, D]` and in the wide dtype: its scores, its softmax and their gradients.
+
+    s[b, h, i, j] = scale * ((q_i + u) . k_j + (q_i + w) . r[c + j - p_i] + (q_i + s) . e[segment_i != segment_j])
+
+    with u the content bias, w the position bias, s the segment bias, c the offset, p_i the position of row i (i
+    unless `query_positions` says otherwise).  Masked scores are -inf.  With `uniform_rows` UNIFORM_SCORE is added to
+    them instead, as XLNet does: nothing is left of s in the sum, but its derivative is, so a row that averages over
+    all keys has a gradient.  What `causal` hides may lie outside the table: it is UNIFORM_SCORE alone.  A row without
+    a target and the keys of other packed sequences are -inf always.
+
+    Args:
+        tag: of the dropout bits; the rest are the arguments of `relative_attention_fwd`.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position_key: Tensor,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+        offset: int,
+        segment_bias: Tensor | None,
+        segment_embedding: Tensor | None,
+        query_segments: Tensor | None,
+        key_segments: Tensor | None,
+        query_positions: Tensor | None,
+        key_lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int,
+        query_rank: Tensor | None,
+        key_rank: Tensor | None,
+        see_self: bool,
+        attention_mask: Tensor | None,
+        causal: bool,
+        uniform_rows: bool,
+        scale: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        tag: Tag,
+    ) -> None:
+        self.cu_seqlens, self.max_seqlen, self.total = cu_seqlens, max_seqlen, query.shape[0]
+        self.scale, self.dropout_p, self.seed, self.tag = scale, dropout_p, seed, tag
+        query, key, value = (self._padded(x) for x in (query, key, value))
+        query_segments, key_segments, query_rank, key_rank = (
+            None if x is None else self._padded(x) for x in (query_segments, key_segments, query_rank, key_rank)
+        )
+        batch, queries, heads, _ = query.shape
+        keys = key.shape[1]
+        i = torch.arange(queries, device=query.device)[:, None]
+        j = torch.arange(keys, device=query.device)
+
+        # Keys that a row may see at all; the others are not read into a product.
+        present = torch.ones(batch, keys, dtype=torch.bool, device=query.device)
+        if key_lengths is not None:
+            present = present & (j < key_lengths[:, None])
+        if key_rank is not None:
+            present = present & (key_rank != UNSEEN_RANK)
+
+        past = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+        if causal:
+            past = past & (j <= i + keys - queries)
+        allowed = past if attention_mask is None else past & attention_mask
+        if query_rank is not None and key_rank is not None:
+            allowed = allowed & (query_rank[:, None, :, None] > key_rank[:, None, None, :])
+        if see_self:
+            allowed = allowed | (j == i + keys - queries)
+        self.masked = ~(allowed & present[:, None, None])
+        self.uniform = uniform_rows
+        # Pairs whose score is a constant.
+        self.constant = ~past if uniform_rows else self.masked
+        self.absent = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+        if cu_seqlens is not None:
+            self.absent = (j >= cu_seqlens.diff()[:, None])[:, None, None]
+        if query_positions is not None:
+            target = query_positions >= 0
+            query = hide(query, target)
+            self.absent = self.absent | ~target[:, None, :, None]
+        if cu_seqlens is not None:
+            present = present & (j < cu_seqlens.diff()[:, None])
+
+        # A row without any key averages all of them where rows are uniform, so all of them are read.
+        self.k, self.v = (wide(x) if uniform_rows else hide(wide(x), present) for x in (key, value))
+
+        q = wide(query)
+        self.q_content = q if content_bias is None else q + content_bias
+        self.q_position = q if position_bias is None else q + position_bias
+        self.tables = 1 if position_key.dim() == 3 else position_key.shape[0]
+        self.shared_table = position_key.dim() == 3
+        table = wide(position_key).reshape(self.tables, 1, *position_key.shape[-3:])
+        table = table.expand(-1, batch // self.tables, -1, -1, -1)
+        self.r = table.reshape(batch, *position_key.shape[-3:])
+        place = i if query_positions is None else query_positions[:, :, None]
+        band = (offset + j - place).clamp(0, max(self.r.shape[1] - 1, 0)).long()
+        self.band = band.expand(batch, queries, keys)[:, None].expand(batch, heads, queries, keys)
+
+        self.e = self.q_segment = self.differs = None
+        if segment_embedding is not None and query_segments is not None and key_segments is not None:
+            self.e = wide(segment_embedding)
+            self.q_segment = q if segment_bias is None else q + segment_bias
+            self.differs = (query_segments[:, :, None] != key_segments[:, None, :])[:, None]
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Softmax weights `[B, H, Tq, Tk]`, zero in rows that may see nothing, and lse `[B, H, Tq]`."""
+        s = torch.einsum("bihd,bjhd->bhij", self.q_content, self.k)
+        s = s + torch.einsum("bihd,brhd->bhir", self.q_position, self.r).gather(3, self.band)
+        if self.e is not None:
+            same, different = torch.einsum("bihd,shd->sbhi", self.q_segment, self.e)[..., None]
+            s = s + torch.where(self.differs, different, same)
+        s = self.scale * s
+        if self.uniform:
+            s = torch.where(self.masked, s.masked_fill(self.constant, 0.0) + UNIFORM_SCORE, s)
+        else:
+            s = s.masked_fill(self.masked, -torch.inf)
+        return softmax(s.masked_fill(self.absent, -torch.inf))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """out in the wide dtype and lse, packed if the call is."""
+        p, lse = self.weights()
+        out = torch.einsum("bhij,bjhd->bihd", self._dropped(p), self.v)
+        if self.cu_seqlens is None:
+            return out.contiguous(), lse
+        return self._packed(out), self._packed(lse.transpose(1, 2)).t().contiguous()
+
+    def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
+        """Gradients, in the wide dtype, of query, key, value, table, content, position and segment bias, embedding.
+
+        With p and its dropped copy p' = keep * p / (1 - dropout_p) as in forward: dvalue = p'^T dout,
+        dp = keep * (dout v^T) / (1 - dropout_p), g = scale * p * (dp - sum_j(p * dp)), zero where s is a constant.
+        Then with g_r[i, x] = g[i, x - c + p_i], which is g moved into the table's columns, and g_e[i, 0 or 1] = the
+        sum of g over the keys of the same or of another segment:
+
+        dq_content = g k, dq_position = g_r r, dq_segment = g_e e, and dquery is their sum, each bias's gradient the
+        sum of its part over all rows; dkey = g^T (q + u), dr = g_r^T (q + w), de = g_e^T (q + s).
+        """
+        do = wide(self._padded(dout))
+        p, _ = self.weights()
+        dvalue = torch.einsum("bhij,bihd->bjhd", self._dropped(p), do)
+        dp = self._dropped(torch.einsum("bihd,bjhd->bhij", do, self.v))
+        g = self.scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+        g = g.masked_fill(self.constant, 0.0)
+
+        dq_content = torch.einsum("bhij,bjhd->bihd", g, self.k)
+        dkey = torch.einsum("bhij,bihd->bjhd", g, self.q_content)
+
+        g_r = g.new_zeros(*g.shape[:3], self.r.shape[1]).scatter_add_(3, self.band, g)
+        dq_position = torch.einsum("bhir,brhd->bihd", g_r, self.r)
+        dr = torch.einsum("bhir,bihd->brhd", g_r, self.q_position)
+        dtable = dr.view(self.tables, dr.shape[0] // self.tables, *dr.shape[1:]).sum(1)
+
+        dq_segment, de = g.new_zeros(0), g.new_zeros(0)
+        dquery = dq_content + dq_position
+        if self.e is not None:
+            different = g.masked_fill(~self.differs, 0.0).sum(-1)
+            g_e = torch.stack([g.sum(-1) - different, different])
+            dq_segment = torch.einsum("sbhi,shd->bihd", g_e, self.e)
+            de = torch.einsum("sbhi,bihd->shd", g_e, self.q_segment)
+            dquery = dquery + dq_segment
+        if self.cu_seqlens is not None:
+            dquery, dkey, dvalue = (self._packed(x) for x in (dquery, dkey, dvalue))
+        return (
+            dquery,
+            dkey,
+            dvalue,
+            dtable[0] if self.shared_table else dtable,
+            dq_content.sum((0, 1)),
+            dq_position.sum((0, 1)),
+            dq_segment.sum((0, 1)) if self.e is not None else dq_segment,
+            de,
+        )
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return drop(x, self.dropout_p, self.seed, self.tag)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return x if self.cu_seqlens is None else pad(x, self.cu_seqlens, self.max_seqlen)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return unpad(x, self.cu_seqlens, self.total)
