@@ -14,6 +14,16 @@ from pyxlbert.models.bert import (
     BertModel,
 )
 from pyxlbert.models.outputs import ModelOutput
+from pyxlbert.models.xlnet import (
+    XLNetConfig,
+    XLNetForMultipleChoice,
+    XLNetForQuestionAnswering,
+    XLNetForQuestionAnsweringSimple,
+    XLNetForSequenceClassification,
+    XLNetForTokenClassification,
+    XLNetLMHeadModel,
+    XLNetModel,
+)
 
 __all__ = [
     "BertConfig",
@@ -26,4 +36,12 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "ModelOutput",
+    "XLNetConfig",
+    "XLNetForMultipleChoice",
+    "XLNetForQuestionAnswering",
+    "XLNetForQuestionAnsweringSimple",
+    "XLNetForSequenceClassification",
+    "XLNetForTokenClassification",
+    "XLNetLMHeadModel",
+    "XLNetModel",
 ]

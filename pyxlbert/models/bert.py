@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.few_rows import EncoderAddresses, Unusual
+from pyxlbert.models.inputs import IGNORED, check_classes, check_device, check_ids, check_shape, check_tokens
+from pyxlbert.models.losses import LOW_PRECISION, classification_loss, cross_entropy, span_loss
 from pyxlbert.models.outputs import (
     BaseModelOutputWithPooling,
     HeadOutput,
@@ -38,11 +39,9 @@ from pyxlbert.nn import (
     SelfAttention,
     TokenLayout,
     activation_kind,
+    rows_and_stream,
 )
 from pyxlbert.ops._encoder_layers import encoder_layers_fwd, takes
-
-IGNORED = -100  # the label that counts for nothing
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(kw_only=True)
@@ -130,7 +129,7 @@ class BertResidual(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, copy_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Returns the rows for the next product and the residual stream."""
-        return _rows_and_stream(self.LayerNorm(self.dense(x), residual, copy_dtype))
+        return rows_and_stream(self.LayerNorm(self.dense(x), residual, copy_dtype))
 
 
 class BertAttention(nn.Module):
@@ -326,13 +325,16 @@ class BertModel(BertPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        given, tokens = self._check_tokens(input_ids, inputs_embeds, packed=cu_seqlens is not None)
+        device = self.embeddings.word_embeddings.weight.device
+        given, tokens = check_tokens(
+            input_ids, inputs_embeds, config.hidden_size, device, packed=cu_seqlens is not None
+        )
         if cu_seqlens is not None:
             self._check_packed(attention_mask, output_attentions)
-            self._check_device("cu_seqlens", cu_seqlens, tokens.device)
+            check_device("cu_seqlens", cu_seqlens, tokens.device)
             layout = TokenLayout.from_cu_seqlens(cu_seqlens, tokens.shape[0], max_seqlen)
         else:
-            self._check_device("attention_mask", attention_mask, tokens.device)
+            check_device("attention_mask", attention_mask, tokens.device)
             layout = TokenLayout.from_mask(attention_mask, *tokens.shape[:2])
         longest = layout.max_seqlen if layout.length is None else layout.length
         if position_ids is None and longest > config.max_position_embeddings:
@@ -393,8 +395,8 @@ class BertModel(BertPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
         shape, device = tokens.shape, tokens.device
-        token_type_ids = self._ids("token_type_ids", token_type_ids, shape, device)
-        position_ids = self._ids("position_ids", position_ids, shape, device)
+        token_type_ids = check_ids("token_type_ids", token_type_ids, shape, device)
+        position_ids = check_ids("position_ids", position_ids, shape, device)
         if position_ids is None and layout.packed:
             rows = tokens.numel() if layout.indices is None else layout.indices.numel()
             position_ids = layout.positions(device, rows)
@@ -416,26 +418,7 @@ class BertModel(BertPreTrainedModel):
             out_dtype=stream_dtype,
             copy_dtype=copy_dtype,
         )
-        return _rows_and_stream(embedded)
-
-    def _check_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, packed: bool) -> tuple[str, Tensor]:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: wanted exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            _check_integers("input_ids", input_ids)
-            given, tokens, wanted = "input_ids", input_ids, "[total]" if packed else "[B, T]"
-            good = input_ids.dim() == (1 if packed else 2)
-        else:
-            if not inputs_embeds.is_floating_point():
-                raise TypeError(f"inputs_embeds: got {inputs_embeds.dtype}, wanted a floating-point dtype")
-            hidden = self.config.hidden_size
-            given, tokens = "inputs_embeds", inputs_embeds
-            wanted = f"[total, {hidden}]" if packed else f"[B, T, {hidden}]"
-            good = inputs_embeds.dim() == (2 if packed else 3) and inputs_embeds.shape[-1] == hidden
-        if not good:
-            raise ValueError(f"{given}: got shape {list(tokens.shape)}, wanted {wanted}")
-        self._check_device(given, tokens, self.embeddings.word_embeddings.weight.device)
-        return given, tokens
+        return rows_and_stream(embedded)
 
     @staticmethod
     def _check_packed(attention_mask: Tensor | None, output_attentions: bool) -> None:
@@ -443,58 +426,6 @@ class BertModel(BertPreTrainedModel):
             raise ValueError("attention_mask: given together with cu_seqlens, wanted one of them")
         if output_attentions:
             raise ValueError("output_attentions: got True for packed input, wanted a padded batch")
-
-    @staticmethod
-    def _check_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: got device {tensor.device}, wanted {device}")
-
-    def _ids(self, name: str, ids: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
-        if ids is None:
-            return None
-        _check_integers(name, ids)
-        self._check_device(name, ids, device)
-        if ids.shape != shape:
-            if ids.dim() != len(shape) or ids.shape[-1] != shape[-1] or ids.shape[0] != 1:
-                raise ValueError(f"{name}: got shape {list(ids.shape)}, wanted {list(shape)}")
-            ids = ids.expand(shape)
-        return ids
-
-
-def _rows_and_stream(y: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What an op with `copy_dtype` returned, as (rows for the next product, residual stream)."""
-    return (y[1], y[0]) if isinstance(y, tuple) else (y, y)
-
-
-def _check_integers(name: str, ids: Tensor) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: got {ids.dtype}, wanted torch.int64 or torch.int32")
-
-
-def _check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) not in shapes:
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {wanted}")
-
-
-def _check_classes(name: str, labels: Tensor, classes: int, ignore_index: int = IGNORED) -> None:
-    _check_integers(name, labels)
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not labels.numel():
-        return
-    counted = labels[labels != ignore_index]
-    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
-        worst = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
-        raise ValueError(f"{name}: got {worst}, wanted 0 to {classes - 1}, or {ignore_index} for none")
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in LOW_PRECISION else logits
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The mean over labels that count; half-precision logits are widened first, so the loss keeps float32's digits."""
-    classes = logits.shape[-1]
-    return F.cross_entropy(_widened(logits).reshape(-1, classes), labels.reshape(-1).long(), ignore_index=ignore_index)
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -572,22 +503,17 @@ class BertVocabularyModel(BertPreTrainedModel):
         if labels is None:
             return layout.restore(self.cls.predictions(rows)), None
         ignored = config.sparse_pred_ignore_index if config.sparse_prediction else IGNORED
-        _check_shape("labels", labels, (layout.batch, layout.length))
-        _check_classes("labels", labels, config.vocab_size, ignored)
+        check_shape("labels", labels, (layout.batch, layout.length))
+        check_classes("labels", labels, config.vocab_size, ignored)
         labels = layout.labels(labels, ignored)
         # A traced graph must not have sizes that depend on the labels.
         if config.sparse_prediction and not torch.compiler.is_compiling():
             labels = labels.reshape(-1)
             labelled = (labels != ignored).nonzero().squeeze(1)
             logits = self.cls.predictions(rows.reshape(-1, rows.shape[-1]).index_select(0, labelled))
-            return logits, _cross_entropy(logits, labels.index_select(0, labelled), ignored)
+            return logits, cross_entropy(logits, labels.index_select(0, labelled), ignored)
         logits = self.cls.predictions(rows)
-        return layout.restore(logits), _cross_entropy(logits, labels, ignored)
-
-
-def _restored_states(encoded: PackedModelOutput) -> tuple[Tensor, ...] | None:
-    states = encoded.hidden_states
-    return None if states is None else tuple(encoded.layout.restore(state) for state in states)
+        return layout.restore(logits), cross_entropy(logits, labels, ignored)
 
 
 class BertForPreTraining(BertVocabularyModel):
@@ -636,17 +562,17 @@ class BertForPreTraining(BertVocabularyModel):
         logits, loss = self._predict(encoded, labels)
         relationship = self.cls.seq_relationship(encoded.pooler_output)
         if next_sentence_label is not None:
-            _check_classes("next_sentence_label", next_sentence_label, 2)
-            _check_shape(
+            check_classes("next_sentence_label", next_sentence_label, 2)
+            check_shape(
                 "next_sentence_label", next_sentence_label, (relationship.shape[0],), (relationship.shape[0], 1)
             )
-            next_sentence_loss = _cross_entropy(relationship, next_sentence_label)
+            next_sentence_loss = cross_entropy(relationship, next_sentence_label)
         both = loss is not None and next_sentence_label is not None
         output = PreTrainingOutput(
             loss + next_sentence_loss if both else None,
             logits,
             relationship,
-            _restored_states(encoded),
+            encoded.restored_states(),
             encoded.attentions,
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
@@ -694,7 +620,7 @@ class BertForMaskedLM(BertVocabularyModel):
             keep_packed=True,
         )
         logits, loss = self._predict(encoded, labels)
-        output = HeadOutput(loss, logits, _restored_states(encoded), encoded.attentions)
+        output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
@@ -740,10 +666,10 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         logits = self.cls.seq_relationship(encoded.pooler_output)
         loss = None
         if labels is not None:
-            _check_classes("labels", labels, 2)
-            _check_shape("labels", labels, (logits.shape[0],), (logits.shape[0], 1))
-            loss = _cross_entropy(logits, labels)
-        output = HeadOutput(loss, logits, _restored_states(encoded), encoded.attentions)
+            check_classes("labels", labels, 2)
+            check_shape("labels", labels, (logits.shape[0],), (logits.shape[0], 1))
+            loss = cross_entropy(logits, labels)
+        output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
@@ -792,30 +718,9 @@ class BertForSequenceClassification(BertPreTrainedModel):
             keep_packed=True,
         )
         logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None if labels is None else self._loss(logits, labels)
-        output = HeadOutput(loss, logits, _restored_states(encoded), encoded.attentions)
+        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
+        output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        batch, count = logits.shape
-        kind = self.config.problem_type
-        if kind is None:
-            integers = labels.dtype in (torch.int64, torch.int32)
-            several = "single_label_classification" if integers else "multi_label_classification"
-            kind = "regression" if count == 1 else several
-        if kind == "single_label_classification":
-            _check_classes("labels", labels, count)
-            _check_shape("labels", labels, (batch,), (batch, 1))
-            return _cross_entropy(logits, labels)
-        if kind == "regression" and count == 1:
-            _check_shape("labels", labels, (batch,), (batch, 1))
-        else:
-            _check_shape("labels", labels, (batch, count))
-        logits = _widened(logits)
-        labels = labels.to(logits.dtype).view(batch, count)
-        return (
-            F.mse_loss(logits, labels) if kind == "regression" else F.binary_cross_entropy_with_logits(logits, labels)
-        )
 
 
 class BertForTokenClassification(BertPreTrainedModel):
@@ -863,10 +768,10 @@ class BertForTokenClassification(BertPreTrainedModel):
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None
         if labels is not None:
-            _check_shape("labels", labels, (layout.batch, layout.length))
-            _check_classes("labels", labels, self.num_labels)
-            loss = _cross_entropy(logits, layout.labels(labels))
-        output = HeadOutput(loss, layout.restore(logits), _restored_states(encoded), encoded.attentions)
+            check_shape("labels", labels, (layout.batch, layout.length))
+            check_classes("labels", labels, self.num_labels)
+            loss = cross_entropy(logits, layout.labels(labels))
+        output = HeadOutput(loss, layout.restore(logits), encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
 
@@ -926,23 +831,11 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             tokens = layout.tokens(logits.device)
-            start_loss = self._loss("start_positions", start, start_positions, tokens)
-            end_loss = self._loss("end_positions", end, end_positions, tokens)
+            start_loss = span_loss("start_positions", start, start_positions, tokens)
+            end_loss = span_loss("end_positions", end, end_positions, tokens)
             loss = (start_loss + end_loss) / 2
-        output = QuestionAnsweringOutput(loss, start, end, _restored_states(encoded), encoded.attentions)
+        output = QuestionAnsweringOutput(loss, start, end, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
-
-    @staticmethod
-    def _loss(name: str, logits: Tensor, places: Tensor, tokens: Tensor | None) -> Tensor:
-        batch, length = logits.shape
-        _check_integers(name, places)
-        _check_shape(name, places, (batch,), (batch, 1))
-        # As in transformers: a place beyond the row counts for nothing, one before it is the first token.
-        places = places.reshape(-1).long().clamp(0, length)
-        if tokens is not None and length:
-            real = tokens.gather(1, places.clamp(max=length - 1)[:, None]).squeeze(1)
-            places = torch.where(real, places, length)
-        return _cross_entropy(logits, places, ignore_index=length)
 
 
 class BertForMultipleChoice(BertPreTrainedModel):
@@ -993,8 +886,8 @@ class BertForMultipleChoice(BertPreTrainedModel):
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(batch, choices)
         loss = None
         if labels is not None:
-            _check_shape("labels", labels, (batch,), (batch, 1))
-            _check_classes("labels", labels, choices)
-            loss = _cross_entropy(logits, labels)
-        output = HeadOutput(loss, logits, _restored_states(encoded), encoded.attentions)
+            check_shape("labels", labels, (batch,), (batch, 1))
+            check_classes("labels", labels, choices)
+            loss = cross_entropy(logits, labels)
+        output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()

@@ -74,6 +74,11 @@ class PackedModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     layout: TokenLayout | None = None
 
+    def restored_states(self) -> tuple[Tensor, ...] | None:
+        """`hidden_states` in their places."""
+        states = self.hidden_states
+        return None if states is None else tuple(self.layout.restore(state) for state in states)
+
 
 @dataclass(eq=False)
 class PreTrainingOutput(ModelOutput):
@@ -105,3 +110,65 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class RecurrentModelOutput(ModelOutput):
+    """``last_hidden_state`` [B, T, E], with targets [B, M, E]; ``mems`` one [mem_len, B, E] a layer."""
+
+    last_hidden_state: Tensor | None = None
+    mems: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple | None = None
+
+
+@dataclass(eq=False)
+class PackedRecurrentOutput(ModelOutput):
+    """What the heads work on: ``last_hidden_state`` as rows, with padding's where it was kept, and their layout.
+
+    `hidden_states` are in their places already: there may be two streams of them.
+    """
+
+    last_hidden_state: Tensor | None = None
+    mems: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple | None = None
+    layout: TokenLayout | None = None
+
+
+@dataclass(eq=False)
+class RecurrentHeadOutput(ModelOutput):
+    """``loss``, ``logits`` and ``mems``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mems: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple | None = None
+
+
+@dataclass(eq=False)
+class RecurrentQuestionAnsweringOutput(ModelOutput):
+    """``start_logits`` and ``end_logits`` [B, T]."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    mems: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple | None = None
+
+
+@dataclass(eq=False)
+class BeamQuestionAnsweringOutput(ModelOutput):
+    """With positions ``loss``; without them the best starts [B, S], their best ends [B, N·S] and ``cls_logits`` [B]."""
+
+    loss: Tensor | None = None
+    start_top_log_probs: Tensor | None = None
+    start_top_index: Tensor | None = None
+    end_top_log_probs: Tensor | None = None
+    end_top_index: Tensor | None = None
+    cls_logits: Tensor | None = None
+    mems: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple | None = None

@@ -71,6 +71,10 @@ class PretrainedModel(torch.nn.Module):
     def tie_weights(self) -> None:
         """Make the tied parameters one tensor again, after something has replaced one of them."""
 
+    def _untie(self, names: list[str]) -> None:
+        """Change the configuration so that these names are tied no more."""
+        self.config.tie_word_embeddings = False
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute each layer in the backward pass instead of keeping what it made.
 
@@ -163,7 +167,7 @@ class PretrainedModel(torch.nn.Module):
             warnings.warn(
                 f"{_listed(untied)} in {directory} differ from what they are tied to: left untied", stacklevel=2
             )
-            config.tie_word_embeddings = False
+            model._untie(untied)
             with torch.device("meta"):
                 model = cls(config, **model_options)
             tensors, unexpected, _ = model._place(found)
@@ -202,7 +206,7 @@ class PretrainedModel(torch.nn.Module):
         for name, same in tied.items():
             if name in tensors:
                 value = tensors.pop(name)
-                if name.endswith(".weight") and same in tensors and not torch.equal(value, tensors[same]):
+                if not name.endswith(".bias") and same in tensors and not torch.equal(value, tensors[same]):
                     differing.append(name)
                 # Where an old file disagrees with itself about a bias, this is the one that was computed with.
                 tensors[same] = value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,64 @@ VOCABULARY = (
     *"你好世界",
     *("Hello", "H", "ï", "##ï"),
 )
+
+
+# What XLNet's SentencePiece model holds beside what it has learned.
+XLNET_CONTROL = ("<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
+XLNET_PUNCTUATION = (".", "(", ")", '"', "-", "–", "£", "€")
+
+
+def train_pieces(lines: Iterable[str], size: int, **options: Any) -> bytes:
+    """A SentencePiece model as XLNet's was made: unigram, its special pieces in front.
+
+    Args:
+        lines: the text.
+        size: pieces in all.
+        options: of SentencePiece's trainer.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    given = {
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "control_symbols": list(XLNET_CONTROL),
+        "user_defined_symbols": list(XLNET_PUNCTUATION),
+        "minloglevel": 2,
+        **options,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram", **given
+    )
+    return model.getvalue()
+
+
+def tiny_xlnet(directory: Path, pieces: bytes, *, seed: int = 0, **overrides: Any) -> Path:
+    """Writes a random XLNet encoder with a `spiece.model` as a Hugging Face directory.
+
+    Args:
+        directory: made if it does not exist.
+        pieces: the content of `spiece.model`.
+        seed: of the weights.
+        overrides: fields of `config.json`.
+
+    Returns:
+        The directory.
+    """
+    import sentencepiece
+
+    from pyxlbert.models import XLNetConfig, XLNetModel
+    from pyxlbert.testing.models import randomize
+
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=pieces).vocab_size()
+    fields = {"vocab_size": vocabulary, "d_model": 32, "n_layer": 3, "n_head": 2, "d_inner": 48, **overrides}
+    model = XLNetModel(XLNetConfig.from_dict(fields))
+    randomize(model, torch.Generator().manual_seed(seed))
+    model.save_pretrained(directory)
+    (directory / "spiece.model").write_bytes(pieces)
+    return directory
 
 
 def tiny_bert(directory: Path, *, seed: int = 0, **overrides: Any) -> Path:

@@ -12,7 +12,7 @@ import transformers
 from torch.nn import functional as F
 
 from pyxlbert import models
-from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.models import random_cotangents, randomize, results, within_budget
 from pyxlbert.testing.pairwise import pairwise_cases, uncovered_pairs
 
 OPTIONS = {
@@ -204,27 +204,13 @@ def loss_of(output: Any, arguments: dict[str, torch.Tensor], tokens: torch.Tenso
 
 
 def run(model, arguments, case, tokens, cotangents, oracle: bool) -> dict[str, torch.Tensor]:
-    """Outputs, loss and the gradients of a random linear functional of them plus the loss."""
-    model.zero_grad()
-    arguments = dict(arguments)
-    if "inputs_embeds" in arguments:
-        arguments["inputs_embeds"] = arguments["inputs_embeds"].detach().requires_grad_()
+    """Outputs, loss and gradients of one of the two."""
     options = {f"output_{case['output']}": True} if case["output"] != "last" else {}
-    output = model(**arguments, **options)
-    results = named_outputs(output, tokens)
-    loss = loss_of(output, arguments, tokens) if oracle else output.get("loss")
-    total = (
-        sum((results[name] * g.to(results[name].dtype)).sum() for name, g in cotangents.items()) if cotangents else 0.0
-    )
-    if loss is not None:
-        results["loss"] = loss
-        total = total + loss
-    if cotangents:
-        total.backward()
-        results |= {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if "inputs_embeds" in arguments:
-            results["d inputs_embeds"] = arguments["inputs_embeds"].grad
-    return {name: value.detach() for name, value in results.items()}
+
+    def loss(output: Any) -> torch.Tensor | None:
+        return loss_of(output, arguments, tokens) if oracle else output.get("loss")
+
+    return results(model, arguments | options, cotangents, lambda output: named_outputs(output, tokens), loss)
 
 
 def pair_of_models(case: dict[str, Any], index: int, g: torch.Generator):
@@ -242,13 +228,7 @@ def pair_of_models(case: dict[str, Any], index: int, g: torch.Generator):
     names = ("hidden_act", "num_hidden_layers", "intermediate_size", "pad_token_id", "tie_word_embeddings")
     fields |= {name: case[name] for name in (*names, "layer_norm_eps")}
     theirs = getattr(transformers, case["head"])(transformers.BertConfig(**fields, attn_implementation="eager"))
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape, generator=g)
-            norm = "LayerNorm.weight" in name
-            parameter.copy_(
-                1 + 0.2 * noise if norm else noise * (0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5)
-            )
+    randomize(theirs, g)
     ours = getattr(models, case["head"])(models.BertConfig(**fields))
     if not case["tie_word_embeddings"] and hasattr(theirs, "cls") and hasattr(theirs.cls, "predictions"):
         # Untied, transformers keeps a second bias that it never reads; ours is one.
@@ -271,23 +251,8 @@ def test_against_transformers(index: int) -> None:
 
     plain_arguments = for_transformers(arguments, torch.float32)
     probe = run(theirs, plain_arguments, case, tokens, {}, oracle=True)
-    cotangents = {name: torch.randn(value.shape, generator=g) for name, value in probe.items() if name != "loss"}
+    cotangents = random_cotangents(probe, g)
     plain = run(theirs, plain_arguments, case, tokens, cotangents, oracle=True)
     truth = run(theirs.double(), for_transformers(arguments, torch.float64), case, tokens, cotangents, oracle=True)
-    result = run(ours, arguments, case, tokens, cotangents, oracle=False)
-
-    # A gradient may be a sum that cancels (a key bias has none in exact arithmetic): the largest of all scales it.
-    largest = max((float(value.abs().max()) for name, value in truth.items() if name.startswith("d ")), default=0.0)
-    assert set(result) == set(truth)
-    few = [name for name, value in truth.items() if value.numel() < tolerances.MODEL_FEW]
-    for name, value in truth.items():
-        what = f"{name} of {case}"
-        if name not in few:
-            terms = largest if name.startswith("d ") else None
-            compare.within_budget(what, result[name], plain[name], value, terms=terms)
-        elif not name.startswith("d "):
-            compare.close(what, result[name], value, tolerances.MODEL_FLOAT32)
-    small = [name for name in few if name.startswith("d ")]
-    if small:
-        ours_small, truth_small = (torch.cat([r[name].flatten() for name in small]) for r in (result, truth))
-        compare.close(f"small gradients of {case}", ours_small, truth_small, tolerances.MODEL_GRADIENT_FLOAT32)
+    ours_results = run(ours, arguments, case, tokens, cotangents, oracle=False)
+    within_budget(case, ours_results, plain, truth)

@@ -1,0 +1,259 @@
+"""XLNet, token by token: as `transformers` does it, or left to right with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyxlbert.models.inputs import check_device, check_range, check_shape, check_tokens
+from pyxlbert.nn import RelativeLayout, TokenLayout
+
+if TYPE_CHECKING:
+    from pyxlbert.models.xlnet import XLNetLMHeadModel
+
+# With memories transformers computes this many of the last tokens again at every step.
+RECOMPUTED = 2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken from its logits.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature}, wanted more than 0")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k: got {self.top_k!r}, wanted an integer of at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, wanted more than 0 and at most 1")
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] over the temperature, -inf outside the `top_k` best and the fewest that hold `top_p`."""
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            worst = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            shares = ordered.softmax(dim=-1)
+            # What the better ones leave: nothing of it is needed once they hold top_p.
+            outside = shares.cumsum(dim=-1) - shares >= self.top_p
+            logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+        return logits
+
+    def next(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One token for each row of logits [B, V]: the best, or one drawn."""
+        logits = logits.float()
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        return torch.multinomial(self.filtered(logits).softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+class Whole:
+    """Every step computes the whole text; all its tokens see each other, and the next place is the only target."""
+
+    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None) -> None:
+        self.model, self.tokens = model, tokens
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The next token's, [B, V]."""
+        output = self.model(**_with_target(ids, self.tokens), use_mems=False)
+        return output.logits[:, 0]
+
+
+class WithMemories:
+    """The first step computes the whole text; later ones the last tokens, with the states of the others as memories.
+
+    What is in a memory has not seen the tokens that came later, so results differ from `Whole`'s, as they do in
+    `transformers`.
+    """
+
+    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None) -> None:
+        self.model, self.tokens = model, tokens
+        self.mems: tuple[Tensor, ...] | None = None
+        self.seen: Tensor | None = None  # bool [B, mem_len], where a memory is of a token
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The next token's, [B, V]."""
+        tokens = self.tokens
+        if self.mems:
+            ids, tokens = ids[:, -RECOMPUTED:], None
+        given = _with_target(ids, tokens)
+        output = self.model(**given, mems=self.mems, mems_mask=self.seen, use_mems=True)
+        # The states of the dummy and of the tokens that come again are no memories.
+        self.mems = tuple(memory[:-RECOMPUTED] for memory in output.mems)
+        if self.tokens is not None:
+            self._follow(given.get("attention_mask"), given["input_ids"])
+        return output.logits[:, 0]
+
+    def _follow(self, tokens: Tensor | None, ids: Tensor) -> None:
+        """Keeps `seen` beside the memories, cut as they are."""
+        config = self.model.config
+        seen = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens
+        seen = seen[:, : config.reuse_len] if config.reuse_len else seen
+        seen = seen if self.seen is None else torch.cat([self.seen, seen], dim=1)
+        seen = seen[:, -config.mem_len :] if config.mem_len else seen
+        self.seen = seen[:, :-RECOMPUTED]
+
+
+def _with_target(ids: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+    """The text with a dummy behind it that no token sees and that is the target."""
+    batch, length = ids.shape
+    query_rank = ids.new_zeros(batch, length + 1, dtype=torch.int32)
+    key_rank = torch.full_like(query_rank, -1)
+    key_rank[:, -1] = 0
+    given = {
+        "input_ids": torch.cat([ids, ids.new_zeros(batch, 1)], dim=1),
+        "target_positions": ids.new_full((batch, 1), length),
+        "query_rank": query_rank,
+        "key_rank": key_rank,
+    }
+    if tokens is not None:
+        given["attention_mask"] = torch.nn.functional.pad(tokens, (0, length + 1 - tokens.shape[1]), value=True)
+    return given
+
+
+class LeftToRight:
+    """No token sees a later one, so keys and values stay as they are: each step adds those of one token.
+
+    A step sends two rows through the layers, the new token's and the target's, whatever the length of the text; only
+    attention reads the keys that are there. The logits are those of one forward pass over the whole text with ranks 0,
+    1, 2, ... for queries and keys.
+
+    Args:
+        model: the model.
+        tokens: bool ``[B, T]``, True where the prompt has a token, or None.
+        batch: B.
+        prompt: T, tokens in the prompt.
+        capacity: tokens there will be at most.
+
+    Raises:
+        ValueError: the model attends to a window that moves (`same_length`).
+    """
+
+    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
+        from pyxlbert.models.xlnet import PADDING_RANK, relative_positions
+
+        config, encoder = model.config, model.transformer
+        if config.same_length and config.attn_type == "uni":
+            raise ValueError("left_to_right: got True with same_length, whose window moves; wanted False")
+        self.model, self.length, self.prompt = model, 0, prompt
+        weight = encoder.word_embedding.weight
+        device = weight.device
+        # The distance of row x is farthest - x.
+        self.farthest = capacity + prompt + 2
+        positions = relative_positions(prompt + 1, self.farthest, config, device=device).to(weight.dtype)
+        self.tables = [layer.rel_attn.project(positions, layer.rel_attn.r) for layer in encoder.layer]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.capacity = capacity
+        self.key_rank = torch.arange(capacity, dtype=torch.int32, device=device).repeat(batch, 1)
+        if tokens is not None:
+            self.key_rank[:, :prompt].masked_fill_(~tokens, PADDING_RANK)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""
+        encoder = self.model.transformer
+        new = ids[:, self.length :]
+        batch, count = new.shape
+        last = self.length + count
+        stream_dtype, product_dtype, copy_dtype = encoder.dtypes()
+        words = torch.cat([encoder.word_embedding(new), encoder.mask_emb.expand(batch, 1, -1)], dim=1)
+        words = encoder.dropout(words)
+        x, residual = words.to(product_dtype), words.to(stream_dtype)
+        # A token sees those before it and itself; the target stands behind the last and sees it.
+        query_rank = torch.arange(self.length + 1, last + 2, dtype=torch.int32, device=ids.device).clamp(max=last)
+        # Queries are numbered from 0 though they stand at self.length: row count + 1 + j - i is for the distance
+        # self.length + i - j, so the table begins at the distance self.length + count + 1.
+        begin = self.farthest - (self.length + count + 1)
+        layout = RelativeLayout(
+            TokenLayout(batch, count + 1),
+            words,  # not read: the tables are projected already
+            query_rank=query_rank.expand(batch, -1).contiguous(),
+            key_rank=self.key_rank[:, :last].contiguous(),
+            masked_rows=self.model.config.masked_rows,
+        )
+        for index, layer in enumerate(encoder.layer):
+            attention = layer.rel_attn
+            key, value = (attention.project(x[:, :count], weight) for weight in (attention.k, attention.v))
+            key, value = self._cached(index, key, value)
+            table = self.tables[index][..., begin : begin + count + 1 + last, :, :]
+            mixed = attention.look(attention.project(x, attention.q), key, value, table, layout)
+            x, residual = layer.finish(attention.back(mixed), (x, residual), copy_dtype)
+        self.length = last
+        target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))
+        return self.model.lm_loss(target)
+
+    def _cached(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer so far; the new ones are written behind the old ones."""
+        if index == len(self.keys):
+            shape = (key.shape[0], self.capacity, *key.shape[2:])
+            self.keys.append(key.new_empty(shape))
+            self.values.append(value.new_empty(shape))
+        end = self.length + key.shape[1]
+        self.keys[index][:, self.length : end] = key
+        self.values[index][:, self.length : end] = value
+        return self.keys[index][:, :end], self.values[index][:, :end]
+
+
+@torch.no_grad()
+def generate(
+    model: XLNetLMHeadModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    use_mems: bool,
+    left_to_right: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """See `XLNetLMHeadModel.generate`."""
+    check_tokens(input_ids, None, model.config.d_model, model.device)
+    check_range("input_ids", input_ids, 0, model.config.vocab_size - 1)
+    batch, length = input_ids.shape
+    if length == 0:
+        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, wanted at least one token to begin with")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an integer of at least 1")
+    tokens = _left_padded(attention_mask, batch, length, input_ids.device)
+    if left_to_right:
+        stepper = LeftToRight(model, tokens, batch, length, length + max_new_tokens)
+    else:
+        stepper = (WithMemories if use_mems else Whole)(model, tokens)
+    ids = input_ids.long()
+    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=ids.device)
+    going = torch.ones(batch, dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        chosen = sampling.next(stepper.logits(ids), generator)
+        chosen = torch.where(going, chosen, pad_token_id)
+        ids = torch.cat([ids, chosen[:, None]], dim=1)
+        going = going & ~torch.isin(chosen, stops)
+        if not bool(going.any()):
+            break
+    return ids
+
+
+def _left_padded(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    check_device("attention_mask", mask, device)
+    check_shape("attention_mask", mask, (batch, length))
+    tokens = mask.to(torch.bool)
+    if bool((tokens[:, 1:] < tokens[:, :-1]).any()) or not bool(tokens[:, -1].all()):
+        raise ValueError("attention_mask: got padding behind a token, wanted padding on the left alone")
+    return None if bool(tokens.all()) else tokens

@@ -1,0 +1,97 @@
+"""What the models ask of their arguments, before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that counts for nothing
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: not in a traced graph, and not where it would wait for a device."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
+
+
+def check_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Raises ValueError when a tensor is on another device."""
+    if tensor is not None and tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, wanted {device}")
+
+
+def check_integers(name: str, ids: Tensor) -> None:
+    """Raises TypeError for other dtypes than int64 and int32."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got {ids.dtype}, wanted torch.int64 or torch.int32")
+
+
+def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raises ValueError when the shape is none of these."""
+    if tuple(tensor.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {wanted}")
+
+
+def check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raises ValueError when a value on the CPU lies outside low .. high."""
+    if not can_read_values(values) or not values.numel():
+        return
+    least, most = (int(x) for x in values.aminmax())
+    if least < low or most > high:
+        raise ValueError(f"{name}: got {least if least < low else most}, wanted {low} to {high}")
+
+
+def check_classes(name: str, labels: Tensor, classes: int, ignore_index: int = IGNORED) -> None:
+    """Raises TypeError or ValueError for labels that are neither classes nor `ignore_index`."""
+    check_integers(name, labels)
+    if not can_read_values(labels) or not labels.numel():
+        return
+    counted = labels[labels != ignore_index]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+        worst = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+        raise ValueError(f"{name}: got {worst}, wanted 0 to {classes - 1}, or {ignore_index} for none")
+
+
+def check_tokens(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden: int, device: torch.device, packed: bool = False
+) -> tuple[str, Tensor]:
+    """The one of the two that was given, with its name.
+
+    Raises:
+        ValueError: none or both were given, or the shape or the device is wrong.
+        TypeError: the dtype is wrong.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: wanted exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        check_integers("input_ids", input_ids)
+        given, tokens, wanted = "input_ids", input_ids, "[total]" if packed else "[B, T]"
+        good = input_ids.dim() == (1 if packed else 2)
+    else:
+        if not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds: got {inputs_embeds.dtype}, wanted a floating-point dtype")
+        given, tokens = "inputs_embeds", inputs_embeds
+        wanted = f"[total, {hidden}]" if packed else f"[B, T, {hidden}]"
+        good = inputs_embeds.dim() == (2 if packed else 3) and inputs_embeds.shape[-1] == hidden
+    if not good:
+        raise ValueError(f"{given}: got shape {list(tokens.shape)}, wanted {wanted}")
+    check_device(given, tokens, device)
+    return given, tokens
+
+
+def check_ids(name: str, ids: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Integers of the tokens' shape; one row stands for all.
+
+    Raises:
+        ValueError: the shape or the device is wrong.
+        TypeError: the dtype is wrong.
+    """
+    if ids is None:
+        return None
+    check_integers(name, ids)
+    check_device(name, ids, device)
+    if ids.shape != shape:
+        if ids.dim() != len(shape) or ids.shape[-1] != shape[-1] or ids.shape[0] != 1:
+            raise ValueError(f"{name}: got shape {list(ids.shape)}, wanted {list(shape)}")
+        ids = ids.expand(shape)
+    return ids
