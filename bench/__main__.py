@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import models, ops, report
+from pyxlbert.bench import models, ops, relative, report
 
-SUITES = ("ops", "attention", "models", "text")
+SUITES = ("ops", "attention", "relative", "models", "text")
 
 
 def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
@@ -19,6 +19,8 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return ops.races()
     if suite == "attention":
         return ops.attention_races()
+    if suite == "relative":
+        return relative.races()
     if suite == "models":
         return models.races()
     from pyxlbert.bench import text

@@ -1,4 +1,5 @@
-"""Races of a whole BERT-base with random weights: ours against transformers, torch.compile, ONNX Runtime, OpenVINO."""
+"""Races of whole models with random weights: BERT-base against transformers, torch.compile, ONNX Runtime and OpenVINO,
+XLNet-base against transformers."""
 
 from __future__ import annotations
 
@@ -100,13 +101,65 @@ class ModelRace:
         return call
 
 
+@dataclass(frozen=True)
+class XLNetRace:
+    """XLNet-base of one shape, every position real, no memories, beside our BERT-base of the same shape."""
+
+    batch: int
+    length: int
+    dtype: torch.dtype
+    rounds: int = 5
+
+    def run(self) -> Row:
+        """Compares our output with float32 `transformers`, then times."""
+        from transformers import XLNetConfig
+        from transformers import XLNetModel as Original
+
+        from pyxlbert.models import XLNetModel
+
+        torch.manual_seed(0)
+        hf = Original(XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072)).eval()
+        ids = torch.randint(1000, 30000, (self.batch, self.length))
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save_pretrained(folder)
+            model = XLNetModel.from_pretrained(folder).to(self.dtype).eval()
+        pyxlbert.pack(model)
+
+        def call(module: torch.nn.Module) -> peers.Call:
+            def run() -> torch.Tensor:
+                with torch.inference_mode():
+                    return module(ids, use_mems=False).last_hidden_state
+
+            return run
+
+        truth, ours = call(hf)(), call(model)
+        hf = hf.to(self.dtype)
+        bert = ModelRace(self.batch, self.length, self.dtype).ours()
+        contestants = {"pyxlbert": ours, "transformers": call(hf), "pyxlbert BERT-base": bert}
+        if self.dtype is torch.float32:
+            compare.close("pyxlbert", ours(), truth, tolerances.MODEL_FLOAT32)
+        errors = {
+            name: float((contestants[name]().float() - truth).abs().max()) for name in ("pyxlbert", "transformers")
+        }
+        note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        rows = self.batch * self.length
+        flops = 2 * 12 * (rows * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * self.length * 768 * 768)
+        dtype = str(self.dtype).removeprefix("torch.")
+        limit = flops / limits.gemm_rate(self.dtype)
+        timings = race(contestants, rounds=self.rounds)
+        return Row("XLNet-base", f"{self.batch}x{self.length}", dtype, timings, limit, note)
+
+
 def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> float:
     return float((output.float() - truth)[real].abs().max())
 
 
-def races() -> Iterator[ModelRace]:
+def races() -> Iterator[ModelRace | XLNetRace]:
     """Every race of `python -m pyxlbert.bench models`."""
     for dtype in (torch.float32, torch.bfloat16):
         yield ModelRace(8, 128, dtype)
         yield ModelRace(2, 512, dtype)
         yield ModelRace(8, 128, dtype, fill=0.56)
+        yield XLNetRace(8, 128, dtype)
+        yield XLNetRace(2, 512, dtype)
+        yield XLNetRace(1, 2048, dtype, rounds=3)

@@ -10,10 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pyxlbert.bench import models, ops
+from pyxlbert.bench import models, ops, relative
 
-OPS = [race for race in ops.races() if not any(f"x{length}x" in race.case for length in (2048, 8192))]
-MODELS = [replace(race, layers=2, rounds=3) for race in models.races() if race.length == 128]
+OPS = [
+    race for race in (*ops.races(), *relative.races()) if not any(f"x{length}x" in race.case for length in (2048, 8192))
+]
+MODELS = [
+    replace(race, layers=2, rounds=3)
+    for race in models.races()
+    if isinstance(race, models.ModelRace) and race.length == 128
+]
 
 
 def _name(race: ops.Race | models.ModelRace) -> str:

@@ -1,13 +1,17 @@
-"""`python -m pyxlbert.evaluate stsb --data DIR --model DIR`: a model's score on STS Benchmark's dev pairs.
+"""`python -m pyxlbert.evaluate TASK`: how good a model is, or how equal, on data that you bring.
 
-The score is Spearman's rank correlation, times 100, between the cosine of two sentences' vectors and the similarity
-that people gave the pair. Needs SciPy, and `transformers` for `--compare`.
+`stsb --data DIR --model DIR`: a model's score on STS Benchmark's dev pairs: Spearman's rank correlation, times 100,
+between the cosine of two sentences' vectors and the similarity that people gave the pair. Needs SciPy, and
+`transformers` for `--compare`.
+
+`tokens --text FILE --model PATH`: an XLNet tokenizer against that of `transformers`, line by line.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,6 +66,11 @@ def spearman(
     return float(spearmanr(cosine, scores).statistic)
 
 
+def differing_lines(ours: Sequence[np.ndarray], theirs: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers, from 0, of the lines whose ids are not the same."""
+    return [number for number, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.tolist() != list(b)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the evaluation.
 
@@ -81,16 +90,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also by transformers: masked mean, in float32 and batches of the same size",
     )
+    tokens = tasks.add_parser("tokens", help="XLNet's tokens of a text against those of transformers")
+    tokens.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8")
+    tokens.add_argument("--model", type=Path, required=True, metavar="PATH", help="the folder, or a SentencePiece file")
     options = parser.parse_args(arguments)
     try:
-        _stsb(options)
+        return _stsb(options) if options.task == "stsb" else _tokens(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def _stsb(options: argparse.Namespace) -> None:
+def _tokens(options: argparse.Namespace) -> int:
+    from transformers import XLNetTokenizer
+
+    from pyxlbert.text import TextTokenizer
+
+    lines = options.text.read_text(encoding="utf-8").split("\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.model
+        if folder.is_file():
+            folder = Path(temporary)
+            (folder / "spiece.model").write_bytes(options.model.read_bytes())
+            (folder / "config.json").write_text('{"model_type": "xlnet"}', encoding="utf-8")
+        tokenizer, peer = TextTokenizer.from_directory(folder), XLNetTokenizer.from_pretrained(folder)
+    ids = tokenizer.ids(lines)
+    differing = differing_lines(ids, peer(lines)["input_ids"])
+    padded = tokenizer.padded(lines)
+    wanted = peer(lines, padding=True)
+    same_padding = np.array_equal(padded.ids, wanted["input_ids"])
+    same_padding &= np.array_equal(padded.mask, wanted["attention_mask"])
+    print(f"{len(lines)} lines, {sum(map(len, ids))} tokens, special ones included")
+    print(f"  lines that differ    {len(differing)}")
+    print(f"  padded on the left   {'the same' if same_padding else 'different'}")
+    for number in differing[:5]:
+        print(f"  line {number + 1}: {lines[number]!r}")
+    return 1 if differing or not same_padding else 0
+
+
+def _stsb(options: argparse.Namespace) -> int:
     first, second, scores = read_stsb(options.data, options.split)
     encoder = SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
@@ -108,6 +146,7 @@ def _stsb(options: argparse.Namespace) -> None:
         peer = spearman(encode, first, second, scores)
         print(f"  transformers float32 {100 * peer:.4f}")
         print(f"  difference           {100 * (own - peer):+.4f}")
+    return 0
 
 
 if __name__ == "__main__":

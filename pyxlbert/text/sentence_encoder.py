@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pyxlbert.models import BertModel
+from pyxlbert.models import BertModel, XLNetModel
 from pyxlbert.nn.packing import pack
 
+from .files import read_optional_json
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
 from .tokenizer import TextTokenizer
 
@@ -35,15 +36,18 @@ class TokenVectors(NamedTuple):
 
 
 class SentenceEncoder:
-    """A BERT model with its tokenizer and the pooling of its directory. Threads may share one.
+    """A BERT or XLNet model with its tokenizer and the pooling of its directory. Threads may share one.
 
     Args:
-        model: a `BertModel`. It is owned from here on: set to evaluation, its weights packed for speed.
+        model: a `BertModel` or an `XLNetModel`. It is owned from here on: set to evaluation, its weights packed for
+            speed.
         tokenizer: gives at most as many tokens as the model has positions.
         modules: what happens after the model; None is mean pooling without normalisation.
     """
 
-    def __init__(self, model: BertModel, tokenizer: TextTokenizer, modules: SentenceModules | None = None) -> None:
+    def __init__(
+        self, model: BertModel | XLNetModel, tokenizer: TextTokenizer, modules: SentenceModules | None = None
+    ) -> None:
         self.model = pack(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.modules = SentenceModules() if modules is None else modules
@@ -68,8 +72,13 @@ class SentenceEncoder:
         with warnings.catch_warnings():
             # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
             warnings.simplefilter("ignore")
-            model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
-        tokenizer = TextTokenizer.from_directory(folder, model.config.max_position_embeddings)
+            if read_optional_json(folder / "config.json").get("model_type") == "xlnet":
+                model: BertModel | XLNetModel = XLNetModel.from_pretrained(folder, dtype=dtype, use_mems_eval=False)
+                positions = None
+            else:
+                model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
+                positions = model.config.max_position_embeddings
+        tokenizer = TextTokenizer.from_directory(folder, positions)
         return cls(model, tokenizer, modules)
 
     @property
@@ -121,7 +130,7 @@ class SentenceEncoder:
             raise ValueError(f"token_vectors: got {token_vectors!r}, wanted True, False or 'word'")
         if token_vectors and pooling is not None:
             raise ValueError(f"pooling: got {pooling!r} with token_vectors, which are not pooled; wanted None")
-        hidden = _Hidden(self.model, chosen, combine)
+        hidden = _Hidden(self.model, self.tokenizer, chosen, combine)
         if token_vectors:
             result: Any = self._tokens(
                 items, hidden, batch_size, bool(normalize), token_vectors == "word", show_progress
@@ -184,18 +193,23 @@ class SentenceEncoder:
 class _Hidden:
     """Runs the model on packed ids and returns the chosen layer or combination of layers, [total, E]."""
 
-    def __init__(self, model: BertModel, layers: list[int] | None, combine: str) -> None:
-        self.model, self.layers, self.combine = model, layers, combine
+    def __init__(
+        self, model: BertModel | XLNetModel, tokenizer: TextTokenizer, layers: list[int] | None, combine: str
+    ) -> None:
+        self.model, self.tokenizer, self.layers, self.combine = model, tokenizer, layers, combine
 
     def __call__(self, ids: list[np.ndarray]) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        packed: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         tokens = torch.from_numpy(ids[0][None] if len(ids) == 1 else np.concatenate(ids)).long().to(device)
+        lengths = [len(i) for i in ids]
         if len(ids) > 1:  # a text alone is a batch without padding
-            lengths = [len(i) for i in ids]
             cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-            packed = {"cu_seqlens": cu_seqlens.to(device), "max_seqlen": max(lengths)}
-        output = self.model(input_ids=tokens, output_hidden_states=self.layers is not None, **packed)
+            given = {"cu_seqlens": cu_seqlens.to(device), "max_seqlen": max(lengths)}
+        types = [one for one in map(self.tokenizer.types, lengths) if one is not None]
+        if types:
+            given["token_type_ids"] = torch.from_numpy(np.concatenate(types)).view(tokens.shape).to(device)
+        output = self.model(input_ids=tokens, output_hidden_states=self.layers is not None, **given)
         if self.layers is None:
             return output.last_hidden_state.flatten(end_dim=-2)
         first, *rest = (output.hidden_states[layer].flatten(end_dim=-2) for layer in self.layers)

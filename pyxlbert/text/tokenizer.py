@@ -1,4 +1,4 @@
-"""From text to ids: a thin layer over the `tokenizers` library.
+"""From text to ids: a thin layer over the `tokenizers` library, for BERT's and XLNet's directories.
 
 The library does the work; this file decides which settings count. A `tokenizer.json` often carries the padding and
 the truncation of whatever was done last with the model (all-MiniLM-L6-v2 ships "pad everything to 128"), so both are
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import p
 # The library hands back one object per text; converting in slices keeps few of them alive.
 _SLICE = 1024
 
+# XLNet has no position table, so its texts may be of any length.
+UNLIMITED = 2**31 - 1
+
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -28,6 +31,20 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+
+# XLNet's, in the order in which those that a SentencePiece model lacks get ids behind its own.
+_XLNET_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "<sep>",
+    "pad_token": "<pad>",
+    "cls_token": "<cls>",
+    "mask_token": "<mask>",
+}
+# Kinds of pieces in a SentencePiece model that stand in a text as they are.
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class TokenizedText(NamedTuple):
@@ -44,42 +61,117 @@ class TokenizedText(NamedTuple):
     special: np.ndarray  # bool [n], added by the post-processor
 
 
+class PaddedIds(NamedTuple):
+    """Several texts as one rectangle.
+
+    Shape: B texts, T the longest one's tokens.
+    """
+
+    ids: np.ndarray  # int64 [B, T]
+    mask: np.ndarray  # int64 [B, T], 1 for a token, 0 for padding
+
+
 class TextTokenizer:
     """A tokenizer with a fixed length limit; calls only read it, so that threads may share it.
 
     Args:
         tokenizer: the library's object. It is owned from here on: padding and truncation are set.
         max_length: the most tokens a text may give, special ones included; the rest of the text is dropped.
+        special_types: special tokens may have token types other than 0, as XLNet's classification token has.
+        token_types: whether the model is given these types.
+        pad_token: what stands in the places that `padded` fills up.
+        pad_left: whether these places are on the left.
 
     Raises:
-        ValueError: `max_length` leaves no room for a token, or a single text gets token types other than 0.
+        ValueError: `max_length` leaves no room for a token, or a single text gets token types other than 0 that are
+            not expected.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        max_length: int,
+        *,
+        special_types: bool = False,
+        token_types: bool = False,
+        pad_token: str = "[PAD]",
+        pad_left: bool = False,
+    ) -> None:
         added = tokenizer.num_special_tokens_to_add(False)
         if max_length <= added:
             raise ValueError(f"max_length: got {max_length}; wanted more than the {added} special tokens of every text")
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
-        if any(tokenizer.encode("a").type_ids):
+        probe = tokenizer.encode("a")
+        special = np.array(probe.special_tokens_mask, dtype=bool)
+        types = np.array(probe.type_ids, dtype=np.int64)
+        if types.any() if not special_types else types[~special].any():
             raise ValueError("tokenizer: gives a single text token types other than 0, which is not supported")
+        # Types of the special tokens before and behind a text.
+        text = np.flatnonzero(~special)
+        front, back = (text[0], len(types) - 1 - text[-1]) if len(text) else (0, 0)
+        self._types = (types[:front], types[len(types) - back :]) if token_types else None
         self._tokenizer = tokenizer
+        self._pad_id, self._pad_left = tokenizer.token_to_id(pad_token), pad_left
         self.max_length = max_length
 
     @classmethod
     def from_directory(cls, directory: str | Path, max_positions: int | None = None) -> TextTokenizer:
-        """Reads `tokenizer.json`, or else `vocab.txt`, and the settings beside it.
+        """Reads `tokenizer.json`, or else `vocab.txt` or `spiece.model`, and the settings beside it.
+
+        XLNet's directories (by `config.json`, or because they hold `spiece.model`) have no length limit of their own,
+        pad on the left, and give their token types to the model where `tokenizer_config.json` lists them among its
+        `model_input_names`, as in `transformers`.
 
         Args:
             directory: where the files are.
             max_positions: rows of the model's position table; the length limit never passes it.
 
         Raises:
-            FileNotFoundError: the directory or both files are missing.
+            FileNotFoundError: the directory or the files are missing.
             ValueError: a file is corrupt, or asks for what is not supported; the message names it.
+            ImportError: `spiece.model` is to be read and `sentencepiece` or `protobuf` is not installed.
         """
         path = model_directory(directory)
-        return cls(load_tokenizer(path), length_limit(path, max_positions))
+        settings = read_optional_json(path / "tokenizer_config.json")
+        model_type = read_optional_json(path / "config.json").get("model_type")
+        xlnet = model_type == "xlnet" or (model_type is None and (path / "spiece.model").is_file())
+        if xlnet and max_positions is None:
+            max_positions = UNLIMITED
+        return cls(
+            load_tokenizer(path),
+            length_limit(path, max_positions),
+            special_types=xlnet,
+            token_types="token_type_ids" in settings.get("model_input_names", ()),
+            pad_token=_named(settings, "pad_token", "<pad>" if xlnet else "[PAD]"),
+            pad_left=settings.get("padding_side", "left" if xlnet else "right") == "left",
+        )
+
+    def types(self, length: int) -> np.ndarray | None:
+        """int64 ``[length]``, the token types of a text that gave so many ids; None where the model is given none."""
+        if self._types is None:
+            return None
+        front, back = self._types
+        middle = np.zeros(length - len(front) - len(back), dtype=np.int64)
+        return np.concatenate([front, middle, back])
+
+    def padded(self, texts: Sequence[str]) -> PaddedIds:
+        """Several texts side by side, those shorter than the longest filled up.
+
+        Raises:
+            ValueError: the tokenizer has no padding token.
+        """
+        if self._pad_id is None:
+            raise ValueError("tokenizer: has no padding token")
+        ids = self.ids(texts)
+        longest = max((len(one) for one in ids), default=0)
+        result = PaddedIds(
+            np.full((len(ids), longest), self._pad_id, dtype=np.int64), np.zeros((len(ids), longest), dtype=np.int64)
+        )
+        for row, one in enumerate(ids):
+            place = slice(longest - len(one), None) if self._pad_left else slice(len(one))
+            result.ids[row, place], result.mask[row, place] = one, 1
+        return result
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, special tokens included.
@@ -148,17 +240,17 @@ def length_limit(directory: Path, max_positions: int | None = None) -> int:
 
 
 def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer from `tokenizer.json` or `vocab.txt`, without truncation or padding.
+    """The library's tokenizer from `tokenizer.json`, `vocab.txt` or `spiece.model`, without truncation or padding.
 
     Raises:
-        FileNotFoundError: neither file is there.
+        FileNotFoundError: none of them is there.
         ValueError: a file is corrupt, or asks for what is not supported.
     """
     import tokenizers
     from tokenizers import normalizers
 
     settings = read_optional_json(directory / "tokenizer_config.json")
-    saved, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
+    saved, vocabulary, pieces = (directory / name for name in ("tokenizer.json", "vocab.txt", "spiece.model"))
     if saved.is_file():
         content = read_text(saved)
         try:
@@ -168,8 +260,12 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         _apply_settings(tokenizer, settings)
     elif vocabulary.is_file():
         tokenizer = _from_vocabulary(vocabulary, settings)
+    elif pieces.is_file():
+        tokenizer = _from_sentencepiece(pieces, settings)
     else:
-        raise FileNotFoundError(f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt")
+        raise FileNotFoundError(
+            f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model"
+        )
     if read_optional_json(directory / "sentence_bert_config.json").get("do_lower_case"):
         # A normaliser keeps character offsets right where str.lower() would not.
         steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
@@ -212,13 +308,7 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     if lines[-1] == "":
         lines.pop()
     vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
-    special = dict(_SPECIAL_TOKENS)
-    for source in (read_optional_json(path.parent / "special_tokens_map.json"), settings):
-        for name in special:
-            value = source.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                special[name] = value
+    special = _special_tokens(_SPECIAL_TOKENS, path.parent, settings)
     for name in ("unk_token", "cls_token", "sep_token"):
         if special[name] not in vocab:
             raise ValueError(f"{path} has no line {special[name]!r}, the {name}")
@@ -238,3 +328,93 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     )
     tokenizer.add_special_tokens([token for token in special.values() if token in vocab])
     return tokenizer
+
+
+def _named(source: dict[str, Any], name: str, default: str) -> str:
+    """A special token as a settings file has it: a string, or an object with its content."""
+    value = source.get(name)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else default
+
+
+def _special_tokens(defaults: dict[str, str], directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    special = dict(defaults)
+    for source in (read_optional_json(directory / "special_tokens_map.json"), settings):
+        special = {name: _named(source, name, token) for name, token in special.items()}
+    return special
+
+
+def _from_sentencepiece(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """XLNet's unigram model, with its normalisation, as `transformers` makes it from such a file.
+
+    Doubled quotation marks become one, accents go, the model's own table of replacements follows; words are what white
+    space divides. Control and user-defined pieces are taken from a text as they stand, before anything else; what
+    follows one in the middle of a word begins as a word does, which SentencePiece itself would not do.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    proto = _read_sentencepiece(path)
+    unigram = 1
+    if proto.trainer_spec.model_type != unigram:
+        raise ValueError(f"{path}: is not a unigram model, which XLNet's are")
+    vocab = [(piece.piece, piece.score) for piece in proto.pieces]
+    special = _special_tokens(_XLNET_TOKENS, path.parent, settings)
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
+    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    steps += [normalizers.NFKD(), normalizers.StripAccents()]
+    if settings.get("do_lower_case"):
+        steps.append(normalizers.Lowercase())
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    added = {p.piece: p.type == _CONTROL for p in proto.pieces if p.type in (_CONTROL, _USER_DEFINED)}
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False, special=control or token in special.values())
+            for token, control in added.items()
+        ]
+    )
+    tokenizer.add_tokens(
+        [
+            # A text's white space before a mask belongs to it.
+            tokenizers.AddedToken(token, normalized=False, special=True, lstrip=name == "mask_token")
+            for name, token in special.items()
+            if token not in added
+        ]
+    )
+    sep_token, cls_token = special["sep_token"], special["cls_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A:0 {sep_token}:0 {cls_token}:2",
+        pair=f"$A:0 {sep_token}:0 $B:1 {sep_token}:1 {cls_token}:2",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (sep_token, cls_token)],
+    )
+    return tokenizer
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    """The model in a SentencePiece file.
+
+    Raises:
+        ImportError: `sentencepiece` or `protobuf`, which reads its files, is not installed.
+        ValueError: the file is corrupt.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError as error:
+        raise ImportError(f"{path}: reading it takes sentencepiece and protobuf: {error}") from None
+    content = path.read_bytes()
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        SentencePieceProcessor(model_proto=content)
+        proto.ParseFromString(content)
+    except (DecodeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+    if not proto.pieces:
+        raise ValueError(f"{path} is not a SentencePiece model: it has no pieces")
+    return proto

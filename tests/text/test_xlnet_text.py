@@ -1,0 +1,215 @@
+"""XLNet's directories: tokens against `transformers`, vectors against its model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyxlbert import evaluate
+from pyxlbert.testing import tolerances
+from pyxlbert.testing.directories import tiny_xlnet, train_pieces
+from pyxlbert.text import SentenceEncoder, TextTokenizer
+
+pytest.importorskip("sentencepiece")
+transformers = pytest.importorskip("transformers")
+
+# Lewis Carroll, Alice's Adventures in Wonderland (1865), the beginning.
+STORY = """
+Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or twice
+she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and what is the
+use of a book,” thought Alice “without pictures or conversations?”
+So she was considering in her own mind (as well as she could, for the hot day made her feel very sleepy and stupid),
+whether the pleasure of making a daisy-chain would be worth the trouble of getting up and picking the daisies, when
+suddenly a White Rabbit with pink eyes ran close by her.
+There was nothing so very remarkable in that; nor did Alice think it so very much out of the way to hear the Rabbit say
+to itself, “Oh dear! Oh dear! I shall be late!” (when she thought it over afterwards, it occurred to her that she ought
+to have wondered at this, but at the time it all seemed quite natural); but when the Rabbit actually took a watch out
+of its waistcoat-pocket, and looked at it, and then hurried on, Alice started to her feet, for it flashed across her
+mind that she had never before seen a rabbit with either a waistcoat-pocket, or a watch to take out of it, and burning
+with curiosity, she ran across the field after it, and fortunately was just in time to see it pop down a large
+rabbit-hole under the hedge.
+In another moment down went Alice after it, never once considering how in the world she was to get out again.
+""".strip().split("\n")
+ODD = [
+    "",
+    "   ",
+    "``Quoted'' and ``so on''",
+    "Ünïcode àccents ﬁne ½ ²",
+    "12,000 and 3.14, or 7,",
+    "a <mask> here<cls>and <sep> there </s>",
+    "tabs\tand\r\nlines\u00a0and\u200bmore  spaces  ",
+    "x" * 300,
+    "你好 😀 – £5 (five)",
+    "\ud800 surrogate",
+]
+
+
+@pytest.fixture(scope="module")
+def pieces() -> bytes:
+    return train_pieces(STORY, 180)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, pieces: bytes) -> Path:
+    return tiny_xlnet(tmp_path_factory.mktemp("xlnet"), pieces)
+
+
+def settings(directory: Path, **values: object) -> Path:
+    (directory / "tokenizer_config.json").write_text(json.dumps(values))
+    return directory
+
+
+def both(directory: Path) -> tuple[transformers.XLNetTokenizer, TextTokenizer]:
+    return transformers.XLNetTokenizer.from_pretrained(directory), TextTokenizer.from_directory(directory)
+
+
+def expect_the_same(directory: Path) -> None:
+    theirs, ours = both(directory)
+    texts = [text.replace("\ud800", "\ufffd") for text in STORY + ODD]
+    assert [ids.tolist() for ids in ours.ids(STORY + ODD)] == theirs(texts)["input_ids"]
+    for text, one in zip(texts, ours.tokenize(STORY + ODD), strict=True):
+        assert one.tokens == theirs(text).tokens()
+        assert one.special.tolist() == [False] * (len(one.ids) - 2) + [True, True]
+
+
+@pytest.mark.parametrize("values", [{}, {"do_lower_case": True}, {"keep_accents": True}], ids=str)
+def test_tokens_of_a_sentencepiece_model(tmp_path: Path, pieces: bytes, values: dict) -> None:
+    expect_the_same(settings(tiny_xlnet(tmp_path, pieces), **values))
+
+
+def test_tokens_of_a_tokenizer_file(tmp_path: Path, directory: Path) -> None:
+    theirs, _ = both(directory)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "spiece.model").is_file()
+    expect_the_same(tmp_path)
+
+
+def test_special_pieces_that_the_model_lacks(tmp_path: Path) -> None:
+    bare = train_pieces(STORY, 170, control_symbols=[], user_defined_symbols=["<mask>"])
+    expect_the_same(tiny_xlnet(tmp_path, bare))
+
+
+def test_pieces_are_sentencepieces_own_where_it_has_no_symbols_to_cut_out(tmp_path: Path) -> None:
+    import sentencepiece
+
+    plain = train_pieces(STORY, 170, user_defined_symbols=[])
+    library = sentencepiece.SentencePieceProcessor(model_proto=plain)
+    tokenizer = TextTokenizer.from_directory(tiny_xlnet(tmp_path, plain))
+    for text, ids in zip(STORY, tokenizer.ids(STORY), strict=True):
+        assert ids[:-2].tolist() == library.encode(text)
+
+
+def test_padding_is_on_the_left(directory: Path) -> None:
+    theirs, ours = both(directory)
+    texts = [STORY[0], "Alice", "", STORY[3]]
+    wanted, got = theirs(texts, padding=True), ours.padded(texts)
+    np.testing.assert_array_equal(got.ids, wanted["input_ids"])
+    np.testing.assert_array_equal(got.mask, wanted["attention_mask"])
+    assert ours.padded([]).ids.shape == (0, 0)
+
+
+def test_padding_side_may_be_set(tmp_path: Path, pieces: bytes) -> None:
+    theirs, ours = both(settings(tiny_xlnet(tmp_path, pieces), padding_side="right"))
+    texts = [STORY[0], "Alice"]
+    np.testing.assert_array_equal(ours.padded(texts).ids, theirs(texts, padding=True)["input_ids"])
+
+
+def test_length_is_limited_only_by_the_directory(tmp_path: Path, directory: Path, pieces: bytes) -> None:
+    assert len(TextTokenizer.from_directory(directory).ids(["rabbit " * 3000])[0]) > 3000
+    limited = TextTokenizer.from_directory(settings(tiny_xlnet(tmp_path, pieces), model_max_length=20))
+    ids = limited.ids(["rabbit " * 3000])[0]
+    assert len(ids) == 20 and ids[-2:].tolist() == [4, 3]
+
+
+def test_words_and_offsets(directory: Path) -> None:
+    text = "Alice ran  across the rabbit-hole"
+    (result,) = TextTokenizer.from_directory(directory).tokenize([text])
+    assert all(text[start:end] for start, end in result.offsets[:-2])
+    words = SentenceEncoder.from_pretrained(directory).encode(text, token_vectors="word")
+    assert words.tokens == ["Alice", "ran", "across", "the", "rabbit", "-", "hole"]
+
+
+# Vectors
+
+
+def states(directory: Path, texts: list[str], **options: object) -> list[np.ndarray]:
+    """The last layer's rows of each text by `transformers`, one text at a time: nothing is padded."""
+    tokenizer = transformers.XLNetTokenizer.from_pretrained(directory)
+    model = transformers.XLNetModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        return [model(**tokenizer(text, return_tensors="pt", **options))[0][0].numpy() for text in texts]
+
+
+def close(got: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(got - expected).max() <= tolerances.MODEL_FLOAT32 * np.abs(expected).max()
+
+
+def test_vectors_equal_transformers(directory: Path) -> None:
+    encoder = SentenceEncoder.from_pretrained(directory)
+    texts = [*STORY[:5], "", "Alice"]
+    wanted = states(directory, texts)
+    close(encoder.encode(texts, batch_size=3), np.stack([rows.mean(0) for rows in wanted]))
+    close(encoder.encode("Alice"), wanted[-1].mean(0))
+    close(encoder.encode(texts, pooling="max", layers=-1), np.stack([rows.max(0) for rows in wanted]))
+    tokens = encoder.encode("Alice ran", token_vectors=True)
+    close(tokens.vectors, states(directory, ["Alice ran"])[0][:-2])
+    assert encoder.size == 32
+
+
+def test_token_types_are_given_where_the_directory_lists_them(tmp_path: Path, pieces: bytes) -> None:
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    directory = settings(tiny_xlnet(tmp_path, pieces), model_input_names=names)
+    tokenizer = TextTokenizer.from_directory(directory)
+    assert tokenizer.types(5).tolist() == [0, 0, 0, 0, 2]
+    wanted = states(directory, STORY[:3], return_token_type_ids=True)
+    close(SentenceEncoder.from_pretrained(directory).encode(STORY[:3]), np.stack([rows.mean(0) for rows in wanted]))
+
+
+# The evaluation command
+
+
+def test_the_command_counts_lines_that_differ(directory: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(STORY), encoding="utf-8")
+    for model in (directory, directory / "spiece.model"):
+        assert evaluate.main(["tokens", "--text", str(text), "--model", str(model)]) == 0
+        assert "differ    0\n" in capsys.readouterr().out
+    assert evaluate.main(["tokens", "--text", str(text), "--model", str(tmp_path)]) == 1
+    assert evaluate.differing_lines([np.array([1, 2]), np.array([3])], [[1, 2], [3, 4]]) == [1]
+    monkeypatch.setattr(TextTokenizer, "ids", lambda self, texts: [np.array([7])] * len(texts))
+    assert evaluate.main(["tokens", "--text", str(text), "--model", str(directory)]) == 1
+    assert f"differ    {len(STORY)}\n" in capsys.readouterr().out
+
+
+# Bad files
+
+
+def test_a_corrupt_model_is_named(tmp_path: Path, pieces: bytes) -> None:
+    directory = tiny_xlnet(tmp_path, pieces)
+    for content in (b"not a model", pieces[: len(pieces) // 2], b""):
+        (directory / "spiece.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"spiece\.model"):
+            TextTokenizer.from_directory(directory)
+    (directory / "spiece.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"spiece\.model"):
+        TextTokenizer.from_directory(directory)
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path, pieces: bytes) -> None:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(STORY), model_writer=model, vocab_size=120, model_type="bpe", minloglevel=2
+    )
+    directory = tiny_xlnet(tmp_path, pieces)
+    (directory / "spiece.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="unigram"):
+        TextTokenizer.from_directory(directory)
