@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -555,3 +557,54 @@ def test_compiled_packed_rows_need_their_longest_length() -> None:
     torch.testing.assert_close(compiled(**packed, cu_seqlens=offsets, max_seqlen=7), wanted)
     with pytest.raises(Exception, match="max_seqlen"):
         compiled(**packed, cu_seqlens=offsets)
+
+
+MEMORY = """
+import torch
+import pyxlbert
+
+torch.set_num_threads({threads})
+rows, heads, head_size, backward = 8192, 12, 64, {backward}
+
+
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1])
+
+
+inputs = [torch.randn(1, rows, heads, head_size) for _ in range(3)]
+inputs += [torch.randn(2 * rows, heads, head_size), *torch.randn(2, heads, head_size)]
+inputs = [x.requires_grad_(backward) for x in inputs]
+small = [torch.randn(1, 64, heads, head_size) for _ in range(3)]
+pyxlbert.relative_attention(*small, torch.randn(128, heads, head_size), backend="cpu")
+
+
+def call():
+    query, key, value, table, content_bias, position_bias = inputs
+    biases = dict(content_bias=content_bias, position_bias=position_bias)
+    return pyxlbert.relative_attention(query, key, value, table, **biases, backend="cpu")
+
+
+if backward:
+    out = call()
+    cotangent = torch.randn_like(out)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    results = torch.autograd.grad(out, inputs, cotangent)
+else:
+    before = status("VmHWM")
+    results = [call(), torch.empty(heads, rows)]
+print(status("VmHWM") - before - sum(x.numel() * 4 for x in results) // 1024)
+"""
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="there is no native module")
+@pytest.mark.parametrize(
+    ("backward", "threads", "most"), [(False, 2, 64), (False, 32, 64), (True, 2, 256), (True, 32, 256)]
+)
+def test_memory_beyond_inputs_and_results(backward: bool, threads: int, most: int) -> None:
+    """MB at 8192 positions and 12 heads of 64, where one plane's scores alone are 256: a fresh process's high-water
+    mark, for any number of threads."""
+    code = MEMORY.format(threads=threads, backward=backward)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) * 1024 < most * 1e6
