@@ -25,8 +25,8 @@ X86_LEVELS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni",
     "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
-# The files that use tiles; of the others the fifth level runs an earlier version.
-AMX_SOURCES = ("attention", "attention_bwd", "relative_attention", "two_stream_attention")
+# The files that differ where there are tiles; of the others the fifth level runs an earlier version.
+AMX_SOURCES = ("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention")
 OTHER_LEVELS = {"portable": ""}
 # For the tests: PYXLBERT_SANITIZE=address,undefined builds the kernels of the levels in PYXLBERT_SANITIZE_LEVELS, or of
 # all, under these sanitizers.

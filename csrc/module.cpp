@@ -176,10 +176,10 @@ pyxlbert::RelativeAttentionBwd relative_gradients(const pyxlbert::RelativeInputs
 }
 
 void relative_attention_bwd(const pyxlbert::RelativeAttentionBwd& arguments) {
-    PYXLBERT_RUN(relative_attention_bwd, arguments);
+    PYXLBERT_RUN_AMX(relative_attention_bwd, arguments, amx);
 }
 void two_stream_attention_bwd(const pyxlbert::RelativeAttentionBwd& arguments) {
-    PYXLBERT_RUN(two_stream_attention_bwd, arguments);
+    PYXLBERT_RUN_AMX(two_stream_attention_bwd, arguments, amx);
 }
 
 void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,

@@ -269,31 +269,6 @@ struct Backward {
         }
     }
 
-    // Rows r and r + 1 of P and dS, floats, become: at row r of scores P in pairs along the queries, at row r + 1
-    // dS in such pairs, and in dp both rows of dS in pairs along the keys.
-    PYXLBERT_INLINE void interleave([[maybe_unused]] std::int64_t r, [[maybe_unused]] std::int64_t end) {
-#if defined(__AVX512BF16__)
-        // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
-        alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                                21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                                11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i shuffle = _mm512_load_si512(order);
-        const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
-        float *s0 = scores + r * kScoreStride, *s1 = s0 + kScoreStride;
-        float *g0 = dp + r * kScoreStride, *g1 = g0 + kScoreStride;
-        for (std::int64_t j = 0; j < end; j += 2 * W) {
-#pragma GCC unroll 2
-            for (std::int64_t x = j; x < j + 2 * W; x += W) {
-                const __m512i weights = round_pair(load(s0 + x), load(s1 + x));
-                write(s0 + x, _mm512_permutexvar_epi16(shuffle, weights));
-                write(s1 + x, _mm512_permutexvar_epi16(shuffle, round_pair(load(g0 + x), load(g1 + x))));
-            }
-            write(g0 + j / 2, round_pair(load(g0 + j), load(g0 + j + W)));
-            write(g1 + j / 2, round_pair(load(g1 + j), load(g1 + j + W)));
-        }
-#endif
-    }
-
     void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery) {
         const Plane<T>& p = block.p;
         const std::int64_t j0 = block.j0, n = block.n, d = a.in.head_size;
@@ -331,7 +306,7 @@ struct Backward {
                 fill_from(s, 0, end, 0.0f);
                 fill_from(g, 0, end, 0.0f);
             }
-            if (U::pair == 2 && r % 2 != 0) interleave(r - 1, end);
+            if (U::pair == 2 && r % 2 != 0) interleave(s - kScoreStride, g - kScoreStride, kScoreStride, end);
         }
         sum_over_queries(padded / U::pair, n, q0 == block.first);
         float* dq = dquery + q0 * plan.columns;

@@ -55,6 +55,44 @@ PYXLBERT_INLINE float dot_row(const T* a, const T* b, std::int64_t d) {
     return reduce_add(sum);
 }
 
+// Two rows of floats, `stride` apart in either matrix, become: at the first row of `weights` its elements in pairs
+// along the rows, at its second row those of `gradients`, and in `gradients` both rows in pairs along the columns.  All
+// up to `end`, a multiple of 2 W.
+PYXLBERT_INLINE void interleave([[maybe_unused]] float* weights, [[maybe_unused]] float* gradients,
+                                [[maybe_unused]] std::int64_t stride, [[maybe_unused]] std::int64_t end) {
+#if defined(__AVX512BF16__)
+    // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
+    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i shuffle = _mm512_load_si512(order);
+    const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
+    float *s0 = weights, *s1 = s0 + stride, *g0 = gradients, *g1 = g0 + stride;
+    for (std::int64_t j = 0; j < end; j += 2 * W) {
+#pragma GCC unroll 2
+        for (std::int64_t x = j; x < j + 2 * W; x += W) {
+            const __m512i pairs = round_pair(load(s0 + x), load(s1 + x));
+            write(s0 + x, _mm512_permutexvar_epi16(shuffle, pairs));
+            write(s1 + x, _mm512_permutexvar_epi16(shuffle, round_pair(load(g0 + x), load(g1 + x))));
+        }
+        write(g0 + j / 2, round_pair(load(g0 + j), load(g0 + j + W)));
+        write(g1 + j / 2, round_pair(load(g1 + j), load(g1 + j + W)));
+    }
+#endif
+}
+
+// Two rows of n bfloat16 to one of n pairs; n is rounded up to vectors.
+PYXLBERT_INLINE void pair_rows([[maybe_unused]] const float* first, [[maybe_unused]] const float* second,
+                               [[maybe_unused]] std::int64_t n, [[maybe_unused]] float* target) {
+#if defined(__AVX512BF16__)
+    const auto bits = [](const float* row, std::int64_t c) PYXLBERT_LAMBDA {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c / 2)));
+    };
+    for (std::int64_t c = 0; c < n; c += W)
+        _mm512_storeu_si512(target + c, _mm512_or_si512(bits(first, c), _mm512_slli_epi32(bits(second, c), 16)));
+#endif
+}
+
 // exp(scale * s - lse) * norm of one row.
 struct Exponent {
     Vec scale, minus_lse, log2_norm;

@@ -42,5 +42,6 @@ struct RelativeAttentionBwd {
 PYXLBERT_DECLARE_LEVELS(relative_attention_fwd, RelativeAttentionFwd)
 PYXLBERT_DECLARE_AMX(relative_attention_fwd, RelativeAttentionFwd)
 PYXLBERT_DECLARE_LEVELS(relative_attention_bwd, RelativeAttentionBwd)
+PYXLBERT_DECLARE_AMX(relative_attention_bwd, RelativeAttentionBwd)
 
 }  // namespace pyxlbert

@@ -8,7 +8,8 @@
 // the band of table rows that it meets is packed twice, as columns for the scores and as rows for dq; G_r is G copied
 // row by row into a band of zeros; dr is summed in the task's own memory of a run's keys and the queries' rows.
 //
-// Everything is multiplied as floats, whatever the element type.
+// Where bfloat16 is multiplied in pairs, the sums over queries take P, G and G_r in pairs of rows, and the sums over
+// keys take G and G_r rounded row by row: a row of G_r is then a row of G moved by a number of bfloat16.
 //
 // Determinism: runs of key blocks and groups of sequences are cut by size alone; each has its own partial sums, added
 // in order at the end.
@@ -25,6 +26,19 @@ constexpr std::int64_t kSpan = 192;  // positions that rows of a tile lie apart 
 constexpr std::int64_t kBandStride = kBlock + kSpan + 32;
 constexpr int kStreams = 2;
 
+// The unit of the products.  Tiles cannot read a transposed A, so there is no version for them, and on the processors
+// that have them pairs (VDPBF16PS) take twice as long as floats.
+template <class T>
+struct BackwardUnit {
+    using Type = typename UnitOf<T>::Type;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct BackwardUnit<bf16> {
+    using Type = FloatUnit;
+};
+#endif
+
 // Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
 enum Small { content, position, segment, same_segment, other_segment, kSmall };
 
@@ -35,15 +49,17 @@ struct Plan {
     std::int64_t slices;   // heads of tables
     std::int64_t members;  // sequences of a table
     std::int64_t groups;   // runs of members, each with a partial dr of its own
-    std::int64_t rows, last_place, columns;
-    std::int64_t dquery, table_rows;  // floats of a plane's dQ, rows of a partial dr
-    std::int64_t task;                // floats of scratch
+    std::int64_t rows, last_place;
+    std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
+    std::int64_t dquery, table_rows;           // floats of a plane's dQ, rows of a partial dr
+    std::int64_t task;                         // floats of scratch
 };
 
 PYXLBERT_INLINE std::int64_t first_block(const Plan& plan, std::int64_t part) {
     return plan.blocks * part / plan.parts;
 }
 
+template <class U>
 PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
     constexpr std::int64_t enough_tasks = 16, most_parts = 8, blocks_a_part = 2;
     const AttentionInputs& in = a.in.in;
@@ -57,13 +73,16 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
         1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
     p.rows = a.rows[0].count + a.rows[1].count;
     p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
+    p.units = ceil_divide(in.head_size, U::pair);
+    p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
     p.dquery = p.rows * p.columns;
     p.table_rows = ceil_divide(p.blocks, p.parts) * kBlock + p.last_place + kStripRows + 1;
-    const std::int64_t tile = kTile * (2 * kScoreStride + 2 * kBandStride + 4 * p.columns);
-    const std::int64_t keys = kBlock * 3 * p.columns + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
-    const std::int64_t table = 2 * round_to(kBlock + kSpan, W) * p.columns;
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * round_to(kTile, 16);
+    const std::int64_t tile = kTile * (2 * kScoreStride + 2 * kBandStride + 3 * p.unit_stride + 4 * p.columns);
+    const std::int64_t keys =
+        kBlock * (2 * p.unit_stride + p.columns) + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
+    const std::int64_t table = round_to(kBlock + kSpan, W) * (p.unit_stride + p.columns);
+    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * round_to(kTile, 16) + 3 * p.columns;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + tile + keys + table + rows, 1024) + 64;
     return p;
 }
@@ -90,9 +109,10 @@ PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segment
 #endif
 }
 
-template <class T>
+template <class T, class U>
 struct Backward {
-    using U = FloatUnit;
+    // Rows of G_r take half the room in pairs, and leave the rest to pairs of rows.
+    static constexpr std::int64_t kDbandStride = kBandStride / U::pair;
 
     const RelativeAttentionBwd& a;
     const RelativeInputs& relative;
@@ -100,9 +120,9 @@ struct Backward {
     const Plan& plan;
     const bool terms;
     Dropout dropout;
-    float *scores, *dp, *band, *dband, *q_content, *q_position, *dout, *dq_tile, *k, *v, *k_values, *dk, *dv,
-        *undropped, *table, *table_values, *delta, *log2_norm, *same_sum, *other_sum, *same_score, *other_score,
-        *own_dquery;
+    float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
+        *dout_values, *dq_tile, *k, *v, *k_values, *dk, *dv, *undropped, *table, *table_values, *delta, *log2_norm,
+        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
     std::int32_t *index, *place;  // of every row of the plane, the streams one after the other
 
     // The plane.
@@ -130,18 +150,23 @@ struct Backward {
         scores = take(kTile * kScoreStride);
         dp = take(kTile * kScoreStride);
         band = take(kTile * kBandStride);
+        // In pairs: the rows themselves, and pairs of rows.
         dband = take(kTile * kBandStride);
-        q_content = take(kTile * columns);
-        q_position = take(kTile * columns);
-        dout = take(kTile * columns);
+        band_pairs = dband + kTile * kDbandStride;
+        q_content = take(kTile * plan.unit_stride);
+        q_position = take(kTile * plan.unit_stride);
+        dout = take(kTile * plan.unit_stride);
+        content_values = take(kTile * columns);
+        position_values = take(kTile * columns);
+        dout_values = take(kTile * columns);
         dq_tile = take(kTile * columns);
-        k = take(kBlock * columns);
-        v = take(kBlock * columns);
+        k = take(kBlock * plan.unit_stride);
+        v = take(kBlock * plan.unit_stride);
         k_values = take(kBlock * columns);
         dk = take((kBlock + kStripRows) * columns);
         dv = take((kBlock + kStripRows) * columns);
         undropped = take(kScoreStride);
-        table = take(round_to(kBlock + kSpan, W) * columns);
+        table = take(round_to(kBlock + kSpan, W) * plan.unit_stride);
         table_values = take(round_to(kBlock + kSpan, W) * columns);
         delta = take(rows);
         log2_norm = take(rows);
@@ -151,6 +176,7 @@ struct Backward {
         place = reinterpret_cast<std::int32_t*>(take(rows));
         same_score = take(round_to(kTile, 16));
         other_score = take(round_to(kTile, 16));
+        one_row = take(3 * columns);
         own_dquery = scratch;
     }
 
@@ -185,22 +211,27 @@ struct Backward {
         }
     }
 
-    // (q + bias), rounded where forward rounds it, to rows of floats.
+    // (q + bias), rounded where forward rounds it, as a row of units.
     PYXLBERT_INLINE void load_query(const T* x, const float* bias, float* target) const {
-        pack_query<T, U>(x, bias, in.head_size, target, plan.columns);
-        if constexpr (UnitOf<T>::Type::pair == 2)
+        pack_query<T, U>(x, bias, in.head_size, target, plan.unit_stride);
+        if constexpr (UnitOf<T>::Type::pair != U::pair)
             for (std::int64_t c = 0; c < plan.columns; c += W)
                 store(target + c, widen(narrow(load(target + c), T{}), T{}));
+    }
+
+    PYXLBERT_INLINE void clear_row(float* row, std::int64_t n) const {
+        for (std::int64_t c = 0; c < n; c += W) store(row + c, zero());
     }
 
     // Rows row .. row + rows - 1 of a stream against n keys from j0 on: q_content, q_position, the band of the table
     // and S with all its terms.
     PYXLBERT_INLINE void score(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
-        const std::int64_t d = in.head_size, columns = plan.columns;
+        const std::int64_t d = in.head_size, columns = plan.columns, stride = plan.unit_stride;
+        const std::int64_t padded = round_to(rows, U::row_step);
         for (std::int64_t r = 0; r < rows; ++r) {
             const T* x = query_row(stream, row + r);
-            load_query(x, of_head(relative.content_bias, h, d), q_content + r * columns);
-            load_query(x, of_head(relative.position_bias, h, d), q_position + r * columns);
+            load_query(x, of_head(relative.content_bias, h, d), q_content + r * stride);
+            load_query(x, of_head(relative.position_bias, h, d), q_position + r * stride);
             if (relative.segment_embedding != nullptr) {
                 const float* bias = of_head(relative.segment_bias, h, d);
                 const float* same = of_head(relative.segment_embedding, h, d);
@@ -208,16 +239,20 @@ struct Backward {
                 other_score[r] = segment_score(x, bias, same + in.heads * d, d);
             }
         }
+        for (std::int64_t r = rows; r < padded; ++r) {
+            clear_row(q_content + r * stride, stride);
+            clear_row(q_position + r * stride, stride);
+        }
         const std::int64_t last = place[row + rows - 1], span = last - place[row], width = n + span;
-        const std::int64_t first = relative.offset + j0 - last, padded = round_to(rows, U::row_step);
+        const std::int64_t first = relative.offset + j0 - last;
         const std::int64_t present = larger(0, smaller(width, relative.table_rows - first));
         const AttentionTensor& r = relative.table;
         const T* source =
             static_cast<const T*>(r.data) + b * relative.tables / in.batch * r.batch + h * r.head + first * r.row;
-        pack_transposed<T, U>(source, r.row, present, round_to(width, W), d, table, columns);
-        pack_values<T, U>(source, r.row, present, width, d, table_values, columns);
-        multiply<U, false>({q_position, columns}, {table, columns * W, W}, d, nullptr, 0, {band, kBandStride}, padded,
-                           ceil_divide(width, W));
+        pack_transposed<T, U>(source, r.row, present, round_to(width, W), d, table, stride);
+        pack_values<T, U>(source, r.row, present, round_to(width, U::pair), d, table_values, columns);
+        multiply<U, false>({q_position, stride}, {table, stride * W, W}, plan.units, nullptr, 0, {band, kBandStride},
+                           padded, ceil_divide(width, W));
         const float* init = band + rows - 1;
         std::int64_t init_stride = kBandStride - 1;
         if (queries[stream].positions != nullptr) {
@@ -226,8 +261,8 @@ struct Backward {
             init = scores;
             init_stride = kScoreStride;
         }
-        multiply<U, false>({q_content, columns}, {k, columns * W, W}, d, init, init_stride, {scores, kScoreStride},
-                           padded, ceil_divide(n, W));
+        multiply<U, false>({q_content, stride}, {k, stride * W, W}, plan.units, init, init_stride,
+                           {scores, kScoreStride}, padded, ceil_divide(n, W));
         if (!terms) return;
         const QueryRows& info = a.rows[stream];
         for (std::int64_t x = 0; x < rows; ++x) {
@@ -250,7 +285,7 @@ struct Backward {
     }
 
     PYXLBERT_INLINE void pack_keys(std::int64_t j0, std::int64_t n) {
-        pack_transposed<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, W), in.head_size, k, plan.columns);
+        pack_transposed<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, W), in.head_size, k, plan.unit_stride);
     }
 
     // Calls work(stream, row, rows, n) for every tile of queries that may see some of the n keys from j0 on.
@@ -314,49 +349,97 @@ struct Backward {
 
     void tile(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size, columns = plan.columns, wide = columns / W, end = round_to(n, 2 * W);
-        const std::int64_t padded = round_to(rows, U::row_step);
+        const std::int64_t padded = round_to(rows, U::row_step), stride = plan.unit_stride;
         score(stream, row, rows, j0, n);
         for (std::int64_t r = 0; r < rows; ++r)
-            pack_rows<T, U>(dout_row(stream, row + r), 0, 1, d, dout + r * columns, 0, columns);
-        multiply<U, false>({dout, columns}, {v, columns * W, W}, d, nullptr, 0, {dp, kScoreStride}, padded,
+            pack_rows<T, U>(dout_row(stream, row + r), 0, 1, d, dout + r * stride, 0, stride);
+        for (std::int64_t r = rows; r < padded; ++r) clear_row(dout + r * stride, stride);
+        multiply<U, false>({dout, stride}, {v, stride * W, W}, plan.units, nullptr, 0, {dp, kScoreStride}, padded,
                            ceil_divide(n, W));
         const std::int64_t last = place[row + rows - 1], width = n + last - place[row];
-        for (std::int64_t r = 0; r < rows; ++r) {
+        for (std::int64_t r = 0; r < padded; ++r) {
             float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
-            const std::int64_t i = index[row + r], visible = visible_keys(i, j0, n);
-            differentiate(exponent_of(stream, row + r), dropout, p.plane, delta[row + r], s, g, undropped, i, j0,
-                          relative.uniform_rows ? n : visible, end, p.keys <= kBlock);
-            // Later keys may lie outside the table, so their scores are constants.
-            if (relative.uniform_rows && in.causal)
-                fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
-            if (relative.segment_embedding != nullptr) {
-                const std::int32_t* keys = relative.key_segments + p.k_first + j0;
-                const float same = sum_of_segment(g, keys, queries[stream].segment[i], n);
-                Vec all = zero();
-                for (std::int64_t j = 0; j < end; j += W) all += load(g + j);
-                same_sum[row + r] += same;
-                other_sum[row + r] += reduce_add(all) - same;
+            if (r < rows) {
+                differentiate_row(stream, row + r, s, g, j0, n, end);
+            } else if (U::pair == 2) {
+                clear_row(s, end);
+                clear_row(g, end);
             }
-            float* moved = dband + r * kBandStride;
-            const std::int64_t shift = last - place[row + r];
-            __builtin_memset(moved, 0, shift * 4);
-            __builtin_memcpy(moved + shift, g, n * 4);
-            __builtin_memset(moved + shift + n, 0, (round_to(width, 2) - shift - n) * 4);
+            if constexpr (U::pair == 2) {
+                if (r % 2 == 0) continue;
+                interleave(s - kScoreStride, g - kScoreStride, kScoreStride, end);
+                for (std::int64_t x = r - 1; x <= r; ++x)
+                    move_row(dband + x * kDbandStride, dp + x * kScoreStride, x < rows ? last - place[row + x] : 0, n,
+                             round_to(width, 2 * W));
+                pair_rows(dband + (r - 1) * kDbandStride, dband + r * kDbandStride, width,
+                          band_pairs + r / 2 * kBandStride);
+            } else if (r < rows) {
+                move_row(dband + r * kDbandStride, g, last - place[row + r], n, round_to(width, 2));
+            }
         }
-        multiply<U, true>({scores, kScoreStride}, {dout, W, columns}, rows, dv, columns, {dv, columns}, round_to(n, 2),
-                          wide);
-        multiply<U, true>({dp, kScoreStride}, {q_content, W, columns}, rows, dk, columns, {dk, columns}, round_to(n, 2),
-                          wide);
-        if (dtable != nullptr) {
-            float* dr = dtable + (relative.offset + j0 - last - first_row) * columns;
-            multiply<U, true>({dband, kBandStride}, {q_position, W, columns}, rows, dr, columns, {dr, columns},
-                              round_to(width, 2), wide);
-        }
-        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, n, nullptr, 0, {dq_tile, columns}, padded, wide);
+        sum_over_queries(rows, padded, n, width,
+                         dtable == nullptr ? nullptr : dtable + (relative.offset + j0 - last - first_row) * columns);
+        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, ceil_divide(n, U::pair), nullptr, 0,
+                           {dq_tile, columns}, padded, wide);
         add_tile(row, rows, small + content * columns);
-        multiply<U, false>({dband, kBandStride}, {table_values, W, columns}, width, nullptr, 0, {dq_tile, columns},
-                           padded, wide);
+        multiply<U, false>({dband, kDbandStride}, {table_values, W, columns}, ceil_divide(width, U::pair), nullptr, 0,
+                           {dq_tile, columns}, padded, wide);
         add_tile(row, rows, small + position * columns);
+    }
+
+    // Scores and dP of a row to P and G, and the sums of G over either kind of segment.
+    PYXLBERT_INLINE void differentiate_row(int stream, std::int64_t row, float* s, float* g, std::int64_t j0,
+                                           std::int64_t n, std::int64_t end) {
+        const std::int64_t i = index[row], visible = visible_keys(i, j0, n);
+        differentiate(exponent_of(stream, row), dropout, p.plane, delta[row], s, g, undropped, i, j0,
+                      relative.uniform_rows ? n : visible, end, p.keys <= kBlock);
+        // Later keys may lie outside the table, so their scores are constants.
+        if (relative.uniform_rows && in.causal) fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
+        if (relative.segment_embedding == nullptr) return;
+        const float same = sum_of_segment(g, relative.key_segments + p.k_first + j0, queries[stream].segment[i], n);
+        Vec all = zero();
+        for (std::int64_t j = 0; j < end; j += W) all += load(g + j);
+        same_sum[row] += same;
+        other_sum[row] += reduce_add(all) - same;
+    }
+
+    // n elements of a row of G, moved by `shift`, zeros around them up to element `end`.  An element is a float, or a
+    // bfloat16 where those are multiplied in pairs.
+    PYXLBERT_INLINE void move_row(float* target, const float* g, std::int64_t shift, std::int64_t n,
+                                  std::int64_t end) const {
+        constexpr std::int64_t size = 4 / U::pair;
+        char* to = reinterpret_cast<char*>(target);
+        __builtin_memset(to, 0, shift * size);
+        __builtin_memcpy(to + shift * size, g, n * size);
+        __builtin_memset(to + (shift + n) * size, 0, (end - shift - n) * size);
+    }
+
+    // dV, dK and dr of a tile, added to those of earlier ones; a step is a query or a pair of them.
+    PYXLBERT_INLINE void sum_over_queries([[maybe_unused]] std::int64_t rows, std::int64_t padded, std::int64_t n,
+                                          std::int64_t width, float* dr) {
+        const std::int64_t columns = plan.columns, all_keys = round_to(n, 2), all_rows = round_to(width, 2);
+        const auto sum = [&](MatrixA scores_a, const float* rows_b, std::int64_t steps, float* target,
+                             std::int64_t count) PYXLBERT_LAMBDA {
+            multiply<U, true>(scores_a, {rows_b, W, columns}, steps, target, columns, {target, columns}, count,
+                              columns / W);
+        };
+        if constexpr (U::pair == 2) {
+            const std::int64_t steps = padded / 2, stride = plan.unit_stride;
+            for (std::int64_t x = 0; x < steps; ++x) {
+                pair_rows(dout + 2 * x * stride, dout + (2 * x + 1) * stride, columns, dout_values + x * columns);
+                pair_rows(q_content + 2 * x * stride, q_content + (2 * x + 1) * stride, columns,
+                          content_values + x * columns);
+                pair_rows(q_position + 2 * x * stride, q_position + (2 * x + 1) * stride, columns,
+                          position_values + x * columns);
+            }
+            sum({scores, 2 * kScoreStride}, dout_values, steps, dv, all_keys);
+            sum({scores + kScoreStride, 2 * kScoreStride}, content_values, steps, dk, all_keys);
+            if (dr != nullptr) sum({band_pairs, kBandStride}, position_values, steps, dr, all_rows);
+        } else {
+            sum({scores, kScoreStride}, dout, rows, dv, all_keys);
+            sum({dp, kScoreStride}, q_content, rows, dk, all_keys);
+            if (dr != nullptr) sum({dband, kDbandStride}, q_position, rows, dr, all_rows);
+        }
     }
 
     // dq_tile to dQ, and the sum of its rows to `sum`.
@@ -371,19 +454,21 @@ struct Backward {
     void add_segments() {
         const std::int64_t d = in.head_size, columns = plan.columns;
         const float* same = of_head(relative.segment_embedding, h, d);
-        pack_rows<float, U>(same, 0, 1, d, q_content, 0, columns);
-        pack_rows<float, U>(same + in.heads * d, 0, 1, d, q_content + columns, 0, columns);
+        pack_rows<float, FloatUnit>(same, 0, 1, d, one_row, 0, columns);
+        pack_rows<float, FloatUnit>(same + in.heads * d, 0, 1, d, one_row + columns, 0, columns);
+        float* biased = one_row + 2 * columns;
         for (int stream = 0; stream < kStreams; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
-                pack_query<T, U>(query_row(stream, row), of_head(relative.segment_bias, h, d), d, q_position, columns);
+                pack_query<T, FloatUnit>(query_row(stream, row), of_head(relative.segment_bias, h, d), d, biased,
+                                         columns);
                 float* dq = dquery + row * columns;
                 const auto add = [&](Small embedding, const float* e, float sum) PYXLBERT_LAMBDA {
                     add_row(dq, e, columns, sum);
                     add_row(small + segment * columns, e, columns, sum);
-                    add_row(small + embedding * columns, q_position, columns, sum);
+                    add_row(small + embedding * columns, biased, columns, sum);
                 };
-                add(same_segment, q_content, same_sum[row]);
-                add(other_segment, q_content + columns, other_sum[row]);
+                add(same_segment, one_row, same_sum[row]);
+                add(other_segment, one_row + columns, other_sum[row]);
             }
     }
 
@@ -409,8 +494,8 @@ struct Backward {
             const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
             if (n > 0) {
                 pack_keys(j0, n);
-                pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, columns);
-                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, n, d, k_values, columns);
+                pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair), d, k_values, columns);
                 if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
                 __builtin_memset(dk, 0, round_to(n, 2) * columns * sizeof(float));
                 __builtin_memset(dv, 0, round_to(n, 2) * columns * sizeof(float));
@@ -431,10 +516,11 @@ struct Backward {
     // Keys and values that no row may see are not read into a product: a NaN in them would survive a weight of zero.
     PYXLBERT_INLINE void clear_block(std::int64_t j0, std::int64_t n) {
         const std::int32_t* ranks = relative.key_rank + p.k_first + j0;
+        const std::int64_t stride = plan.unit_stride;
         clear_unseen<U>(ranks, n, k_values, plan.columns);
         for (std::int64_t j = 0; j < n; ++j)
             if (ranks[j] == kUnseenRank)
-                for (std::int64_t u = 0; u < plan.columns; ++u) v[j / W * plan.columns * W + u * W + j % W] = 0.0f;
+                for (std::int64_t u = 0; u < stride; ++u) v[j / W * stride * W + u * W + j % W] = 0.0f;
     }
 
     // A plane's dQ from `parts` partial sums, `between` floats apart.
@@ -489,10 +575,10 @@ PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan
     store_row(target, sum, in.head_size, in.scale);
 }
 
-template <class T>
+template <class T, class U>
 void backward(const RelativeAttentionBwd& a) {
     const AttentionInputs& in = a.in.in;
-    const Plan plan = make_plan(a);
+    const Plan plan = make_plan<U>(a);
     const std::int64_t sets = plan.groups * plan.parts, tasks = plan.slices * sets;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
     const std::int64_t work = plan.planes * plan.rows * (in.keys + 1) * in.head_size;
@@ -507,7 +593,7 @@ void backward(const RelativeAttentionBwd& a) {
 
 #pragma omp parallel num_threads(team)
     {
-        Backward<T> worker(a, plan, scratch + thread_index() * plan.task);
+        Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
             const std::int64_t part = task % plan.parts, group = task / plan.parts % plan.groups, slice = task / sets;
@@ -564,7 +650,17 @@ void backward(const RelativeAttentionBwd& a) {
 }  // namespace
 
 void relative_attention_bwd(const RelativeAttentionBwd& a) {
-    with_element(a.in.in.dtype, [&](auto element, auto) { backward<decltype(element)>(a); });
+#if defined(__AMX_BF16__)
+    if (a.in.in.dtype == DType::bfloat16)
+        backward<bf16, BackwardUnit<bf16>::Type>(a);
+    else
+        avx512::relative_attention_bwd(a);
+#else
+    with_element(a.in.in.dtype, [&](auto element, auto) {
+        using T = decltype(element);
+        backward<T, typename BackwardUnit<T>::Type>(a);
+    });
+#endif
 }
 
 }  // namespace pyxlbert::PYXLBERT_LEVEL

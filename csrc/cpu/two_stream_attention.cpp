@@ -7,8 +7,6 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 
 void two_stream_attention_fwd(const RelativeAttentionFwd& a) { relative_attention_fwd(a); }
 
-#if !defined(__AMX_BF16__)
 void two_stream_attention_bwd(const RelativeAttentionBwd& a) { relative_attention_bwd(a); }
-#endif
 
 }  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -7,5 +7,6 @@ namespace pyxlbert {
 PYXLBERT_DECLARE_LEVELS(two_stream_attention_fwd, RelativeAttentionFwd)
 PYXLBERT_DECLARE_AMX(two_stream_attention_fwd, RelativeAttentionFwd)
 PYXLBERT_DECLARE_LEVELS(two_stream_attention_bwd, RelativeAttentionBwd)
+PYXLBERT_DECLARE_AMX(two_stream_attention_bwd, RelativeAttentionBwd)
 
 }  // namespace pyxlbert
