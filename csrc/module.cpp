@@ -392,6 +392,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_level", &pyxlbert::set_level);
     m.def("workspace_bytes", &pyxlbert::workspace_bytes);
     m.def("release_workspace", &pyxlbert::release_workspace);
+    m.def("poison_workspaces", &pyxlbert::poison_workspaces);
 
     py::module_ cpu = m.def_submodule("cpu");
     py::class_<pyxlbert::AttentionInputs>(cpu, "AttentionInputs").def(py::init(&attention_inputs));

@@ -1,6 +1,8 @@
 #include "workspace.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace pyxlbert {
@@ -23,6 +25,7 @@ struct Buffers {
 };
 
 thread_local Buffers buffers;
+std::atomic<bool> poisoned{false};
 
 }  // namespace
 
@@ -37,8 +40,11 @@ void* workspace(Slot slot, std::size_t bytes) {
         if (buffer.data == nullptr) throw std::bad_alloc();
         buffer.size = size;
     }
+    if (poisoned.load(std::memory_order_relaxed)) std::memset(buffer.data, 0xff, bytes);
     return buffer.data;
 }
+
+void poison_workspaces(bool on) { poisoned.store(on, std::memory_order_relaxed); }
 
 std::size_t workspace_bytes() {
     std::size_t total = 0;

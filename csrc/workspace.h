@@ -12,6 +12,10 @@ enum class Slot : int { row, column, pack, tile, shared, count };
 // Throws std::bad_alloc when memory is out.
 void* workspace(Slot slot, std::size_t bytes);
 
+// For tests: from now on every buffer is handed out full of NaN, so that a kernel that reads what it has not written
+// gives a wrong answer.
+void poison_workspaces(bool on);
+
 // Bytes held by the calling thread, all slots together.
 std::size_t workspace_bytes();
 

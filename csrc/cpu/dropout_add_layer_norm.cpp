@@ -65,10 +65,11 @@ void forward(const DropoutAddLayerNormFwd& a) {
         a.x_bias != nullptr ? as_float(a.x_bias, a.x_bias_dtype, n, parameters + 2 * padded) : nullptr;
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
     const float inverse_n = 1.0f / static_cast<float>(n);
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* row = static_cast<float*>(workspace(Slot::row, padded * sizeof(float)));
+        float* row = scratch_rows.mine();
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < a.rows; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
@@ -149,10 +150,11 @@ void backward(const DropoutAddLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 3 * padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* xhat = static_cast<float*>(workspace(Slot::row, 3 * padded * sizeof(float)));
+        float* xhat = scratch_rows.mine();
         float* gradient = xhat + padded;
         float* scratch = xhat + 2 * padded;
 #pragma omp for schedule(static)

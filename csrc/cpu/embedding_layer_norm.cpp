@@ -59,10 +59,11 @@ void forward(const EmbeddingLayerNormFwd& a) {
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
     const float inverse_n = 1.0f / static_cast<float>(n);
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* row = static_cast<float*>(workspace(Slot::row, padded * sizeof(float)));
+        float* row = scratch_rows.mine();
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < a.rows; ++i) {
             const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
@@ -98,10 +99,11 @@ void backward(const EmbeddingLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 2 * padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* gradient = static_cast<float*>(workspace(Slot::row, 2 * padded * sizeof(float)));
+        float* gradient = scratch_rows.mine();
         float* xhat = gradient + padded;
 #pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {

@@ -20,10 +20,11 @@ void forward(const LayerNormFwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, parameters);
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const float inverse_n = 1.0f / static_cast<float>(n);
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* row = static_cast<float*>(workspace(Slot::row, padded * sizeof(float)));
+        float* row = scratch_rows.mine();
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < a.rows; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
@@ -59,10 +60,11 @@ void backward(const LayerNormBwd& a) {
     float* partial = shared + padded;
     if (sums)
         for (std::int64_t j = 0; j < partial_stride; j += W) store(partial + j, zero());
+    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 2 * padded);
 
-#pragma omp parallel num_threads(team(a.threads, a.rows* n))
+#pragma omp parallel num_threads(scratch_rows.threads)
     {
-        float* xhat = static_cast<float*>(workspace(Slot::row, 2 * padded * sizeof(float)));
+        float* xhat = scratch_rows.mine();
         float* gradient = xhat + padded;
 #pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {

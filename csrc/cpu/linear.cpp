@@ -109,12 +109,13 @@ void forward(const LinearFwd& a, Activation activation) {
     }
     const int groups = static_cast<int>((a.rows + most_rows - 1) / most_rows);
     const std::int64_t tasks = (a.columns + task_columns - 1) / task_columns;
+    const TeamScratch scratch = team_scratch(team(a.threads, a.columns * a.inner), a.rows * task_columns);
 
-#pragma omp parallel for schedule(static) num_threads(team(a.threads, a.columns* a.inner))
+#pragma omp parallel for schedule(static) num_threads(scratch.threads)
     for (std::int64_t task = 0; task < tasks; ++task) {
         const std::int64_t first = task * task_columns;
         const int columns = static_cast<int>(a.columns - first < task_columns ? a.columns - first : task_columns);
-        float* sums = static_cast<float*>(workspace(Slot::tile, a.rows * task_columns * sizeof(float)));
+        float* sums = scratch.mine();
         for (int n = 0; n < columns; n += together) {
             // Past the last row of the weight the last one stands in; its sums are not stored.
             const T* w[together];

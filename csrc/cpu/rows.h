@@ -1,6 +1,8 @@
 // What the row kernels share: dispatch on element types, parameters widened to float once a call, LayerNorm's walks
 // over a row, and column sums that do not depend on the number of threads.
 #pragma once
+#include <omp.h>
+
 #include "../workspace.h"
 #include "simd.h"
 
@@ -154,6 +156,21 @@ PYXLBERT_INLINE int team(int threads, std::int64_t elements) {
     constexpr std::int64_t worth_a_thread = 16384;
     const std::int64_t wanted = elements / worth_a_thread;
     return wanted < 1 ? 1 : wanted < threads ? static_cast<int>(wanted) : threads;
+}
+
+// `each` floats for every thread of a team, taken before the team starts: an exception inside a parallel region would
+// end the process.
+struct TeamScratch {
+    int threads;
+    std::int64_t each;
+    float* data;
+
+    PYXLBERT_INLINE float* mine() const { return data + omp_get_thread_num() * each; }
+};
+
+PYXLBERT_INLINE TeamScratch team_scratch(int threads, std::int64_t floats) {
+    const std::int64_t each = round_up(floats, 16);
+    return {threads, each, static_cast<float*>(workspace(Slot::row, threads * each * sizeof(float)))};
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from pyxlbert import backends
+
 
 @pytest.fixture
 def ledger(record_property):
@@ -20,7 +22,9 @@ def ledger(record_property):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Inside `with poisoned():` every tensor that torch.empty and friends hand out is full of NaN."""
+    """Inside `with poisoned():` every tensor that torch.empty and friends hand out is full of NaN, and so is
+    the scratch memory of the native kernels."""
+    native = backends._C
 
     def poison(function):
         def make(*args, **kwargs):
@@ -41,6 +45,12 @@ def poisoned(monkeypatch):
                 (torch.Tensor, "new_empty"),
             ):
                 patch.setattr(owner, name, poison(getattr(owner, name)))
-            yield
+            if native is not None:
+                native.poison_workspaces(True)
+            try:
+                yield
+            finally:
+                if native is not None:
+                    native.poison_workspaces(False)
 
     return block
