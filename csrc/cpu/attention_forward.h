@@ -30,6 +30,16 @@ constexpr std::int64_t kFarthest = INT64_MAX;
 template <class U>
 constexpr std::int64_t kTile = U::row_step == 16 ? 32 : 24;
 
+// Tiles begin at multiples of it.
+constexpr std::int64_t kTileStep = 8;
+
+// Queries of a tile that meets n keys.  A band is as many columns wider than the keys as the tile has rows, so few keys
+// take tiles of fewer rows: with 16 the band begins at a whole vector besides.
+template <class U, bool kRelative>
+PYXLBERT_INLINE std::int64_t tile_rows(std::int64_t n) {
+    return kRelative && U::row_step == 2 && n <= 256 ? 16 : kTile<U>;
+}
+
 // Queries of a chunk, a multiple of every tile: packing a block of keys costs 2 % of so many rows' products.
 template <bool kRelative>
 constexpr std::int64_t kChunk = kRelative ? 384 : 768;
@@ -86,9 +96,12 @@ struct Forward {
     float *same_segment, *other_segment, *q_position, *band, *table;
 
     std::int64_t packed_plane = -1, packed_block = -1;
+    // The packed rows of the table; sequences that share a head of it follow each other, and mostly meet the same ones.
+    const T* packed_table = nullptr;
+    std::int64_t packed_table_rows = 0;
     std::int64_t first_table_row = 0;
     std::int32_t lowest_key_rank = 0;  // of the block
-    bool started[kChunk<kRelative> / kTile<U> + 1];
+    bool started[kChunk<kRelative> / kTileStep + 8];
 
     PYXLBERT_INLINE Forward(const AttentionInputs& inputs, const RelativeInputs* relative_inputs,
                             const QueryRows* query_rows, const Sizes& sizes, float* scratch)
@@ -155,7 +168,7 @@ struct Forward {
             store(q + u, zero());
             if constexpr (kRelative) store(q_position + u, zero());
         }
-        for (std::int64_t tile = at / kTile<U>; tile * kTile<U> < at + rows; ++tile) started[tile] = false;
+        for (std::int64_t step = at / kTileStep; step * kTileStep < at + rows; ++step) started[step] = false;
     }
 
     // Keys j0 .. j0 + n - 1, and what queries at positions lowest .. highest meet of the table there.
@@ -182,6 +195,9 @@ struct Forward {
             const AttentionTensor& r = relative->table;
             const T* source = static_cast<const T*>(r.data) + b * relative->tables / in.batch * r.batch + h * r.head +
                               first_table_row * r.row;
+            if (packed_table == source && packed_table_rows == rows) return;
+            packed_table = source;
+            packed_table_rows = rows;
             pack_transposed<T, U>(source, r.row, present, round_to(rows, W), d, table, size.unit_stride);
         }
     }
@@ -334,8 +350,8 @@ struct Forward {
             softmax(p, x, stream, row + r, r, j0, visible < 0 ? 0 : smaller(visible, n), n);
         }
         float* out = o + row * size.columns;
-        const bool accumulate = started[row / kTile<U>];
-        started[row / kTile<U>] = true;
+        const bool accumulate = started[row / kTileStep];
+        for (std::int64_t r = 0; r < rows; r += kTileStep) started[(row + r) / kTileStep] = true;
         if (accumulate)
             for (std::int64_t r = 0; r < rows; ++r) {
                 if (rescale[r] == 1.0f) continue;
@@ -391,8 +407,8 @@ struct Forward {
             for (int stream = 0; stream < kStreams; ++stream) {
                 dropout.tag = static_cast<Tag>(streams[stream].tag);
                 const std::int64_t rows = runs[stream].end - runs[stream].first;
-                for (std::int64_t r = 0; r < rows; r += kTile<U>)
-                    tile(p, queries[stream], streams[stream], start[stream] + r, smaller(kTile<U>, rows - r), j0, n);
+                for (std::int64_t r = 0, step = tile_rows<U, kRelative>(n); r < rows; r += step)
+                    tile(p, queries[stream], streams[stream], start[stream] + r, smaller(step, rows - r), j0, n);
             }
         }
         for (int stream = 0; stream < kStreams; ++stream)
@@ -474,9 +490,9 @@ void run_forward(const AttentionInputs& in, const RelativeInputs* relative, cons
         if constexpr (U::row_step == 16) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
-            const std::int64_t part = task % parts;
-            worker.places(task / parts, part * places_per_part,
-                          part + 1 == parts ? kFarthest : (part + 1) * places_per_part);
+            const std::int64_t part = task % parts, turn = task / parts;
+            const std::int64_t plane = kRelative ? turn % in.batch * in.heads + turn / in.batch : turn;
+            worker.places(plane, part * places_per_part, part + 1 == parts ? kFarthest : (part + 1) * places_per_part);
         }
         if constexpr (U::row_step == 16) end_tiles();
     }
