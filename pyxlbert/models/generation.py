@@ -156,7 +156,7 @@ class LeftToRight:
         # The distance of row x is farthest - x.
         self.farthest = capacity + prompt + 2
         positions = relative_positions(prompt + 1, self.farthest, config, device=device).to(weight.dtype)
-        self.tables = [layer.rel_attn.project(positions, layer.rel_attn.r) for layer in encoder.layer]
+        self.tables = [layer.rel_attn.project(positions, "r")[0] for layer in encoder.layer]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.capacity = capacity
@@ -188,10 +188,10 @@ class LeftToRight:
         )
         for index, layer in enumerate(encoder.layer):
             attention = layer.rel_attn
-            key, value = (attention.project(x[:, :count], weight) for weight in (attention.k, attention.v))
+            key, value = attention.project(x[:, :count], "kv")
             key, value = self._cached(index, key, value)
             table = self.tables[index][..., begin : begin + count + 1 + last, :, :]
-            mixed = attention.look(attention.project(x, attention.q), key, value, table, layout)
+            mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)
             x, residual = layer.finish(attention.back(mixed), (x, residual), copy_dtype)
         self.length = last
         target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))

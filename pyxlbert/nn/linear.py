@@ -21,7 +21,7 @@ class Linear(Packable, torch.nn.Linear):
         x ``[..., in_features]`` to ``[..., out_features]``; any number of rows, none included.
     """
 
-    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+    def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class LinearActivation(Packable, torch.nn.Linear):
         super().__init__(in_features, out_features)
         self.activation = activation_kind(activation)
 
-    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+    def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,28 @@ from pyxlbert import backends
 from pyxlbert.ops import _onednn
 
 
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A parameter `[E, H, D]` that is multiplied as a layer without bias.
+
+    Attributes:
+        parameter: the weight.
+        to_heads: from E to H·D; False from H·D to E.
+    """
+
+    parameter: torch.nn.Parameter
+    to_heads: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """`[N, K]`."""
+        matrix = self.parameter.flatten(1)
+        return matrix.t() if self.to_heads else matrix
+
+
+Layers = tuple[torch.nn.Linear | Projection, ...]
+
+
 class Packable(torch.nn.Module):
     """A module that multiplies by the weights of `packed_layers`, and by their packed copy where it may.
 
@@ -18,24 +41,29 @@ class Packable(torch.nn.Module):
     module drop it; a copied or unpickled module has none.
     """
 
-    # Set on the instance by `pack`.
-    packed: PackedWeight | None = None
+    # By the names of `packed_products`; set on the instance by `pack`.
+    packed: PackedProducts | None = None
 
-    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
-        """The layers whose outputs the product holds side by side: the module itself, unless it says otherwise."""
+    def packed_layers(self, product: str = "") -> Layers:
+        """The layers whose outputs a product holds side by side: the module itself, unless it says otherwise."""
         return (self,)  # type: ignore[return-value]
 
-    def packed_product(self, x: Tensor, approximate: str | None = None) -> Tensor | None:
+    def packed_products(self) -> tuple[str, ...]:
+        """The names of the products, of a module that has several."""
+        return ("",)
+
+    def packed_product(self, x: Tensor, approximate: str | None = None, product: str = "") -> Tensor | None:
         """The outputs of `packed_layers` side by side, `[..., N]`, or None where the layers are to be called.
 
         Args:
             x: `[..., K]`.
             approximate: None for no activation, else the form of gelu.
+            product: one of `packed_products`.
         """
         packed = self.packed
         if packed is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return packed.product(x, self.packed_layers(), approximate)
+        return packed[product].product(x, self.packed_layers(product), approximate)
 
     def train(self, mode: bool = True) -> Packable:
         if mode:
@@ -63,23 +91,29 @@ class PackedWeight:
         # One attribute, replaced as a whole, so that a thread never sees half of a new copy.
         self._copy: _Copy | None = None
 
-    def product(self, x: Tensor, layers: tuple[torch.nn.Linear, ...], approximate: str | None = None) -> Tensor | None:
+    def product(self, x: Tensor, layers: Layers, approximate: str | None = None) -> Tensor | None:
         """See `Packable.packed_product`."""
         parameters = _parameters(layers)
-        if parameters is None or not _takes(x, parameters[0]):
+        if parameters is None or not _takes(x, layers[0]):
             return None
         copy = self._copy
         if copy is None or not copy.follows(parameters):
-            self._copy = copy = _Copy.of(parameters)
-        if copy is None or not _onednn.reordered_is_faster(x, copy.columns):
+            self._copy = copy = _Copy.of(layers, parameters)
+        # The kernel for few rows reads a weight [N, K] as it lies, which a projection to heads is not.
+        turned = isinstance(layers[0], Projection) and layers[0].to_heads and x.numel() > 0
+        if copy is None or not (turned or _onednn.reordered_is_faster(x, copy.columns)):
             return None
         return _onednn.product(x, copy.weight, copy.bias, approximate)
 
-    def fill(self, layers: tuple[torch.nn.Linear, ...]) -> bool:
+    def fill(self, layers: Layers) -> bool:
         """Packs now; False where there is nothing to gain."""
         parameters = _parameters(layers)
-        self._copy = None if parameters is None else _Copy.of(parameters)
+        self._copy = None if parameters is None else _Copy.of(layers, parameters)
         return self._copy is not None
+
+
+class PackedProducts(dict[str, PackedWeight]):
+    """The packed weights of a module's products, by name."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # What is in the processor's order can be neither copied nor pickled: a copy of the module starts without.
@@ -97,8 +131,8 @@ class _Copy:
         self._sources = [(one.detach(), one.data_ptr(), one._version) for one in parameters]
 
     @classmethod
-    def of(cls, parameters: list[Tensor]) -> _Copy | None:
-        weights = [one.detach() for one in parameters if one.dim() == 2]
+    def of(cls, layers: Layers, parameters: list[Tensor]) -> _Copy | None:
+        weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # The versions are read before the values: a write in between is then seen as one.
         copy = cls(parameters, weights[0], None, sum(one.shape[0] for one in weights))
@@ -123,10 +157,11 @@ class _Copy:
 def pack(model: torch.nn.Module) -> torch.nn.Module:
     """Keeps the weights of a model's linear layers a second time, in the order in which the processor multiplies.
 
-    Query, key and value of a self-attention become one product.  The copies are used in eval mode where gradients
-    are off (`torch.no_grad`, `torch.inference_mode`), and take as much memory as the weights.  They follow writes
-    to the weights, except through `.data`; `model.train()`, `load_state_dict` and `.to()` drop them, and a copied or
-    unpickled model has none.  Where the processor or the dtype has nothing to gain the model stays as it is.
+    Query, key and value of a self-attention become one product, and so do key and value of XLNet's.  The copies are
+    used in eval mode where gradients are off (`torch.no_grad`, `torch.inference_mode`), and take as much memory as the
+    weights.  They follow writes to the weights, except through `.data`; `model.train()`, `load_state_dict` and `.to()`
+    drop them, and a copied or unpickled model has none.  Where the processor or the dtype has nothing to gain the model
+    stays as it is.
 
     Args:
         model: in eval mode; layers of `pyxlbert.nn` anywhere in it are packed.
@@ -145,10 +180,14 @@ def pack(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if not isinstance(module, Packable) or id(module) in covered:
             continue
-        layers, packed = module.packed_layers(), PackedWeight()
-        if packed.fill(layers):
-            covered.update(id(layer) for layer in layers)
-            module.packed = packed
+        copies = PackedProducts()
+        for product in module.packed_products():
+            layers, packed = module.packed_layers(product), PackedWeight()
+            if packed.fill(layers):
+                covered.update(id(layer) for layer in layers)
+                copies[product] = packed
+        if len(copies) == len(module.packed_products()):
+            module.packed = copies
     return model
 
 
@@ -176,8 +215,10 @@ def _check_module(function: str, model: object) -> None:
         raise TypeError(f"{function}: model: got {type(model).__name__}, wanted a torch.nn.Module")
 
 
-def _parameters(layers: tuple[torch.nn.Linear, ...]) -> list[Tensor] | None:
+def _parameters(layers: Layers) -> list[Tensor] | None:
     """Weights and biases in order, or None where the layers are not plain ones that can stand in one product."""
+    if isinstance(layers[0], Projection):
+        return _plain([layer.parameter for layer in layers])
     found: list[Tensor] = []
     several, biased = len(layers) > 1, layers[0].bias is not None
     for layer in layers:
@@ -191,18 +232,24 @@ def _parameters(layers: tuple[torch.nn.Linear, ...]) -> list[Tensor] | None:
         if (layer.bias is not None) is not biased:
             return None
         found += (layer.weight, layer.bias) if biased else (layer.weight,)
-    first = found[0]
-    for one in found:
+    return _plain(found)
+
+
+def _plain(parameters: list[Tensor]) -> list[Tensor] | None:
+    """The parameters, or None where a copy could not follow them or their products do not fit side by side."""
+    first = parameters[0]
+    for one in parameters:
         # A subclass of tensor, a parametrization or an inference tensor has no version to follow.
         if type(one) is not torch.nn.Parameter or one.is_inference() or one.dtype is not first.dtype or not one.is_cpu:
             return None
-        if one.dim() == 2 and one.shape[1] != first.shape[1]:
+        if (one.dim() == 2 and one.shape[1] != first.shape[1]) or (one.dim() == 3 and one.shape != first.shape):
             return None
-    return found
+    return parameters
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, layer: torch.nn.Linear | Projection) -> bool:
     """Whether this x is multiplied as it is: anything else is for the op, which casts, refuses or is traced."""
+    weight = layer.weight
     return (
         type(x) is Tensor
         and x.dtype is weight.dtype

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.nn.layout import TokenLayout
+from pyxlbert.nn.packing import Packable, Projection
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.relative_attention import relative_attention
 from pyxlbert.ops.two_stream_attention import two_stream_attention
@@ -63,7 +64,7 @@ class RelativeLayout:
         }
 
 
-class RelativeAttention(torch.nn.Module):
+class RelativeAttention(Packable):
     """Attention with relative positions and segments, projected back.
 
     ``softmax(scale · ((q + u)·k + (q + v)·r[distance] + (q + s)·e[other segment])) v`` for every head.
@@ -92,9 +93,19 @@ class RelativeAttention(torch.nn.Module):
             setattr(self, name, torch.nn.Parameter(torch.empty(num_attention_heads, head_size)))
         self.seg_embed = torch.nn.Parameter(torch.empty(2, num_attention_heads, head_size))
 
-    def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``[..., E]`` to ``[..., H, D]``."""
-        return linear(x, weight.flatten(1).t()).unflatten(-1, weight.shape[1:])
+    def packed_products(self) -> tuple[str, ...]:
+        return ("q", "kv", "r", "o")
+
+    def packed_layers(self, product: str = "") -> tuple[Projection, ...]:
+        return tuple(Projection(getattr(self, name), name != "o") for name in product)
+
+    def project(self, x: Tensor, names: str) -> tuple[Tensor, ...]:
+        """``[..., E]`` to ``[..., H, D]`` by each of the parameters in `names`, one of `packed_products`."""
+        heads = (self.num_attention_heads, self.head_size)
+        together = self.packed_product(x, product=names)
+        if together is not None:
+            return together.view(*x.shape[:-1], len(names), *heads).unbind(-3)
+        return tuple(linear(x, getattr(self, name).flatten(1).t()).unflatten(-1, heads) for name in names)
 
     def forward(
         self,
@@ -123,17 +134,21 @@ class RelativeAttention(torch.nn.Module):
         seen = content
         if memory is not None:
             seen = torch.cat([memory.transpose(0, 1).to(content.dtype), content], dim=1)
-        key, value = self.project(seen, self.k), self.project(seen, self.v)
-        table = self.project(layout.positions, self.r)  # [R, H, D] or [G, R, H, D]
-        content_query = self.project(content, self.q) if content_needed else None
-        target_query = None if query is None else self.project(query, self.q)
+        key, value = self.project(seen, "kv")
+        (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D]
+        content_query = self.project(content, "q")[0] if content_needed else None
+        target_query = None if query is None else self.project(query, "q")[0]
         attend = self._explicit if output_attentions else self._fused
         mixed, target, weights = attend(content_query, target_query, key, value, table, layout)
         return self.back(mixed), self.back(target), weights
 
     def back(self, mixed: Tensor | None) -> Tensor | None:
         """``[..., H, D]`` to ``[..., E]``."""
-        return None if mixed is None else linear(mixed.flatten(-2), self.o.flatten(1))
+        if mixed is None:
+            return None
+        rows = mixed.flatten(-2)
+        y = self.packed_product(rows, product="o")
+        return linear(rows, self.o.flatten(1)) if y is None else y
 
     def _terms(self, layout: RelativeLayout) -> dict[str, Any]:
         terms = {

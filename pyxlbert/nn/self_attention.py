@@ -40,7 +40,7 @@ class SelfAttention(Packable):
         self.key = Linear(hidden_size, hidden_size)
         self.value = Linear(hidden_size, hidden_size)
 
-    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+    def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return self.query, self.key, self.value
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import pyxlbert
 from pyxlbert.nn.packing import Packable
 from pyxlbert.ops import _onednn
-from pyxlbert.testing import compare
+from pyxlbert.testing import compare, tolerances
 
 
 class Linear(Packable, torch.nn.Linear):
@@ -37,7 +37,7 @@ class Projections(Packable):
         super().__init__()
         self.query, self.key, self.value = (Linear(64, 64) for _ in range(3))
 
-    def packed_layers(self) -> tuple[torch.nn.Linear, ...]:
+    def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return self.query, self.key, self.value
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -101,16 +101,17 @@ def packed_modules(module: torch.nn.Module) -> list[str]:
 def test_a_packed_model_computes_the_same(dtype: torch.dtype, calls: list[int]) -> None:
     plain, x = model(dtype), rows(dtype)
     packed = pyxlbert.pack(copy.deepcopy(plain))
-    assert packed_modules(packed) == ["attention", "up", "down", "out"]
+    gains = _onednn._native(dtype)
+    assert packed_modules(packed) == (["attention", "up", "down", "out"] if gains else [])
     with torch.no_grad():
         wanted = plain(x)
         assert not calls
         compare.same_bits("packed", packed(x), wanted)
-        assert calls == ALL
+        assert calls == (ALL if gains else [])
         pyxlbert.unpack(packed)
         assert packed_modules(packed) == []
         compare.same_bits("unpacked", packed(x), wanted)
-        assert calls == ALL
+        assert calls == (ALL if gains else [])
 
 
 def test_query_key_and_value_are_slices_of_one_buffer(calls: list[int]) -> None:
@@ -322,3 +323,48 @@ def test_bad_input() -> None:
             function("model")
     with pytest.raises(ValueError, match=r"pack: model: got a model in training mode.*eval"):
         pyxlbert.pack(Model())
+
+
+def small_xlnet() -> torch.nn.Module:
+    from pyxlbert.models import XLNetConfig, XLNetModel
+
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=97, d_model=64, n_layer=2, n_head=4, d_inner=96, dropout=0.0)
+    return XLNetModel(config).eval()
+
+
+# Columns of a layer's products: key and value, the table, query, then what follows attention.
+CONTENT = [128, 64, 64, 64, 96, 64]
+BOTH = [128, 64, 64, 64, 64, 64, 96, 64, 96, 64]  # two queries, two results and a feed-forward network for either
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [False, True])
+def test_a_packed_xlnet_computes_the_same(dtype: torch.dtype, targets: bool, calls: list[int]) -> None:
+    model = small_xlnet().to(dtype)
+    ids = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(1))
+    given = {"target_positions": torch.tensor([[0, 3], [5, 18]])} if targets else {}
+    given["mems"] = [0.1 * torch.ones(5, 2, 64, dtype=dtype)] * 2
+    with torch.no_grad():
+        wanted = model(ids, **given).last_hidden_state
+        calls.clear()
+        pyxlbert.pack(model)
+        found = model(ids, **given).last_hidden_state
+    assert "layer.0.rel_attn" in packed_modules(model)
+    assert calls[:6] == (BOTH if targets else CONTENT)[:6]
+    compare.close("packed", found.float(), wanted.float(), tolerances.PACKED[dtype])
+
+
+def test_a_packed_xlnet_follows_its_weights() -> None:
+    model = pyxlbert.pack(small_xlnet())
+    ids = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).last_hidden_state
+        for name in ("q", "k", "v", "o", "r"):
+            getattr(model.layer[0].rel_attn, name).mul_(1.5)
+        after = model(ids).last_hidden_state
+        plain = pyxlbert.unpack(model)(ids).last_hidden_state
+    assert not torch.equal(before, after)
+    compare.close("packed again", after, plain, tolerances.PACKED[torch.float32])
+    pyxlbert.pack(model).train()
+    assert not packed_modules(model)
