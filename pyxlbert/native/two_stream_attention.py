@@ -100,7 +100,7 @@ def _call(
     """
     content, content_lse, query, query_lse = results
     attention = inputs_of(
-        content_query, key, value, key_lengths, None, 0, attention_mask, None, False, scale, dropout_p, seed
+        content_query, key, value, key_lengths, None, attention_mask, None, False, scale, dropout_p, seed
     )
     inputs = RelativeInputs(
         attention,

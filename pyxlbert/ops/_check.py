@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+
 import torch
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -120,24 +123,67 @@ def shape(op: str, name: str, value: torch.Tensor, wanted: tuple[int, ...], lett
         raise ValueError(f"{op}: {name}: got shape {list(value.shape)}, wanted {list(wanted)}{meaning}")
 
 
-def probability(op: str, name: str, value: float) -> None:
-    """`value` is a number in [0, 1].
+def number(op: str, name: str, value: object, wanted: str = "a number") -> float:
+    """`value` as a float: any real number, NumPy's included, but no bool.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is too large for a float.
+    """
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted {wanted}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name}: got an integer that no float holds, wanted {wanted}") from None
+
+
+def integer(op: str, name: str, value: object, wanted: str = "an int") -> int:
+    """`value` as an int: any integer, NumPy's included, but no bool.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted {wanted}")
+    return operator.index(value)
+
+
+def flag(op: str, name: str, value: object) -> None:
+    """`value` is True or False; what merely has a truth value, such as the word "no", may mean the other.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a bool")
+
+
+def probability(op: str, name: str, value: object) -> float:
+    """`value` as a float in [0, 1].
 
     Raises:
         ValueError: it is outside.
         TypeError: it is no number.
     """
-    if not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a number in [0, 1]")
-    if not 0.0 <= value <= 1.0:
+    found = number(op, name, value, "a number in [0, 1]")
+    if not 0.0 <= found <= 1.0:
         raise ValueError(f"{op}: {name}: got {value}, wanted a number in [0, 1]")
+    return found
 
 
-def positive(op: str, name: str, value: float) -> None:
-    """`value` is a number of at least 0.
+def positive(op: str, name: str, value: object) -> float:
+    """`value` as a float of at least 0.
 
     Raises:
         ValueError: it is negative or not a number.
+        TypeError: it is no number.
     """
-    if not value >= 0.0:
+    found = number(op, name, value, "a number of at least 0")
+    if not found >= 0.0:
         raise ValueError(f"{op}: {name}: got {value}, wanted a number of at least 0")
+    return found

@@ -20,6 +20,7 @@ from pyxlbert.ops.attention import check_values
 
 try:
     from pyxlbert import _C
+    from pyxlbert.native._attention import longest
 except ImportError:  # backend "cpu" is not here
     _C = None  # type: ignore[assignment]
 
@@ -98,7 +99,7 @@ def encoder_layers_fwd(
     rows, head_size = x.numel() // hidden, hidden // heads
     if cu_seqlens is not None:
         check_values(x, x, x, None, cu_seqlens, max_seqlen)
-        batch, length, total = cu_seqlens.shape[0] - 1, max_seqlen, rows
+        batch, length, total = cu_seqlens.shape[0] - 1, longest(cu_seqlens), rows
     else:
         batch, length, total = x.shape[0], x.shape[1], 0
     threads, dtype, stream_dtype = torch.get_num_threads(), DTYPE[x.dtype], DTYPE[residual.dtype]

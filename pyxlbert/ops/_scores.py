@@ -94,8 +94,12 @@ def check_packed(
     max_seqlen: int | None,
     query: torch.Tensor,
     **others: torch.Tensor | None,
-) -> None:
-    """Offsets of packed rows, int32 `[B + 1]`; none of the `others` may stand beside them."""
+) -> int | None:
+    """Offsets of packed rows, int32 `[B + 1]`; none of the `others` may stand beside them.
+
+    Returns:
+        max_seqlen as an int, if there is one.
+    """
     _check.tensor(op, "cu_seqlens", cu_seqlens)
     _check.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
     _check.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
@@ -104,8 +108,17 @@ def check_packed(
     for name, other in others.items():
         if other is not None:
             raise ValueError(f"{op}: {name}: got {_check.describe(other)} beside cu_seqlens, wanted None")
-    if max_seqlen is not None and max_seqlen < 0:
+    if max_seqlen is None:
+        return None
+    max_seqlen = _check.integer(op, "max_seqlen", max_seqlen)
+    if max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least 0")
+    return max_seqlen
+
+
+def within(max_seqlen: int, total: int) -> int:
+    """max_seqlen, or the number of packed rows where that is smaller: no sequence is longer than all together."""
+    return torch.sym_min(max_seqlen, total) if torch.compiler.is_compiling() else min(max_seqlen, total)
 
 
 def check_lengths(op: str, key_lengths: torch.Tensor | None, keys: int) -> None:

@@ -82,12 +82,18 @@ def _check_values(
     _relative.check_positions("relative_attention", "query_positions", query_positions, offset, "offset")
 
 
+def _check_values_again(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
+    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
+    _check_values(*arguments)
+
+
 _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, _check_values)
 _bwd = OP.define(
     "bwd",
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _check_values_again,
 )
 
 
@@ -265,7 +271,7 @@ def relative_attention(
         rows, columns, letters = (batch, queries), (batch, keys), ("B, Tq", "B, Tk")
         _scores.check_masks(op, key_lengths, attention_mask, query, keys)
     else:
-        _scores.check_packed(
+        max_seqlen = _scores.check_packed(
             op,
             cu_seqlens,
             max_seqlen,
@@ -278,7 +284,9 @@ def relative_attention(
             if torch.compiler.is_compiling():
                 raise ValueError(f"{op}: max_seqlen: got None in compiled code, wanted the longest sequence's length")
             max_seqlen = max(0, int(cu_seqlens.diff().max())) if cu_seqlens.shape[0] > 1 else 0
+        # The default offset is what the caller said; the op needs no more than there are rows.
         batch, queries, keys = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
+        max_seqlen = _scores.within(max_seqlen, query.shape[0])
         rows = columns = (query.shape[0],)
         letters = ("total", "total")
     if query_positions is None:

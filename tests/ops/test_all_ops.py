@@ -245,6 +245,33 @@ def test_bad_input(spec: Spec, bad, runner: str | None) -> None:
         assert word in text, f"{word!r} not in {text!r}"
 
 
+# An op's case, and the argument in it whose values say where the op reads and writes.
+INDICES = [
+    ("attention", "bias and lengths", "key_lengths"),
+    ("attention", "packed", "cu_seqlens"),
+    ("relative_attention", "everything", "key_lengths"),
+    ("relative_attention", "positions", "query_positions"),
+    ("relative_attention", "packed", "cu_seqlens"),
+    ("two_stream_attention", "everything", "key_lengths"),
+    ("two_stream_attention", "everything", "target_positions"),
+    ("embedding_layer_norm", "padded", "input_ids"),
+    ("embedding_layer_norm", "padded", "position_ids"),
+    ("embedding_layer_norm", "padded", "token_type_ids"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize(("op", "case", "argument"), INDICES)
+def test_backward_checks_values_again(op: str, case: str, argument: str, backend: str) -> None:
+    """What a caller writes into a saved tensor past autograd's eyes is an error too, not a write out of bounds."""
+    spec = SPECS[op]
+    arguments = arguments_of(spec, next(c for c in spec.cases if c.id == case), torch.float32)
+    outputs = as_tuple(spec.function(**with_gradients(spec, arguments), backend=backend))
+    arguments[argument].data.view(-1)[-1] = 2**20
+    with pytest.raises(ValueError, match=rf"{op}: {argument}: got .*1048576"):
+        sum(o.sum() for o in outputs).backward()
+
+
 @pytest.mark.parametrize(
     ("spec", "backend"), [(spec, b) for spec in SPECS.values() for b in OPS[spec.name].implementations], ids=_ids
 )

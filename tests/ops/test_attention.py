@@ -6,12 +6,13 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
 import pyxlbert
 from pyxlbert import attention
-from pyxlbert.testing import compare
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 
 BACKENDS = ["torch", "cpu"]
@@ -120,6 +121,24 @@ def test_packed_equals_padded(backend: str) -> None:
     torch.testing.assert_close(packed, padded[inside])
     without = attention(*p, cu_seqlens=offsets, **options)
     torch.testing.assert_close(without, packed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bound_on_the_lengths_may_be_any_number(backend: str) -> None:
+    """Neither memory nor bits depend on max_seqlen, and it may be another integer type's."""
+    qkv = torch.randn(40, 3, 2, 24, generator=generator(5))
+    offsets = torch.tensor([0, 3, 20, 40], dtype=torch.int32)
+    found = []
+    for longest in (20, np.int64(20), 41, 2**40, 2**62, 2**70):
+        x = qkv.clone().requires_grad_()
+        out = attention(*x.unbind(1), cu_seqlens=offsets, max_seqlen=longest, causal=True, backend=backend)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+    for other in found[1:]:
+        for name, a, b in zip(("out", "dqkv"), found[0], other, strict=True):
+            if backend == "cpu":
+                compare.same_bits(name, a, b)
+            else:
+                compare.close(name, a, b, tolerances.SUMMATION_ORDER)
 
 
 def test_dropout_bits_are_the_same_on_every_backend_and_level() -> None:

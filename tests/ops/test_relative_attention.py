@@ -548,6 +548,24 @@ def test_gradients_that_nobody_wants_are_not_computed(backend: str) -> None:
     assert [x.numel() for x in found] == [0] * 8
 
 
+def test_a_bound_on_the_lengths_may_be_any_number() -> None:
+    """Memory and bits follow the sequences and the offset, not max_seqlen."""
+    a = {n: x.detach() for n, x in tensors(1, 7, table=(80,)).items()}
+    packed = {n: x[0] if x.dim() == 4 else x for n, x in a.items()}
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    found = []
+    for longest in (4, 7, 30):
+        packed["query"] = packed["query"].detach().requires_grad_()
+        out = relative_attention(**packed, cu_seqlens=offsets, max_seqlen=longest, offset=40, backend="cpu")
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), packed["query"])))
+    for other in found[1:]:
+        for name, x, y in zip(("out", "dquery"), found[0], other, strict=True):
+            compare.same_bits(name, x, y)
+    # The default offset is the bound, and the table must hold it.
+    with pytest.raises(ValueError, match=f"position_key: got 80 rows .*wanted at least {2**63}"):
+        relative_attention(**packed, cu_seqlens=offsets, max_seqlen=2**62)
+
+
 def test_compiled_packed_rows_need_their_longest_length() -> None:
     a = tensors(1, 7, table=(14,))
     packed = {n: x.detach()[0] if x.dim() == 4 else x.detach() for n, x in a.items()}
