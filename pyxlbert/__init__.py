@@ -7,7 +7,7 @@ import os
 import torch  # noqa: F401  (first: the native module binds to torch's OpenMP runtime)
 
 from pyxlbert import backends
-from pyxlbert.backends import use_backend
+from pyxlbert.backends import debug_checks, use_backend
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     attention,
@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "backends",
     "bias_gelu",
+    "debug_checks",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "layer_norm",

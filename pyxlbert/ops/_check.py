@@ -24,14 +24,17 @@ def describe(value: object) -> str:
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    """`value` is a tensor with storage.
+    """`value` is a tensor of strided elements in memory.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: it is not a tensor, or a sparse, nested or otherwise packed one.
         ValueError: it is on the meta device.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a tensor")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{op}: {name}: got a tensor of layout {layout}, wanted a strided one")
     if value.device.type == "meta":
         raise ValueError(f"{op}: {name}: got a tensor on meta, which has no values")
 
@@ -41,19 +44,23 @@ def usual_rows(x: object, *parameters: object) -> bool:
 
     One cheap look at the usual call; on False the named checks say what is wrong, if anything is.
     """
-    if not isinstance(x, torch.Tensor) or x.is_meta:
+    if not isinstance(x, torch.Tensor) or x.is_meta or x.layout is not torch.strided:
         return False
-    dtype, device, last = x.dtype, x.device, x.shape[-1:]
-    if dtype not in FLOATING or not last:
-        return False
-    for value in parameters:
-        if (
-            not isinstance(value, torch.Tensor)
-            or value.shape != last
-            or value.device != device
-            or (value.dtype is not dtype and (value.dtype is not torch.float32 or dtype not in LOW_PRECISION))
-        ):
+    try:
+        dtype, device, last = x.dtype, x.device, x.shape[-1:]
+        if dtype not in FLOATING or not last:
             return False
+        for value in parameters:
+            if (
+                not isinstance(value, torch.Tensor)
+                or value.layout is not torch.strided
+                or value.shape != last
+                or value.device != device
+                or (value.dtype is not dtype and (value.dtype is not torch.float32 or dtype not in LOW_PRECISION))
+            ):
+                return False
+    except RuntimeError:
+        return False  # a nested tensor has no shape
     return True
 
 
@@ -100,6 +107,38 @@ def parameter_dtype(op: str, name: str, value: torch.Tensor, like: torch.Tensor)
     """A weight or bias beside `like`: of its dtype, or float32 (which autocast makes), or float64 in float64."""
     if value.dtype is not like.dtype and not (value.dtype is torch.float32 and like.dtype in LOW_PRECISION):
         dtype(op, name, value, like.dtype, *((torch.float32,) if like.dtype in LOW_PRECISION else ()))
+
+
+def floating_like(op: str, name: str, value: torch.Tensor, like: torch.Tensor, *, parameter: bool = False) -> None:
+    """`value` meets `like` in a product: in its dtype (a `parameter` may be float32, see `parameter_dtype`).
+
+    Under autocast, which casts both, any dtype will do; but float64 is not cast, so it stays among itself.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    if value.dtype is like.dtype:
+        return
+    if torch.is_autocast_enabled(like.device.type):
+        if torch.float64 in (value.dtype, like.dtype):
+            wanted = (torch.float64,) if like.dtype is torch.float64 else (torch.float32, *LOW_PRECISION)
+            dtype(op, name, value, *wanted)
+    elif parameter:
+        parameter_dtype(op, name, value, like)
+    else:
+        dtype(op, name, value, like.dtype)
+
+
+def output_dtype(op: str, name: str, value: torch.dtype | None, like: torch.Tensor) -> None:
+    """A dtype that is asked for, or None: one that kernels write; float64 only where the op computes in it.
+
+    Raises:
+        TypeError: it is another.
+    """
+    wanted = FLOATING if like.dtype is torch.float64 else (torch.float32, *LOW_PRECISION)
+    if value is not None and value not in wanted:
+        got = short(value) if isinstance(value, torch.dtype) else repr(value)
+        raise TypeError(f"{op}: {name}: got {got}, wanted {' or '.join(short(one) for one in wanted)}")
 
 
 def same_device(op: str, name: str, value: torch.Tensor, first: str, like: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ def takes(x: Tensor) -> bool:
         and x.dtype in DTYPE
         and x.numel() > 0
         and x.is_contiguous()
+        and not (x.is_neg() or x._is_zerotensor())
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
         and not watched()

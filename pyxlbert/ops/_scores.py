@@ -9,10 +9,14 @@ import torch
 from pyxlbert.ops import _check
 
 
-def check_scale(op: str, scale: float | None) -> None:
-    """`scale` is a finite number or None."""
-    if scale is not None and not math.isfinite(scale):
+def check_scale(op: str, scale: float | None) -> float | None:
+    """`scale` as a finite float, or None."""
+    if scale is None:
+        return None
+    found = _check.number(op, "scale", scale, "a finite number")
+    if not math.isfinite(found):
         raise ValueError(f"{op}: scale: got {scale}, wanted a finite number")
+    return found
 
 
 def check_query_key_value(
@@ -43,8 +47,7 @@ def check_rows(op: str, label: str, tensor: torch.Tensor, query: torch.Tensor, p
     _check.tensor(op, label, tensor)
     _check.floating(op, label, tensor)
     _check.same_device(op, label, tensor, name, query)
-    if tensor.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
-        _check.dtype(op, label, tensor, query.dtype)
+    _check.floating_like(op, label, tensor, query)
     wanted, letters = (3, "[total, H, D], packed") if packed else (4, "[B, T, H, D]")
     if tensor.dim() != wanted:
         raise ValueError(f"{op}: {label}: got shape {list(tensor.shape)}, wanted {wanted} dimensions {letters}")

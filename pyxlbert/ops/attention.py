@@ -13,7 +13,7 @@ import torch
 
 from pyxlbert.ops import _check, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op("attention", {"torch": "pyxlbert.reference.attention", "cpu": "pyxlbert.native.attention"})
 
@@ -192,6 +192,7 @@ class _Attention(OpFunction):
         )
 
 
+@OP.public
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -241,8 +242,10 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, scale)
-    seed = seed_tensor("attention", seed, dropout_p, query.device)
+    scale = _scores.check_scale("attention", scale)
+    _check.flag("attention", "causal", causal)
+    max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
+    dropout_p, seed = dropout_of("attention", dropout_p, seed, query.device)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -270,9 +273,9 @@ def attention(
         max_seqlen,
         attention_mask,
         bias,
-        bool(causal),
-        float(scale),
-        float(dropout_p),
+        causal,
+        scale,
+        dropout_p,
         seed,
         backend,
     )
@@ -292,11 +295,9 @@ def _check_arguments(
     max_seqlen: int | None,
     attention_mask: torch.Tensor | None,
     bias: torch.Tensor | None,
-    scale: float | None,
 ) -> int | None:
     """max_seqlen as an int, if there is one."""
     op = "attention"
-    _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
     if cu_seqlens is not None:
         return _scores.check_packed(
@@ -308,7 +309,6 @@ def _check_arguments(
     if bias is not None:
         _check.tensor(op, "bias", bias)
         _check.floating(op, "bias", bias)
-        if not torch.is_autocast_enabled(query.device.type):
-            _check.parameter_dtype(op, "bias", bias, query)
+        _check.floating_like(op, "bias", bias, query, parameter=True)
         _scores.check_scores(op, "bias", bias, query, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     return None

@@ -68,6 +68,7 @@ class _Linear(OpFunction):
         return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
+@OP.public
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:

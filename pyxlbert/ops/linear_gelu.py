@@ -103,6 +103,7 @@ class _LinearGelu(OpFunction):
         )
 
 
+@OP.public
 def linear_gelu(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _relative, _scores
+from pyxlbert.ops import _check, _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "relative_attention",
@@ -179,6 +179,7 @@ class _RelativeAttention(OpFunction):
         return (*wanted[:6], None, *wanted[6:], *(None,) * 17)
 
 
+@OP.public
 def relative_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -261,7 +262,9 @@ def relative_attention(
         RuntimeError: the named backend cannot run here.
     """
     op = "relative_attention"
-    _scores.check_scale(op, scale)
+    scale = _scores.check_scale(op, scale)
+    _check.flag(op, "causal", causal)
+    _check.flag(op, "see_self", see_self)
     _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
     uniform = _relative.uniform_rows(op, masked_rows)
     if cu_seqlens is None:
@@ -291,7 +294,7 @@ def relative_attention(
         letters = ("total", "total")
     if query_positions is None:
         offset = queries if offset is None else offset
-        _relative.check_offset(op, offset, queries - 1, "Tq - 1" if cu_seqlens is None else "max_seqlen - 1")
+        offset = _relative.check_offset(op, offset, queries - 1, "Tq - 1" if cu_seqlens is None else "max_seqlen - 1")
     else:
         for name, given in (("causal", causal), ("see_self", see_self)):
             if given:
@@ -300,7 +303,7 @@ def relative_attention(
                 )
         if offset is None:
             raise ValueError(f"{op}: offset: got None beside query_positions, wanted the table's row of distance 0")
-        _relative.check_offset(op, offset, 0, "no row before the table")
+        offset = _relative.check_offset(op, offset, 0, "no row before the table")
         _relative.check_numbers(op, "query_positions", query_positions, query, "query", rows, "B, Tq", torch.int32)
     # A row never looks further ahead than its first key, nor with causal further than its own place.
     needed = offset + keys - (max(queries - 1, 0) if causal else 0)
@@ -311,7 +314,7 @@ def relative_attention(
         op, query, "query", segment_embedding, query_segments, key_segments, rows, columns, letters
     )
     _relative.check_ranks(op, query, "query", query_rank, key_rank, rows, columns, letters)
-    seed = seed_tensor(op, seed, dropout_p, query.device)
+    dropout_p, seed = dropout_of(op, dropout_p, seed, query.device)
     query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding = _relative.lower(
         (query, key, value, position_key), (content_bias, position_bias, segment_bias, segment_embedding)
     )
@@ -336,12 +339,12 @@ def relative_attention(
         max_seqlen,
         query_rank,
         key_rank,
-        bool(see_self),
+        see_self,
         attention_mask,
-        bool(causal),
+        causal,
         uniform,
-        float(scale),
-        float(dropout_p),
+        scale,
+        dropout_p,
         seed,
         backend,
     )

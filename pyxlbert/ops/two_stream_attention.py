@@ -14,7 +14,7 @@ import torch
 
 from pyxlbert.ops import _check, _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "two_stream_attention",
@@ -200,6 +200,7 @@ class _TwoStreamAttention(OpFunction):
         return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
 
 
+@OP.public
 def two_stream_attention(
     content_query: torch.Tensor,
     query_query: torch.Tensor,
@@ -274,7 +275,7 @@ def two_stream_attention(
         RuntimeError: the named backend cannot run here.
     """
     op, first = "two_stream_attention", "content_query"
-    _scores.check_scale(op, scale)
+    scale = _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
     uniform = _relative.uniform_rows(op, masked_rows)
     batch, rows, heads, head_size = content_query.shape
@@ -289,14 +290,14 @@ def two_stream_attention(
     )
     _scores.check_masks(op, key_lengths, attention_mask, content_query, keys, first)
     offset = rows if offset is None else offset
-    _relative.check_offset(op, offset, rows - 1, "T - 1")
+    offset = _relative.check_offset(op, offset, rows - 1, "T - 1")
     why = f"offset {offset} and {keys} keys"
     _relative.check_table(op, position_key, content_query, batch, offset + keys, why, first)
     _relative.check_biases(op, content_query, first, content_bias, position_bias, segment_bias, segment_embedding)
     shapes = ((batch, rows), (batch, keys), ("B, T", "B, Tk"))
     _relative.check_segments(op, content_query, first, segment_embedding, query_segments, key_segments, *shapes)
     _relative.check_ranks(op, content_query, first, query_rank, key_rank, *shapes)
-    seed = seed_tensor(op, seed, dropout_p, content_query.device)
+    dropout_p, seed = dropout_of(op, dropout_p, seed, content_query.device)
     trained = _relative.lower(
         (content_query, query_query, key, value, position_key),
         (content_bias, position_bias, segment_bias, segment_embedding),
@@ -325,8 +326,8 @@ def two_stream_attention(
         key_rank,
         attention_mask,
         uniform,
-        float(scale),
-        float(dropout_p),
+        scale,
+        dropout_p,
         seed,
         backend,
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import pickle
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -55,7 +57,7 @@ def best(spec: Spec) -> str:
     return "cpu" if "cpu" in OPS[spec.name].implementations else "torch"
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(runner: str) -> Iterator[str]:
     """Selects the runner's instruction-set level; gives the backend's name."""
     backend, _, level = runner.partition("/")
@@ -224,25 +226,104 @@ def test_deterministic_for_any_number_of_threads(spec: Spec, case: Case) -> None
             compare.same_bits(f"{spec.name} {case.id} {name}", value, other[name])
 
 
-BAD = [
-    (spec, bad, runner)
-    for spec in SPECS.values()
-    for bad in spec.bad
-    for runner in (None, *OPS[spec.name].implementations)
-]
-
-
-@pytest.mark.parametrize(
-    ("spec", "bad", "runner"), BAD, ids=lambda v: v.id.replace(" ", "_") if hasattr(v, "change") else _ids(v)
-)
-def test_bad_input(spec: Spec, bad, runner: str | None) -> None:
+@pytest.mark.parametrize(("spec", "bad"), [(spec, bad) for spec in SPECS.values() for bad in spec.bad], ids=_ids)
+def test_bad_input(spec: Spec, bad: Bad) -> None:
     """The same exception with the same text on every backend; it names the argument, what came, what was wanted."""
-    arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
-    with pytest.raises(bad.error) as caught:
-        spec.function(**arguments)
-    text = str(caught.value)
-    for word in bad.words:
+    texts = set()
+    for runner in (None, *OPS[spec.name].implementations):
+        arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
+        with pytest.raises(bad.error) as caught:
+            spec.function(**arguments)
+        texts.add(str(caught.value))
+    assert len(texts) == 1, texts
+    (text,) = texts
+    for word in (f"{spec.name}: ", *bad.words):
         assert word in text, f"{word!r} not in {text!r}"
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_numbers_of_numpy_are_numbers(spec: Spec) -> None:
+    """A scalar of NumPy means what the same number of Python means."""
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    kinds = {float: np.float64, int: np.int64}
+    given = {n: kinds[type(v)](v) for n, v in arguments.items() if type(v) in kinds}
+    if "dropout_p" in arguments:
+        arguments["dropout_p"], given["dropout_p"], given["seed"] = 0.5, np.float32(0.5), np.int32(3)
+        arguments["seed"] = 3
+    ours, wanted = run(spec.function, spec, arguments | given, True), run(spec.function, spec, arguments, True)
+    for name, value in wanted.items():
+        compare.same_bits(f"{spec.name} {name}", ours[name], value)
+
+
+@pytest.mark.parametrize("spec", [SPECS[n] for n in OPS if n.endswith("attention")], ids=_ids)
+def test_autocast_casts_no_float64(spec: Spec) -> None:
+    """Beside float32 a float64 tensor is an error under autocast as it is without."""
+    for name, tensor in _first_tensors(spec):
+        if not tensor.is_floating_point():
+            continue
+        usual = arguments_of(spec, spec.cases[0], torch.float32)
+        for arguments in (usual | {name: tensor.double()}, to_float64(usual) | {name: tensor}):
+            texts = []
+            for mode in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+                with mode, pytest.raises(TypeError, match=rf"{spec.name}: \w+: got dtype float(32|64)") as caught:
+                    spec.function(**arguments)
+                texts.append(str(caught.value).partition(", wanted")[0])
+            assert texts[0] == texts[1]
+
+
+def _first_tensors(spec: Spec) -> list[tuple[str, torch.Tensor]]:
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    return [(name, value) for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+
+
+LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.float().contiguous().to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda x: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_tensors_of_other_layouts_are_refused(spec: Spec, layout: str) -> None:
+    """Sparse, mkldnn and nested tensors, in place of any tensor."""
+    for name, tensor in _first_tensors(spec):
+        arguments = arguments_of(spec, spec.cases[0], torch.float32)
+        arguments[name] = LAYOUTS[layout](tensor)
+        with pytest.raises(TypeError, match=rf"{spec.name}: {name}: got a tensor of layout \w+, wanted a strided one"):
+            spec.function(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_values_that_are_not_those_in_memory(spec: Spec, backend: str) -> None:
+    """A view that negates, and a tensor of zeros without memory, count as what they are, forward and backward."""
+    for name, tensor in _first_tensors(spec):
+        if name not in spec.differentiable:
+            continue
+        usual = arguments_of(spec, spec.cases[0], torch.float32)
+        for given, same in (
+            (torch._neg_view(tensor), -tensor),
+            (torch.complex(tensor, tensor).conj().imag, -tensor),
+            (torch._efficientzerotensor(tensor.shape), torch.zeros_like(tensor)),
+        ):
+            call = functools.partial(spec.function, backend=backend)
+            with torch.no_grad():
+                ours, wanted = (as_tuple(call(**usual | {name: x})) for x in (given, same))
+            for a, b in zip(ours, wanted, strict=True):
+                compare.close(f"{spec.name} {name}", a, b, tolerances.SUMMATION_ORDER)
+        usual = with_gradients(spec, usual)
+        outputs = as_tuple(spec.function(**usual, backend=backend))
+        for given, same in (
+            ([torch._neg_view(o.detach()) for o in outputs], [-o.detach() for o in outputs]),
+            ([torch._efficientzerotensor(o.shape, dtype=o.dtype) for o in outputs], [o.detach() * 0 for o in outputs]),
+        ):
+            ours, wanted = (
+                torch.autograd.grad(outputs, [usual[name]], list(c), retain_graph=True)[0] for c in (given, same)
+            )
+            compare.close(f"{spec.name} grad {name}", ours, wanted, tolerances.SUMMATION_ORDER)
 
 
 # An op's case, and the argument in it whose values say where the op reads and writes.
@@ -287,7 +368,7 @@ def test_opcheck(spec: Spec, backend: str) -> None:
         torch.library.opcheck(overload, detached, test_utils=("test_schema", "test_faketensor"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded_calls(op: str) -> Iterator[list]:
     """The arguments of every raw call of `op` inside the block."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -371,17 +452,49 @@ def test_autocast(spec: Spec, dtype: torch.dtype) -> None:
         assert arguments[name].grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["plain", "with gradients"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
-def test_double_backward_and_vmap_are_named_errors(spec: Spec) -> None:
-    arguments = with_gradients(spec, arguments_of(spec, spec.cases[0], torch.float32))
+def test_double_backward_and_vmap_are_named_errors(spec: Spec, gradients: bool) -> None:
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
     names = differentiable(spec, arguments)
-    outputs = as_tuple(spec.function(**arguments))
-    with pytest.raises(RuntimeError, match=rf"{spec.name}: double backward"):
-        torch.autograd.grad(sum(o.sum() for o in outputs), [arguments[n] for n in names], create_graph=True)
-    first = names[0]
-    stacked = torch.stack([arguments[first].detach()] * 2).requires_grad_()
-    with pytest.raises(RuntimeError, match=rf"{spec.name}: vmap"):
-        torch.vmap(lambda value: spec.function(**{**arguments, first: value}))(stacked)
+    if gradients:
+        arguments = with_gradients(spec, arguments)
+        outputs = as_tuple(spec.function(**arguments))
+        with pytest.raises(RuntimeError, match=rf"{spec.name}: double backward"):
+            torch.autograd.grad(sum(o.sum() for o in outputs), [arguments[n] for n in names], create_graph=True)
+    for name in names:
+        stacked = torch.stack([arguments[name].detach()] * 2).requires_grad_(gradients)
+        with pytest.raises(RuntimeError, match=rf"{spec.name}: vmap"):
+            torch.vmap(lambda value, name=name: spec.function(**{**arguments, name: value}))(stacked)
+        # Over the batch the tensors have a dimension less, and no seed may be drawn.
+        if "dropout_p" in arguments:
+            with pytest.raises(RuntimeError, match=rf"{spec.name}: vmap"):
+                torch.vmap(lambda value, name=name: spec.function(**arguments | {name: value, "seed": None}))(
+                    arguments[name]
+                )
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["plain", "with gradients"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_transforms_are_named_errors(spec: Spec, gradients: bool) -> None:
+    """Forward-mode differentiation, which would be a tangent of zeros, and torch.func's backward."""
+    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    for name in differentiable(spec, arguments):
+        x = arguments[name].detach().requires_grad_(gradients)
+
+        def call(value: torch.Tensor, name: str = name) -> torch.Tensor:
+            return as_tuple(spec.function(**arguments | {name: value}))[0].sum()
+
+        forward = rf"{spec.name}: forward-mode differentiation \(jvp\) is not supported"
+        with pytest.raises(RuntimeError, match=forward):
+            torch.func.jvp(call, (x,), (x.detach(),))
+        with pytest.raises(RuntimeError, match=forward), torch.autograd.forward_ad.dual_level():
+            call(torch.autograd.forward_ad.make_dual(x, x.detach()))
+        for transform in (torch.func.grad, lambda f: functools.partial(torch.func.vjp, f), torch.func.jacrev):
+            with pytest.raises(RuntimeError, match=rf"{spec.name}: torch.func.grad and vjp are not supported"):
+                transform(call)(x)
+        # A tensor that takes no part stays what it is.
+        torch.vmap(lambda _, x=x: call(x).detach())(torch.zeros(2))
 
 
 def test_named_backend_never_falls_back() -> None:
@@ -411,6 +524,63 @@ def test_explain_names_every_backend(capsys) -> None:
     assert "float64" in backends.explain("layer_norm", torch.ones(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="layer_norm"):
         backends.explain("nonsense")
+
+
+def test_explain_says_what_use_backend_does() -> None:
+    x = torch.ones(2, 4)
+    with pyxlbert.use_backend("torch"):
+        text = backends.explain("layer_norm", x)
+        assert "torch: taken, as use_backend names it" in text and "cpu: possible" in text
+    with pyxlbert.use_backend("cpu"):
+        text = backends.explain("layer_norm", x.double())
+        assert "float64 runs on backend 'torch'; use_backend names it, so a call" in text and "torch: possible" in text
+    with pyxlbert.use_backend(None, backward="torch"):
+        assert "cpu: taken" in backends.explain("layer_norm", x)
+
+
+def test_explain_refuses_what_decides_nothing() -> None:
+    ids, table = torch.zeros(2, 3, dtype=torch.int64), torch.ones(4, 8)
+    for op, tensors, error, words in (
+        ("layer_norm", (), ValueError, "tensors: got none"),
+        ("layer_norm", ([1.0],), TypeError, "tensor 0 of layer_norm: got list, wanted a tensor"),
+        ("layer_norm", (table, None), TypeError, "tensor 1 of layer_norm: got NoneType"),
+        ("layer_norm", (ids, table), TypeError, "tensor 0 of layer_norm: got dtype int64, wanted float32"),
+        ("layer_norm", (table.to("meta"),), ValueError, "meta"),
+        ("embedding_layer_norm", (ids,), ValueError, "tensors: got none of a floating dtype"),
+        ("embedding_layer_norm", (ids, ids), TypeError, "int64"),
+    ):
+        with pytest.raises(error, match=f"explain: .*{words}"):
+            backends.explain(op, *tensors)
+    assert "cpu: taken" in backends.explain("embedding_layer_norm", ids, table)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_debug_checks_watch_the_values_on_a_gpu(direction: str) -> None:
+    """What torch calls for CUDA tensors looks at values, which waits for the device, in the block alone."""
+    op = OPS["attention"]
+    q = torch.randn(2, 3, 1, 8)
+    lengths, rest = torch.tensor([3, 4], dtype=torch.int32), (None, 0, None, None, False, 1.0, 0.0, None)
+    out, lse = op.runners["fwd"]["CUDA"](q, q, q, lengths, *rest, "torch")
+    call = {"fwd": (q, q, q, lengths, *rest), "bwd": (q, q, q, q, out, lse, lengths, *rest, False)}[direction]
+    op.runners[direction]["CUDA"](*call, "torch")
+    with pyxlbert.debug_checks():
+        with pyxlbert.debug_checks():
+            pass
+        with pytest.raises(ValueError, match="attention: key_lengths: got 4, wanted lengths in"):
+            op.runners[direction]["CUDA"](*call, "torch")
+        # Backward on a GPU runs in a thread of torch's.
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="key_lengths"):
+            pool.submit(op.runners[direction]["CUDA"], *call, "torch").result()
+    op.runners[direction]["CUDA"](*call, "torch")
+    with pytest.raises(ValueError, match="key_lengths"):
+        op.runners[direction]["CPU"](*call, "torch")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_other_devices_have_backend_torch(op: str) -> None:
+    for direction in ("fwd", "bwd"):
+        for key in ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"):
+            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"pyxlbert::{op}_{direction}", key)
 
 
 def test_specs_can_be_copied() -> None:

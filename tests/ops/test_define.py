@@ -55,6 +55,8 @@ def test_the_short_way_to_an_implementation_is_here() -> None:
     """The private names behind it: without them every small call takes three times as long."""
     assert _define.watched is _define._watched
     assert _define.watched() is False
+    assert _define.transformed is _define._transformed
+    assert _define.transformed() is False
 
 
 def test_whoever_watches_sees_the_op() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Spec:
     tiles: bool = False
     bytes_moved: Callable[[Arguments], int] | None = None
     flops: Callable[[Arguments], int] | None = None
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 def randn(
