@@ -37,7 +37,9 @@ def attention_fwd(
         q, k, v = (pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
         lengths = cu_seqlens.diff()
         out, lse = attention_fwd(q, k, v, lengths, None, 0, None, None, causal, scale, dropout_p, seed)
-        return unpad(out, cu_seqlens, query.shape[0]), unpad(lse.transpose(1, 2), cu_seqlens, query.shape[0]).t()
+        return unpad(out, cu_seqlens, query.shape[0]), unpad(
+            lse.transpose(1, 2), cu_seqlens, query.shape[0]
+        ).t().contiguous()
     q, k, v = wide(query), *_seen(key, value, key_lengths)
     p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
     kept = drop(p, dropout_p, seed, Tag.ATTENTION)

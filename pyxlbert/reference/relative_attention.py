@@ -47,7 +47,7 @@ def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: A
 def asked(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
     """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
     return tuple(
-        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else gradient.new_empty(0)
+        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else tensors[0].new_empty(0)
         for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
     )
 

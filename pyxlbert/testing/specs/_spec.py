@@ -102,7 +102,7 @@ def replace(**changes: Callable[[Arguments], Any]) -> Callable[[Arguments], Argu
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     """The outputs of a call as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 
 def to_float64(arguments: Arguments) -> Arguments:
