@@ -184,4 +184,6 @@ def at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | No
     """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
     if x is None or target_positions is None:
         return x
+    if x.shape[1] == 0:
+        return x.new_zeros(target_positions.shape)
     return x.gather(1, target_positions.clamp(min=0).long())

@@ -144,6 +144,17 @@ def check_positions(op: str, name: str, positions: torch.Tensor | None, most: in
         raise ValueError(f"{op}: {name}: got {wrong}, wanted positions in [-1, {most}] ({letters})")
 
 
+def check_segment_values(op: str, **segments: torch.Tensor | None) -> None:
+    """Segments of int64 fit 32 bits, which is what kernels compare."""
+    for name, values in segments.items():
+        if values is None or values.dtype is not torch.int64 or values.numel() == 0:
+            continue
+        low, high = (int(x) for x in values.aminmax())
+        if low < -(2**31) or high >= 2**31:
+            wrong = low if low < -(2**31) else high
+            raise ValueError(f"{op}: {name}: got {wrong}, wanted a number of 32 bits, -2**31 to 2**31 - 1")
+
+
 def lower(
     activations: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:

@@ -76,10 +76,11 @@ def _check_values(
     max_seqlen: int,
     *_: Any,
 ) -> None:
-    """Lengths within the keys, offsets that rise, positions that meet the table."""
+    """Lengths within the keys, offsets that rise, positions that meet the table, segments of 32 bits."""
     _scores.check_lengths("relative_attention", key_lengths, key.shape[1])
     _scores.check_offsets("relative_attention", cu_seqlens, query.shape[0], max_seqlen)
     _relative.check_positions("relative_attention", "query_positions", query_positions, offset, "offset")
+    _relative.check_segment_values("relative_attention", query_segments=query_segments, key_segments=key_segments)
 
 
 def _check_values_again(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:

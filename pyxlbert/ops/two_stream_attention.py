@@ -92,11 +92,12 @@ def _check_values(
     key_lengths: torch.Tensor | None,
     *_: Any,
 ) -> None:
-    """Lengths within the keys, targets within the sequence."""
+    """Lengths within the keys, targets within the sequence, segments of 32 bits."""
     _scores.check_lengths("two_stream_attention", key_lengths, key.shape[1])
     _relative.check_positions(
         "two_stream_attention", "target_positions", target_positions, content_query.shape[1] - 1, "T - 1"
     )
+    _relative.check_segment_values("two_stream_attention", query_segments=query_segments, key_segments=key_segments)
 
 
 def _check_values_again(*arguments: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._scores import drop, hide, pad, softmax, unpad, wide
+from pyxlbert.reference._scores import drop, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 
@@ -80,8 +80,8 @@ def attention_bwd(
         dquery, dkey, dvalue = (unpad(x, cu_seqlens, query.shape[0]) for x in gradients)
         return dquery, dkey, dvalue, dbias
     q, k, v = wide(query), *_seen(key, value, key_lengths)
-    do = wide(dout)
-    p, _ = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    do = of_seen_rows(wide(dout), lse)
     kept = drop(p, dropout_p, seed, Tag.ATTENTION)
     dvalue = torch.einsum("bhij,bihd->bjhd", kept, do)
     dp = drop(torch.einsum("bihd,bjhd->bhij", do, v), dropout_p, seed, Tag.ATTENTION)

@@ -327,6 +327,28 @@ def test_values_that_are_not_those_in_memory(spec: Spec, backend: str) -> None:
             compare.close(f"{spec.name} grad {name}", ours, wanted, tolerances.SUMMATION_ORDER)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("op", [op for op in OPS if op.endswith("attention")])
+def test_a_row_that_sees_nothing_takes_no_gradient(op: str, backend: str) -> None:
+    """Not even from a NaN: it may be padding, whose gradient nobody looked at."""
+    spec = SPECS[op]
+    q = torch.randn(2, 5, 2, 8)
+    lengths = torch.tensor([5, 0])
+    arguments = {"query": q, "key": q + 1, "value": q - 1, "key_lengths": lengths}
+    if op != "attention":
+        arguments["position_key"] = torch.randn(10, 2, 8)
+    if op == "two_stream_attention":
+        arguments |= {"content_query": arguments.pop("query"), "query_query": q * 2}
+    found = []
+    for value in (torch.nan, 0.0):
+        cotangents = tuple(torch.ones(2, 5, 2, 8) for _ in range(2 if op == "two_stream_attention" else 1))
+        for one in cotangents:
+            one[1] = value
+        found.append(run(functools.partial(spec.function, backend=backend), spec, arguments, True, cotangents))
+    for name, value in found[1].items():
+        compare.same_bits(f"{op} {name}", found[0][name], value)
+
+
 # An op's case, and the argument in it whose values say where the op reads and writes.
 INDICES = [
     ("attention", "bias and lengths", "key_lengths"),

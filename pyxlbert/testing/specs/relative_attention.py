@@ -494,6 +494,12 @@ SHARED_BAD = (
     Bad("no tables", replace(position_key=lambda a: a["position_key"][:0]), ValueError, ("position_key", "0 tables")),
     Bad("offset small", replace(offset=lambda a: 5), ValueError, ("offset", "5", "at least 6")),
     Bad("offset negative", replace(offset=lambda a: -1), ValueError, ("offset", "-1", "at least 6")),
+    Bad(
+        "segments of more bits",
+        replace(key_segments=lambda a: a["key_segments"] + 2**32),
+        ValueError,
+        ("key_segments", str(2**32)[:6], "32 bits"),
+    ),
     Bad("offset bool", replace(offset=lambda a: True), TypeError, ("offset", "bool", "int")),
     Bad("scale text", replace(scale=lambda a: "a"), TypeError, ("scale", "str", "finite number")),
     Bad("offset float", replace(offset=lambda a: 7.0), TypeError, ("offset", "float", "int")),
