@@ -61,8 +61,18 @@ def imports(path: Path) -> set[str]:
             if node.level:
                 parents = package[: len(package) - node.level + 1]
                 base = ".".join((*parents, base)).rstrip(".")
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.startswith("pyxlbert.")}
+            found |= {f"{base}.{alias.name}" for alias in node.names} | ({base} - {"pyxlbert"})
+    return _at_home(found)
+
+
+def _at_home(names: set[str]) -> set[str]:
+    """The package's among the names; the package itself, and a name it re-exports, as the modules they live in."""
+    exported: dict[str, str] = {}
+    for node in ast.walk(ast.parse(text_of(PACKAGE / "__init__.py"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyxlbert."):
+            exported |= {f"pyxlbert.{alias.asname or alias.name}": node.module or "" for alias in node.names}
+    found = {exported.get(name, name) for name in names if name.startswith("pyxlbert.")}
+    return found | set(exported.values()) if "pyxlbert" in names else found
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -107,12 +117,37 @@ def test_import_arrows(room: str) -> None:
     assert not wrong
 
 
+# Where the modules of a backend live.
+ROOMS = {"torch": "reference", "cpu": "native", "triton": "kernels", "cuda": "native"}
+
+
 def test_backends_never_import_each_other() -> None:
-    """A file of reference, native or kernels imports its own room only, and of its room no other op's native glue."""
-    for room in ("reference", "native"):
-        for path in (PACKAGE / room).glob("*.py"):
+    """What an op names as a backend lives in that backend's room, and a room of backends imports itself alone."""
+    for op in OPS.values():
+        for backend, module in op.implementations.items():
+            assert module.split(".")[1] == ROOMS[backend], module
+    for room in set(ROOMS.values()):
+        for path in (ROOT / "kernels" if room == "kernels" else PACKAGE / room).glob("*.py"):
             others = {n.split(".")[1] for n in imports(path)} - {room, "_C"}
             assert not others, path
+
+
+def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, monkeypatch) -> None:
+    """The check above sees a way around by the package's own names."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "pyxlbert" / "reference" / "sly.py"
+    path.parent.mkdir(parents=True)
+    for code, room in (
+        ("from pyxlbert import SentenceEncoder", "text"),
+        ("from pyxlbert import attention", "ops"),
+        ("import pyxlbert", "nn"),
+        ("import pyxlbert as p", "backends"),
+        ("from .. import ops", "ops"),
+        ("from ..ops._define import OPS", "ops"),
+        ("from pyxlbert import _C", "_C"),
+    ):
+        path.write_text(code)
+        assert room in {name.split(".")[1] for name in imports(path)}, code
 
 
 def test_no_assert_on_user_input() -> None:

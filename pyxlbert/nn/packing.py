@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.ops import _onednn
+from pyxlbert.ops._linear import onednn
 
 
 class Packable(torch.nn.Module):
@@ -71,9 +71,9 @@ class PackedWeight:
         copy = self._copy
         if copy is None or not copy.follows(parameters):
             self._copy = copy = _Copy.of(parameters)
-        if copy is None or not _onednn.reordered_is_faster(x, copy.columns):
+        if copy is None or not onednn.reordered_is_faster(x, copy.columns):
             return None
-        return _onednn.product(x, copy.weight, copy.bias, approximate)
+        return onednn.product(x, copy.weight, copy.bias, approximate)
 
     def fill(self, layers: tuple[torch.nn.Linear, ...]) -> bool:
         """Packs now; False where there is nothing to gain."""
@@ -102,7 +102,7 @@ class _Copy:
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # The versions are read before the values: a write in between is then seen as one.
         copy = cls(parameters, weights[0], None, sum(one.shape[0] for one in weights))
-        weight = _onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
+        weight = onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
         if weight is None:
             return None
         copy.weight = weight

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.native import _onednn
 from pyxlbert.native._tensors import DTYPE
-from pyxlbert.ops import _onednn
 from pyxlbert.ops._define import watched
 from pyxlbert.ops.attention import check_values
 

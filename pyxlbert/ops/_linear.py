@@ -1,11 +1,14 @@
-"""What `linear` and `linear_gelu` share: their checks and their dtypes."""
+"""What `linear` and `linear_gelu` share: their checks and their dtypes; and the vendor's product for packed weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pyxlbert.native import _onednn as onednn
 from pyxlbert.ops import _check
+
+__all__ = ["onednn", "prepare", "requires_grad"]
 
 
 def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
