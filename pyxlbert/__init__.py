@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch  # noqa: F401  (first: the native module binds to torch's OpenMP runtime)
 
 from pyxlbert import backends
@@ -42,10 +40,4 @@ __all__ = [
     "use_backend",
 ]
 
-if "PYXLBERT_ISA" in os.environ and backends.unavailable("cpu") is None:
-    from pyxlbert import _C
-
-    try:
-        _C.set_level(os.environ["PYXLBERT_ISA"])
-    except ValueError as error:
-        raise ValueError(f"PYXLBERT_ISA: {error}") from None
+backends.choose_level()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,32 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _native_error = str(error)
+
+
+# What is wrong with PYXLBERT_ISA, where the command line goes on to say so.
+level_error: str | None = None
+
+
+def choose_level() -> None:
+    """Takes the instruction-set level that PYXLBERT_ISA names.
+
+    Raises:
+        ValueError: it cannot be had.  Only the command `pyxlbert` starts nevertheless, for `info` to tell.
+    """
+    global level_error
+    wanted = os.environ.get("PYXLBERT_ISA")
+    if wanted is None:
+        return
+    if _C is None:
+        level_error = f"PYXLBERT_ISA: got {wanted!r}, but the native module is not built ({_native_error})"
+    else:
+        try:
+            _C.set_level(wanted)
+        except ValueError as error:
+            level_error = f"PYXLBERT_ISA: {error}"
+    is_command = sys.orig_argv[1:3] == ["-m", "pyxlbert"] or os.path.basename(sys.argv[0] or "") == "pyxlbert"
+    if level_error is not None and not is_command:
+        raise ValueError(level_error)
 
 
 class _Default(threading.local):
