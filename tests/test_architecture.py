@@ -121,6 +121,19 @@ def test_import_arrows(room: str) -> None:
 ROOMS = {"torch": "reference", "cpu": "native", "triton": "kernels", "cuda": "native"}
 
 
+def test_contributing_names_every_room_and_its_arrows() -> None:
+    rows = re.findall(r"^\| (`.+?) \|.+\| (.+?) \|$", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    said = {room: arrows for names, arrows in rows for room in re.findall(r"`(?:pyxlbert/)?(\w+)(?:/|\.py)`", names)}
+    here = {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("_") and path.suffix in ("", ".py")}
+    assert here <= set(said), here - set(said)
+    for room in here & set(ARROWS):
+        named = set(re.findall(r"\w+", said[room]))
+        if said[room] == "the five above":
+            continue
+        wanted = {"module" if arrow == "_C" else arrow for arrow in ARROWS[room] - {room}}
+        assert wanted == named & {*ARROWS, "module"}, room
+
+
 def test_backends_never_import_each_other() -> None:
     """What an op names as a backend lives in that backend's room, and a room of backends imports itself alone."""
     for op in OPS.values():
