@@ -187,6 +187,34 @@ def test_no_tolerance_outside_its_file() -> None:
     assert not found
 
 
+def unnamed_comparisons(code: str) -> list[int]:
+    """Lines that compare by a library's own tolerance: no argument of theirs is a number of `tolerances`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("assert_close", "allclose", "isclose", "approx")
+        and not any(
+            isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "tolerances"
+            for argument in (*node.args, *node.keywords)
+            for part in ast.walk(argument)
+        )
+    ]
+
+
+def test_no_comparison_by_a_librarys_own_tolerance() -> None:
+    code = "torch.testing.assert_close(a, b)\nx == approx(1)\nnp.allclose(a, b)"
+    assert sorted(unnamed_comparisons(code)) == [1, 2, 3]
+    assert not unnamed_comparisons("x == pytest.approx(1, rel=tolerances.FLOAT64)")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in ("tests", "bench", "pyxlbert")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in unnamed_comparisons(text_of(path))
+    ]
+    assert not found
+
+
 def test_import_loads_neither_triton_nor_transformers() -> None:
     code = (
         "import sys, pyxlbert, pyxlbert.models, pyxlbert.text;"
