@@ -93,6 +93,31 @@ def ninja_file(output: Path) -> str:
     return "\n".join(lines)
 
 
+def cuda_choice() -> str:
+    """PYXLBERT_CUDA: 0, 1 or auto.
+
+    Raises:
+        SystemExit: it is another word, or asks for what is not here.
+    """
+    choice = os.environ.get("PYXLBERT_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"pyxlbert: PYXLBERT_CUDA: got {choice!r}, wanted 0, 1 or auto")
+    if choice == "1":
+        raise SystemExit("pyxlbert: PYXLBERT_CUDA=1: this version has no CUDA kernels to build; wanted 0 or auto")
+    return choice
+
+
+def report() -> list[str]:
+    """One line per backend: built, or why not."""
+    why = "PYXLBERT_CUDA=0" if cuda_choice() == "0" else "this version has no CUDA kernels"
+    return [
+        "pyxlbert: backend torch needs no build",
+        f"pyxlbert: backend cpu built ({', '.join(levels())})",
+        "pyxlbert: backend triton not here: this version has no Triton kernels",
+        f"pyxlbert: backend cuda not built: {why}",
+    ]
+
+
 class NinjaBuild(build_ext):
     """One ninja run: parallel, incremental, flags per file."""
 
@@ -102,6 +127,7 @@ class NinjaBuild(build_ext):
         self.in_tree = bool(self.inplace) or self.editable_mode
 
     def build_extension(self, extension: Extension) -> None:
+        cuda_choice()
         if sys.platform != "linux":
             raise SystemExit(f"pyxlbert: the native module builds on Linux only, and this is {sys.platform}")
         # pip builds an editable install in a temporary folder; here it shares objects with the build in place, and so
@@ -121,8 +147,7 @@ class NinjaBuild(build_ext):
             raise SystemExit("pyxlbert: ninja is missing: pip install ninja")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.check_call([ninja, "-C", str(build), "-f", path.name, f"-j{jobs}", "--quiet"])
-        print(f"pyxlbert: backend cpu built ({', '.join(levels())})")
-        print("pyxlbert: backend cuda not built: this version has no CUDA kernels")
+        print("\n".join(report()))
 
 
 setup(ext_modules=[Extension("pyxlbert._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

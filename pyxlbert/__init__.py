@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch  # noqa: F401  (first: the native module binds to torch's OpenMP runtime)
 
 from pyxlbert import backends
-from pyxlbert.backends import use_backend
+from pyxlbert.backends import debug_checks, use_backend
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     attention,
@@ -29,6 +27,7 @@ __all__ = [
     "attention",
     "backends",
     "bias_gelu",
+    "debug_checks",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "layer_norm",
@@ -41,10 +40,4 @@ __all__ = [
     "use_backend",
 ]
 
-if "PYXLBERT_ISA" in os.environ and backends.unavailable("cpu") is None:
-    from pyxlbert import _C
-
-    try:
-        _C.set_level(os.environ["PYXLBERT_ISA"])
-    except ValueError as error:
-        raise ValueError(f"PYXLBERT_ISA: {error}") from None
+backends.choose_level()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,32 @@ except ImportError as error:
     _native_error = str(error)
 
 
+# What is wrong with PYXLBERT_ISA, where the command line goes on to say so.
+level_error: str | None = None
+
+
+def choose_level() -> None:
+    """Takes the instruction-set level that PYXLBERT_ISA names.
+
+    Raises:
+        ValueError: it cannot be had.  Only the command `pyxlbert` starts nevertheless, for `info` to tell.
+    """
+    global level_error
+    wanted = os.environ.get("PYXLBERT_ISA")
+    if wanted is None:
+        return
+    if _C is None:
+        level_error = f"PYXLBERT_ISA: got {wanted!r}, but the native module is not built ({_native_error})"
+    else:
+        try:
+            _C.set_level(wanted)
+        except ValueError as error:
+            level_error = f"PYXLBERT_ISA: {error}"
+    is_command = sys.orig_argv[1:3] == ["-m", "pyxlbert"] or os.path.basename(sys.argv[0] or "") == "pyxlbert"
+    if level_error is not None and not is_command:
+        raise ValueError(level_error)
+
+
 class _Default(threading.local):
     # threading.local and not a ContextVar: torch.compile can trace the former.  On the instance and not on the class:
     # compiled code then notices when a block changes them.
@@ -32,6 +60,11 @@ class _Default(threading.local):
 
 
 _default = _Default()
+
+# How many `debug_checks` blocks are open, in all threads: backward on a GPU runs in threads of torch's own, which would
+# not see what is held for the caller's.
+_checks = 0
+_checks_lock = threading.Lock()
 
 
 def unavailable(name: str) -> str | None:
@@ -92,20 +125,54 @@ def default_backward() -> str | None:
     return _default.backward
 
 
+@contextmanager
+def debug_checks() -> Iterator[None]:
+    """Inside the block every op checks the values of ids, lengths, offsets and positions on every device.
+
+    On CPU they are always checked.  On a GPU a check waits for the device, so outside of the block kernels clamp
+    what is wrong and write NaN.  Blocks nest; one holds for the whole process, since backward on a GPU runs in
+    threads of its own.
+    """
+    global _checks
+    with _checks_lock:
+        _checks += 1
+    try:
+        yield
+    finally:
+        with _checks_lock:
+            _checks -= 1
+
+
+def checking() -> bool:
+    """Whether a `debug_checks` block is open."""
+    return _checks > 0
+
+
 def explain(op: str, *tensors: torch.Tensor) -> str:
     """The backend that op `op` takes for these tensors, and a reason for each one it does not take; also printed.
 
     Args:
         op: the name of an op, such as "layer_norm".
-        tensors: the op's first tensors, as in a call.
+        tensors: the op's first tensors, as in a call; at least one of a floating dtype.
 
     Raises:
-        ValueError: there is no such op.
+        ValueError: there is no such op, no tensor, or they are on several devices or on meta.
+        TypeError: one is no tensor, or has a dtype that the op does not take.
     """
+    from pyxlbert.ops import _check
     from pyxlbert.ops._define import OPS
 
     if op not in OPS:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(OPS))}")
+        raise ValueError(f"explain: op: got {op!r}, wanted one of {', '.join(sorted(OPS))}")
+    for place, one in enumerate(tensors):
+        _check.tensor("explain", f"tensor {place} of {op}", one)
+    if OPS[op].ids_first and tensors and not tensors[0].is_floating_point():
+        tensors = tensors[1:]
+    if not tensors:
+        raise ValueError(f"explain: tensors: got none of a floating dtype, wanted the first ones of a call of {op}")
+    for place, one in enumerate(tensors):
+        _check.floating("explain", f"tensor {place} of {op}", one)
+        _check.same_device("explain", f"tensor {place} of {op}", one, "the first", tensors[0])
     text = OPS[op].explain(*tensors)
     print(text)
     return text

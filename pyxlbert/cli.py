@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if backends.level_error is not None and options.command != "info":
+            raise ValueError(backends.level_error)
         options.run(options)
     except (ValueError, OSError) as error:
         print(f"pyxlbert {options.command}: error: {error}", file=sys.stderr)
@@ -204,6 +206,8 @@ def info_text() -> str:
         from pyxlbert import _C
 
         lines.append(f"instruction set: {_C.level()} (of {', '.join(_C.levels())})")
+    if backends.level_error is not None:
+        lines.append(f"error: {backends.level_error}")
     lines.append(f"threads: {torch.get_num_threads()}")
     runtimes = openmp_runtimes()
     lines.append(f"OpenMP runtimes: {', '.join(runtimes) or 'none loaded'}")

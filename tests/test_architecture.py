@@ -61,8 +61,18 @@ def imports(path: Path) -> set[str]:
             if node.level:
                 parents = package[: len(package) - node.level + 1]
                 base = ".".join((*parents, base)).rstrip(".")
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.startswith("pyxlbert.")}
+            found |= {f"{base}.{alias.name}" for alias in node.names} | ({base} - {"pyxlbert"})
+    return _at_home(found)
+
+
+def _at_home(names: set[str]) -> set[str]:
+    """The package's among the names; the package itself, and a name it re-exports, as the modules they live in."""
+    exported: dict[str, str] = {}
+    for node in ast.walk(ast.parse(text_of(PACKAGE / "__init__.py"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyxlbert."):
+            exported |= {f"pyxlbert.{alias.asname or alias.name}": node.module or "" for alias in node.names}
+    found = {exported.get(name, name) for name in names if name.startswith("pyxlbert.")}
+    return found | set(exported.values()) if "pyxlbert" in names else found
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -107,12 +117,50 @@ def test_import_arrows(room: str) -> None:
     assert not wrong
 
 
+# Where the modules of a backend live.
+ROOMS = {"torch": "reference", "cpu": "native", "triton": "kernels", "cuda": "native"}
+
+
+def test_contributing_names_every_room_and_its_arrows() -> None:
+    rows = re.findall(r"^\| (`.+?) \|.+\| (.+?) \|$", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    said = {room: arrows for names, arrows in rows for room in re.findall(r"`(?:pyxlbert/)?(\w+)(?:/|\.py)`", names)}
+    here = {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("_") and path.suffix in ("", ".py")}
+    assert here <= set(said), here - set(said)
+    for room in here & set(ARROWS):
+        named = set(re.findall(r"\w+", said[room]))
+        if said[room] == "the five above":
+            continue
+        wanted = {"module" if arrow == "_C" else arrow for arrow in ARROWS[room] - {room}}
+        assert wanted == named & {*ARROWS, "module"}, room
+
+
 def test_backends_never_import_each_other() -> None:
-    """A file of reference, native or kernels imports its own room only, and of its room no other op's native glue."""
-    for room in ("reference", "native"):
-        for path in (PACKAGE / room).glob("*.py"):
+    """What an op names as a backend lives in that backend's room, and a room of backends imports itself alone."""
+    for op in OPS.values():
+        for backend, module in op.implementations.items():
+            assert module.split(".")[1] == ROOMS[backend], module
+    for room in set(ROOMS.values()):
+        for path in (ROOT / "kernels" if room == "kernels" else PACKAGE / room).glob("*.py"):
             others = {n.split(".")[1] for n in imports(path)} - {room, "_C"}
             assert not others, path
+
+
+def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, monkeypatch) -> None:
+    """The check above sees a way around by the package's own names."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "pyxlbert" / "reference" / "sly.py"
+    path.parent.mkdir(parents=True)
+    for code, room in (
+        ("from pyxlbert import SentenceEncoder", "text"),
+        ("from pyxlbert import attention", "ops"),
+        ("import pyxlbert", "nn"),
+        ("import pyxlbert as p", "backends"),
+        ("from .. import ops", "ops"),
+        ("from ..ops._define import OPS", "ops"),
+        ("from pyxlbert import _C", "_C"),
+    ):
+        path.write_text(code)
+        assert room in {name.split(".")[1] for name in imports(path)}, code
 
 
 def test_no_assert_on_user_input() -> None:
@@ -136,6 +184,34 @@ def test_no_tolerance_outside_its_file() -> None:
             for number, line in enumerate(text_of(path).splitlines(), 1):
                 if pattern.search(line):
                     found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found
+
+
+def unnamed_comparisons(code: str) -> list[int]:
+    """Lines that compare by a library's own tolerance: no argument of theirs is a number of `tolerances`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("assert_close", "allclose", "isclose", "approx")
+        and not any(
+            isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "tolerances"
+            for argument in (*node.args, *node.keywords)
+            for part in ast.walk(argument)
+        )
+    ]
+
+
+def test_no_comparison_by_a_librarys_own_tolerance() -> None:
+    code = "torch.testing.assert_close(a, b)\nx == approx(1)\nnp.allclose(a, b)"
+    assert sorted(unnamed_comparisons(code)) == [1, 2, 3]
+    assert not unnamed_comparisons("x == pytest.approx(1, rel=tolerances.FLOAT64)")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in ("tests", "bench", "pyxlbert")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in unnamed_comparisons(text_of(path))
+    ]
     assert not found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,6 @@ def inputs_of(
     value: Tensor,
     key_lengths: Tensor | None,
     cu_seqlens: Tensor | None,
-    max_seqlen: int,
     attention_mask: Tensor | None,
     bias: Tensor | None,
     causal: bool,
@@ -28,7 +29,8 @@ def inputs_of(
     if cu_seqlens is None:
         batch, queries, keys, total = query.shape[0], query.shape[1], key.shape[1], 0
     else:
-        batch, queries, keys, total = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen, query.shape[0]
+        batch, total = cu_seqlens.shape[0] - 1, query.shape[0]
+        queries = keys = longest(cu_seqlens)
     query, key, value = in_place(query), in_place(key), in_place(value)
     mask, mask_strides = _scores(attention_mask)
     bias, bias_strides = _scores(bias)
@@ -57,6 +59,15 @@ def inputs_of(
         torch.get_num_threads(),
     )
     return inputs, (query, key, value, mask, bias, key_lengths, cu_seqlens)
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    """The length of the longest packed sequence.
+
+    Kernels get this and not max_seqlen: scratch and the cut of sums into blocks then follow the data, not the caller's
+    bound.
+    """
+    return max((end - start for start, end in pairwise(cu_seqlens.tolist())), default=0)
 
 
 def address(x: Tensor | None) -> int:

@@ -39,7 +39,7 @@ def attention_fwd(
     if lse.numel() == 0:
         return out, lse
     inputs, _keep = inputs_of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
+        query, key, value, key_lengths, cu_seqlens, attention_mask, bias, causal, scale, dropout_p, seed
     )
     _C.cpu.attention_fwd(inputs, out.data_ptr(), lse.data_ptr())
     return out, lse
@@ -70,7 +70,7 @@ def attention_bwd(
     if lse.numel() == 0 or key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
     inputs, _keep = inputs_of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
+        query, key, value, key_lengths, cu_seqlens, attention_mask, bias, causal, scale, dropout_p, seed
     )
     dout, out, lse = in_place(dout), out.contiguous(), lse.contiguous()
     _C.cpu.attention_bwd(

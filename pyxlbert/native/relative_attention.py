@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._attention import inputs_of
+from pyxlbert.native._attention import inputs_of, longest
 from pyxlbert.native._relative import Gradients, RelativeInputs, Rows, results_of
 from pyxlbert.native._tensors import refusal
 
@@ -51,7 +51,7 @@ def relative_attention_fwd(
     if lse.numel() == 0:
         return out, lse
     attention = inputs_of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, None, causal, scale, dropout_p, seed
+        query, key, value, key_lengths, cu_seqlens, attention_mask, None, causal, scale, dropout_p, seed
     )
     inputs = RelativeInputs(
         attention,
@@ -63,7 +63,7 @@ def relative_attention_fwd(
         key_segments,
         uniform_rows,
     )
-    count = max_seqlen if cu_seqlens is not None else query.shape[1]
+    count = longest(cu_seqlens) if cu_seqlens is not None else query.shape[1]
     rows = Rows(query, count, out, lse, _TAG, query_positions, query_rank, query_segments, see_self=see_self)
     _C.cpu.relative_attention_fwd(inputs.native, rows.native, _C.cpu.QueryRows())
     return out, lse
@@ -74,18 +74,18 @@ def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: A
     *call, needs = arguments
     query, key, value, position_key, content_bias, position_bias, offset, *rest = call
     segment_bias, segment_embedding, query_segments, key_segments, query_positions, *rest = rest
-    key_lengths, cu_seqlens, max_seqlen, query_rank, key_rank, see_self, *rest = rest
+    key_lengths, cu_seqlens, _, query_rank, key_rank, see_self, *rest = rest
     attention_mask, causal, uniform_rows, scale, dropout_p, seed = rest
     parameters = (content_bias, position_bias, segment_bias, segment_embedding)
     gradients = Gradients((query,), key, value, position_key, parameters, needs)
     if lse.numel() == 0 or key.numel() == 0:
         return gradients.zeros()
     attention = inputs_of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, None, causal, scale, dropout_p, seed
+        query, key, value, key_lengths, cu_seqlens, attention_mask, None, causal, scale, dropout_p, seed
     )
     inputs = RelativeInputs(
         attention, position_key, query.dtype, offset, parameters, key_rank, key_segments, uniform_rows
     )
-    count = max_seqlen if cu_seqlens is not None else query.shape[1]
+    count = longest(cu_seqlens) if cu_seqlens is not None else query.shape[1]
     rows = Rows(query, count, out, lse, _TAG, query_positions, query_rank, query_segments, see_self=see_self)
     return gradients.run(_C.cpu.relative_attention_bwd, inputs, (rows, None), (dout, None))

@@ -100,7 +100,7 @@ def _call(
     """
     content, content_lse, query, query_lse = results
     attention = inputs_of(
-        content_query, key, value, key_lengths, None, 0, attention_mask, None, False, scale, dropout_p, seed
+        content_query, key, value, key_lengths, None, attention_mask, None, False, scale, dropout_p, seed
     )
     inputs = RelativeInputs(
         attention,
@@ -184,4 +184,6 @@ def at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | No
     """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
     if x is None or target_positions is None:
         return x
+    if x.shape[1] == 0:
+        return x.new_zeros(target_positions.shape)
     return x.gather(1, target_positions.clamp(min=0).long())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.ops import _onednn
+from pyxlbert.ops._linear import onednn
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +101,9 @@ class PackedWeight:
             self._copy = copy = _Copy.of(layers, parameters)
         # The kernel for few rows reads a weight [N, K] as it lies, which a projection to heads is not.
         turned = isinstance(layers[0], Projection) and layers[0].to_heads and x.numel() > 0
-        if copy is None or not (turned or _onednn.reordered_is_faster(x, copy.columns)):
+        if copy is None or not (turned or onednn.reordered_is_faster(x, copy.columns)):
             return None
-        return _onednn.product(x, copy.weight, copy.bias, approximate)
+        return onednn.product(x, copy.weight, copy.bias, approximate)
 
     def fill(self, layers: Layers) -> bool:
         """Packs now; False where there is nothing to gain."""
@@ -136,7 +136,7 @@ class _Copy:
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # The versions are read before the values: a write in between is then seen as one.
         copy = cls(parameters, weights[0], None, sum(one.shape[0] for one in weights))
-        weight = _onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
+        weight = onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
         if weight is None:
             return None
         copy.weight = weight

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+
 import torch
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -21,14 +24,17 @@ def describe(value: object) -> str:
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    """`value` is a tensor with storage.
+    """`value` is a tensor of strided elements in memory.
 
     Raises:
-        TypeError: it is not a tensor.
+        TypeError: it is not a tensor, or a sparse, nested or otherwise packed one.
         ValueError: it is on the meta device.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a tensor")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{op}: {name}: got a tensor of layout {layout}, wanted a strided one")
     if value.device.type == "meta":
         raise ValueError(f"{op}: {name}: got a tensor on meta, which has no values")
 
@@ -38,19 +44,23 @@ def usual_rows(x: object, *parameters: object) -> bool:
 
     One cheap look at the usual call; on False the named checks say what is wrong, if anything is.
     """
-    if not isinstance(x, torch.Tensor) or x.is_meta:
+    if not isinstance(x, torch.Tensor) or x.is_meta or x.layout is not torch.strided:
         return False
-    dtype, device, last = x.dtype, x.device, x.shape[-1:]
-    if dtype not in FLOATING or not last:
-        return False
-    for value in parameters:
-        if (
-            not isinstance(value, torch.Tensor)
-            or value.shape != last
-            or value.device != device
-            or (value.dtype is not dtype and (value.dtype is not torch.float32 or dtype not in LOW_PRECISION))
-        ):
+    try:
+        dtype, device, last = x.dtype, x.device, x.shape[-1:]
+        if dtype not in FLOATING or not last:
             return False
+        for value in parameters:
+            if (
+                not isinstance(value, torch.Tensor)
+                or value.layout is not torch.strided
+                or value.shape != last
+                or value.device != device
+                or (value.dtype is not dtype and (value.dtype is not torch.float32 or dtype not in LOW_PRECISION))
+            ):
+                return False
+    except RuntimeError:
+        return False  # a nested tensor has no shape
     return True
 
 
@@ -99,6 +109,38 @@ def parameter_dtype(op: str, name: str, value: torch.Tensor, like: torch.Tensor)
         dtype(op, name, value, like.dtype, *((torch.float32,) if like.dtype in LOW_PRECISION else ()))
 
 
+def floating_like(op: str, name: str, value: torch.Tensor, like: torch.Tensor, *, parameter: bool = False) -> None:
+    """`value` meets `like` in a product: in its dtype (a `parameter` may be float32, see `parameter_dtype`).
+
+    Under autocast, which casts both, any dtype will do; but float64 is not cast, so it stays among itself.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    if value.dtype is like.dtype:
+        return
+    if torch.is_autocast_enabled(like.device.type):
+        if torch.float64 in (value.dtype, like.dtype):
+            wanted = (torch.float64,) if like.dtype is torch.float64 else (torch.float32, *LOW_PRECISION)
+            dtype(op, name, value, *wanted)
+    elif parameter:
+        parameter_dtype(op, name, value, like)
+    else:
+        dtype(op, name, value, like.dtype)
+
+
+def output_dtype(op: str, name: str, value: torch.dtype | None, like: torch.Tensor) -> None:
+    """A dtype that is asked for, or None: one that kernels write; float64 only where the op computes in it.
+
+    Raises:
+        TypeError: it is another.
+    """
+    wanted = FLOATING if like.dtype is torch.float64 else (torch.float32, *LOW_PRECISION)
+    if value is not None and value not in wanted:
+        got = short(value) if isinstance(value, torch.dtype) else repr(value)
+        raise TypeError(f"{op}: {name}: got {got}, wanted {' or '.join(short(one) for one in wanted)}")
+
+
 def same_device(op: str, name: str, value: torch.Tensor, first: str, like: torch.Tensor) -> None:
     """`value` is on the device of `like`, the argument called `first`.
 
@@ -120,24 +162,67 @@ def shape(op: str, name: str, value: torch.Tensor, wanted: tuple[int, ...], lett
         raise ValueError(f"{op}: {name}: got shape {list(value.shape)}, wanted {list(wanted)}{meaning}")
 
 
-def probability(op: str, name: str, value: float) -> None:
-    """`value` is a number in [0, 1].
+def number(op: str, name: str, value: object, wanted: str = "a number") -> float:
+    """`value` as a float: any real number, NumPy's included, but no bool.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is too large for a float.
+    """
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted {wanted}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name}: got an integer that no float holds, wanted {wanted}") from None
+
+
+def integer(op: str, name: str, value: object, wanted: str = "an int") -> int:
+    """`value` as an int: any integer, NumPy's included, but no bool.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted {wanted}")
+    return operator.index(value)
+
+
+def flag(op: str, name: str, value: object) -> None:
+    """`value` is True or False; what merely has a truth value, such as the word "no", may mean the other.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a bool")
+
+
+def probability(op: str, name: str, value: object) -> float:
+    """`value` as a float in [0, 1].
 
     Raises:
         ValueError: it is outside.
         TypeError: it is no number.
     """
-    if not isinstance(value, int | float):
-        raise TypeError(f"{op}: {name}: got {describe(value)}, wanted a number in [0, 1]")
-    if not 0.0 <= value <= 1.0:
+    found = number(op, name, value, "a number in [0, 1]")
+    if not 0.0 <= found <= 1.0:
         raise ValueError(f"{op}: {name}: got {value}, wanted a number in [0, 1]")
+    return found
 
 
-def positive(op: str, name: str, value: float) -> None:
-    """`value` is a number of at least 0.
+def positive(op: str, name: str, value: object) -> float:
+    """`value` as a float of at least 0.
 
     Raises:
         ValueError: it is negative or not a number.
+        TypeError: it is no number.
     """
-    if not value >= 0.0:
+    found = number(op, name, value, "a number of at least 0")
+    if not found >= 0.0:
         raise ValueError(f"{op}: {name}: got {value}, wanted a number of at least 0")
+    return found

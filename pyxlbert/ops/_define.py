@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from pyxlbert import backends
 
@@ -23,6 +24,8 @@ OPS: dict[str, Op] = {}
 # Types of arguments in which nobody but the implementation has a say; a subclass of Tensor may want to see the call.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
 
+_OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
+
 
 class Op:
     """One name, its backends and its two directions.
@@ -31,17 +34,35 @@ class Op:
         name: the op's name on every floor.
         implementations: module path per backend; the module holds `<name>_fwd`, `<name>_bwd` with the
             schema's arguments less the backend, and `supports(*tensors) -> None | sentence`.
+        ids_first: the first argument holds ids, which do not decide the backend.
     """
 
-    def __init__(self, name: str, implementations: dict[str, str]) -> None:
+    def __init__(self, name: str, implementations: dict[str, str], *, ids_first: bool = False) -> None:
         self.name = name
+        self.ids_first = ids_first
         self.implementations = implementations
         self._modules: dict[str, ModuleType] = {}
         for backend in ("torch", "cpu"):
             if backend in implementations and backends.unavailable(backend) is None:
                 self._module(backend)
         self._native = self._modules["cpu"].supports if "cpu" in self._modules else None
+        # What torch calls, by direction and dispatch key.
+        self.runners: dict[str, dict[str, Callable[..., Any]]] = {}
         OPS[name] = self
+
+    def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Marks the op's public function: what torch.func asks of it and it cannot do is refused before anything else.
+
+        Without that, a transform would be ignored (a tangent is then zero) or meet an error of the wrong thing.
+        """
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not torch.compiler.is_compiling() and transformed():
+                _refuse_transforms(self.name, (*arguments, *options.values()))
+            return function(*arguments, **options)
+
+        return call
 
     def define(
         self, direction: str, schema: str, fake: Callable[..., Any], values: Callable[..., None] | None = None
@@ -54,7 +75,8 @@ class Op:
             schema: arguments and returns, the last argument `str backend`.
             fake: shapes and dtypes of the results, with the same arguments.
             values: raises where only the values of the tensors tell (ids, lengths); called with the
-                schema's arguments less the backend before an implementation runs, on CPU tensors.
+                schema's arguments less the backend before an implementation runs, on CPU tensors and inside
+                `debug_checks` on all.
         """
         function = f"{self.name}_{direction}"
         op = self
@@ -66,26 +88,30 @@ class Op:
 
         implementations = Implementations()
 
-        def runner(device: str) -> Callable[..., Any]:
-            check = values if device == "cpu" else None
-
+        def runner(device: str | None) -> Callable[..., Any]:
             def run(*arguments: Any) -> Any:
-                if check is not None:
-                    check(*arguments[:-1])
-                if torch.is_autocast_enabled(device):
+                if values is not None and (device == "cpu" or backends.checking()):
+                    values(*arguments[:-1])
+                here = device or next(x.device.type for x in arguments if isinstance(x, torch.Tensor))
+                if torch.is_autocast_enabled(here):
                     # The op's dtypes are settled: a product inside an implementation is not to be cast again.
-                    with torch.autocast(device, enabled=False):
+                    with torch.autocast(here, enabled=False):
                         return implementations[arguments[-1]](*arguments[:-1])
                 return implementations[arguments[-1]](*arguments[:-1])
 
             return run
 
         _library.define(f"{function}{schema}")
-        runners = {key: runner(key.lower()) for key in ("CPU", "CUDA")}
+        # Any other device has backend "torch" alone, which runs wherever torch does.
+        runners = {"CPU": runner("cpu"), "CUDA": runner("cuda"), "CompositeExplicitAutograd": runner(None)}
         for key, run in runners.items():
             _library.impl(function, run, key)
         torch.library.register_fake(f"pyxlbert::{function}", fake, lib=_library)
+        self.runners[direction] = runners
         overload, at_once = getattr(torch.ops.pyxlbert, function).default, runners["CPU"]
+        tensors = tuple(
+            place for place, one in enumerate(overload._schema.arguments) if one.type.isSubtypeOf(_OPTIONAL_TENSOR)
+        )
 
         def call(*arguments: Any) -> Any:
             if (
@@ -95,6 +121,11 @@ class Op:
                 or watched()
             ):
                 return overload(*arguments)
+            for place in tensors:
+                x = arguments[place]
+                # Where the values in memory are not the tensor's, the dispatcher sees to that.
+                if x is not None and (x.is_neg() or x._is_zerotensor()):
+                    return overload(*arguments)
             return at_once(*arguments)
 
         return call
@@ -111,6 +142,8 @@ class Op:
             ValueError: the name is unknown.
             RuntimeError: the named backend is not here, or does not take these inputs.
         """
+        if backend is not None and not (isinstance(backend, str) and backend in backends.NAMES):
+            raise ValueError(f"{self.name}: backend: got {backend!r}, wanted one of {', '.join(backends.NAMES)}")
         asked = backend if backend is not None else backends.default_backend()
         if asked is None:
             # The usual call first, without a look at the tables.
@@ -140,14 +173,20 @@ class Op:
 
     def explain(self, *tensors: torch.Tensor | None) -> str:
         """One line per backend: taken, possible, or why not."""
-        device = tensors[0].device.type if tensors else "cpu"  # type: ignore[union-attr]
+        device = tensors[0].device.type  # type: ignore[union-attr]
         order = backends.PREFERENCE.get(device, ("torch",))
+        asked = backends.default_backend()
         lines, taken = [f"{self.name} on {device}:"], False
         for name in (*order, *(name for name in backends.NAMES if name not in order)):
             reason = self.refusal(name, *tensors)
+            if name == asked:
+                lines.append(f"  {name}: {'taken, as use_backend names it' if reason is None else reason}")
+                if reason is not None:
+                    lines[-1] += "; use_backend names it, so a call without backend= raises this"
+                continue
             if reason is None and name not in order:
                 reason = f"not for {device} tensors"
-            if reason is None and not taken:
+            if reason is None and not taken and asked is None:
                 lines.append(f"  {name}: taken")
                 taken = True
             else:
@@ -181,6 +220,39 @@ try:
 except AttributeError:
     # Where torch no longer has the names that tell, every call goes through it.
     watched = _always
+
+
+def _transformed() -> bool:
+    """Whether this thread is inside a transform of torch.func or a level of forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _never() -> bool:
+    return False
+
+
+try:
+    _transformed()
+    transformed = _transformed
+except AttributeError:
+    transformed = _never
+
+
+def _refuse_transforms(op: str, arguments: tuple[Any, ...]) -> None:
+    """Raises what the op cannot do for a transform that one of the arguments takes part in."""
+    for x in arguments:
+        if not isinstance(x, torch.Tensor):
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{op}: forward-mode differentiation (jvp) is not supported; ask for gradients by backward()"
+            )
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(f"{op}: vmap is not supported; give the op the batch dimension instead")
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            raise RuntimeError(
+                f"{op}: torch.func.grad and vjp are not supported; use torch.autograd.grad or backward()"
+            )
 
 
 class OpFunction(torch.autograd.Function):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.native import _onednn
 from pyxlbert.native._tensors import DTYPE
-from pyxlbert.ops import _onednn
 from pyxlbert.ops._define import watched
 from pyxlbert.ops.attention import check_values
 
 try:
     from pyxlbert import _C
+    from pyxlbert.native._attention import longest
 except ImportError:  # backend "cpu" is not here
     _C = None  # type: ignore[assignment]
 
@@ -70,6 +71,7 @@ def takes(x: Tensor) -> bool:
         and x.dtype in DTYPE
         and x.numel() > 0
         and x.is_contiguous()
+        and not (x.is_neg() or x._is_zerotensor())
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
         and not watched()
@@ -98,7 +100,7 @@ def encoder_layers_fwd(
     rows, head_size = x.numel() // hidden, hidden // heads
     if cu_seqlens is not None:
         check_values(x, x, x, None, cu_seqlens, max_seqlen)
-        batch, length, total = cu_seqlens.shape[0] - 1, max_seqlen, rows
+        batch, length, total = cu_seqlens.shape[0] - 1, longest(cu_seqlens), rows
     else:
         batch, length, total = x.shape[0], x.shape[1], 0
     threads, dtype, stream_dtype = torch.get_num_threads(), DTYPE[x.dtype], DTYPE[residual.dtype]

@@ -1,11 +1,14 @@
-"""What `linear` and `linear_gelu` share: their checks and their dtypes."""
+"""What `linear` and `linear_gelu` share: their checks and their dtypes; and the vendor's product for packed weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pyxlbert.native import _onednn as onednn
 from pyxlbert.ops import _check
+
+__all__ = ["onednn", "prepare", "requires_grad"]
 
 
 def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -56,21 +59,35 @@ def requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _usual(x: object, weight: object, bias: object) -> bool:
     """One cheap look at the usual call, which needs no cast; on False the named checks say what is wrong, if any."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or x.is_meta:
+    if (
+        not (isinstance(x, Tensor) and isinstance(weight, Tensor))
+        or x.is_meta
+        or x.layout is not torch.strided
+        or weight.layout is not torch.strided
+    ):
         return False
-    dtype, device, last, shape = x.dtype, x.device, x.shape[-1:], weight.shape
-    return (
-        dtype in _check.FLOATING
-        and weight.dtype is dtype
-        and weight.device == device
-        and len(shape) == 2
-        and shape[1:] == last
-        and (
-            bias is None
-            or (isinstance(bias, Tensor) and bias.dtype is dtype and bias.device == device and bias.shape == shape[:1])
+    try:
+        dtype, device, last, shape = x.dtype, x.device, x.shape[-1:], weight.shape
+        return (
+            dtype in _check.FLOATING
+            and weight.dtype is dtype
+            and weight.device == device
+            and len(shape) == 2
+            and shape[1:] == last
+            and (
+                bias is None
+                or (
+                    isinstance(bias, Tensor)
+                    and bias.layout is torch.strided
+                    and bias.dtype is dtype
+                    and bias.device == device
+                    and bias.shape == shape[:1]
+                )
+            )
+            and not torch.is_autocast_enabled(device.type)
         )
-        and not torch.is_autocast_enabled(device.type)
-    )
+    except RuntimeError:
+        return False  # a nested tensor has no shape
 
 
 def _lower(value: Tensor, dtype: torch.dtype) -> Tensor:

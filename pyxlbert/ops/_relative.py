@@ -16,12 +16,12 @@ def uniform_rows(op: str, masked_rows: str) -> bool:
     return masked_rows == "uniform"
 
 
-def check_offset(op: str, offset: int, least: int, letters: str) -> None:
-    """`offset` is an int of at least `least`, so that no row lies before the table."""
-    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
-        raise TypeError(f"{op}: offset: got {_check.describe(offset)}, wanted an int")
+def check_offset(op: str, offset: int, least: int, letters: str) -> int:
+    """`offset` as an int of at least `least`, so that no row lies before the table."""
+    offset = _check.integer(op, "offset", offset)
     if offset < max(least, 0):
         raise ValueError(f"{op}: offset: got {offset}, wanted at least {max(least, 0)} ({letters})")
+    return offset
 
 
 def check_table(
@@ -32,8 +32,7 @@ def check_table(
     _check.tensor(op, name, position_key)
     _check.floating(op, name, position_key)
     _check.same_device(op, name, position_key, first, query)
-    if not torch.is_autocast_enabled(query.device.type):
-        _check.parameter_dtype(op, name, position_key, query)
+    _check.floating_like(op, name, position_key, query, parameter=True)
     shape = list(position_key.shape)
     if len(shape) not in (3, 4):
         raise ValueError(f"{op}: {name}: got shape {shape}, wanted [R, H, D] or [G, R, H, D]")
@@ -71,8 +70,7 @@ def check_biases(
         _check.tensor(op, name, tensor)
         _check.floating(op, name, tensor)
         _check.same_device(op, name, tensor, first, query)
-        if not torch.is_autocast_enabled(query.device.type):
-            _check.parameter_dtype(op, name, tensor, query)
+        _check.floating_like(op, name, tensor, query, parameter=True)
         _check.shape(op, name, tensor, wanted, letters)
     if segment_bias is not None and segment_embedding is None:
         raise ValueError(f"{op}: segment_bias: got it without segment_embedding, wanted both or neither")
@@ -144,6 +142,17 @@ def check_positions(op: str, name: str, positions: torch.Tensor | None, most: in
     if low < -1 or high > most:
         wrong = low if low < -1 else high
         raise ValueError(f"{op}: {name}: got {wrong}, wanted positions in [-1, {most}] ({letters})")
+
+
+def check_segment_values(op: str, **segments: torch.Tensor | None) -> None:
+    """Segments of int64 fit 32 bits, which is what kernels compare."""
+    for name, values in segments.items():
+        if values is None or values.dtype is not torch.int64 or values.numel() == 0:
+            continue
+        low, high = (int(x) for x in values.aminmax())
+        if low < -(2**31) or high >= 2**31:
+            wrong = low if low < -(2**31) else high
+            raise ValueError(f"{op}: {name}: got {wrong}, wanted a number of 32 bits, -2**31 to 2**31 - 1")
 
 
 def lower(

@@ -9,10 +9,14 @@ import torch
 from pyxlbert.ops import _check
 
 
-def check_scale(op: str, scale: float | None) -> None:
-    """`scale` is a finite number or None."""
-    if scale is not None and not math.isfinite(scale):
+def check_scale(op: str, scale: float | None) -> float | None:
+    """`scale` as a finite float, or None."""
+    if scale is None:
+        return None
+    found = _check.number(op, "scale", scale, "a finite number")
+    if not -math.inf < found < math.inf:  # a compiler has no isfinite for a number that it does not know
         raise ValueError(f"{op}: scale: got {scale}, wanted a finite number")
+    return found
 
 
 def check_query_key_value(
@@ -43,8 +47,7 @@ def check_rows(op: str, label: str, tensor: torch.Tensor, query: torch.Tensor, p
     _check.tensor(op, label, tensor)
     _check.floating(op, label, tensor)
     _check.same_device(op, label, tensor, name, query)
-    if tensor.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
-        _check.dtype(op, label, tensor, query.dtype)
+    _check.floating_like(op, label, tensor, query)
     wanted, letters = (3, "[total, H, D], packed") if packed else (4, "[B, T, H, D]")
     if tensor.dim() != wanted:
         raise ValueError(f"{op}: {label}: got shape {list(tensor.shape)}, wanted {wanted} dimensions {letters}")
@@ -94,8 +97,12 @@ def check_packed(
     max_seqlen: int | None,
     query: torch.Tensor,
     **others: torch.Tensor | None,
-) -> None:
-    """Offsets of packed rows, int32 `[B + 1]`; none of the `others` may stand beside them."""
+) -> int | None:
+    """Offsets of packed rows, int32 `[B + 1]`; none of the `others` may stand beside them.
+
+    Returns:
+        max_seqlen as an int, if there is one.
+    """
     _check.tensor(op, "cu_seqlens", cu_seqlens)
     _check.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
     _check.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
@@ -104,8 +111,17 @@ def check_packed(
     for name, other in others.items():
         if other is not None:
             raise ValueError(f"{op}: {name}: got {_check.describe(other)} beside cu_seqlens, wanted None")
-    if max_seqlen is not None and max_seqlen < 0:
+    if max_seqlen is None:
+        return None
+    max_seqlen = _check.integer(op, "max_seqlen", max_seqlen)
+    if max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least 0")
+    return max_seqlen
+
+
+def within(max_seqlen: int, total: int) -> int:
+    """max_seqlen, or the number of packed rows where that is smaller: no sequence is longer than all together."""
+    return torch.sym_min(max_seqlen, total) if torch.compiler.is_compiling() else min(max_seqlen, total)
 
 
 def check_lengths(op: str, key_lengths: torch.Tensor | None, keys: int) -> None:

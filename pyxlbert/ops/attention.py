@@ -13,7 +13,7 @@ import torch
 
 from pyxlbert.ops import _check, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op("attention", {"torch": "pyxlbert.reference.attention", "cpu": "pyxlbert.native.attention"})
 
@@ -84,6 +84,12 @@ def check_values(
     _scores.check_offsets("attention", cu_seqlens, query.shape[0], max_seqlen)
 
 
+def _check_values_again(dout: torch.Tensor, *arguments: Any) -> None:
+    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
+    query, key, value, _, _, *masks = arguments
+    check_values(query, key, value, *masks)
+
+
 _fwd = OP.define(
     "fwd",
     "(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen,"
@@ -98,6 +104,7 @@ _bwd = OP.define(
     " Tensor? cu_seqlens, SymInt max_seqlen, Tensor? attention_mask, Tensor? bias, bool causal, float scale,"
     " float dropout_p, Tensor? seed, bool needs_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _check_values_again,
 )
 
 
@@ -185,6 +192,7 @@ class _Attention(OpFunction):
         )
 
 
+@OP.public
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -234,8 +242,10 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, scale)
-    seed = seed_tensor("attention", seed, dropout_p, query.device)
+    scale = _scores.check_scale("attention", scale)
+    _check.flag("attention", "causal", causal)
+    max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
+    dropout_p, seed = dropout_of("attention", dropout_p, seed, query.device)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -249,6 +259,8 @@ def attention(
         # A graph cannot hold a value read from a tensor; no sequence is longer than all of them together.
         compiling = torch.compiler.is_compiling() or cu_seqlens.shape[0] < 2
         max_seqlen = query.shape[0] if compiling else max(0, int(cu_seqlens.diff().max()))
+    else:
+        max_seqlen = _scores.within(max_seqlen, query.shape[0])
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(backend, query)
@@ -261,9 +273,9 @@ def attention(
         max_seqlen,
         attention_mask,
         bias,
-        bool(causal),
-        float(scale),
-        float(dropout_p),
+        causal,
+        scale,
+        dropout_p,
         seed,
         backend,
     )
@@ -283,22 +295,20 @@ def _check_arguments(
     max_seqlen: int | None,
     attention_mask: torch.Tensor | None,
     bias: torch.Tensor | None,
-    scale: float | None,
-) -> None:
+) -> int | None:
+    """max_seqlen as an int, if there is one."""
     op = "attention"
-    _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
     if cu_seqlens is not None:
-        _scores.check_packed(
+        return _scores.check_packed(
             op, cu_seqlens, max_seqlen, query, key_lengths=key_lengths, attention_mask=attention_mask, bias=bias
         )
-        return
     if max_seqlen is not None:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
     _scores.check_masks(op, key_lengths, attention_mask, query, key.shape[1])
     if bias is not None:
         _check.tensor(op, "bias", bias)
         _check.floating(op, "bias", bias)
-        if not torch.is_autocast_enabled(query.device.type):
-            _check.parameter_dtype(op, "bias", bias, query)
+        _check.floating_like(op, "bias", bias, query, parameter=True)
         _scores.check_scores(op, "bias", bias, query, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
+    return None

@@ -66,6 +66,7 @@ class _BiasGelu(OpFunction):
         return dx if needs_x else None, dbias if needs_bias else None, None, None, None
 
 
+@OP.public
 def bias_gelu(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyxlbert.ops import _check
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "dropout_add_layer_norm",
@@ -153,6 +153,7 @@ class _DropoutAddLayerNorm(OpFunction):
         )
 
 
+@OP.public
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -193,16 +194,19 @@ def dropout_add_layer_norm(
     if not (
         usual
         and isinstance(residual, Tensor)
+        and residual.layout is torch.strided
+        and not residual.is_nested
         and residual.shape == x.shape
         and residual.device == x.device
         and residual.dtype in (x.dtype, torch.float32)
         and x.dtype is not torch.float64
+        and type(eps) is float
         and eps >= 0.0
         and (copy_dtype is None or copy_dtype in _COPIES)
     ):
-        _check_arguments(x, residual, weight, bias, x_bias, eps, copy_dtype)
-    if dropout_p != 0.0 or seed is not None:
-        seed = seed_tensor("dropout_add_layer_norm", seed, dropout_p, x.device)
+        eps = _check_arguments(x, residual, weight, bias, x_bias, eps, copy_dtype)
+    if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None:
+        dropout_p, seed = dropout_of("dropout_add_layer_norm", dropout_p, seed, x.device)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -238,15 +242,14 @@ def _check_arguments(
     x_bias: Tensor | None,
     eps: float,
     copy_dtype: torch.dtype | None,
-) -> None:
+) -> float:
+    """eps as a float."""
     op = "dropout_add_layer_norm"
     _check.rows(op, x, weight=weight, bias=bias, **({} if x_bias is None else {"x_bias": x_bias}))
     _check.tensor(op, "residual", residual)
     _check.same_device(op, "residual", residual, "x", x)
     _check.parameter_dtype(op, "residual", residual, x)
     _check.shape(op, "residual", residual, tuple(x.shape), "x's")
-    _check.positive(op, "eps", eps)
-    wanted = _COPIES if x.dtype is not torch.float64 else _check.FLOATING
-    if copy_dtype is not None and copy_dtype not in wanted:
-        got = _check.short(copy_dtype) if isinstance(copy_dtype, torch.dtype) else repr(copy_dtype)
-        raise TypeError(f"{op}: copy_dtype: got {got}, wanted {' or '.join(_check.short(one) for one in wanted)}")
+    eps = _check.positive(op, "eps", eps)
+    _check.output_dtype(op, "copy_dtype", copy_dtype, x)
+    return eps

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from pyxlbert.ops import _check
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "embedding_layer_norm",
     {"torch": "pyxlbert.reference.embedding_layer_norm", "cpu": "pyxlbert.native.embedding_layer_norm"},
+    ids_first=True,
 )
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -49,6 +50,11 @@ def _check_values(
             f"embedding_layer_norm: {name}: got {int(ids[tuple(wrong)])} at {wrong}, "
             f"wanted at least 0 and less than {table.shape[0]}, the rows of {of}"
         )
+
+
+def _check_values_again(dy: Tensor, *arguments: Any) -> None:
+    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
+    _check_values(*arguments)
 
 
 def _fwd_fake(
@@ -122,6 +128,7 @@ _bwd = OP.define(
     " int padding_idx, bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _check_values_again,
 )
 
 
@@ -197,6 +204,7 @@ class _EmbeddingLayerNorm(OpFunction):
         )
 
 
+@OP.public
 def embedding_layer_norm(
     input_ids: Tensor,
     word: Tensor,
@@ -244,18 +252,20 @@ def embedding_layer_norm(
         RuntimeError: the named backend cannot run here.
     """
     op = "embedding_layer_norm"
-    _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids, eps)
-    if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
-        raise ValueError(f"{op}: padding_idx: got {padding_idx}, wanted a row of word, 0 to {word.shape[0] - 1}")
-    for name, dtype in (("out_dtype", out_dtype), ("copy_dtype", copy_dtype)):
-        if dtype is not None and dtype not in _check.FLOATING:
-            raise TypeError(f"{op}: {name}: got {dtype}, wanted float32, bfloat16 or float16")
-    seed = seed_tensor(op, seed, dropout_p, word.device)
+    _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
+    eps = _check.positive(op, "eps", eps)
+    skip = -1
+    if padding_idx is not None:
+        skip = _check.integer(op, "padding_idx", padding_idx)
+        if not 0 <= skip < word.shape[0]:
+            raise ValueError(f"{op}: padding_idx: got {skip}, wanted a row of word, 0 to {word.shape[0] - 1}")
+    _check.output_dtype(op, "out_dtype", out_dtype, word)
+    _check.output_dtype(op, "copy_dtype", copy_dtype, word)
+    dropout_p, seed = dropout_of(op, dropout_p, seed, word.device)
     backend = OP.resolve(backend, word)
     tensors = (input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
-    options = (float(dropout_p), seed, float(eps), out_dtype or word.dtype, copy_dtype)
+    options = (dropout_p, seed, eps, out_dtype or word.dtype, copy_dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        skip = -1 if padding_idx is None else padding_idx
         y, copy, *_ = apply(_EmbeddingLayerNorm, *tensors, *options, skip, backend, backward_backend(backend))
     else:
         y, copy, *_ = _fwd(*tensors, *options, backend)
@@ -271,7 +281,6 @@ def _check_arguments(
     bias: Tensor,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
-    eps: float,
 ) -> None:
     op = "embedding_layer_norm"
     _check.tensor(op, "input_ids", input_ids)
@@ -314,7 +323,6 @@ def _check_arguments(
                 f"{op}: input_ids: got {input_ids.shape[-1]} tokens a row, wanted at most {position.shape[0]}, "
                 "the rows of position"
             )
-    _check.positive(op, "eps", eps)
 
 
 def _check_broadcast(name: str, ids: Tensor, input_ids: Tensor) -> None:

@@ -85,6 +85,7 @@ class _LayerNorm(OpFunction):
         )
 
 
+@OP.public
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12, backend: str | None = None
 ) -> torch.Tensor:
@@ -105,14 +106,15 @@ def layer_norm(
         ValueError: a shape, a device or eps is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    if not (_check.usual_rows(x, weight, bias) and eps >= 0.0):
-        _check_arguments(x, weight, bias, eps)
+    if not (_check.usual_rows(x, weight, bias) and type(eps) is float and eps >= 0.0):
+        eps = _check_arguments(x, weight, bias, eps)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return apply(_LayerNorm, x, weight, bias, eps, backend, backward_backend(backend))[0]
     return _fwd(x, weight, bias, eps, False, backend)[0]
 
 
-def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> float:
+    """eps as a float."""
     _check.rows("layer_norm", x, weight=weight, bias=bias)
-    _check.positive("layer_norm", "eps", eps)
+    return _check.positive("layer_norm", "eps", eps)

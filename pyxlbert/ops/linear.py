@@ -1,7 +1,7 @@
 """linear: y = x weightᵀ + bias, left to the vendor's matrix product unless the rows are few.
 
-On CPU that is oneDNN or MKL (`pyxlbert/ops/_onednn.py` says which, and why) or for few rows `csrc/cpu/linear.cpp`, in
-backend "torch" whatever `torch.nn.functional.linear` calls.
+On CPU that is oneDNN or MKL (`pyxlbert/native/_onednn.py` says which, and why) or for few rows `csrc/cpu/linear.cpp`,
+in backend "torch" whatever `torch.nn.functional.linear` calls.
 
 Source: the dense layers of BERT, Devlin et al., https://arxiv.org/abs/1810.04805.
 """
@@ -15,7 +15,7 @@ import torch
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
-OP = Op("linear", {"torch": "pyxlbert.reference.linear", "cpu": "pyxlbert.ops._onednn"})
+OP = Op("linear", {"torch": "pyxlbert.reference.linear", "cpu": "pyxlbert.native._onednn"})
 
 
 def _fwd_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
@@ -68,6 +68,7 @@ class _Linear(OpFunction):
         return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
+@OP.public
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:

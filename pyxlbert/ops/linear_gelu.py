@@ -16,7 +16,7 @@ import torch
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
-OP = Op("linear_gelu", {"torch": "pyxlbert.reference.linear_gelu", "cpu": "pyxlbert.ops._onednn"})
+OP = Op("linear_gelu", {"torch": "pyxlbert.reference.linear_gelu", "cpu": "pyxlbert.native._onednn"})
 
 
 def _fwd_fake(
@@ -103,6 +103,7 @@ class _LinearGelu(OpFunction):
         )
 
 
+@OP.public
 def linear_gelu(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _relative, _scores
+from pyxlbert.ops import _check, _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "relative_attention",
@@ -76,10 +76,16 @@ def _check_values(
     max_seqlen: int,
     *_: Any,
 ) -> None:
-    """Lengths within the keys, offsets that rise, positions that meet the table."""
+    """Lengths within the keys, offsets that rise, positions that meet the table, segments of 32 bits."""
     _scores.check_lengths("relative_attention", key_lengths, key.shape[1])
     _scores.check_offsets("relative_attention", cu_seqlens, query.shape[0], max_seqlen)
     _relative.check_positions("relative_attention", "query_positions", query_positions, offset, "offset")
+    _relative.check_segment_values("relative_attention", query_segments=query_segments, key_segments=key_segments)
+
+
+def _check_values_again(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
+    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
+    _check_values(*arguments)
 
 
 _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, _check_values)
@@ -88,6 +94,7 @@ _bwd = OP.define(
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _check_values_again,
 )
 
 
@@ -173,6 +180,7 @@ class _RelativeAttention(OpFunction):
         return (*wanted[:6], None, *wanted[6:], *(None,) * 17)
 
 
+@OP.public
 def relative_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -255,7 +263,9 @@ def relative_attention(
         RuntimeError: the named backend cannot run here.
     """
     op = "relative_attention"
-    _scores.check_scale(op, scale)
+    scale = _scores.check_scale(op, scale)
+    _check.flag(op, "causal", causal)
+    _check.flag(op, "see_self", see_self)
     _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
     uniform = _relative.uniform_rows(op, masked_rows)
     if cu_seqlens is None:
@@ -265,7 +275,7 @@ def relative_attention(
         rows, columns, letters = (batch, queries), (batch, keys), ("B, Tq", "B, Tk")
         _scores.check_masks(op, key_lengths, attention_mask, query, keys)
     else:
-        _scores.check_packed(
+        max_seqlen = _scores.check_packed(
             op,
             cu_seqlens,
             max_seqlen,
@@ -278,12 +288,14 @@ def relative_attention(
             if torch.compiler.is_compiling():
                 raise ValueError(f"{op}: max_seqlen: got None in compiled code, wanted the longest sequence's length")
             max_seqlen = max(0, int(cu_seqlens.diff().max())) if cu_seqlens.shape[0] > 1 else 0
+        # The default offset is what the caller said; the op needs no more than there are rows.
         batch, queries, keys = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
+        max_seqlen = _scores.within(max_seqlen, query.shape[0])
         rows = columns = (query.shape[0],)
         letters = ("total", "total")
     if query_positions is None:
         offset = queries if offset is None else offset
-        _relative.check_offset(op, offset, queries - 1, "Tq - 1" if cu_seqlens is None else "max_seqlen - 1")
+        offset = _relative.check_offset(op, offset, queries - 1, "Tq - 1" if cu_seqlens is None else "max_seqlen - 1")
     else:
         for name, given in (("causal", causal), ("see_self", see_self)):
             if given:
@@ -292,7 +304,7 @@ def relative_attention(
                 )
         if offset is None:
             raise ValueError(f"{op}: offset: got None beside query_positions, wanted the table's row of distance 0")
-        _relative.check_offset(op, offset, 0, "no row before the table")
+        offset = _relative.check_offset(op, offset, 0, "no row before the table")
         _relative.check_numbers(op, "query_positions", query_positions, query, "query", rows, "B, Tq", torch.int32)
     # A row never looks further ahead than its first key, nor with causal further than its own place.
     needed = offset + keys - (max(queries - 1, 0) if causal else 0)
@@ -303,7 +315,7 @@ def relative_attention(
         op, query, "query", segment_embedding, query_segments, key_segments, rows, columns, letters
     )
     _relative.check_ranks(op, query, "query", query_rank, key_rank, rows, columns, letters)
-    seed = seed_tensor(op, seed, dropout_p, query.device)
+    dropout_p, seed = dropout_of(op, dropout_p, seed, query.device)
     query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding = _relative.lower(
         (query, key, value, position_key), (content_bias, position_bias, segment_bias, segment_embedding)
     )
@@ -328,12 +340,12 @@ def relative_attention(
         max_seqlen,
         query_rank,
         key_rank,
-        bool(see_self),
+        see_self,
         attention_mask,
-        bool(causal),
+        causal,
         uniform,
-        float(scale),
-        float(dropout_p),
+        scale,
+        dropout_p,
         seed,
         backend,
     )

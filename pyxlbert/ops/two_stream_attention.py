@@ -14,7 +14,7 @@ import torch
 
 from pyxlbert.ops import _check, _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
-from pyxlbert.ops._dropout import seed_tensor
+from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "two_stream_attention",
@@ -92,11 +92,17 @@ def _check_values(
     key_lengths: torch.Tensor | None,
     *_: Any,
 ) -> None:
-    """Lengths within the keys, targets within the sequence."""
+    """Lengths within the keys, targets within the sequence, segments of 32 bits."""
     _scores.check_lengths("two_stream_attention", key_lengths, key.shape[1])
     _relative.check_positions(
         "two_stream_attention", "target_positions", target_positions, content_query.shape[1] - 1, "T - 1"
     )
+    _relative.check_segment_values("two_stream_attention", query_segments=query_segments, key_segments=key_segments)
+
+
+def _check_values_again(*arguments: Any) -> None:
+    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
+    _check_values(*arguments[6:])
 
 
 _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, _check_values)
@@ -106,6 +112,7 @@ _bwd = OP.define(
     f" {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _check_values_again,
 )
 
 
@@ -194,6 +201,7 @@ class _TwoStreamAttention(OpFunction):
         return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
 
 
+@OP.public
 def two_stream_attention(
     content_query: torch.Tensor,
     query_query: torch.Tensor,
@@ -268,7 +276,7 @@ def two_stream_attention(
         RuntimeError: the named backend cannot run here.
     """
     op, first = "two_stream_attention", "content_query"
-    _scores.check_scale(op, scale)
+    scale = _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
     uniform = _relative.uniform_rows(op, masked_rows)
     batch, rows, heads, head_size = content_query.shape
@@ -283,14 +291,14 @@ def two_stream_attention(
     )
     _scores.check_masks(op, key_lengths, attention_mask, content_query, keys, first)
     offset = rows if offset is None else offset
-    _relative.check_offset(op, offset, rows - 1, "T - 1")
+    offset = _relative.check_offset(op, offset, rows - 1, "T - 1")
     why = f"offset {offset} and {keys} keys"
     _relative.check_table(op, position_key, content_query, batch, offset + keys, why, first)
     _relative.check_biases(op, content_query, first, content_bias, position_bias, segment_bias, segment_embedding)
     shapes = ((batch, rows), (batch, keys), ("B, T", "B, Tk"))
     _relative.check_segments(op, content_query, first, segment_embedding, query_segments, key_segments, *shapes)
     _relative.check_ranks(op, content_query, first, query_rank, key_rank, *shapes)
-    seed = seed_tensor(op, seed, dropout_p, content_query.device)
+    dropout_p, seed = dropout_of(op, dropout_p, seed, content_query.device)
     trained = _relative.lower(
         (content_query, query_query, key, value, position_key),
         (content_bias, position_bias, segment_bias, segment_embedding),
@@ -319,8 +327,8 @@ def two_stream_attention(
         key_rank,
         attention_mask,
         uniform,
-        float(scale),
-        float(dropout_p),
+        scale,
+        dropout_p,
         seed,
         backend,
     )

@@ -25,6 +25,11 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return s.softmax(-1).masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, torch.inf)
 
 
+def of_seen_rows(dout: Tensor, lse: Tensor) -> Tensor:
+    """`[B, Tq, H, D]` with zeros in rows that may see nothing (lse `[B, H, Tq]` is inf): they have no gradient."""
+    return dout.masked_fill((lse == torch.inf).transpose(1, 2)[..., None], 0.0)
+
+
 def drop(x: Tensor, dropout_p: float, seed: Tensor | None, tag: Tag) -> Tensor:
     """Dropout of `[B, H, Tq, Tk]`: kept elements times 1 / (1 - p), the others zero."""
     if dropout_p == 0.0 or seed is None:

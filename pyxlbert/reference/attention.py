@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._scores import drop, hide, pad, softmax, unpad, wide
+from pyxlbert.reference._scores import drop, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 
@@ -37,7 +37,9 @@ def attention_fwd(
         q, k, v = (pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
         lengths = cu_seqlens.diff()
         out, lse = attention_fwd(q, k, v, lengths, None, 0, None, None, causal, scale, dropout_p, seed)
-        return unpad(out, cu_seqlens, query.shape[0]), unpad(lse.transpose(1, 2), cu_seqlens, query.shape[0]).t()
+        return unpad(out, cu_seqlens, query.shape[0]), unpad(
+            lse.transpose(1, 2), cu_seqlens, query.shape[0]
+        ).t().contiguous()
     q, k, v = wide(query), *_seen(key, value, key_lengths)
     p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
     kept = drop(p, dropout_p, seed, Tag.ATTENTION)
@@ -78,8 +80,8 @@ def attention_bwd(
         dquery, dkey, dvalue = (unpad(x, cu_seqlens, query.shape[0]) for x in gradients)
         return dquery, dkey, dvalue, dbias
     q, k, v = wide(query), *_seen(key, value, key_lengths)
-    do = wide(dout)
-    p, _ = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    do = of_seen_rows(wide(dout), lse)
     kept = drop(p, dropout_p, seed, Tag.ATTENTION)
     dvalue = torch.einsum("bhij,bihd->bjhd", kept, do)
     dp = drop(torch.einsum("bihd,bjhd->bhij", do, v), dropout_p, seed, Tag.ATTENTION)

@@ -88,6 +88,7 @@ def dropout_add_layer_norm_bwd(
 
 
 def _statistics(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    s = s.contiguous()  # so that both results are
     mean = s.mean(-1)
     return mean, ((s - mean[..., None]).square().mean(-1) + eps).rsqrt()
 

@@ -34,7 +34,7 @@ def embedding_layer_norm_fwd(
     y, mean, rstd = layer_norm_fwd(total, weight, bias, eps, True)
     if seed is not None:
         y = _drop(y, dropout_p, seed)
-    copy = y.new_empty(0, dtype=copy_dtype) if copy_dtype is None else y.to(copy_dtype)
+    copy = y.new_empty(0, dtype=out_dtype) if copy_dtype is None else y.to(copy_dtype)
     # A copy of y's own dtype would otherwise be y itself.
     y = y.to(out_dtype)
     return y, copy.clone() if copy is y else copy, mean, rstd

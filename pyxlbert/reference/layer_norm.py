@@ -13,14 +13,17 @@ def supports(*tensors: torch.Tensor | None) -> None:
 def layer_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, save: bool
 ) -> list[torch.Tensor]:
-    """y `[..., N]` in x's dtype; where `save`, also mean and rstd `[...]` in float32, or float64 for float64 input."""
+    """y `[..., N]` in x's dtype; where `save`, also mean and rstd `[...]` in float32, or float64 for float64 input.
+
+    All are contiguous, whatever x's strides.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-1)
     centred = wide - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
     y = centred * rstd[..., None] * weight + bias
-    y = y.to(x.dtype)
-    return [y, mean, rstd] if save else [y]
+    y = y.to(x.dtype).contiguous()
+    return [y, mean.contiguous(), rstd.contiguous()] if save else [y]
 
 
 def layer_norm_bwd(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._scores import drop, hide, pad, softmax, unpad, wide
+from pyxlbert.reference._scores import drop, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 # A key of this rank is seen by no row, not even by see_self.
@@ -47,7 +47,7 @@ def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: A
 def asked(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
     """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
     return tuple(
-        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else gradient.new_empty(0)
+        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else tensors[0].new_empty(0)
         for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
     )
 
@@ -189,8 +189,8 @@ class Scores:
         dq_content = g k, dq_position = g_r r, dq_segment = g_e e, and dquery is their sum, each bias's gradient the
         sum of its part over all rows; dkey = g^T (q + u), dr = g_r^T (q + w), de = g_e^T (q + s).
         """
-        do = wide(self._padded(dout))
-        p, _ = self.weights()
+        p, lse = self.weights()
+        do = of_seen_rows(wide(self._padded(dout)), lse)
         dvalue = torch.einsum("bhij,bihd->bjhd", self._dropped(p), do)
         dp = self._dropped(torch.einsum("bihd,bjhd->bhij", do, self.v))
         g = self.scale * p * (dp - (p * dp).sum(-1, keepdim=True))

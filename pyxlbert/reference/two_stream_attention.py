@@ -129,8 +129,15 @@ def _streams(
     segments, rank, mask = query_segments, query_rank, attention_mask
     if target_positions is not None:
         place = target_positions.clamp(min=0).long()
-        segments = None if segments is None else segments.gather(1, place)
-        rank = None if rank is None else rank.gather(1, place)
+        segments = None if segments is None else _rows_at(segments, 1, place)
+        rank = None if rank is None else _rows_at(rank, 1, place)
         if mask is not None and mask.shape[2] != 1:
-            mask = torch.take_along_dim(mask, place[:, None, :, None], dim=2)
+            mask = _rows_at(mask, 2, place[:, None, :, None])
     return content, stream(query_query, segments, target_positions, rank, False, mask, Tag.QUERY_STREAM)
+
+
+def _rows_at(x: Tensor, dim: int, place: Tensor) -> Tensor:
+    """x at these places of `dim`; what is taken where there is no position at all is not read."""
+    if x.shape[dim] == 0:
+        return x.new_zeros((*x.shape[:dim], place.shape[dim], *x.shape[dim + 1 :]))
+    return torch.take_along_dim(x, place, dim)

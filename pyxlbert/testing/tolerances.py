@@ -22,6 +22,9 @@ TERMS = 4.0
 # The torch backend in float64 against the truth, relative to the largest element.
 FLOAT64 = 1e-10
 
+# Two float32 results of one formula whose sums are added up in another order, relative to the largest element.
+SUMMATION_ORDER = 1e-5
+
 # (op, dtype, backend) -> (factor instead of FACTOR, reason).  A dtype or backend of None means any.
 EXCEPTIONS: dict[tuple[str, torch.dtype | None, str | None], tuple[float, str]] = {}
 

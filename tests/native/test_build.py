@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -39,6 +41,46 @@ def test_an_unknown_level_is_an_error_that_names_it() -> None:
     done = run("import pyxlbert", PYXLBERT_ISA="sse9")
     assert done.returncode != 0
     assert "PYXLBERT_ISA" in done.stderr and "sse9" in done.stderr and "portable" in done.stderr
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pyxlbert", *words], env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_info_runs_with_an_unknown_level_and_tells() -> None:
+    done = command("info", PYXLBERT_ISA="sse9")
+    assert done.returncode == 0, done.stderr
+    assert "error: PYXLBERT_ISA: " in done.stdout and "sse9" in done.stdout
+    done = command("embed", "-", "--model", "none", "--out", "none.npy", PYXLBERT_ISA="sse9")
+    assert done.returncode == 1 and "PYXLBERT_ISA" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_level_without_the_native_module_is_an_error() -> None:
+    hide = "import sys, torch; sys.modules['pyxlbert._C'] = None;"
+    assert run(f"{hide} import pyxlbert").returncode == 0
+    done = run(f"{hide} import pyxlbert", PYXLBERT_ISA="avx2")
+    assert done.returncode != 0 and "PYXLBERT_ISA: got 'avx2', but the native module is not built" in done.stderr
+
+
+def setup_globals() -> dict:
+    """What setup.py defines, without a build."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_the_build_says_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    defined = setup_globals()
+    monkeypatch.delenv("PYXLBERT_CUDA", raising=False)
+    lines = defined["report"]()
+    assert [line.split()[2] for line in lines] == list(pyxlbert.backends.NAMES)
+    monkeypatch.setenv("PYXLBERT_CUDA", "0")
+    assert "PYXLBERT_CUDA=0" in defined["report"]()[-1]
+    for value, words in (("1", "no CUDA kernels"), ("yes", "got 'yes', wanted 0, 1 or auto"), ("", "got ''")):
+        monkeypatch.setenv("PYXLBERT_CUDA", value)
+        with pytest.raises(SystemExit, match=words):
+            defined["cuda_choice"]()
 
 
 def test_kernel_objects_hold_no_weak_symbols() -> None:

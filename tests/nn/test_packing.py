@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import pyxlbert
+from pyxlbert.native import _onednn
 from pyxlbert.nn.packing import Packable
-from pyxlbert.ops import _onednn
 from pyxlbert.testing import compare, tolerances
 
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
 import pyxlbert
 from pyxlbert import attention
-from pyxlbert.testing import compare
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 
 BACKENDS = ["torch", "cpu"]
@@ -116,10 +117,28 @@ def test_packed_equals_padded(backend: str) -> None:
     ours = torch.autograd.grad(packed, p, cotangent)
     theirs = [g[inside] for g in torch.autograd.grad(padded, (q, k, v), wide)]
     for name, a, b in zip("qkv", ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    torch.testing.assert_close(packed, padded[inside])
+        compare.close(name, a, b, tolerances.SUMMATION_ORDER)
+    compare.close("packed", packed, padded[inside], tolerances.SUMMATION_ORDER)
     without = attention(*p, cu_seqlens=offsets, **options)
-    torch.testing.assert_close(without, packed)
+    compare.close("without", without, packed, tolerances.SUMMATION_ORDER)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bound_on_the_lengths_may_be_any_number(backend: str) -> None:
+    """Neither memory nor bits depend on max_seqlen, and it may be another integer type's."""
+    qkv = torch.randn(40, 3, 2, 24, generator=generator(5))
+    offsets = torch.tensor([0, 3, 20, 40], dtype=torch.int32)
+    found = []
+    for longest in (20, np.int64(20), 41, 2**40, 2**62, 2**70):
+        x = qkv.clone().requires_grad_()
+        out = attention(*x.unbind(1), cu_seqlens=offsets, max_seqlen=longest, causal=True, backend=backend)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), x)))
+    for other in found[1:]:
+        for name, a, b in zip(("out", "dqkv"), found[0], other, strict=True):
+            if backend == "cpu":
+                compare.same_bits(name, a, b)
+            else:
+                compare.close(name, a, b, tolerances.SUMMATION_ORDER)
 
 
 def test_dropout_bits_are_the_same_on_every_backend_and_level() -> None:
@@ -130,7 +149,8 @@ def test_dropout_bits_are_the_same_on_every_backend_and_level() -> None:
     try:
         for level in pyxlbert._C.levels():
             pyxlbert._C.set_level(level)
-            torch.testing.assert_close(attention(q, k, v, dropout_p=0.5, seed=2**40 + 3, backend="cpu"), wanted)
+            ours = attention(q, k, v, dropout_p=0.5, seed=2**40 + 3, backend="cpu")
+            compare.close(level, ours, wanted, tolerances.SUMMATION_ORDER)
     finally:
         pyxlbert._C.set_level(before)
 

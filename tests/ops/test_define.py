@@ -6,7 +6,7 @@ import torch
 import torch.utils._python_dispatch
 
 import pyxlbert
-from pyxlbert.ops import _define
+from pyxlbert.ops import _define, _encoder_layers
 from pyxlbert.testing import compare
 
 SCALE = 3.0
@@ -55,6 +55,8 @@ def test_the_short_way_to_an_implementation_is_here() -> None:
     """The private names behind it: without them every small call takes three times as long."""
     assert _define.watched is _define._watched
     assert _define.watched() is False
+    assert _define.transformed is _define._transformed
+    assert _define.transformed() is False
 
 
 def test_whoever_watches_sees_the_op() -> None:
@@ -80,3 +82,11 @@ def test_the_short_way_has_the_same_bits(monkeypatch) -> None:
     short = pyxlbert.layer_norm(x, weight, weight)
     monkeypatch.setattr(_define, "watched", lambda: True)
     compare.same_bits("dispatched", pyxlbert.layer_norm(x, weight, weight), short)
+
+
+def test_few_rows_in_one_go_are_rows_in_memory() -> None:
+    """All layers at once read addresses: a view that negates what lies there goes the ordinary way."""
+    x = torch.randn(2, 8)
+    assert not _encoder_layers.takes(torch._neg_view(x))
+    assert not _encoder_layers.takes(torch._efficientzerotensor((2, 8)))
+    assert _encoder_layers.takes(x) == _encoder_layers._onednn.few_rows(x)

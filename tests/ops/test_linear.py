@@ -11,8 +11,8 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
+from pyxlbert.native import _onednn
 from pyxlbert.native import linear as native
-from pyxlbert.ops import _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import to_float64
@@ -68,7 +68,7 @@ def test_the_first_call_may_be_a_traced_or_an_autocast_one() -> None:
     """The probe computes with real tensors in its own dtype even when a compiler or autocast watches the caller."""
     code = """
 import torch, pyxlbert
-from pyxlbert.ops import _onednn
+from pyxlbert.native import _onednn
 x, weight = torch.randn(3, 24), torch.randn(32, 24)
 class Model(torch.nn.Module):
     def forward(self, x):

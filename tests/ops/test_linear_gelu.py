@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyxlbert
-from pyxlbert.ops import _onednn
+from pyxlbert.native import _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
 

@@ -157,14 +157,14 @@ def test_original_shift(backend: str, shift: Any, offset: int, rows: int, causal
 
     ours, theirs = relative_attention(**a, offset=offset, causal=causal, backend=backend), original()
     dout = torch.randn(ours.shape, generator=generator(3)).to(dtype)
-    torch.testing.assert_close(ours, theirs)
+    compare.close("ours", ours, theirs, tolerances.SUMMATION_ORDER)
     for name, x, y in zip(
         a,
         torch.autograd.grad(ours, trained(a), dout),
         torch.autograd.grad(theirs, trained(a), dout),
         strict=True,
     ):
-        torch.testing.assert_close(x, y, msg=name)
+        compare.close(name, x, y, tolerances.SUMMATION_ORDER)
 
 
 def xlnet_attention(batch: int, rows: int, keys: int) -> tuple[Any, dict[str, Any], torch.Tensor]:
@@ -197,7 +197,7 @@ def test_equals_xlnet(backend: str, keys: int) -> None:
         attn_mask=hidden.permute(1, 2, 0)[..., None].float(),
     )
     ours = relative_attention(**a, attention_mask=~hidden[:, None], masked_rows="uniform", backend=backend)
-    torch.testing.assert_close(ours, theirs.transpose(0, 1))
+    compare.close("ours", ours, theirs.transpose(0, 1), tolerances.SUMMATION_ORDER)
     dout = torch.randn(ours.shape, generator=generator(3))
     found = dict(
         zip([n for n, x in a.items() if x.requires_grad], torch.autograd.grad(ours, trained(a), dout), strict=True)
@@ -209,7 +209,7 @@ def test_equals_xlnet(backend: str, keys: int) -> None:
     )
     for name, gradient in zip(found, wanted, strict=True):
         gradient = gradient.transpose(0, 1) if name in time_first else gradient
-        torch.testing.assert_close(found[name], gradient, msg=name)
+        compare.close(name, found[name], gradient, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,7 +250,7 @@ def test_equals_parakeet(backend: str) -> None:
         backend=backend,
     )
     ours = peer.o_proj(attended.flatten(-2))
-    torch.testing.assert_close(ours, theirs)
+    compare.close("ours", ours, theirs, tolerances.SUMMATION_ORDER)
     parameters = list(peer.parameters())
     for a, b in zip(
         torch.autograd.grad(ours.square().sum(), parameters),
@@ -294,7 +294,7 @@ def test_equals_conformer(backend: str) -> None:
         offset=8,
         backend=backend,
     )
-    torch.testing.assert_close(peer.linear_out(attended.flatten(-2)), theirs)
+    compare.close("result", peer.linear_out(attended.flatten(-2)), theirs, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -319,7 +319,7 @@ def test_ranks_equal_the_dense_mask(backend: str, see_self: bool) -> None:
         out = relative_attention(**a, **options, dropout_p=0.1, seed=1, backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), trained(a))))
     for name, x, y in zip(("out", *a), *results, strict=True):
-        torch.testing.assert_close(x, y, msg=name)
+        compare.close(name, x, y, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -343,7 +343,7 @@ def test_all_masks_hold_together_and_see_self_stands_above(backend: str) -> None
     for see_self, wanted in ((False, seen), (True, seen | itself)):
         out = relative_attention(**a, **options, see_self=see_self, backend=backend)[0, :, 0]
         assert torch.equal(out > 0, wanted)
-        torch.testing.assert_close(out, wanted / wanted.sum(-1, keepdim=True))
+        compare.close("out", out, wanted / wanted.sum(-1, keepdim=True), tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -386,17 +386,17 @@ def test_fully_masked_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (lse[:, :, 4] == torch.inf).all() and lse[:, :, 5].isfinite().all()
 
     uniform = relative_attention(**a, **ranks, masked_rows="uniform", backend=backend)
-    torch.testing.assert_close(uniform[:, 4], a["value"].mean(1))
+    compare.close("result", uniform[:, 4], a["value"].mean(1), tolerances.SUMMATION_ORDER)
     others = torch.arange(9) != 4
-    torch.testing.assert_close(uniform[:, others], out[:, others])
+    compare.close("result", uniform[:, others], out[:, others], tolerances.SUMMATION_ORDER)
     cotangent = torch.randn(2, 2, 16, generator=generator(9))
     dquery, dvalue = torch.autograd.grad(uniform[:, 4], (a["query"], a["value"]), cotangent)
-    torch.testing.assert_close(dvalue, cotangent[:, None].expand_as(dvalue) / 12)
+    compare.close("dvalue", dvalue, cotangent[:, None].expand_as(dvalue) / 12, tolerances.SUMMATION_ORDER)
     dp = torch.einsum("bhd,bjhd->bhj", cotangent, a["value"])
     g = (dp - dp.mean(-1, keepdim=True)) / 12 * 16**-0.5
     band = a["position_key"][9 - 4 : 9 - 4 + 12]
     wanted = torch.einsum("bhj,bjhd->bhd", g, a["key"]) + torch.einsum("bhj,jhd->bhd", g, band)
-    torch.testing.assert_close(dquery[:, 4], wanted)
+    compare.close("result", dquery[:, 4], wanted, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -412,8 +412,8 @@ def test_uniform_rows_of_packed_sequences(backend: str) -> None:
         masked_rows="uniform",
         backend=backend,
     )
-    torch.testing.assert_close(out[:3], packed["value"][:3].mean(0).expand(3, -1, -1))
-    torch.testing.assert_close(out[3:], packed["value"][3:].mean(0).expand(4, -1, -1))
+    compare.close("result", out[:3], packed["value"][:3].mean(0).expand(3, -1, -1), tolerances.SUMMATION_ORDER)
+    compare.close("result", out[3:], packed["value"][3:].mean(0).expand(4, -1, -1), tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -434,7 +434,7 @@ def test_packed_equals_padded(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
     options = {"see_self": True, "dropout_p": 0.4, "seed": 11, "backend": backend}
     wanted = relative_attention(**a, key_lengths=lengths, **options)
     ours = relative_attention(**packed, cu_seqlens=offsets, max_seqlen=longest, **options)
-    torch.testing.assert_close(ours, wanted[inside])
+    compare.close("ours", ours, wanted[inside], tolerances.SUMMATION_ORDER)
     cotangent = torch.randn(ours.shape, generator=draw)
     wide = torch.zeros_like(wanted).masked_scatter(inside[..., None, None], cotangent)
     names = [n for n, x in a.items() if x.requires_grad]
@@ -444,13 +444,13 @@ def test_packed_equals_padded(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         torch.autograd.grad(wanted, trained(a), wide),
         strict=True,
     ):
-        torch.testing.assert_close(x, y[inside] if name in by_token else y, msg=name)
+        compare.close(name, x, y[inside] if name in by_token else y, tolerances.SUMMATION_ORDER)
     without = relative_attention(**packed, cu_seqlens=offsets, **options)
-    torch.testing.assert_close(without, ours)
+    compare.close("without", without, ours, tolerances.SUMMATION_ORDER)
     lse = lse_of(packed, monkeypatch, cu_seqlens=offsets, **options)
     theirs = lse_of(a, monkeypatch, key_lengths=lengths, **options)
     assert lse.shape == (2, int(lengths.sum()))
-    torch.testing.assert_close(lse, theirs.transpose(1, 2)[inside].t())
+    compare.close("lse", lse, theirs.transpose(1, 2)[inside].t(), tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -469,7 +469,7 @@ def test_rows_at_given_positions(backend: str, monkeypatch: pytest.MonkeyPatch) 
     few |= {"query_positions": positions, "offset": 12}
     ours, full = relative_attention(**few, backend=backend), relative_attention(**a, backend=backend)
     wanted = full[sequence, place].masked_fill(~real[..., None, None], 0.0)
-    torch.testing.assert_close(ours, wanted)
+    compare.close("ours", ours, wanted, tolerances.SUMMATION_ORDER)
     assert not ours[~real].any()
     cotangent = torch.randn(ours.shape, generator=draw)
     names = [n for n, x in a.items() if x.requires_grad]
@@ -481,7 +481,7 @@ def test_rows_at_given_positions(backend: str, monkeypatch: pytest.MonkeyPatch) 
     ):
         if name == "query":
             x, y = x[real], y[sequence, place][real]
-        torch.testing.assert_close(x, y, msg=name)
+        compare.close(name, x, y, tolerances.SUMMATION_ORDER)
     lse = lse_of(few, monkeypatch, backend=backend).transpose(1, 2)
     assert (lse[~real] == torch.inf).all() and lse[real].isfinite().all()
 
@@ -493,7 +493,7 @@ def test_few_rows_far_apart(backend: str) -> None:
     positions = torch.tensor([[0, 180, 370]], dtype=torch.int32)
     few = a | {"query": a["query"][:, positions[0].long()], "query_positions": positions, "offset": 400}
     ours, full = relative_attention(**few, backend=backend), relative_attention(**a, backend="torch")
-    torch.testing.assert_close(ours, full[:, positions[0].long()])
+    compare.close("ours", ours, full[:, positions[0].long()], tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -507,9 +507,9 @@ def test_each_part_of_the_batch_has_its_table(backend: str) -> None:
         part = {n: x[own] if x.dim() == 4 and n != "position_key" else x for n, x in a.items()}
         part["position_key"] = a["position_key"][table]
         alone = relative_attention(**part, backend=backend)
-        torch.testing.assert_close(alone, out[own])
+        compare.close("alone", alone, out[own], tolerances.SUMMATION_ORDER)
         (gradient,) = torch.autograd.grad(alone.square().sum(), a["position_key"])
-        torch.testing.assert_close(gradient[table], whole[table])
+        compare.close("result", gradient[table], whole[table], tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -548,13 +548,31 @@ def test_gradients_that_nobody_wants_are_not_computed(backend: str) -> None:
     assert [x.numel() for x in found] == [0] * 8
 
 
+def test_a_bound_on_the_lengths_may_be_any_number() -> None:
+    """Memory and bits follow the sequences and the offset, not max_seqlen."""
+    a = {n: x.detach() for n, x in tensors(1, 7, table=(80,)).items()}
+    packed = {n: x[0] if x.dim() == 4 else x for n, x in a.items()}
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    found = []
+    for longest in (4, 7, 30):
+        packed["query"] = packed["query"].detach().requires_grad_()
+        out = relative_attention(**packed, cu_seqlens=offsets, max_seqlen=longest, offset=40, backend="cpu")
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), packed["query"])))
+    for other in found[1:]:
+        for name, x, y in zip(("out", "dquery"), found[0], other, strict=True):
+            compare.same_bits(name, x, y)
+    # The default offset is the bound, and the table must hold it.
+    with pytest.raises(ValueError, match=f"position_key: got 80 rows .*wanted at least {2**63}"):
+        relative_attention(**packed, cu_seqlens=offsets, max_seqlen=2**62)
+
+
 def test_compiled_packed_rows_need_their_longest_length() -> None:
     a = tensors(1, 7, table=(14,))
     packed = {n: x.detach()[0] if x.dim() == 4 else x.detach() for n, x in a.items()}
     offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
     wanted = relative_attention(**packed, cu_seqlens=offsets, max_seqlen=7)
     compiled = torch.compile(relative_attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**packed, cu_seqlens=offsets, max_seqlen=7), wanted)
+    compare.close("result", compiled(**packed, cu_seqlens=offsets, max_seqlen=7), wanted, tolerances.SUMMATION_ORDER)
     with pytest.raises(Exception, match="max_seqlen"):
         compiled(**packed, cu_seqlens=offsets)
 

@@ -11,6 +11,7 @@ from pyxlbert import relative_attention, two_stream_attention
 from pyxlbert.ops._define import OPS
 from pyxlbert.reference import relative_attention as reference
 from pyxlbert.reference.philox import Tag, keep_scores
+from pyxlbert.testing import compare, tolerances
 
 BACKENDS = list(OPS["two_stream_attention"].implementations)
 
@@ -139,14 +140,14 @@ def test_equals_two_calls_of_relative_attention(backend: str, how: str, masked_r
     draw = generator(9)
     cotangents = [torch.randn(x.shape, generator=draw) for x in ours]
     for x, y in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(x, y)
+        compare.close("out", x, y, tolerances.SUMMATION_ORDER)
     for name, x, y in zip(
         a,
         torch.autograd.grad(ours, list(a.values()), cotangents),
         torch.autograd.grad(wanted, list(a.values()), cotangents),
         strict=True,
     ):
-        torch.testing.assert_close(x, y, msg=name)
+        compare.close(name, x, y, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,7 +167,7 @@ def test_one_output_alone(backend: str, used: int) -> None:
         torch.autograd.grad(wanted.square().sum(), [a[n] for n in names]),
         strict=True,
     ):
-        torch.testing.assert_close(x, y, msg=name)
+        compare.close(name, x, y, tolerances.SUMMATION_ORDER)
     assert not torch.autograd.grad(ours.square().sum(), a[other])[0].any()
 
 
@@ -216,10 +217,10 @@ def test_equals_xlnet(backend: str) -> None:
     ):
         ours = two_stream_attention(**a, **options, **masks)
         for x, y in zip(ours, wanted, strict=True):
-            torch.testing.assert_close(x, y)
+            compare.close("out", x, y, tolerances.SUMMATION_ORDER)
         found = torch.autograd.grad(ours, list(a.values()), cotangents)
         for name, x, y in zip(a, found, gradients, strict=True):
-            torch.testing.assert_close(x, y.transpose(0, 1) if name in streams else y, msg=name)
+            compare.close(name, x, y.transpose(0, 1) if name in streams else y, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.text import pool, read_modules
 
 pytestmark = pytest.mark.quick
@@ -49,7 +50,7 @@ def test_pool_is_its_formula(mode: str, dtype: torch.dtype) -> None:
     expected = np.stack([MODES[mode](r) if len(r) else np.zeros(5) for r in rows])
     result = pool(x, lengths, (mode,))
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, torch.from_numpy(expected).float())
+    compare.close("result", result, torch.from_numpy(expected).float(), tolerances.SUMMATION_ORDER)
 
 
 def test_pool_does_not_look_at_neighbours() -> None:
@@ -73,7 +74,7 @@ def test_several_modes_are_concatenated_in_the_order_of_sentence_transformers(tm
     assert modules.size(4) == 8
     assert not modules.normalize
     x = torch.randn(3, 4)
-    torch.testing.assert_close(modules(x, [3])[0], torch.cat([x[0], x.mean(0)]))
+    compare.close("result", modules(x, [3])[0], torch.cat([x[0], x.mean(0)]), tolerances.SUMMATION_ORDER)
 
 
 def test_without_modules_texts_are_mean_pooled(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_dense(tmp_path: Path, activation: str, bias: bool, file: str) -> None:
     x = torch.randn(4, 6)
     with torch.no_grad():
         expected = getattr(torch.nn, activation)()(layer(x.mean(0)))
-    torch.testing.assert_close(modules(x, [4])[0], expected)
+    compare.close("result", modules(x, [4])[0], expected, tolerances.SUMMATION_ORDER)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Spec:
     tiles: bool = False
     bytes_moved: Callable[[Arguments], int] | None = None
     flops: Callable[[Arguments], int] | None = None
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 def randn(
@@ -103,7 +102,7 @@ def replace(**changes: Callable[[Arguments], Any]) -> Callable[[Arguments], Argu
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     """The outputs of a call as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 
 def to_float64(arguments: Arguments) -> Arguments:

@@ -9,7 +9,7 @@ import torch
 
 from pyxlbert.ops.attention import attention
 from pyxlbert.reference.philox import keep_scores
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -139,13 +139,6 @@ def _case(
     return Case(id, make, small=small, full_only=full_only)
 
 
-def _replace(**changes: Any) -> Any:
-    def change(arguments: Arguments) -> Arguments:
-        return arguments | {name: value(arguments) for name, value in changes.items()}
-
-    return change
-
-
 def _pack(**changes: Any) -> Any:
     """The first case's tensors as one packed batch of lengths 5 and 6, with further changes."""
 
@@ -269,58 +262,58 @@ SPEC = Spec(
         _case("tiny", 25, magnitude=1e-3),
     ),
     bad=(
-        Bad("query no tensor", _replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),
-        Bad("query integer", _replace(query=lambda a: a["query"].long()), TypeError, ("query", "int64", "float32")),
-        Bad("query 3-D", _replace(query=lambda a: a["query"][0]), ValueError, ("query", "[13, 2, 16]", "4 dimensions")),
-        Bad("key meta", _replace(key=lambda a: a["key"].to("meta")), ValueError, ("key", "meta")),
-        Bad("key dtype", _replace(key=lambda a: a["key"].half()), TypeError, ("key", "float16", "float32")),
-        Bad("key heads", _replace(key=lambda a: a["key"][:, :, :1]), ValueError, ("key", "[2, 11, 1, 16]")),
-        Bad("value shape", _replace(value=lambda a: a["value"][..., :8]), ValueError, ("value", "[2, 11, 2, 8]")),
-        Bad("head size 0", _replace(query=lambda a: a["query"][..., :0]), ValueError, ("query", "head size")),
+        Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),
+        Bad("query integer", replace(query=lambda a: a["query"].long()), TypeError, ("query", "int64", "float32")),
+        Bad("query 3-D", replace(query=lambda a: a["query"][0]), ValueError, ("query", "[13, 2, 16]", "4 dimensions")),
+        Bad("key meta", replace(key=lambda a: a["key"].to("meta")), ValueError, ("key", "meta")),
+        Bad("key dtype", replace(key=lambda a: a["key"].half()), TypeError, ("key", "float16", "float32")),
+        Bad("key heads", replace(key=lambda a: a["key"][:, :, :1]), ValueError, ("key", "[2, 11, 1, 16]")),
+        Bad("value shape", replace(value=lambda a: a["value"][..., :8]), ValueError, ("value", "[2, 11, 2, 8]")),
+        Bad("head size 0", replace(query=lambda a: a["query"][..., :0]), ValueError, ("query", "head size")),
         Bad(
             "lengths float",
-            _replace(key_lengths=lambda a: a["key_lengths"].float()),
+            replace(key_lengths=lambda a: a["key_lengths"].float()),
             TypeError,
             ("key_lengths", "float32", "int32"),
         ),
-        Bad("lengths shape", _replace(key_lengths=lambda a: a["key_lengths"][:1]), ValueError, ("key_lengths", "[1]")),
-        Bad("lengths long", _replace(key_lengths=lambda a: a["key_lengths"] + 1), ValueError, ("key_lengths", "12")),
+        Bad("lengths shape", replace(key_lengths=lambda a: a["key_lengths"][:1]), ValueError, ("key_lengths", "[1]")),
+        Bad("lengths long", replace(key_lengths=lambda a: a["key_lengths"] + 1), ValueError, ("key_lengths", "12")),
         Bad(
             "lengths negative",
-            _replace(key_lengths=lambda a: a["key_lengths"] - 5),
+            replace(key_lengths=lambda a: a["key_lengths"] - 5),
             ValueError,
             ("key_lengths", "-1", "[0, 11]"),
         ),
         Bad(
             "mask 2-D",
-            _replace(attention_mask=lambda a: torch.ones(2, 11, dtype=torch.bool)),
+            replace(attention_mask=lambda a: torch.ones(2, 11, dtype=torch.bool)),
             ValueError,
             ("attention_mask", "[2, 11]", "key_lengths"),
         ),
         Bad(
             "mask shape",
-            _replace(attention_mask=lambda a: torch.ones(2, 1, 1, 13, dtype=torch.bool)),
+            replace(attention_mask=lambda a: torch.ones(2, 1, 1, 13, dtype=torch.bool)),
             ValueError,
             ("attention_mask", "[2, 1, 1, 13]", "[2, 2, 13, 11]"),
         ),
         Bad(
             "mask float",
-            _replace(attention_mask=lambda a: torch.ones(2, 1, 1, 11)),
+            replace(attention_mask=lambda a: torch.ones(2, 1, 1, 11)),
             TypeError,
             ("attention_mask", "float32", "bool"),
         ),
-        Bad("bias 2-D", _replace(bias=lambda a: a["bias"][0, 0]), ValueError, ("bias", "[13, 11]", "4 dimensions")),
-        Bad("bias dtype", _replace(bias=lambda a: a["bias"].double()), TypeError, ("bias", "float64", "float32")),
-        Bad("dropout above 1", _replace(dropout_p=lambda a: 1.5), ValueError, ("dropout_p", "1.5", "[0, 1]")),
-        Bad("dropout nan", _replace(dropout_p=lambda a: float("nan")), ValueError, ("dropout_p", "nan")),
-        Bad("scale nan", _replace(scale=lambda a: float("nan")), ValueError, ("scale", "nan", "finite")),
-        Bad("seed float", _replace(seed=lambda a: 1.5), TypeError, ("seed", "float")),
-        Bad("seed shape", _replace(seed=lambda a: torch.zeros(2, dtype=torch.int64)), ValueError, ("seed", "[2]")),
-        Bad("max_seqlen alone", _replace(max_seqlen=lambda a: 5), ValueError, ("max_seqlen", "cu_seqlens")),
+        Bad("bias 2-D", replace(bias=lambda a: a["bias"][0, 0]), ValueError, ("bias", "[13, 11]", "4 dimensions")),
+        Bad("bias dtype", replace(bias=lambda a: a["bias"].double()), TypeError, ("bias", "float64", "float32")),
+        Bad("dropout above 1", replace(dropout_p=lambda a: 1.5), ValueError, ("dropout_p", "1.5", "[0, 1]")),
+        Bad("dropout nan", replace(dropout_p=lambda a: float("nan")), ValueError, ("dropout_p", "nan")),
+        Bad("scale nan", replace(scale=lambda a: float("nan")), ValueError, ("scale", "nan", "finite")),
+        Bad("seed float", replace(seed=lambda a: 1.5), TypeError, ("seed", "float")),
+        Bad("seed shape", replace(seed=lambda a: torch.zeros(2, dtype=torch.int64)), ValueError, ("seed", "[2]")),
+        Bad("max_seqlen alone", replace(max_seqlen=lambda a: 5), ValueError, ("max_seqlen", "cu_seqlens")),
         Bad("packed and bias", _pack(bias=lambda a: a["bias"]), ValueError, ("bias", "cu_seqlens")),
         Bad(
             "packed, padded tensors",
-            _replace(cu_seqlens=lambda a: torch.zeros(3, dtype=_INT32)),
+            replace(cu_seqlens=lambda a: torch.zeros(3, dtype=_INT32)),
             ValueError,
             ("query", "3 dimensions"),
         ),
@@ -343,7 +336,21 @@ SPEC = Spec(
             ("cu_seqlens", "7 before 5"),
         ),
         Bad("max_seqlen small", _pack(max_seqlen=lambda a: 5), ValueError, ("max_seqlen", "5", "at least 6")),
-        Bad("backend unknown", _replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
+        Bad("max_seqlen float", _pack(max_seqlen=lambda a: 6.0), TypeError, ("max_seqlen", "float", "an int")),
+        Bad("max_seqlen text", _pack(max_seqlen=lambda a: "6"), TypeError, ("max_seqlen", "str", "an int")),
+        Bad("max_seqlen bool", _pack(max_seqlen=lambda a: True), TypeError, ("max_seqlen", "bool", "an int")),
+        Bad("max_seqlen negative", _pack(max_seqlen=lambda a: -1), ValueError, ("max_seqlen", "-1", "at least 0")),
+        Bad("scale text", replace(scale=lambda a: "a"), TypeError, ("scale", "str", "finite number")),
+        Bad("scale tensor", replace(scale=lambda a: torch.ones(())), TypeError, ("scale", "float32 []", "number")),
+        Bad("scale vast", replace(scale=lambda a: 10**400), ValueError, ("scale", "an integer", "finite number")),
+        Bad("causal text", replace(causal=lambda a: "no"), TypeError, ("causal", "str", "a bool")),
+        Bad("causal number", replace(causal=lambda a: 0), TypeError, ("causal", "int", "a bool")),
+        Bad("dropout text", replace(dropout_p=lambda a: "a"), TypeError, ("dropout_p", "str", "[0, 1]")),
+        Bad("dropout bool", replace(dropout_p=lambda a: True), TypeError, ("dropout_p", "bool", "[0, 1]")),
+        Bad("seed bool", replace(seed=lambda a: True), TypeError, ("seed", "bool", "an int")),
+        Bad("seed too long", replace(seed=lambda a: 2**63), ValueError, ("seed", str(2**63), "64-bit")),
+        Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
+        Bad("backend list", replace(backend=lambda a: ["cpu"]), ValueError, ("backend", "['cpu']", "cpu")),
     ),
     terms=_terms,
     tiles=True,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
 
 
 def plain(
@@ -105,10 +105,7 @@ def _case(
 
 
 def _bad(id: str, error: type[Exception], words: str, **changes: Callable[[Arguments], object]) -> Bad:
-    def change(arguments: Arguments) -> Arguments:
-        return arguments | {name: value(arguments) for name, value in changes.items()}
-
-    return Bad(id, change, error, tuple(words.split()))
+    return Bad(id, replace(**changes), error, tuple(words.split()))
 
 
 def _with(ids: Tensor, value: int) -> Tensor:
@@ -196,6 +193,13 @@ SPEC = Spec(
         _bad("dropout outside", ValueError, "dropout_p 1.5 [0,", dropout_p=lambda a: 1.5),
         _bad("out_dtype integer", TypeError, "out_dtype int32", out_dtype=lambda a: torch.int32),
         _bad("word meta", ValueError, "word meta", word=lambda a: a["word"].to("meta")),
+        _bad("out_dtype float64", TypeError, "out_dtype float64 float16", out_dtype=lambda a: torch.float64),
+        _bad("copy_dtype float64", TypeError, "copy_dtype float64 float16", copy_dtype=lambda a: torch.float64),
+        _bad("copy_dtype text", TypeError, "copy_dtype 'half' float16", copy_dtype=lambda a: "half"),
+        _bad("padding row text", TypeError, "padding_idx str int", padding_idx=lambda a: "a"),
+        _bad("padding row bool", TypeError, "padding_idx bool int", padding_idx=lambda a: True),
+        _bad("padding row float", TypeError, "padding_idx float int", padding_idx=lambda a: 1.0),
+        _bad("eps none", TypeError, "eps NoneType number", eps=lambda a: None),
         _bad("eps negative", ValueError, "eps -1.0", eps=lambda a: -1.0),
     ),
     terms=_terms,

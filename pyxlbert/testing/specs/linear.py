@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pyxlbert.ops.linear import linear
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn
+from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
 
 VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depend on their number"
 
@@ -84,11 +84,6 @@ CASES = (
 )
 
 
-def replace(**changes: Callable[[Arguments], object]) -> Callable[[Arguments], Arguments]:
-    """Arguments with some of them made anew."""
-    return lambda arguments: arguments | {name: value(arguments) for name, value in changes.items()}
-
-
 BAD = (
     Bad("x no tensor", replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),
     Bad("x integer", replace(x=lambda a: a["x"].long()), TypeError, ("x", "int64", "float32")),
@@ -104,6 +99,7 @@ BAD = (
     Bad("bias dtype", replace(bias=lambda a: a["bias"].half()), TypeError, ("bias", "float16", "float32")),
     Bad("bias no tensor", replace(bias=lambda a: 0.0), TypeError, ("bias", "float", "wanted a tensor")),
     Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
+    Bad("backend list", replace(backend=lambda a: ["cpu"]), ValueError, ("backend", "['cpu']", "cpu")),
 )
 
 

@@ -494,6 +494,14 @@ SHARED_BAD = (
     Bad("no tables", replace(position_key=lambda a: a["position_key"][:0]), ValueError, ("position_key", "0 tables")),
     Bad("offset small", replace(offset=lambda a: 5), ValueError, ("offset", "5", "at least 6")),
     Bad("offset negative", replace(offset=lambda a: -1), ValueError, ("offset", "-1", "at least 6")),
+    Bad(
+        "segments of more bits",
+        replace(key_segments=lambda a: a["key_segments"] + 2**32),
+        ValueError,
+        ("key_segments", str(2**32)[:6], "32 bits"),
+    ),
+    Bad("offset bool", replace(offset=lambda a: True), TypeError, ("offset", "bool", "int")),
+    Bad("scale text", replace(scale=lambda a: "a"), TypeError, ("scale", "str", "finite number")),
     Bad("offset float", replace(offset=lambda a: 7.0), TypeError, ("offset", "float", "int")),
     Bad(
         "content bias shape",
@@ -754,6 +762,13 @@ SPEC = Spec(
             ),
             ValueError,
             ("cu_seqlens", "6 before 5"),
+        ),
+        Bad("max_seqlen float", _pack(max_seqlen=lambda a: 4.0), TypeError, ("max_seqlen", "float", "an int")),
+        Bad("max_seqlen bool", _pack(max_seqlen=lambda a: True), TypeError, ("max_seqlen", "bool", "an int")),
+        Bad("max_seqlen vast", _pack(max_seqlen=lambda a: 2**70), ValueError, ("position_key", "20 rows", "offset")),
+        Bad("causal text", replace(causal=lambda a: "no"), TypeError, ("causal", "str", "a bool")),
+        Bad(
+            "self a tensor", replace(see_self=lambda a: torch.ones(3)), TypeError, ("see_self", "float32 [3]", "a bool")
         ),
         Bad("max_seqlen small", _pack(max_seqlen=lambda a: 3), ValueError, ("max_seqlen", "3", "at least 4")),
     ),

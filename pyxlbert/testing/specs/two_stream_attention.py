@@ -43,11 +43,18 @@ def streams(arguments: Arguments) -> tuple[Arguments, Arguments]:
         rows = targets.long().clamp(min=0)
         for name in ("query_rank", "query_segments"):
             if shared.get(name) is not None:
-                own[name] = shared[name].gather(1, rows)
+                own[name] = _taken(shared[name], rows, 1)
         mask = shared.get("attention_mask")
-        if mask is not None and mask.shape[2] > 1:
-            own["attention_mask"] = torch.take_along_dim(mask, rows[:, None, :, None], 2)
+        if mask is not None and mask.shape[2] != 1:
+            own["attention_mask"] = _taken(mask, rows[:, None, :, None], 2)
     return content, shared | own
+
+
+def _taken(x: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """x at the rows; of no position at all, one of zeros stands for the target that is not there."""
+    if x.shape[dim] == 0:
+        x = x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    return torch.take_along_dim(x, rows, dim)
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
@@ -190,6 +197,8 @@ SPEC = Spec(
         _case("one target, no biases", 33, ((32,), (0,)), biases="", ranks=True),
         _case("one token", 1, ((0,), (0,)), ranks=True),
         _case("no rows", 0, ((), ()), 5),
+        _case("no rows, targets", 0, ((-1, -1), (-1, -1)), 5, ranks=True),
+        _case("no rows, targets, mask", 0, ((-1,), (-1,)), 5, mask=(2, 1, 0, 5)),
         _case("no keys", 4, None, 0, biases="uw"),
         _case("no batch", 4, (), batch=0),
         _case("more targets than positions", 3, ((0, 1, 2, 2, 1, 0), (2,) * 6), ranks=True),
