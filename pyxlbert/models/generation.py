@@ -145,7 +145,7 @@ class LeftToRight:
     """
 
     def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
-        from pyxlbert.models.xlnet import PADDING_RANK, relative_positions
+        from pyxlbert.models.xlnet import HIDDEN_RANK, relative_positions
 
         config, encoder = model.config, model.transformer
         if config.same_length and config.attn_type == "uni":
@@ -162,7 +162,7 @@ class LeftToRight:
         self.capacity = capacity
         self.key_rank = torch.arange(capacity, dtype=torch.int32, device=device).repeat(batch, 1)
         if tokens is not None:
-            self.key_rank[:, :prompt].masked_fill_(~tokens, PADDING_RANK)
+            self.key_rank[:, :prompt].masked_fill_(~tokens, HIDDEN_RANK)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""
