@@ -209,6 +209,34 @@ def relative_positions(
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class LastTable:
+    """The table of distances that was made last: calls of one shape need the same.
+
+    Threads may share one, since what is kept is replaced as a whole. A copied or unpickled one is empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple, Tensor] | None = None
+
+    def get(
+        self, queries: int, keys: int, config: XLNetConfig, causal: bool, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """`relative_positions` in a dtype, to be read only."""
+        if torch.compiler.is_compiling():
+            return relative_positions(queries, keys, config, causal, device).to(dtype)
+        key = (queries, keys, causal, device, dtype, config.d_model, config.clamp_len, config.bi_data)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            # A table made in inference mode could take no part in training later.
+            with torch.inference_mode(False):
+                kept = (key, relative_positions(queries, keys, config, causal, device).to(dtype))
+            self._kept = kept
+        return kept[1]
+
+    def __reduce__(self) -> tuple[type[LastTable], tuple[()]]:
+        return LastTable, ()
+
+
 class XLNetRelativeAttention(RelativeAttention):
     """Attention with its residual and LayerNorm."""
 
@@ -359,6 +387,7 @@ class XLNetModel(XLNetPreTrainedModel):
         self.layer = nn.ModuleList([XLNetLayer(config) for _ in range(config.n_layer)])
         self.dropout = nn.Dropout(config.dropout)
         self.checkpointing: dict[str, Any] | None = None
+        self.distances = LastTable()
         self.tie_weights()
         self.init_weights()
 
@@ -763,7 +792,7 @@ class XLNetModel(XLNetPreTrainedModel):
 
     def _positions(self, queries: int, keys: int, causal: bool, batch: int, device: torch.device) -> Tensor:
         """``[R, E]``, ``[2, R, E]`` or, where dropout makes each sequence's its own, ``[B, R, E]``."""
-        table = relative_positions(queries, keys, self.config, causal, device).to(self.word_embedding.weight.dtype)
+        table = self.distances.get(queries, keys, self.config, causal, device, self.word_embedding.weight.dtype)
         if not self.training or self.dropout.p == 0:
             return table
         if table.dim() == 3:

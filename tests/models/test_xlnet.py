@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pyxlbert.models import (
     XLNetForSequenceClassification,
     XLNetLMHeadModel,
     XLNetModel,
+    xlnet,
 )
 from pyxlbert.testing import compare
 from pyxlbert.testing.models import randomize
@@ -183,6 +186,44 @@ def test_distances_are_projected_once_a_layer(monkeypatch) -> None:
     build()(IDS)
     build(bi_data=True)(IDS)
     assert [tuple(tensors[3].shape) for _, tensors, _ in calls.made] == [(14, 3, 8)] * 2 + [(2, 14, 3, 8)] * 2
+
+
+def test_distances_are_computed_once_for_calls_of_one_shape(monkeypatch) -> None:
+    model, made = build(), []
+    real = xlnet.relative_positions
+    monkeypatch.setattr(xlnet, "relative_positions", lambda *a: made.append(a[:2]) or real(*a))
+    with torch.inference_mode():
+        model(IDS)
+    first = model(IDS)
+    first[0].sum().backward()  # the table is none of inference mode's
+    model(IDS, mems=first.mems)
+    assert made == [(7, 7), (7, 14)]
+    again = copy.deepcopy(model)
+    compare.same_bits("states", again(IDS)[0], first[0])
+    compare.same_bits("states", pickle.loads(pickle.dumps(model))(IDS)[0], first[0])
+    assert made[2:] == [(7, 7)] * 2  # a copy starts without
+    assert "distances" not in "".join(model.state_dict())
+    for change in ({"clamp_len": 3}, {"bi_data": True}):
+        fresh = build(**change)
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        compare.same_bits("states", model(IDS)[0], fresh(IDS)[0])
+        for name in change:
+            setattr(model.config, name, SMALL.get(name, getattr(XLNetConfig(), name)))
+    assert model.double()(IDS)[0].dtype == torch.float64
+
+
+def test_threads_share_the_distances() -> None:
+    model = build()
+
+    def one(index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(IDS[:, : index % 7 + 1])[0]
+
+    wanted = [one(index) for index in range(7)]
+    with ThreadPoolExecutor(4) as pool:
+        for index, got in enumerate(pool.map(one, range(100))):
+            compare.same_bits("states", got, wanted[index % 7])
 
 
 def test_two_halves_with_a_memory_are_the_whole() -> None:
