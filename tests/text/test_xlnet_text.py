@@ -261,6 +261,25 @@ def test_vectors_equal_transformers(directory: Path) -> None:
     assert encoder.size == 32
 
 
+def test_the_classification_token_stands_last(directory: Path, tmp_path: Path, pieces: bytes) -> None:
+    wanted = np.stack([rows[-1] for rows in states(directory, STORY[:3])])
+    close(SentenceEncoder.from_pretrained(directory).encode(STORY[:3], pooling="cls"), wanted)
+    tiny_xlnet(tmp_path, pieces)
+    (tmp_path / "pooling").mkdir()
+    (tmp_path / "pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    kinds = {"": "Transformer", "pooling": "Pooling"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    close(SentenceEncoder.from_pretrained(tmp_path).encode(STORY[:3]), wanted)
+
+
+def test_a_model_trained_on_both_directions_reads_forwards(directory: Path, tmp_path: Path, pieces: bytes) -> None:
+    both_ways = SentenceEncoder.from_pretrained(tiny_xlnet(tmp_path, pieces, bi_data=True))
+    encoder = SentenceEncoder.from_pretrained(directory)
+    for count in (1, 2, 3):
+        np.testing.assert_array_equal(both_ways.encode(STORY[:count]), encoder.encode(STORY[:count]))
+
+
 def test_token_types_are_given_where_the_directory_lists_them(tmp_path: Path, pieces: bytes) -> None:
     names = ["input_ids", "token_type_ids", "attention_mask"]
     directory = settings(tiny_xlnet(tmp_path, pieces), model_input_names=names)
