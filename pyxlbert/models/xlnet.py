@@ -949,36 +949,33 @@ class XLNetLMHeadModel(XLNetPreTrainedModel):
             max_new_tokens: how many tokens to add at most.
             do_sample: draw tokens instead of taking the best.
             temperature, top_k, top_p: of drawing: logits are divided by the temperature, then cut to the `top_k` best,
-                then to the fewest that together have the probability `top_p`.
+                then to the fewest that together have the probability `top_p`. Only together with `do_sample`.
             stop_token_ids: a text that has got one of these is finished; the configuration's `eos_token_id` by default.
             pad_token_id: what follows in a finished text while others go on; the configuration's by default.
             use_mems: whether states of earlier tokens are kept as memories, or the whole text is computed at every
                 step; the configuration's `use_mems_eval` by default. In both every token sees all others that are
                 computed with it, as in `transformers`.
-            left_to_right: no token sees a later one, keys and values are kept, and a step costs as much as its own
-                token; `use_mems` is then without effect.
+            left_to_right: no token sees a later one and keys and values are kept, so that a step computes the products
+                of its own token alone; attention still reads all keys, so that a step's cost grows slowly with the
+                text. Not together with `use_mems`.
             generator: the source of chance.
 
         Returns:
             int64 ``[B, T + n]``, the prompts and what follows.
 
         Raises:
-            ValueError: an argument has a wrong shape or value; the message names it.
-            TypeError: an argument has a wrong dtype.
+            ValueError: an argument has a wrong shape or value, or no effect beside another; the message names it.
+            TypeError: an argument has a wrong type or dtype.
         """
-        config = self.config
-        stops = config.eos_token_id if stop_token_ids is None else stop_token_ids
-        stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
         return generation.generate(
             self,
             input_ids,
             attention_mask,
             max_new_tokens,
             generation.Sampling(do_sample, temperature, top_k, top_p),
-            stops,
-            pad if pad is not None else stops[0] if stops else 0,
-            config.use_mems_eval if use_mems is None else use_mems,
+            stop_token_ids,
+            pad_token_id,
+            use_mems,
             left_to_right,
             generator,
         )
