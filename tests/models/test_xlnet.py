@@ -144,6 +144,21 @@ def test_a_summary_of_tokens_needs_no_padding(kind: str, monkeypatch) -> None:
     assert (calls.made[0][2]["cu_seqlens"] is not None) == (kind == "last")
 
 
+def test_a_search_for_answers_leaves_padding_out_as_p_mask_does() -> None:
+    """The default call, padded on the left; transformers has to be told."""
+    ours = build(XLNetForQuestionAnswering)
+    theirs = transformers.XLNetForQuestionAnswering(transformers.XLNetConfig(**SMALL)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    found, told = ours(IDS, MASK), theirs(IDS, MASK, p_mask=1 - MASK)
+    untold = theirs(IDS, MASK)
+    for name in ("start_top_log_probs", "end_top_log_probs", "cls_logits", "start_top_index"):
+        compare.close(name, found[name], told[name], FLOAT32)
+    assert REAL.gather(1, found.start_top_index).all()
+    assert not torch.equal(untold.start_top_log_probs, told.start_top_log_probs)
+    for a, b in zip(found.mems, untold.mems, strict=True):
+        compare.close("memory", a, b, FLOAT32)
+
+
 # Order, targets and memories
 
 
