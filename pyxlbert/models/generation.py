@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyxlbert.models.inputs import check_device, check_range, check_shape, check_tokens
+from pyxlbert.models.inputs import check_device, check_range, check_shape, check_tensors, check_tokens, check_zero_one
 from pyxlbert.nn import RelativeLayout, TokenLayout
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Sampling:
     """How the next token is taken from its logits.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or would have no effect.
+        TypeError: a value is of another type.
     """
 
     do_sample: bool = False
@@ -33,16 +35,31 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: got {self.temperature}, wanted more than 0")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"top_k: got {self.top_k!r}, wanted an integer of at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, wanted more than 0 and at most 1")
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"do_sample: got {self.do_sample!r}, wanted True or False")
+        _check_number("temperature", self.temperature)
+        if not 0 < self.temperature < torch.inf:
+            raise ValueError(f"temperature: got {self.temperature}, wanted more than 0 and finite")
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k)
+            if self.top_k < 1:
+                raise ValueError(f"top_k: got {self.top_k}, wanted an integer of at least 1")
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p: got {self.top_p}, wanted more than 0 and at most 1")
+        for name, unset in (("temperature", 1), ("top_k", None), ("top_p", None)):
+            value = getattr(self, name)
+            if not self.do_sample and value != unset:
+                raise ValueError(f"{name}: got {value} without do_sample, which takes the best token; wanted {unset}")
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Logits [B, V] over the temperature, -inf outside the `top_k` best and the fewest that hold `top_p`."""
+        best = logits == logits.amax(dim=-1, keepdim=True)
         logits = logits / self.temperature
+        if not bool(logits.isfinite().all()):
+            # Differences have become larger than any number: the best alone is left.
+            logits = torch.zeros_like(logits).masked_fill(~best, -torch.inf)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             worst = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < worst, -torch.inf)
@@ -92,7 +109,7 @@ class WithMemories:
         if self.mems:
             ids, tokens = ids[:, -RECOMPUTED:], None
         given = _with_target(ids, tokens)
-        output = self.model(**given, mems=self.mems, mems_mask=self.seen, use_mems=True)
+        output = self.model(**given, mems=self.mems, mems_mask=self.seen if self.mems else None, use_mems=True)
         # The states of the dummy and of the tokens that come again are no memories.
         self.mems = tuple(memory[:-RECOMPUTED] for memory in output.mems)
         if self.tokens is not None:
@@ -129,9 +146,9 @@ def _with_target(ids: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
 class LeftToRight:
     """No token sees a later one, so keys and values stay as they are: each step adds those of one token.
 
-    A step sends two rows through the layers, the new token's and the target's, whatever the length of the text; only
-    attention reads the keys that are there. The logits are those of one forward pass over the whole text with ranks 0,
-    1, 2, ... for queries and keys.
+    A step sends two rows through the products of the layers, the new token's and the target's, whatever the length of
+    the text; attention reads all keys that are there, so that a step's cost grows slowly with the text. The logits are
+    those of one forward pass over the whole text with ranks 0, 1, 2, ... for queries and keys.
 
     Args:
         model: the model.
@@ -145,7 +162,7 @@ class LeftToRight:
     """
 
     def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
-        from pyxlbert.models.xlnet import PADDING_RANK, relative_positions
+        from pyxlbert.models.xlnet import HIDDEN_RANK, relative_positions
 
         config, encoder = model.config, model.transformer
         if config.same_length and config.attn_type == "uni":
@@ -162,7 +179,7 @@ class LeftToRight:
         self.capacity = capacity
         self.key_rank = torch.arange(capacity, dtype=torch.int32, device=device).repeat(batch, 1)
         if tokens is not None:
-            self.key_rank[:, :prompt].masked_fill_(~tokens, PADDING_RANK)
+            self.key_rank[:, :prompt].masked_fill_(~tokens, HIDDEN_RANK)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""
@@ -216,27 +233,38 @@ def generate(
     attention_mask: Tensor | None,
     max_new_tokens: int,
     sampling: Sampling,
-    stop_token_ids: Sequence[int],
-    pad_token_id: int,
-    use_mems: bool,
+    stop_token_ids: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    use_mems: bool | None,
     left_to_right: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
     """See `XLNetLMHeadModel.generate`."""
+    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
     check_tokens(input_ids, None, model.config.d_model, model.device)
     check_range("input_ids", input_ids, 0, model.config.vocab_size - 1)
     batch, length = input_ids.shape
     if length == 0:
         raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, wanted at least one token to begin with")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    _check_integer("max_new_tokens", max_new_tokens)
+    if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an integer of at least 1")
+    for name, value in (("use_mems", use_mems), ("left_to_right", left_to_right)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    if use_mems and left_to_right:
+        raise ValueError("use_mems: got True with left_to_right, which keeps keys and values; wanted None or False")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, wanted a torch.Generator")
+    stop_token_ids, pad_token_id = _special(model, stop_token_ids, pad_token_id)
+    use_mems = model.config.use_mems_eval if use_mems is None else use_mems
     tokens = _left_padded(attention_mask, batch, length, input_ids.device)
     if left_to_right:
         stepper = LeftToRight(model, tokens, batch, length, length + max_new_tokens)
     else:
         stepper = (WithMemories if use_mems else Whole)(model, tokens)
     ids = input_ids.long()
-    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=ids.device)
+    stops = torch.tensor(stop_token_ids, dtype=torch.long, device=ids.device)
     going = torch.ones(batch, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         chosen = sampling.next(stepper.logits(ids), generator)
@@ -248,11 +276,44 @@ def generate(
     return ids
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {value!r}, wanted an integer")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, wanted a number")
+
+
+def _special(
+    model: XLNetLMHeadModel, stop_token_ids: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[list[int], int]:
+    """The tokens that end a text, and what follows them; the configuration's where they are not given."""
+    config = model.config
+    stops = config.eos_token_id if stop_token_ids is None else stop_token_ids
+    stops = [] if stops is None else [stops] if not isinstance(stops, (list, tuple, set, range)) else list(stops)
+    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = pad if pad is not None else stops[0] if stops else 0
+    for name, values in (("stop_token_ids", stops), ("pad_token_id", [pad])):
+        for value in values:
+            _check_integer(name, value)
+            if not 0 <= value < config.vocab_size:
+                # What is not given but stands in the configuration may be of no use: nothing is drawn from outside.
+                if name == "stop_token_ids" and stop_token_ids is None:
+                    continue
+                if name == "pad_token_id" and pad_token_id is None and not stops:
+                    continue
+                raise ValueError(f"{name}: got {value}, wanted 0 to {config.vocab_size - 1}, a token of the vocabulary")
+    return [int(stop) for stop in stops], int(pad)
+
+
 def _left_padded(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
     if mask is None:
         return None
     check_device("attention_mask", mask, device)
     check_shape("attention_mask", mask, (batch, length))
+    check_zero_one("attention_mask", mask)
     tokens = mask.to(torch.bool)
     if bool((tokens[:, 1:] < tokens[:, :-1]).any()) or not bool(tokens[:, -1].all()):
         raise ValueError("attention_mask: got padding behind a token, wanted padding on the left alone")

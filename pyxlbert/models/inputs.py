@@ -13,6 +13,19 @@ def can_read_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
+def check_tensors(**given: object) -> None:
+    """Raises TypeError for what is neither a tensor nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
+
+
+def check_zero_one(name: str, mask: Tensor) -> None:
+    """Raises ValueError for a mask on the CPU with other values than 0 and 1."""
+    if mask.dtype != torch.bool and can_read_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name}: got other values than 0 and 1, wanted 1 for a token")
+
+
 def check_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
     """Raises ValueError when a tensor is on another device."""
     if tensor is not None and tensor.device != device:

@@ -23,14 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from pyxlbert.models import generation
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.inputs import (
-    can_read_values,
     check_classes,
     check_device,
     check_ids,
     check_integers,
     check_range,
     check_shape,
+    check_tensors,
     check_tokens,
+    check_zero_one,
 )
 from pyxlbert.models.losses import LOW_PRECISION, classification_loss, cross_entropy, span_loss, widened
 from pyxlbert.models.outputs import (
@@ -58,8 +59,9 @@ from pyxlbert.nn import (
 ATTENTION_TYPES = ("bi", "uni")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 MASKED_ROWS = ("zero", "uniform")
-# Above every rank a query has, so that no other row sees padding; a padded row of the content stream sees itself, which
-# the highest rank of all would forbid.
+# Above every rank a query has, and never read.
+HIDDEN_RANK = 2**31 - 1
+# Above every rank a query has too, but a row of the content stream with it sees itself: padding whose own row is read.
 PADDING_RANK = 2**31 - 2
 # Below every rank a query has: memories are seen by all.
 MEMORY_RANK = -(2**31)
@@ -205,6 +207,34 @@ def relative_positions(
         distances = distances.clamp(-config.clamp_len, config.clamp_len)
     angles = distances[..., None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class LastTable:
+    """The table of distances that was made last: calls of one shape need the same.
+
+    Threads may share one, since what is kept is replaced as a whole. A copied or unpickled one is empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple, Tensor] | None = None
+
+    def get(
+        self, queries: int, keys: int, config: XLNetConfig, causal: bool, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """`relative_positions` in a dtype, to be read only."""
+        if torch.compiler.is_compiling():
+            return relative_positions(queries, keys, config, causal, device).to(dtype)
+        key = (queries, keys, causal, device, dtype, config.d_model, config.clamp_len, config.bi_data)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            # A table made in inference mode could take no part in training later.
+            with torch.inference_mode(False):
+                kept = (key, relative_positions(queries, keys, config, causal, device).to(dtype))
+            self._kept = kept
+        return kept[1]
+
+    def __reduce__(self) -> tuple[type[LastTable], tuple[()]]:
+        return LastTable, ()
 
 
 class XLNetRelativeAttention(RelativeAttention):
@@ -357,6 +387,7 @@ class XLNetModel(XLNetPreTrainedModel):
         self.layer = nn.ModuleList([XLNetLayer(config) for _ in range(config.n_layer)])
         self.dropout = nn.Dropout(config.dropout)
         self.checkpointing: dict[str, Any] | None = None
+        self.distances = LastTable()
         self.tie_weights()
         self.init_weights()
 
@@ -393,7 +424,8 @@ class XLNetModel(XLNetPreTrainedModel):
             perm_mask: ``[B, T, T]``, 1 where i (row) may not see j.
             target_mapping: ``[B, M, T]``, 1 where a row of the query stream stands at a place. Rows of one 1, each at
                 a place of its own, become positions; any other mapping is computed at every place.
-            token_type_ids: ``[B, T]``, integers; only whether two are equal counts. Memories are of type 0.
+            token_type_ids: ``[B, T]``, integers that int32 holds; only whether two are equal counts. Memories are of
+                type 0.
             input_mask: ``[B, T]``, 1 minus `attention_mask`, in place of it.
             inputs_embeds: ``[B, T, E]``, in place of `input_ids` and their table.
             use_mems: whether to return memories; by default the configuration's `use_mems_eval` or `use_mems_train`.
@@ -429,6 +461,20 @@ class XLNetModel(XLNetPreTrainedModel):
             use_mems = cu_seqlens is None and (config.use_mems_train if self.training else config.use_mems_eval)
         weight = self.word_embedding.weight
         device = weight.device
+        check_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            perm_mask=perm_mask,
+            target_mapping=target_mapping,
+            token_type_ids=token_type_ids,
+            input_mask=input_mask,
+            inputs_embeds=inputs_embeds,
+            target_positions=target_positions,
+            query_rank=query_rank,
+            key_rank=key_rank,
+            mems_mask=mems_mask,
+            cu_seqlens=cu_seqlens,
+        )
         _, tokens = check_tokens(input_ids, inputs_embeds, config.d_model, device, packed=cu_seqlens is not None)
         if input_ids is not None:
             check_range("input_ids", input_ids, 0, config.vocab_size - 1)
@@ -453,12 +499,16 @@ class XLNetModel(XLNetPreTrainedModel):
             batch, length = tokens.shape[:2]
             real = self._real_tokens(attention_mask, input_mask, batch, length, device)
             mems, memory = self._check_mems(mems, batch, device)
-            # With anything but the tokens themselves, places count: nothing is left out.
             if mems_mask is not None:
                 check_device("mems_mask", mems_mask, device)
                 check_shape("mems_mask", mems_mask, (batch, memory))
-            given = (mems, perm_mask, target_mapping, target_positions, query_rank, key_rank)
-            whole = use_mems or output_attentions or any(x is not None for x in given) or _reads_padding(reads, real)
+                check_zero_one("mems_mask", mems_mask)
+            self._check_order(perm_mask, query_rank, key_rank, batch, length, device)
+            # Whether somebody looks at what stands at padding.
+            padding_read = use_mems or output_attentions or _reads_padding(reads, real)
+            # With a tensor for pairs of places, or places of targets and memories, nothing is left out.
+            given = (mems, perm_mask, target_mapping, target_positions)
+            whole = padding_read or self._moving_window or any(x is not None for x in given)
             if whole or real is None or not has_values(real) or not _one_piece(real):
                 tokens_layout = TokenLayout(batch, length, token_mask=real)
             else:
@@ -468,12 +518,15 @@ class XLNetModel(XLNetPreTrainedModel):
         token_type_ids = check_ids(
             "token_type_ids", token_type_ids, tokens.shape[: tokens.dim() - (input_ids is None)], device
         )
+        if token_type_ids is not None:
+            check_range("token_type_ids", token_type_ids, -(2**31), 2**31 - 1)
         if cu_seqlens is None:
             target_mapping, target_positions = self._targets(
                 target_mapping, target_positions, batch, length, device, weight.dtype, output_attentions
             )
+            at_positions = target_positions is not None
             masks = self._masks(
-                tokens_layout, memory, mems_mask, perm_mask, query_rank, key_rank, target_positions is not None, device
+                tokens_layout, memory, mems_mask, perm_mask, query_rank, key_rank, at_positions, padding_read, device
             )
         else:
             masks = {"causal": config.attn_type == "uni"}
@@ -502,12 +555,20 @@ class XLNetModel(XLNetPreTrainedModel):
             words = F.embedding(tokens_layout.take(input_ids), weight)
         else:
             words = tokens_layout.take(inputs_embeds).to(weight.dtype)
+            if tokens_layout.token_mask is not None:
+                # What is computed for nobody begins with zeros; what is read must be finite, so that in no product,
+                # here or in a gradient, its zero weight meets a NaN.
+                kept = tokens_layout.token_mask[..., None]
+                words = torch.where(kept | words.isfinite() if padding_read else kept, words, 0.0)
         content, query = stream(words), None
         if target_positions is not None or target_mapping is not None:
             targets = target_positions if target_mapping is None else target_mapping
             query = stream(self.mask_emb.expand(*targets.shape[:2], -1))
 
         new_mems = [] if use_mems else None
+        seen_mems = mems
+        if mems is not None and mems_mask is not None:
+            seen_mems = [one.masked_fill(~mems_mask.to(torch.bool).t()[..., None], 0.0) for one in mems]
         states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
 
@@ -526,7 +587,7 @@ class XLNetModel(XLNetPreTrainedModel):
             inputs = (
                 content,
                 query,
-                None if mems is None else mems[index],
+                None if seen_mems is None else seen_mems[index],
                 layout,
                 copy_dtype,
                 # The last content rows are for nobody when there are targets.
@@ -583,8 +644,7 @@ class XLNetModel(XLNetPreTrainedModel):
             return None
         check_device(name, mask, device)
         check_shape(name, mask, (batch, length))
-        if mask.dtype != torch.bool and can_read_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(f"{name}: got other values than 0 and 1, wanted 1 for a token")
+        check_zero_one(name, mask)
         real = mask.to(torch.bool) if input_mask is None else ~mask.to(torch.bool)
         return None if has_values(real) and bool(real.all()) else real
 
@@ -592,6 +652,8 @@ class XLNetModel(XLNetPreTrainedModel):
         self, mems: Sequence[Tensor] | None, batch: int, device: torch.device
     ) -> tuple[Sequence[Tensor] | None, int]:
         """The memories, None where there are none, and their length."""
+        if mems is not None and not isinstance(mems, (list, tuple)):
+            raise TypeError(f"mems: got {type(mems).__name__}, wanted a list or a tuple with a tensor for every layer")
         if mems is None or all(one is None for one in mems):
             return None, 0
         if len(mems) != self.config.n_layer:
@@ -645,14 +707,17 @@ class XLNetModel(XLNetPreTrainedModel):
         query_rank: Tensor | None,
         key_rank: Tensor | None,
         at_positions: bool,
+        padding_read: bool,
         device: torch.device,
     ) -> dict[str, Any]:
         """Who may see whom, as fields of a `RelativeLayout`."""
+        if tokens.packed:
+            ranks = {} if query_rank is None else {"query_rank": query_rank, "key_rank": key_rank}
+            return {"causal": self.config.attn_type == "uni"} | {name: tokens.take(x) for name, x in ranks.items()}
         batch, length = tokens.batch, tokens.length
         keys = memory + length
         padding = None if tokens.token_mask is None else ~tokens.token_mask
         causal, same_length = self.config.attn_type == "uni", self.config.same_length
-        self._check_order(perm_mask, query_rank, key_rank, batch, length, device)
         numbers = torch.arange(keys, device=device, dtype=torch.int32)
         places = torch.arange(length, device=device, dtype=torch.int32)
         visible = None  # [B or 1, T, Tk]
@@ -684,7 +749,10 @@ class XLNetModel(XLNetPreTrainedModel):
                 key_rank = key_rank + numbers + 1
                 causal = False
         if key_rank is not None and hidden is not None:
-            key_rank = key_rank.masked_fill(hidden, PADDING_RANK)
+            # The average of masked_rows="uniform" is over padding too.
+            own_row = padding_read or self.config.masked_rows == "uniform"
+            key_rank = key_rank.masked_fill(hidden, PADDING_RANK if own_row else HIDDEN_RANK)
+            key_rank[:, :memory].masked_fill_(hidden[:, :memory], HIDDEN_RANK)
         return {
             "query_rank": query_rank,
             "key_rank": key_rank,
@@ -717,9 +785,14 @@ class XLNetModel(XLNetPreTrainedModel):
             check_device(name, rank, device)
             check_shape(name, rank, (batch, length))
 
+    @property
+    def _moving_window(self) -> bool:
+        """Whether a row sees only so many keys before it, which only a dense mask can say."""
+        return self.config.same_length and self.config.attn_type == "uni"
+
     def _positions(self, queries: int, keys: int, causal: bool, batch: int, device: torch.device) -> Tensor:
         """``[R, E]``, ``[2, R, E]`` or, where dropout makes each sequence's its own, ``[B, R, E]``."""
-        table = relative_positions(queries, keys, self.config, causal, device).to(self.word_embedding.weight.dtype)
+        table = self.distances.get(queries, keys, self.config, causal, device, self.word_embedding.weight.dtype)
         if not self.training or self.dropout.p == 0:
             return table
         if table.dim() == 3:
@@ -738,8 +811,10 @@ class XLNetModel(XLNetPreTrainedModel):
 
 def _reads_padding(reads: str | None, real: Tensor | None) -> bool:
     """Whether padding stands at a place that a head reads."""
-    if reads is None or real is None or not has_values(real):
+    if reads is None or real is None:
         return False
+    if not has_values(real):
+        return True
     places = {"first": real[:, :1], "last": real[:, -1:], "mean": real}[reads]
     return not bool(places.all())
 
@@ -874,36 +949,33 @@ class XLNetLMHeadModel(XLNetPreTrainedModel):
             max_new_tokens: how many tokens to add at most.
             do_sample: draw tokens instead of taking the best.
             temperature, top_k, top_p: of drawing: logits are divided by the temperature, then cut to the `top_k` best,
-                then to the fewest that together have the probability `top_p`.
+                then to the fewest that together have the probability `top_p`. Only together with `do_sample`.
             stop_token_ids: a text that has got one of these is finished; the configuration's `eos_token_id` by default.
             pad_token_id: what follows in a finished text while others go on; the configuration's by default.
             use_mems: whether states of earlier tokens are kept as memories, or the whole text is computed at every
                 step; the configuration's `use_mems_eval` by default. In both every token sees all others that are
                 computed with it, as in `transformers`.
-            left_to_right: no token sees a later one, keys and values are kept, and a step costs as much as its own
-                token; `use_mems` is then without effect.
+            left_to_right: no token sees a later one and keys and values are kept, so that a step computes the products
+                of its own token alone; attention still reads all keys, so that a step's cost grows slowly with the
+                text. Not together with `use_mems`.
             generator: the source of chance.
 
         Returns:
             int64 ``[B, T + n]``, the prompts and what follows.
 
         Raises:
-            ValueError: an argument has a wrong shape or value; the message names it.
-            TypeError: an argument has a wrong dtype.
+            ValueError: an argument has a wrong shape or value, or no effect beside another; the message names it.
+            TypeError: an argument has a wrong type or dtype.
         """
-        config = self.config
-        stops = config.eos_token_id if stop_token_ids is None else stop_token_ids
-        stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        pad = config.pad_token_id if pad_token_id is None else pad_token_id
         return generation.generate(
             self,
             input_ids,
             attention_mask,
             max_new_tokens,
             generation.Sampling(do_sample, temperature, top_k, top_p),
-            stops,
-            pad if pad is not None else stops[0] if stops else 0,
-            config.use_mems_eval if use_mems is None else use_mems,
+            stop_token_ids,
+            pad_token_id,
+            use_mems,
             left_to_right,
             generator,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,23 @@ class RelativeLayout:
             "attention_mask": self.attention_mask,
             "masked_rows": self.masked_rows,
         }
+
+    def at(self, places: Tensor) -> RelativeLayout:
+        """The same for queries that stand at `places` [B, M], integers, instead of at every place.
+
+        Their ranks, segments and rows of the mask are those of the places; -1 takes place 0's.
+        """
+        index = places.clamp(min=0).long()
+        rank, segments, mask = self.query_rank, self.query_segments, self.attention_mask
+        if mask is not None:
+            mask = mask.expand(index.shape[0], 1, *mask.shape[2:])
+            mask = mask.gather(2, index[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
+        return replace(
+            self,
+            query_rank=None if rank is None else rank.gather(1, index),
+            query_segments=None if segments is None else segments.gather(1, index),
+            attention_mask=mask,
+        )
 
 
 class RelativeAttention(Packable):
@@ -203,26 +220,15 @@ class RelativeAttention(Packable):
         if query is None:
             return mixed, None, None
         if positions is not None:
-            chosen = self._at(positions, terms, masks, layout)
-            target = relative_attention(query, key, value, table, offset=layout.tokens.length, **chosen)
+            there = layout.at(positions)
+            given = {**self._terms(there), **there.masks(), "query_positions": positions}
+            target = relative_attention(query, key, value, table, offset=layout.tokens.length, **given)
         else:
             mapping = layout.target_mapping.to(query.dtype)
             spread = torch.einsum("bmt,bmhd->bthd", mapping, query)
             target = self.look(spread, key, value, table, layout)
             target = torch.einsum("bmt,bthd->bmhd", mapping, target)
         return mixed, target, None
-
-    @staticmethod
-    def _at(positions: Tensor, terms: dict[str, Any], masks: dict[str, Any], layout: RelativeLayout) -> dict[str, Any]:
-        """The arguments of `relative_attention` for queries that stand at `positions` [B, M]."""
-        chosen = {**terms, **masks, "query_positions": positions}
-        index = positions.clamp(min=0).long()
-        for name, values in (("query_segments", layout.query_segments), ("query_rank", layout.query_rank)):
-            if values is not None:
-                chosen[name] = values.gather(1, index)
-        if layout.attention_mask is not None:
-            chosen["attention_mask"] = _mask_rows(layout.attention_mask, index)
-        return chosen
 
     def _explicit(
         self,
@@ -259,6 +265,7 @@ class RelativeAttention(Packable):
         self, query: Tensor, key: Tensor, table: Tensor, places: Tensor, layout: RelativeLayout, see_self: bool
     ) -> Tensor:
         """Softmax of the scores [B, H, M, Tk], for queries [B, M, H, D] that stand at `places` [B, M]."""
+        layout = layout.at(places)
         wide = torch.promote_types(query.dtype, torch.float32)
         query, key, table = query.to(wide), key.to(wide), table.to(wide)
         batch, count, heads, _ = query.shape
@@ -272,8 +279,7 @@ class RelativeAttention(Packable):
         rows = (layout.tokens.length + numbers - places[..., None]).clamp(max=tables.shape[1] - 1)  # [B, M, Tk]
         scores = scores + by_row.gather(-1, rows[:, None].expand(batch, heads, count, keys))
         if layout.query_segments is not None:
-            segments = layout.query_segments.gather(1, places)
-            other = segments[:, :, None] != layout.key_segments[:, None, :]
+            other = layout.query_segments[:, :, None] != layout.key_segments[:, None, :]
             same_score, other_score = torch.einsum("bihd,shd->sbhi", query + self.r_s_bias, self.seg_embed.to(wide))
             scores = scores + torch.where(other[:, None], other_score[..., None], same_score[..., None])
         scores = scores * self.head_size**-0.5
@@ -289,27 +295,20 @@ class RelativeAttention(Packable):
 
     @staticmethod
     def _visible(places: Tensor, keys: int, layout: RelativeLayout, see_self: bool) -> Tensor | None:
-        """Bool [B, 1, M, Tk], or None where every row sees every key."""
+        """Bool [B, 1, M, Tk], or None where every row sees every key; `layout` is that of the places."""
         numbers = torch.arange(keys, device=places.device)
         own = places[:, None, :, None] + (keys - layout.tokens.length)
         visible = None
         if layout.causal:
             visible = numbers <= own
         if layout.key_rank is not None:
-            seen = (layout.query_rank.gather(1, places)[:, :, None] > layout.key_rank[:, None, :])[:, None]
+            seen = (layout.query_rank[:, :, None] > layout.key_rank[:, None, :])[:, None]
             visible = seen if visible is None else visible & seen
         if layout.attention_mask is not None:
-            mask = _mask_rows(layout.attention_mask, places)
-            visible = mask if visible is None else visible & mask
+            visible = layout.attention_mask if visible is None else visible & layout.attention_mask
         if visible is not None and see_self:
             visible = visible | (numbers == own)
         return visible
 
     def extra_repr(self) -> str:
         return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"
-
-
-def _mask_rows(mask: Tensor, places: Tensor) -> Tensor:
-    """Rows `places` [B, M] of a mask [B or 1, 1, T, Tk]."""
-    mask = mask.expand(places.shape[0], 1, *mask.shape[2:])
-    return mask.gather(2, places[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))

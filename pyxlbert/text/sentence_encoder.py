@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,10 @@ class SentenceEncoder:
     ) -> None:
         self.model = pack(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
-        self.modules = SentenceModules() if modules is None else modules
+        modules = SentenceModules() if modules is None else modules
+        # XLNet's classification token stands behind the text.
+        self._cls = "lasttoken" if isinstance(model, XLNetModel) else "cls"
+        self.modules = replace(modules, modes=tuple(map(self._mode, modules.modes)))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> SentenceEncoder:
@@ -73,13 +77,18 @@ class SentenceEncoder:
             # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
             warnings.simplefilter("ignore")
             if read_optional_json(folder / "config.json").get("model_type") == "xlnet":
-                model: BertModel | XLNetModel = XLNetModel.from_pretrained(folder, dtype=dtype, use_mems_eval=False)
+                # Every text reads forwards: no memory is kept, and none is of the half of a batch that reads backwards.
+                fields = {"use_mems_eval": False, "bi_data": False}
+                model: BertModel | XLNetModel = XLNetModel.from_pretrained(folder, dtype=dtype, **fields)
                 positions = None
             else:
                 model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
                 positions = model.config.max_position_embeddings
         tokenizer = TextTokenizer.from_directory(folder, positions)
         return cls(model, tokenizer, modules)
+
+    def _mode(self, mode: str) -> str:
+        return self._cls if mode == "cls" else mode
 
     @property
     def size(self) -> int:
@@ -106,7 +115,8 @@ class SentenceEncoder:
                 vectors: no).
             layers: None is the last; an int is that layer, 0 being the embeddings and negatives counting from the
                 top; several ints are averaged; `("sum", -1, -2)` adds them, `("mean", -1, -2)` is the average.
-            pooling: "mean", "cls" or "max"; None is the directory's own, dense layers included.
+            pooling: "mean", "cls" (the classification token's: BERT's first, XLNet's last) or "max"; None is the
+                directory's own, dense layers included.
             token_vectors: True gives the vectors of the tokens, "word" those of the words (the mean of their pieces).
             show_progress: a bar on standard error; None shows it on a terminal when the work takes long.
 
@@ -156,7 +166,7 @@ class SentenceEncoder:
             lengths = [len(ids[row]) for row in rows]
             with torch.inference_mode():
                 x = hidden([ids[row] for row in rows])
-                vectors = self.modules(x, lengths) if pooling is None else pool(x, lengths, (pooling,))
+                vectors = self.modules(x, lengths) if pooling is None else pool(x, lengths, (self._mode(pooling),))
                 if normalize:
                     vectors = F.normalize(vectors, dim=-1)
                 result[rows] = vectors.cpu().numpy()

@@ -7,12 +7,14 @@ switched off and the length limit is found as `length_limit` says.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import xlnet_tokenizer
 from .files import model_directory, read_optional_json, read_text
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
@@ -24,6 +26,9 @@ _SLICE = 1024
 # XLNet has no position table, so its texts may be of any length.
 UNLIMITED = 2**31 - 1
 
+# Pieces that are a word of their own in XLNet's pretraining.
+_PUNCTUATION = frozenset(string.punctuation) - {"'"}
+
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -31,20 +36,6 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
-
-
-# XLNet's, in the order in which those that a SentencePiece model lacks get ids behind its own.
-_XLNET_TOKENS = {
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "sep_token": "<sep>",
-    "pad_token": "<pad>",
-    "cls_token": "<cls>",
-    "mask_token": "<mask>",
-}
-# Kinds of pieces in a SentencePiece model that stand in a text as they are.
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 class TokenizedText(NamedTuple):
@@ -134,8 +125,7 @@ class TextTokenizer:
         """
         path = model_directory(directory)
         settings = read_optional_json(path / "tokenizer_config.json")
-        model_type = read_optional_json(path / "config.json").get("model_type")
-        xlnet = model_type == "xlnet" or (model_type is None and (path / "spiece.model").is_file())
+        xlnet = xlnet_tokenizer.is_xlnet(path, settings)
         if xlnet and max_positions is None:
             max_positions = UNLIMITED
         return cls(
@@ -143,7 +133,11 @@ class TextTokenizer:
             length_limit(path, max_positions),
             special_types=xlnet,
             token_types="token_type_ids" in settings.get("model_input_names", ()),
-            pad_token=_named(settings, "pad_token", "<pad>" if xlnet else "[PAD]"),
+            pad_token=_named(
+                xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
+                "pad_token",
+                "<pad>" if xlnet else "[PAD]",
+            ),
             pad_left=settings.get("padding_side", "left" if xlnet else "right") == "left",
         )
 
@@ -154,6 +148,28 @@ class TextTokenizer:
         front, back = self._types
         middle = np.zeros(length - len(front) - len(back), dtype=np.int64)
         return np.concatenate([front, middle, back])
+
+    def word_starts(self) -> np.ndarray:
+        """Which tokens begin a word, for `pyxlbert.training.PermutationLanguageModeling`.
+
+        In XLNet's pieces: those with the mark of a word, those in angle brackets, and punctuation marks. In BERT's:
+        those without the mark of a continuation.
+
+        Returns:
+            bool ``[V]``, added tokens among them.
+
+        Raises:
+            ValueError: the tokenizer has neither XLNet's kind of pieces nor BERT's.
+        """
+        from tokenizers import models
+
+        model, size = self._tokenizer.model, self._tokenizer.get_vocab_size()
+        tokens = [self._tokenizer.id_to_token(index) or "" for index in range(size)]
+        if isinstance(model, models.Unigram):
+            return np.array([token.startswith(("▁", "<")) or token in _PUNCTUATION for token in tokens], dtype=bool)
+        if isinstance(model, models.WordPiece):
+            return np.array([not token.startswith(model.continuing_subword_prefix) for token in tokens], dtype=bool)
+        raise ValueError(f"tokenizer: got a model of kind {type(model).__name__}, wanted Unigram or WordPiece")
 
     def padded(self, texts: Sequence[str]) -> PaddedIds:
         """Several texts side by side, those shorter than the longest filled up.
@@ -257,11 +273,15 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise ValueError(f"{saved} is not a tokenizer that can be read: {error}") from None
-        _apply_settings(tokenizer, settings)
+        own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
+        if own is None:
+            _apply_settings(tokenizer, settings)
+        else:
+            tokenizer = own
     elif vocabulary.is_file():
         tokenizer = _from_vocabulary(vocabulary, settings)
     elif pieces.is_file():
-        tokenizer = _from_sentencepiece(pieces, settings)
+        tokenizer = xlnet_tokenizer.from_sentencepiece(pieces, settings)
     else:
         raise FileNotFoundError(
             f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model"
@@ -342,79 +362,3 @@ def _special_tokens(defaults: dict[str, str], directory: Path, settings: dict[st
     for source in (read_optional_json(directory / "special_tokens_map.json"), settings):
         special = {name: _named(source, name, token) for name, token in special.items()}
     return special
-
-
-def _from_sentencepiece(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """XLNet's unigram model, with its normalisation, as `transformers` makes it from such a file.
-
-    Doubled quotation marks become one, accents go, the model's own table of replacements follows; words are what white
-    space divides. Control and user-defined pieces are taken from a text as they stand, before anything else; what
-    follows one in the middle of a word begins as a word does, which SentencePiece itself would not do.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-    proto = _read_sentencepiece(path)
-    unigram = 1
-    if proto.trainer_spec.model_type != unigram:
-        raise ValueError(f"{path}: is not a unigram model, which XLNet's are")
-    vocab = [(piece.piece, piece.score) for piece in proto.pieces]
-    special = _special_tokens(_XLNET_TOKENS, path.parent, settings)
-    tokenizer = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
-    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-    steps += [normalizers.NFKD(), normalizers.StripAccents()]
-    if settings.get("do_lower_case"):
-        steps.append(normalizers.Lowercase())
-    if proto.normalizer_spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    added = {p.piece: p.type == _CONTROL for p in proto.pieces if p.type in (_CONTROL, _USER_DEFINED)}
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(token, normalized=False, special=control or token in special.values())
-            for token, control in added.items()
-        ]
-    )
-    tokenizer.add_tokens(
-        [
-            # A text's white space before a mask belongs to it.
-            tokenizers.AddedToken(token, normalized=False, special=True, lstrip=name == "mask_token")
-            for name, token in special.items()
-            if token not in added
-        ]
-    )
-    sep_token, cls_token = special["sep_token"], special["cls_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A:0 {sep_token}:0 {cls_token}:2",
-        pair=f"$A:0 {sep_token}:0 $B:1 {sep_token}:1 {cls_token}:2",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (sep_token, cls_token)],
-    )
-    return tokenizer
-
-
-def _read_sentencepiece(path: Path) -> Any:
-    """The model in a SentencePiece file.
-
-    Raises:
-        ImportError: `sentencepiece` or `protobuf`, which reads its files, is not installed.
-        ValueError: the file is corrupt.
-    """
-    try:
-        from google.protobuf.message import DecodeError
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-    except ImportError as error:
-        raise ImportError(f"{path}: reading it takes sentencepiece and protobuf: {error}") from None
-    content = path.read_bytes()
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        SentencePieceProcessor(model_proto=content)
-        proto.ParseFromString(content)
-    except (DecodeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
-    if not proto.pieces:
-        raise ValueError(f"{path} is not a SentencePiece model: it has no pieces")
-    return proto

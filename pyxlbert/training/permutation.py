@@ -44,7 +44,7 @@ def sample_spans(
         rng: the source of chance.
         max_gram: the longest span.
         context: tokens around a span that are left to be seen, as a multiple of its length, the span's included.
-        whole_words: a span is n words instead of n tokens.
+        whole_words: a span is n words instead of n tokens, and may then end with the block.
         backwards: the text runs backwards, so a word's start is its last token here.
 
     Returns:
@@ -72,7 +72,7 @@ def sample_spans(
         while begin < length and not starts[begin]:
             begin += 1
         end = _span_end(starts, begin, count, left, whole_words)
-        if end >= length:
+        if end is None:
             break
         masked[begin:end] = True
         left -= end - begin
@@ -82,15 +82,17 @@ def sample_spans(
     return np.flip(masked).copy() if backwards else masked
 
 
-def _span_end(starts: np.ndarray, begin: int, count: int, left: int, whole_words: bool) -> int:
-    """One past the last token of a span, or the length where it does not end within the block."""
+def _span_end(starts: np.ndarray, begin: int, count: int, left: int, whole_words: bool) -> int | None:
+    """One past the last token of a span, or None where the block ends before it does."""
+    length = len(starts)
     if not whole_words:
-        return begin + count
-    words = np.flatnonzero(starts[begin + 1 :]) + begin + 1
-    if len(words) < count:
-        return len(starts)
+        # A token has to follow, as in the authors' code.
+        return begin + count if begin + count < length else None
+    # The last word ends with the block.
+    ends = [*(np.flatnonzero(starts[begin + 1 :]) + begin + 1), length]
     # Words are never cut, unless they are more than all that may be predicted.
-    return min(int(words[count - 1]), begin + left)
+    end = min(int(ends[count - 1]) if len(ends) >= count else length + 1, begin + left)
+    return end if begin < length and end <= length else None
 
 
 def sample_order(length: int, perm_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -199,16 +201,19 @@ class PermutationLanguageModeling:
         sep_id, cls_id: ids of [SEP] and [CLS].
         seq_len: T.
         reuse_len: tokens of a sequence that the next one remembers; 0 for none.
-        num_predict: M, how many places to predict; [SEP] and [CLS] that are drawn among them count, but are no targets.
+        num_predict: M, how many places to predict, half of them in each block and an odd one in the first; [SEP] and
+            [CLS] that are drawn among them count, but are no targets.
         perm_size: places that share an order; divides both blocks. None: the largest size that does.
         bi_data: whether half of the streams run backwards.
-        word_starts: bool ``[V]``, True for tokens that begin a word; None: all do.
+        word_starts: bool ``[V]``, True for tokens that begin a word, as `TextTokenizer.word_starts` gives them; None:
+            all do.
         max_gram, context, whole_words: see `sample_spans`.
         dense: whether to make `perm_mask`.
         seed: the same seed gives the same batches.
 
     Raises:
         ValueError: a size is out of range or does not fit another.
+        TypeError: a size or an id is not an integer.
     """
 
     def __init__(
@@ -229,6 +234,11 @@ class PermutationLanguageModeling:
         dense: bool = False,
         seed: int = 0,
     ) -> None:
+        sizes = {"batch_size": batch_size, "sep_id": sep_id, "cls_id": cls_id, "seq_len": seq_len}
+        sizes |= {"reuse_len": reuse_len, "num_predict": num_predict, "max_gram": max_gram, "context": context}
+        for name, value in (sizes if perm_size is None else sizes | {"perm_size": perm_size}).items():
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name}: got {value!r}, wanted an integer")
         rest = seq_len - reuse_len
         if reuse_len < 0 or rest < 5:
             raise ValueError(
@@ -241,8 +251,8 @@ class PermutationLanguageModeling:
         perm_size = int(np.gcd(reuse_len, rest)) if perm_size is None else perm_size
         if perm_size < 1 or reuse_len % perm_size or rest % perm_size:
             raise ValueError(f"perm_size: got {perm_size}, wanted a divisor of both blocks, {reuse_len} and {rest}")
-        self.first_predict = num_predict // 2 if reuse_len else 0
-        most = min(2 * reuse_len + 1 if reuse_len else seq_len, 2 * rest)
+        self.first_predict = num_predict - num_predict // 2 if reuse_len else 0
+        most = min(2 * reuse_len, 2 * rest + 1) if reuse_len else seq_len
         if not 1 <= num_predict <= most:
             raise ValueError(f"num_predict: got {num_predict}, wanted 1 to {most}: half of them in each block")
         self.batch_size, self.seq_len, self.reuse_len, self.perm_size = batch_size, seq_len, reuse_len, perm_size
@@ -276,20 +286,21 @@ class PermutationLanguageModeling:
         ids, sentences = (x[: streams * length].reshape(streams, length) for x in (ids, sentences))
         if self.bi_data:
             ids, sentences = (np.concatenate([x, np.flip(x, 1)]) for x in (ids, sentences))
+        borders = [np.flatnonzero(np.diff(row)) + 1 for row in sentences]
         rng = np.random.default_rng(self.seed)
         for begin in range(0, length - self.seq_len + 1, self.reuse_len or self.seq_len - 3):
             rows = [
-                self._example(ids[b], sentences[b], begin, self.bi_data and b >= streams, rng)
+                self._example(ids[b], borders[b], begin, self.bi_data and b >= streams, rng)
                 for b in range(self.batch_size)
             ]
             stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
             yield PermutationBatch(**stacked)
 
     def _example(
-        self, ids: np.ndarray, sentences: np.ndarray, begin: int, backwards: bool, rng: np.random.Generator
+        self, ids: np.ndarray, borders: np.ndarray, begin: int, backwards: bool, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
         cut = begin + self.reuse_len
-        a, b, follows = _two_passages(sentences, cut, self.seq_len - self.reuse_len - 3, rng)
+        a, b, follows = two_passages(borders, len(ids), cut, self.seq_len - self.reuse_len - 3, rng)
         sep, cls = np.array([self.sep_id]), np.array([self.cls_id])
         blocks = [ids[begin:cut]] if self.reuse_len else []
         blocks.append(np.concatenate([ids[a], sep, ids[b], sep, cls]))
@@ -330,21 +341,38 @@ class PermutationLanguageModeling:
         return self.word_starts[np.where(special, 0, tokens)] | special
 
 
-def _two_passages(sentences: np.ndarray, begin: int, total: int, rng: np.random.Generator) -> tuple[slice, slice, bool]:
-    """Passages A and B of `total` tokens together, A from `begin` on; whether B follows A.
+def two_passages(
+    borders: np.ndarray, length: int, begin: int, total: int, rng: np.random.Generator
+) -> tuple[slice, slice, bool]:
+    """Passages A and B of `total` tokens together, A from `begin` on.
 
-    Half of the time B is what comes next, else it begins at a sentence anywhere in the stream.
+    A ends with a sentence. Half of the time B is what comes next, else it begins at a sentence anywhere in the stream;
+    where no sentence ends within `total` tokens there is nothing to come next. Both are whole sentences at first; then
+    the longer one loses tokens at its end until they fit.
+
+    Args:
+        borders: ascending integers, the places where a sentence begins, without 0.
+        length: tokens in the stream.
+        begin: where A begins.
+        total: at least 2; ``begin + total`` is at most the length.
+        rng: the source of chance.
+
+    Returns:
+        The places of A, those of B, and whether B follows A.
     """
-    length = len(sentences)
-    limit = min(begin + total, length)
-    changes = np.flatnonzero(sentences[begin + 1 : limit] != sentences[begin : limit - 1]) + begin + 1
-    # A sentence that fills everything is cut anywhere.
-    cut = int(rng.choice(changes)) if len(changes) else int(rng.integers(begin + 1, begin + total))
-    follows = bool(rng.random() < 0.5)
+    first, last = np.searchsorted(borders, begin, side="right"), np.searchsorted(borders, begin + total)
+    end = int(borders[last]) if last < len(borders) else length
+    cuts = borders[first:last]
+    follows = bool(len(cuts)) and bool(rng.random() < 0.5)
+    cut = int(rng.choice(cuts)) if len(cuts) else end
     if follows:
-        start = cut
+        start, stop = cut, end
     else:
-        start = int(rng.integers(0, length - (total - (cut - begin)) + 1))
-        while start > 0 and sentences[start - 1] == sentences[start]:
-            start -= 1
-    return slice(begin, cut), slice(start, start + total - (cut - begin)), follows
+        size = max(1, total - (cut - begin))
+        place = int(rng.integers(0, length - size + 1))
+        before, behind = np.searchsorted(borders, place, side="right"), np.searchsorted(borders, place + size)
+        start = int(borders[before - 1]) if before else 0
+        stop = int(borders[behind]) if behind < len(borders) else length
+    # What is left of B when always the longer one loses a token, B of two equal ones.
+    size = min(stop - start, max(total // 2, total - (cut - begin)))
+    return slice(begin, begin + total - size), slice(start, start + size), follows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pyxlbert.models import (
     XLNetForSequenceClassification,
     XLNetLMHeadModel,
     XLNetModel,
+    xlnet,
 )
 from pyxlbert.testing import compare
 from pyxlbert.testing.models import randomize
@@ -141,6 +144,21 @@ def test_a_summary_of_tokens_needs_no_padding(kind: str, monkeypatch) -> None:
     assert (calls.made[0][2]["cu_seqlens"] is not None) == (kind == "last")
 
 
+def test_a_search_for_answers_leaves_padding_out_as_p_mask_does() -> None:
+    """The default call, padded on the left; transformers has to be told."""
+    ours = build(XLNetForQuestionAnswering)
+    theirs = transformers.XLNetForQuestionAnswering(transformers.XLNetConfig(**SMALL)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    found, told = ours(IDS, MASK), theirs(IDS, MASK, p_mask=1 - MASK)
+    untold = theirs(IDS, MASK)
+    for name in ("start_top_log_probs", "end_top_log_probs", "cls_logits", "start_top_index"):
+        compare.close(name, found[name], told[name], FLOAT32)
+    assert REAL.gather(1, found.start_top_index).all()
+    assert not torch.equal(untold.start_top_log_probs, told.start_top_log_probs)
+    for a, b in zip(found.mems, untold.mems, strict=True):
+        compare.close("memory", a, b, FLOAT32)
+
+
 # Order, targets and memories
 
 
@@ -185,6 +203,44 @@ def test_distances_are_projected_once_a_layer(monkeypatch) -> None:
     assert [tuple(tensors[3].shape) for _, tensors, _ in calls.made] == [(14, 3, 8)] * 2 + [(2, 14, 3, 8)] * 2
 
 
+def test_distances_are_computed_once_for_calls_of_one_shape(monkeypatch) -> None:
+    model, made = build(), []
+    real = xlnet.relative_positions
+    monkeypatch.setattr(xlnet, "relative_positions", lambda *a: made.append(a[:2]) or real(*a))
+    with torch.inference_mode():
+        model(IDS)
+    first = model(IDS)
+    first[0].sum().backward()  # the table is none of inference mode's
+    model(IDS, mems=first.mems)
+    assert made == [(7, 7), (7, 14)]
+    again = copy.deepcopy(model)
+    compare.same_bits("states", again(IDS)[0], first[0])
+    compare.same_bits("states", pickle.loads(pickle.dumps(model))(IDS)[0], first[0])
+    assert made[2:] == [(7, 7)] * 2  # a copy starts without
+    assert "distances" not in "".join(model.state_dict())
+    for change in ({"clamp_len": 3}, {"bi_data": True}):
+        fresh = build(**change)
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        compare.same_bits("states", model(IDS)[0], fresh(IDS)[0])
+        for name in change:
+            setattr(model.config, name, SMALL.get(name, getattr(XLNetConfig(), name)))
+    assert model.double()(IDS)[0].dtype == torch.float64
+
+
+def test_threads_share_the_distances() -> None:
+    model = build()
+
+    def one(index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(IDS[:, : index % 7 + 1])[0]
+
+    wanted = [one(index) for index in range(7)]
+    with ThreadPoolExecutor(4) as pool:
+        for index, got in enumerate(pool.map(one, range(100))):
+            compare.same_bits("states", got, wanted[index % 7])
+
+
 def test_two_halves_with_a_memory_are_the_whole() -> None:
     model = build(attn_type="uni", mem_len=None)
     whole = model(IDS)
@@ -212,6 +268,66 @@ def test_a_target_that_sees_nothing() -> None:
     assert a.isfinite().all() and not torch.equal(a, b)
     # Zeros: nothing of the sequence is in the result.
     compare.same_bits("zero", a[:1].expand(4, 1, 24), a)
+
+
+@pytest.mark.parametrize("order", ["none", "ranks", "dense", "targets", "weights", "window"])
+@pytest.mark.parametrize("use_mems", [False, True])
+@pytest.mark.parametrize("mask", ["left", "right", "holes"])
+def test_what_is_hidden_may_be_anything(order: str, use_mems: bool, mask: str) -> None:
+    model = build(**({"attn_type": "uni", "same_length": True} if order == "window" else {})).train()
+    real = {"left": REAL, "right": REAL.flip(1), "holes": REAL & (IDS % 3 > 0) | (torch.arange(7) == 6)}[mask]
+    given: dict[str, Any] = {"attention_mask": real.int(), "use_mems": use_mems}
+    if order in ("ranks", "targets"):
+        given |= {"query_rank": QUERY_RANK, "key_rank": KEY_RANK}
+    given |= {"perm_mask": PERM_MASK} if order == "dense" else {}
+    given |= {"target_positions": POSITIONS} if order == "targets" else {}
+    given |= {"output_attentions": True} if order == "weights" else {}
+    g = torch.Generator().manual_seed(3)
+    embeds, seen = torch.randn(4, 7, 24, generator=g), torch.rand(3, 4, generator=g) < 0.5
+    memory = torch.randn(2, 3, 4, 24, generator=g)
+    found = []
+    for hidden in (0.0, torch.nan, torch.inf, 3e38):
+        if hidden == 3e38 and (use_mems or order == "weights"):
+            continue  # a memory and weights keep what is computed of padding, so that it is
+        model.zero_grad()
+        output = model(
+            inputs_embeds=torch.where(real[..., None], embeds, hidden),
+            mems=list(torch.where(seen[..., None], memory, hidden)),
+            mems_mask=seen.t().int(),
+            **given,
+        )
+        output.last_hidden_state.square().sum().backward()
+        states = output.last_hidden_state if order == "targets" else output.last_hidden_state[real]
+        found.append((states.detach(), gradients(model)))
+    for states, gradient in found:
+        assert states.isfinite().all() and gradient.isfinite().all()
+        compare.same_bits("states", states, found[0][0])
+        compare.same_bits("gradient", gradient, found[0][1])
+
+
+@pytest.mark.parametrize("attn_type", ["bi", "uni"])
+@pytest.mark.parametrize("fields", [{}, {"same_length": True}, {"masked_rows": "uniform"}], ids=str)
+def test_an_order_without_targets_is_computed_without_padding(attn_type: str, fields: dict, monkeypatch) -> None:
+    model = build(attn_type=attn_type, **fields)
+    given = {"query_rank": QUERY_RANK, "key_rank": KEY_RANK, "token_type_ids": IDS % 2}
+    calls = Calls(monkeypatch)
+    output = model(IDS, MASK, **given, use_mems=False)[0]
+    window = attn_type == "uni" and "same_length" in fields
+    assert [options["cu_seqlens"] is None for _, _, options in calls.made] == [window] * 2
+    wanted = model(IDS, MASK, **given, use_mems=True)[0]
+    compare.close("states", output, torch.where(REAL[..., None], wanted, 0.0), FLOAT32)
+
+
+def test_types_that_int32_cannot_hold() -> None:
+    for far in (2**32, -(2**31) - 1):
+        types = torch.zeros_like(IDS)
+        types[:, 3:] = far
+        with pytest.raises(ValueError, match=rf"token_type_ids.*{far}"):
+            build()(IDS, token_type_ids=types)
+    types[:, 3:] = 2**31 - 1
+    compare.same_bits(
+        "states", build()(IDS, token_type_ids=types)[0], build()(IDS, token_type_ids=types.clamp(max=1))[0]
+    )
 
 
 # Attention weights, precision, training
@@ -430,12 +546,25 @@ BAD = [
     ({"input_ids": IDS, "target_positions": POSITIONS - 1}, "target_positions.*-2"),
     ({"input_ids": IDS, "target_positions": POSITIONS * 1.0}, "target_positions"),
     ({"input_ids": IDS, "target_positions": POSITIONS[:3]}, "target_positions"),
+    ({"input_ids": IDS, "mems": 3}, "mems.*int"),
+    ({"input_ids": IDS, "mems": MEMS[0]}, "mems.*Tensor"),
+    ({"input_ids": IDS, "mems": MEMS, "mems_mask": torch.full((4, 3), 2)}, "mems_mask.*0 and 1"),
+    ({"input_ids": IDS.tolist()}, "input_ids.*list"),
     ({"input_ids": IDS[0], "cu_seqlens": CU, "mems": MEMS}, "mems.*cu_seqlens"),
     ({"input_ids": IDS[0], "cu_seqlens": CU, "use_mems": True}, "use_mems.*cu_seqlens"),
     ({"input_ids": IDS[0], "cu_seqlens": CU, "perm_mask": PERM_MASK}, "perm_mask.*cu_seqlens"),
     ({"input_ids": IDS[0], "cu_seqlens": CU, "attention_mask": MASK[:1]}, "attention_mask.*cu_seqlens"),
     ({"input_ids": IDS[0], "cu_seqlens": CU, "target_positions": POSITIONS}, "target_positions.*cu_seqlens"),
     ({"input_ids": IDS[0], "cu_seqlens": torch.tensor([0, 6]).int()}, "cu_seqlens"),
+]
+
+
+TENSORS = ("attention_mask", "perm_mask", "target_mapping", "token_type_ids", "input_mask", "target_positions")
+TENSORS += ("query_rank", "key_rank", "mems_mask", "cu_seqlens")
+BAD += [
+    ({"input_ids": IDS, name: value}, f"^{name}: got {type(value).__name__}, wanted a tensor$")
+    for name in TENSORS
+    for value in ([[0]], "mask", IDS.numpy())
 ]
 
 

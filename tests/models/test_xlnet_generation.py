@@ -135,22 +135,74 @@ def test_no_gradient_is_kept() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "arguments, name",
-    [
-        ({"input_ids": IDS[0]}, "input_ids"),
-        ({"input_ids": IDS[:, :0]}, "input_ids"),
-        ({"input_ids": IDS + 40}, "input_ids"),
-        ({"attention_mask": MASK.flip(1)}, "attention_mask"),
-        ({"attention_mask": MASK[:, :3]}, "attention_mask"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 1.5}, "top_p"),
-    ],
-)
+def test_a_temperature_near_zero_takes_the_best() -> None:
+    model = build()
+    given = {"max_new_tokens": 4, "stop_token_ids": []}
+    greedy = model.generate(IDS, **given)
+    for temperature in (1e-38, 1e-45, 1e-300):
+        assert torch.equal(model.generate(IDS, do_sample=True, temperature=temperature, **given), greedy)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_model_without_layers(mode: dict[str, bool]) -> None:
+    model = build(n_layer=0)
+    given = {"max_new_tokens": 4, "stop_token_ids": [], **mode}
+    together = model.generate(IDS, MASK, **given)
+    assert torch.equal(together[:1, 3:], model.generate(IDS[:1, 3:], **given))
+
+
+DRAWN = {"do_sample": True}
+BAD_VALUES = [
+    ({"input_ids": IDS[0]}, "input_ids"),
+    ({"input_ids": IDS[:, :0]}, "input_ids"),
+    ({"input_ids": IDS + 40}, "input_ids"),
+    ({"attention_mask": MASK.flip(1)}, "attention_mask"),
+    ({"attention_mask": MASK[:, :3]}, "attention_mask"),
+    ({"attention_mask": MASK * 2}, "attention_mask.*0 and 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    (DRAWN | {"temperature": 0.0}, "temperature"),
+    (DRAWN | {"temperature": float("nan")}, "temperature"),
+    (DRAWN | {"top_k": 0}, "top_k"),
+    (DRAWN | {"top_p": 1.5}, "top_p"),
+    ({"temperature": 0.7}, "temperature.*do_sample"),
+    ({"top_k": 3}, "top_k.*do_sample"),
+    ({"top_p": 0.9}, "top_p.*do_sample"),
+    ({"use_mems": True, "left_to_right": True}, "use_mems.*left_to_right"),
+    ({"pad_token_id": 53}, "pad_token_id.*53.*0 to 52"),
+    ({"pad_token_id": -1}, "pad_token_id.*-1"),
+    ({"stop_token_ids": [2, 53]}, "stop_token_ids.*53.*0 to 52"),
+]
+OF_ANOTHER_TYPE = [
+    ({name: value}, name)
+    for name, values in {
+        "input_ids": (IDS.tolist(),),
+        "attention_mask": (MASK.tolist(), "left"),
+        "max_new_tokens": (True, 2.0, "2"),
+        "pad_token_id": (True, 1.0, "1", torch.tensor(1)),
+        "stop_token_ids": (True, 1.0, "1", torch.tensor(1), [1.0], ["1"], [True]),
+        "use_mems": (1, "yes"),
+        "left_to_right": (1, "yes"),
+        "do_sample": (1, "yes"),
+        "generator": (3,),
+    }.items()
+    for value in values
+]
+OF_ANOTHER_TYPE += [
+    (DRAWN | {name: value}, name)
+    for name in ("temperature", "top_k", "top_p")
+    for value in (True, "1", torch.tensor(1))
+]
+
+
+@pytest.mark.parametrize("arguments, name", BAD_VALUES)
 def test_bad_input_is_named(arguments: dict[str, Any], name: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=name):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}"):
+        build().generate(**{"input_ids": IDS} | arguments)
+
+
+@pytest.mark.parametrize("arguments, name", OF_ANOTHER_TYPE)
+def test_arguments_of_another_type_are_named(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: got"):
         build().generate(**{"input_ids": IDS} | arguments)
 
 

@@ -261,8 +261,9 @@ def test_equals_parakeet(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_conformer(backend: str) -> None:
-    """transformers' Wav2Vec2ConformerSelfAttention: c = Tq - 1."""
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 6], [1, 8]], ids=str)
+def test_equals_conformer(backend: str, lengths: list[int]) -> None:
+    """transformers' Wav2Vec2ConformerSelfAttention: c = Tq - 1, with padding and all gradients."""
     from transformers import Wav2Vec2ConformerConfig
     from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
         Wav2Vec2ConformerRelPositionalEmbedding,
@@ -279,7 +280,10 @@ def test_equals_conformer(backend: str) -> None:
     torch.nn.init.normal_(peer.pos_bias_v)
     x = torch.randn(2, 9, 24)
     positions = Wav2Vec2ConformerRelPositionalEmbedding(config)(x)
-    theirs, _ = peer(x, relative_position_embeddings=positions)
+    x.requires_grad_()
+    tokens = torch.arange(9) < torch.tensor(lengths)[:, None]
+    added = torch.where(tokens, 0.0, torch.finfo(x.dtype).min)[:, None, None].expand(-1, -1, 9, -1)
+    theirs, _ = peer(x, added, relative_position_embeddings=positions)
 
     def heads(y: torch.Tensor) -> torch.Tensor:
         return y.view(*y.shape[:-1], 3, 8)
@@ -292,9 +296,21 @@ def test_equals_conformer(backend: str) -> None:
         content_bias=peer.pos_bias_u,
         position_bias=peer.pos_bias_v,
         offset=8,
+        key_lengths=torch.tensor(lengths),
         backend=backend,
     )
-    compare.close("result", peer.linear_out(attended.flatten(-2)), theirs, tolerances.SUMMATION_ORDER)
+    ours = peer.linear_out(attended.flatten(-2))
+    compare.close("result", ours, theirs, tolerances.SUMMATION_ORDER)
+    inputs = {"x": x} | dict(peer.named_parameters())
+    found, wanted = (
+        dict(zip(inputs, torch.autograd.grad(y.square().sum(), list(inputs.values())), strict=True))
+        for y in (ours, theirs)
+    )
+    # One number for every key of a row changes no weight: in exact arithmetic this gradient is zero.
+    rounding = max(float(gradients.pop("linear_k.bias").abs().max()) for gradients in (found, wanted))
+    assert rounding <= tolerances.MODEL_GRADIENT_FLOAT32 * float(wanted["linear_k.weight"].abs().max())
+    for name, gradient in found.items():
+        compare.close(f"gradient of {name}", gradient, wanted[name], tolerances.MODEL_GRADIENT_FLOAT32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

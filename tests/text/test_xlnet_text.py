@@ -45,6 +45,7 @@ ODD = [
     "x" * 300,
     "你好 😀 – £5 (five)",
     "\ud800 surrogate",
+    "the Rabbit (late) in-between.Daisy<eop>daisy chain <eod> a <rabbit> here<rabbit>and<rabbit>  there",
 ]
 
 
@@ -87,6 +88,105 @@ def test_tokens_of_a_tokenizer_file(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "spiece.model").is_file()
     expect_the_same(tmp_path)
+
+
+# As transformers 4 writes it; the model's own pieces are the first nine.
+OLDER = {
+    "added_tokens_decoder": {
+        str(place): {
+            "content": token,
+            "lstrip": token == "<mask>",
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+            "special": True,
+        }
+        for place, token in enumerate(("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>"))
+    },
+    "additional_special_tokens": ["<eop>", "<eod>"],
+    "mask_token": "<mask>",
+    "keep_accents": False,
+    "tokenizer_class": "XLNetTokenizer",
+}
+NEW = "<rabbit>"
+
+
+def added(directory: Path, place: int, special: bool = False) -> dict[str, object]:
+    """A token behind the vocabulary, as the settings list it."""
+    flags = {"lstrip": False, "rstrip": True, "normalized": not special, "single_word": False, "special": special}
+    return {**OLDER, "added_tokens_decoder": OLDER["added_tokens_decoder"] | {str(place): {"content": NEW, **flags}}}
+
+
+def mapped(directory: Path) -> None:
+    """As the first versions wrote it: no list with ids, the tokens in a file of their own."""
+    (directory / "tokenizer_config.json").unlink(missing_ok=True)
+    (directory / "special_tokens_map.json").write_text(
+        json.dumps({"mask_token": {"content": "<mask>", "lstrip": True}, "additional_special_tokens": ["daisy", NEW]})
+    )
+
+
+KINDS = {
+    "bare": lambda directory, place: settings(directory),
+    "older": lambda directory, place: settings(directory, **OLDER),
+    "lower": lambda directory, place: settings(directory, do_lower_case=True),
+    "older, lower": lambda directory, place: settings(directory, **OLDER, do_lower_case=True),
+    "added": lambda directory, place: settings(directory, **added(directory, place)),
+    "added special": lambda directory, place: settings(directory, **added(directory, place, True)),
+    "extra": lambda directory, place: settings(directory, extra_special_tokens=["<eod>", NEW]),
+    "named": lambda directory, place: settings(directory, extra_special_tokens={"rabbit_token": NEW}),
+    "own name": lambda directory, place: settings(directory, rabbit_token=NEW),
+    "file": lambda directory, place: (directory / "added_tokens.json").write_text(json.dumps({NEW: place})),
+    "map": lambda directory, place: mapped(directory),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("saved", [False, True], ids=["spiece.model", "tokenizer.json"])
+def test_tokens_with_settings(kind: str, saved: bool, tmp_path: Path, directory: Path, pieces: bytes) -> None:
+    if saved:
+        both(directory)[0].save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    else:
+        tiny_xlnet(tmp_path, pieces)
+    KINDS[kind](tmp_path, 180)
+    expect_the_same(tmp_path)
+    if kind not in ("bare", "older", "lower", "older, lower") and (kind, saved) != ("map", False):
+        assert NEW in TextTokenizer.from_directory(tmp_path).tokenize([ODD[-1]])[0].tokens
+
+
+@pytest.mark.parametrize(
+    "values, key",
+    [
+        (added(Path(), 181), r"added_tokens_decoder.*<rabbit>.*181.*180"),
+        ({"added_tokens_decoder": {"7": "<eod>", "a": "x"}}, r"added_tokens_decoder.*'a'"),
+        ({"added_tokens_decoder": {"7": {"lstrip": True}}}, "added_tokens_decoder.*lstrip"),
+        ({"added_tokens_decoder": {"7": {"content": "<eod>", "lstrip": 1}}}, "added_tokens_decoder.*lstrip.*1"),
+        ({"added_tokens_decoder": ["<eod>"]}, "added_tokens_decoder"),
+        ({"extra_special_tokens": "<eod>"}, "extra_special_tokens"),
+        ({"additional_special_tokens": [3]}, "additional_special_tokens.*3"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_is_named(values: dict, key: str, tmp_path: Path, pieces: bytes) -> None:
+    directory = settings(tiny_xlnet(tmp_path, pieces), **values)
+    with pytest.raises(ValueError, match=key):
+        TextTokenizer.from_directory(directory)
+
+
+def test_lower_case_is_refused_where_it_cannot_be_followed(tmp_path: Path, directory: Path) -> None:
+    both(directory)[0].save_pretrained(tmp_path)
+    settings(tmp_path, do_lower_case=True, tokenizer_class="PreTrainedTokenizerFast")
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="do_lower_case"):
+        TextTokenizer.from_directory(tmp_path)
+
+
+def test_which_pieces_begin_a_word(directory: Path) -> None:
+    tokenizer = TextTokenizer.from_directory(directory)
+    starts = tokenizer.word_starts()
+    assert starts.shape == (180,) and 0 < starts.sum() < 180
+    for ids, one in zip(tokenizer.ids(STORY), tokenizer.tokenize(STORY), strict=True):
+        expected = [token[0] in "▁<" or token in '.,()"-:;?!' for token in one.tokens]
+        assert starts[ids].tolist() == expected
 
 
 def test_special_pieces_that_the_model_lacks(tmp_path: Path) -> None:
@@ -159,6 +259,25 @@ def test_vectors_equal_transformers(directory: Path) -> None:
     tokens = encoder.encode("Alice ran", token_vectors=True)
     close(tokens.vectors, states(directory, ["Alice ran"])[0][:-2])
     assert encoder.size == 32
+
+
+def test_the_classification_token_stands_last(directory: Path, tmp_path: Path, pieces: bytes) -> None:
+    wanted = np.stack([rows[-1] for rows in states(directory, STORY[:3])])
+    close(SentenceEncoder.from_pretrained(directory).encode(STORY[:3], pooling="cls"), wanted)
+    tiny_xlnet(tmp_path, pieces)
+    (tmp_path / "pooling").mkdir()
+    (tmp_path / "pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    kinds = {"": "Transformer", "pooling": "Pooling"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    close(SentenceEncoder.from_pretrained(tmp_path).encode(STORY[:3]), wanted)
+
+
+def test_a_model_trained_on_both_directions_reads_forwards(directory: Path, tmp_path: Path, pieces: bytes) -> None:
+    both_ways = SentenceEncoder.from_pretrained(tiny_xlnet(tmp_path, pieces, bi_data=True))
+    encoder = SentenceEncoder.from_pretrained(directory)
+    for count in (1, 2, 3):
+        np.testing.assert_array_equal(both_ways.encode(STORY[:count]), encoder.encode(STORY[:count]))
 
 
 def test_token_types_are_given_where_the_directory_lists_them(tmp_path: Path, pieces: bytes) -> None:

@@ -18,6 +18,7 @@ from pyxlbert.training import (
     sample_order,
     sample_spans,
 )
+from pyxlbert.training.permutation import two_passages
 
 SEP, CLS, VOCAB = 4, 3, 60
 SIZES = {"sep_id": SEP, "cls_id": CLS, "seq_len": 32, "reuse_len": 16, "num_predict": 9, "perm_size": 8}
@@ -113,6 +114,134 @@ def test_all_may_be_predicted() -> None:
     assert not sample_spans(np.ones(0, dtype=bool), 0, rng).any()
 
 
+def published_spans(
+    starts: np.ndarray, num_predict: int, rng: np.random.Generator, max_gram: int, context: int, whole_words: bool
+) -> list[bool]:
+    """The procedure of the paper's authors, token by token."""
+    masked, place, left = [False] * len(starts), 0, num_predict
+    shares = np.array([1 / n for n in range(1, max_gram + 1)])
+    while place < len(starts) and left > 0:
+        n = min(1 + rng.choice(max_gram, p=shares / shares.sum()), left)
+        before = rng.integers(n * context)
+        begin = place + before
+        while begin < len(starts) and not starts[begin]:
+            begin += 1
+        end, words = begin, 0
+        while end < len(starts):
+            words += starts[end] if whole_words else 1
+            if words > n or (whole_words and end - begin == left):
+                break
+            end += 1
+        # A span of tokens has one behind it; the last word may be whole.
+        complete = words > n or end - begin == left or words == n if whole_words else end < len(starts)
+        if begin == len(starts) or not complete:
+            break
+        for one in range(begin, end):
+            masked[one] = True
+        left -= end - begin
+        place = end + n * context - before
+    for one in rng.choice([i for i, m in enumerate(masked) if not m], size=left, replace=False) if left else []:
+        masked[one] = True
+    return masked
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_spans_are_the_published_ones(whole_words: bool, backwards: bool) -> None:
+    cases = np.random.default_rng(5)
+    for seed in range(300):
+        length, max_gram, context = (int(cases.integers(*bounds)) for bounds in ((1, 120), (1, 7), (1, 8)))
+        starts = cases.random(length) < cases.choice([0.2, 0.6, 1.0])
+        given = {"max_gram": max_gram, "context": context, "whole_words": whole_words}
+        count = int(cases.integers(0, length + 1))
+        ours = sample_spans(starts, count, np.random.default_rng(seed), backwards=backwards, **given)
+        ordered = starts[::-1] if backwards else starts
+        wanted = published_spans(ordered, count, np.random.default_rng(seed), **given)
+        assert ours.tolist() == (wanted[::-1] if backwards else wanted)
+
+
+def test_the_last_word_of_a_block_may_be_predicted() -> None:
+    starts = np.array([True, False, False])
+    given = {"max_gram": 1, "context": 1, "whole_words": True}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert sample_spans(starts, 2, rng, **given).tolist() == [True, True, False]
+        assert sample_spans(starts, 3, rng, **given).all()
+
+
+# Passages
+
+
+def published_passages(
+    sentences: np.ndarray, begin: int, total: int, rng: np.random.Generator
+) -> tuple[list[int], list[int], bool]:
+    """The procedure of the paper's authors, token by token."""
+    length, end, cuts = len(sentences), begin + 1, []
+    while end < length:
+        if sentences[end] != sentences[end - 1]:
+            if end - begin >= total:
+                break
+            cuts.append(end)
+        end += 1
+    follows = bool(cuts) and rng.random() < 0.5
+    a = list(range(begin, rng.choice(cuts) if cuts else end))
+    if follows:
+        b = list(range(a[-1] + 1, end))
+    else:
+        size = max(1, total - len(a))
+        start = rng.integers(0, length - size + 1)
+        b = list(range(start, start + size))
+        while b[0] > 0 and sentences[b[0] - 1] == sentences[b[0]]:
+            b.insert(0, b[0] - 1)
+        while b[-1] + 1 < length and sentences[b[-1] + 1] == sentences[b[-1]]:
+            b.append(b[-1] + 1)
+    while len(a) + len(b) > total:
+        (a if len(a) > len(b) else b).pop()
+    return a, b, follows
+
+
+def test_passages_are_the_published_ones() -> None:
+    cases, seen = np.random.default_rng(6), set()
+    for seed in range(1500):
+        length = int(cases.integers(6, 60))
+        total = int(cases.integers(2, length - 2))
+        begin = int(cases.integers(0, length - total + 1))
+        sentences = np.cumsum(cases.random(length) < cases.choice([0.0, 0.05, 0.3, 1.0]))
+        borders = np.flatnonzero(np.diff(sentences)) + 1
+        a, b, follows = two_passages(borders, length, begin, total, np.random.default_rng(seed))
+        wanted = published_passages(sentences, begin, total, np.random.default_rng(seed))
+        assert (list(range(length))[a], list(range(length))[b], follows) == wanted
+        seen.add((follows, len(borders) > 0))
+    assert len(seen) == 3  # without a border nothing follows
+
+
+def test_passages_are_sentences() -> None:
+    _, sentences = text(20000)
+    begins = np.diff(sentences, prepend=-1) != 0
+    begins[::5000] = True  # a stream does too
+    ids = np.arange(20000) + 10  # a token tells its place
+    rows = followed = 0
+    whole = [0, 0]
+    for batch in PermutationLanguageModeling(4, **SIZES | {"seq_len": 48}).batches(ids, sentences):
+        for tokens, follows in zip(batch.input_ids[:, 16:].numpy() - 10, batch.follows.tolist(), strict=True):
+            first, second = np.flatnonzero(tokens == SEP - 10)
+            a, b = tokens[:first], tokens[first + 1 : second]
+            assert begins[b[0]] and (np.diff(a) == 1).all() and (np.diff(b) == 1).all()
+            rows, followed = rows + 1, followed + follows
+            if len(a) < len(b):  # only the longer one is cut short
+                assert begins[a[-1] + 1]
+                assert b[0] == a[-1] + 1 or not follows
+                whole[follows] += 1
+    assert rows > 1000 and 0.44 < followed / rows < 0.56
+    assert min(whole) > rows / 10
+
+
+def test_nothing_follows_a_sentence_without_end() -> None:
+    ids, sentences = text()
+    for batch in PermutationLanguageModeling(2, **SIZES).batches(ids, sentences * 0):
+        assert not batch.follows.any()
+
+
 # Batches
 
 
@@ -133,16 +262,12 @@ def test_a_batch_is_what_it_says() -> None:
             np.testing.assert_array_equal(tokens[:first], streams[row, begin : begin + first])
             assert types.tolist() == [0] * (first + 1) + [1] * (second - first) + [2]
             followed += bool(batch.follows[row])
-            if batch.follows[row]:
-                np.testing.assert_array_equal(
-                    tokens[first + 1 : second], streams[row, begin + first : begin + second - 1]
-                )
             places = batch.target_positions[row]
             real = places >= 0
             assert (batch.labels[row][real] == batch.input_ids[row][places[real].long()]).all()
             assert (batch.labels[row][~real] == -100).all()
             assert not np.isin(batch.labels[row], (SEP, CLS)).any()
-            assert (places[real] < 16).sum() == 4  # half of them in each block
+            assert (places[real] < 16).sum() == 5  # half of them in each block, an odd one in the first
         dense = batch.query_rank[:, :, None] <= batch.key_rank[:, None, :]
         assert torch.equal(batch.perm_mask, dense)
         assert batch.perm_mask[:, :16, 16:].all() and not batch.perm_mask[:, 16:, :16].any()
@@ -275,6 +400,13 @@ def test_it_learns() -> None:
 def test_sizes_that_do_not_fit(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         PermutationLanguageModeling(**{"batch_size": 2} | SIZES | options)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "sep_id", "cls_id", "seq_len", "reuse_len", "num_predict", "max_gram"])
+@pytest.mark.parametrize("value", [None, 4.0, "4", True])
+def test_sizes_of_another_type(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{name}: got {value!r}"):
+        PermutationLanguageModeling(**{"batch_size": 2} | SIZES | {name: value})
 
 
 def test_a_text_too_short_or_without_its_sentences() -> None:
