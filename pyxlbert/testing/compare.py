@@ -115,7 +115,7 @@ def cosine_distance(name: str, ours: torch.Tensor, wanted: torch.Tensor, limit: 
 def _terms(terms: torch.Tensor | float | None, truth: torch.Tensor) -> torch.Tensor:
     if terms is None:
         finite = truth[truth.isfinite()]
-        terms = float(finite.abs().max()) if finite.numel() else 0.0
+        terms = float(finite.detach().abs().max()) if finite.numel() else 0.0
     if isinstance(terms, torch.Tensor):
         return terms.double().expand(truth.shape)
     return torch.full(truth.shape, float(terms), dtype=torch.float64, device=truth.device)
