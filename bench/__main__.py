@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import models, ops, relative, report
+from pyxlbert.bench import lengths, models, ops, relative, report, two_stream
 
-SUITES = ("ops", "attention", "relative", "models", "text")
+SUITES = ("ops", "attention", "relative", "two_stream", "lengths", "models", "text")
+# glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
+KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 
 
 def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
@@ -21,6 +24,10 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return ops.attention_races()
     if suite == "relative":
         return relative.races()
+    if suite == "two_stream":
+        return two_stream.races()
+    if suite == "lengths":
+        return lengths.races()
     if suite == "models":
         return models.races()
     from pyxlbert.bench import text
@@ -31,8 +38,10 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suites; 1 when a race's answers were wrong."""
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench", description=__doc__)
-    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; all but text by default")
+    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; by default ops and models")
     parser.add_argument("--only", default="", help="races whose line holds this text")
+    parser.add_argument("--keep-pages", action="store_true", help="freed memory stays with the process")
+    parser.add_argument("--picture", type=Path, help="of the suite lengths, drawn from the file of --out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON to write or to update")
     parser.add_argument("--data", type=Path, help="folder with stsb/ and wikitext2/, for the suite text")
@@ -44,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"suite: got {suite!r}, wanted one of {', '.join(SUITES)}")
     if "text" in suites and (options.data is None or options.model is None):
         parser.error("the suite text needs --data and --model")
+    if options.picture is not None and options.out is None:
+        parser.error("--picture needs --out")
+    if options.keep_pages and not KEEP_PAGES.items() <= os.environ.items():
+        # The allocator reads its settings when the process starts.
+        given = sys.argv[1:] if arguments is None else arguments
+        os.execve(sys.executable, [sys.executable, "-m", "pyxlbert.bench", *given], {**os.environ, **KEEP_PAGES})
     torch.set_num_threads(options.threads)
     rows, wrong = [], 0
     for suite in suites:
@@ -56,13 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"NOT TIMED, wrong answer: {error}", file=sys.stderr)
                 wrong += 1
                 continue
+            if options.keep_pages:
+                row.case += ", pages kept"
             rows.append(row)
             print(row.line(), flush=True)
             if len(row.timings) > 2 or row.failed:
                 print(row.details(), flush=True)
     if options.out is not None:
-        shown = [*suites, *(["--only", options.only] if options.only else [])]
+        shown = [*suites, *(["--only", f"'{options.only}'"] if options.only else [])]
+        shown += ["--keep-pages"] if options.keep_pages else []
         report.write(options.out, rows, "python -m pyxlbert.bench " + " ".join(shown))
+    if options.picture is not None:
+        lengths.draw(options.out, options.picture)
     return 1 if wrong else 0
 
 

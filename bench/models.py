@@ -3,6 +3,7 @@ XLNet-base against transformers."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,17 @@ class ModelRace:
     layers: int = 12
     rounds: int = 7
 
+    def __str__(self) -> str:
+        return f"{self.subject} {self.case} {self.dtype}"
+
+    @property
+    def subject(self) -> str:
+        return "BERT-base" if self.layers == 12 else f"BERT {self.layers} layers"
+
+    @property
+    def case(self) -> str:
+        return f"{self.batch}x{self.length}" + (f" {self.fill:.0%} full" if self.fill < 1 else "")
+
     def ours(self) -> peers.Call:
         """Our model alone."""
         hf, inputs = self._original()
@@ -62,12 +74,11 @@ class ModelRace:
         if self.fill < 1:
             note = f"{float(real.float().mean()):.0%} full: ours computes fewer rows, less work; {note}"
         flops = 2 * int(real.sum()) * self.layers * (4 * 768 * 768 + 2 * 768 * 3072)
-        case = f"{self.batch}x{self.length}" + (f" {self.fill:.0%} full" if self.fill < 1 else "")
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
         return Row(
-            "BERT-base" if self.layers == 12 else f"BERT {self.layers} layers",
-            case,
+            self.subject,
+            self.case,
             dtype,
             timings,
             limit,
@@ -110,19 +121,14 @@ class XLNetRace:
     dtype: torch.dtype
     rounds: int = 5
 
+    def __str__(self) -> str:
+        return f"XLNet-base {self.batch}x{self.length} {self.dtype}"
+
     def run(self) -> Row:
         """Compares our output with float32 `transformers`, then times."""
-        from transformers import XLNetConfig
-        from transformers import XLNetModel as Original
-
-        from pyxlbert.models import XLNetModel
-
-        torch.manual_seed(0)
-        hf = Original(XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072)).eval()
+        hf, model = _xlnets(12)
+        hf, model = hf.eval(), model.to(self.dtype).eval()
         ids = torch.randint(1000, 30000, (self.batch, self.length))
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save_pretrained(folder)
-            model = XLNetModel.from_pretrained(folder).to(self.dtype).eval()
         pyxlbert.pack(model)
 
         def call(module: torch.nn.Module) -> peers.Call:
@@ -150,11 +156,94 @@ class XLNetRace:
         return Row("XLNet-base", f"{self.batch}x{self.length}", dtype, timings, limit, note)
 
 
+@dataclass(frozen=True)
+class XLNetStepRace:
+    """Forward and backward of three layers of XLNet-base with both streams under a permutation, M = T / 6 targets.
+
+    Every contestant gets the same dense `perm_mask` and one-hot `target_mapping`, "pyxlbert, ranks" the permutation and
+    the targets themselves.  In bfloat16 the peer runs under autocast, since in pure bfloat16 its query stream raises.
+    """
+
+    batch: int
+    length: int
+    dtype: torch.dtype
+    layers: int = 3
+    rounds: int = 5
+
+    def __str__(self) -> str:
+        return f"XLNet-base {self.case} {self.dtype}"
+
+    @property
+    def case(self) -> str:
+        return f"training step {self.batch}x{self.length} {self.layers} layers"
+
+    def run(self) -> Row:
+        """Compares outputs and gradients with float32 `transformers`, then times."""
+        b, t, m = self.batch, self.length, self.length // 6
+        hf, model = _xlnets(self.layers)
+        ids = torch.randint(1000, 30000, (b, t))
+        rank = torch.stack([torch.randperm(t) for _ in range(b)]).int()
+        positions = rank.argsort(1)[:, t - m :].sort(1).values
+        dense = {
+            "perm_mask": (rank[:, :, None] <= rank[:, None, :]).float(),
+            "target_mapping": torch.nn.functional.one_hot(positions, t).float(),
+        }
+        ranks = {"query_rank": rank, "key_rank": rank, "target_positions": positions}
+        cotangent = torch.randn(b, m, 768)
+
+        def call(module: torch.nn.Module, permutation: dict[str, torch.Tensor], autocast: bool) -> peers.Call:
+            parameters = list(module.parameters())
+
+            def run() -> tuple[torch.Tensor, ...]:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    out = module(ids, use_mems=False, **permutation).last_hidden_state
+                gradients = torch.autograd.grad(out, parameters, cotangent.to(out.dtype), allow_unused=True)
+                return out.detach(), next(g for g in gradients if g is not None)
+
+            return run
+
+        low = self.dtype is not torch.float32
+        truth = call(hf, dense, False)()
+        contestants = {"pyxlbert": call(copy.deepcopy(model).to(self.dtype), dense, False)}
+        contestants["pyxlbert, ranks"] = call(copy.deepcopy(model).to(self.dtype), ranks, False)
+        if low:
+            contestants["pyxlbert, autocast"] = call(model, dense, True)
+        contestants["transformers, autocast" if low else "transformers"] = call(hf, dense, low)
+        if not low:
+            for name in ("pyxlbert", "pyxlbert, ranks"):
+                output, gradient = contestants[name]()
+                compare.close(f"{name}: output", output, truth[0], tolerances.MODEL_FLOAT32)
+                compare.close(f"{name}: gradient", gradient, truth[1], tolerances.MODEL_GRADIENT_FLOAT32)
+        errors = {name: float((run()[0].float() - truth[0]).abs().max()) for name, run in contestants.items()}
+        note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        timings = race(contestants, rounds=self.rounds)
+        rows = b * (t + m)
+        # Query and output of both streams, key and value of the T rows, the table; the two feed-forward products.
+        products = 768 * 768 * (2 * rows + 2 * b * t + 2 * t) + rows * 2 * 768 * 3072
+        flops = 3 * 2 * self.layers * products
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Row("XLNet-base", self.case, dtype, timings, flops / limits.gemm_rate(self.dtype), note)
+
+
+def _xlnets(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """`transformers`' XLNet-base without dropout, and ours with its weights; both in training mode."""
+    from transformers import XLNetConfig
+    from transformers import XLNetModel as Original
+
+    from pyxlbert.models import XLNetModel
+
+    torch.manual_seed(0)
+    hf = Original(XLNetConfig(d_model=768, n_layer=layers, n_head=12, d_inner=3072, dropout=0.0)).train()
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        return hf, XLNetModel.from_pretrained(folder).train()
+
+
 def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> float:
     return float((output.float() - truth)[real].abs().max())
 
 
-def races() -> Iterator[ModelRace | XLNetRace]:
+def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace]:
     """Every race of `python -m pyxlbert.bench models`."""
     for dtype in (torch.float32, torch.bfloat16):
         yield ModelRace(8, 128, dtype)
@@ -163,3 +252,4 @@ def races() -> Iterator[ModelRace | XLNetRace]:
         yield XLNetRace(8, 128, dtype)
         yield XLNetRace(2, 512, dtype)
         yield XLNetRace(1, 2048, dtype, rounds=3)
+        yield XLNetStepRace(4, 512, dtype)

@@ -42,6 +42,9 @@ class Race:
     rounds: int = 11
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.subject} {self.case} {self.dtype}"
+
     def run(self) -> Row:
         """Checks the answers, then times them.
 

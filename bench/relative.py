@@ -1,8 +1,12 @@
-"""Races of relative attention against `transformers`' eager core and SDPA with a materialised position bias."""
+"""Races of relative attention against `transformers`' eager core and SDPA with a materialised position bias.
+
+SDPA comes twice: with the bias made by einsum and gather, and, forward only, with the bias given to it for nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,71 +17,95 @@ from pyxlbert.bench.ops import Call, Race
 import pyxlbert
 
 
-def relative_attention(
-    batch: int, length: int, dtype: torch.dtype, *, backward: bool = False, heads: int = 12, head_size: int = 64
-) -> Race:
+@dataclass(frozen=True)
+class Problem:
     """XLNet's term of content and position, no mask; q, k, v are views of one projection.
 
-    The peers: the eager core of `transformers`; SDPA given the position bias for nothing (forward only); the bias by
-    einsum and gather, then SDPA.  "pyxlbert attention" is our attention without a position term, whose FLOPs are
-    two thirds of it.
+    Attributes:
+        batch, length, heads, head_size: B, T, H, D; the table has 2 T rows.
+        dtype: of the tensors.
+        backward: a call is forward and backward, else forward without gradients.
     """
-    b, t, h, d = batch, length, heads, head_size
 
-    def build() -> tuple[Call, dict[str, Call], Call | None]:
-        leaves = [torch.randn(b, t, 3, h, d), 0.5 * torch.randn(2 * t, h, d), *(torch.randn(2, h, d) * 0.3)]
-        dy = torch.randn(b, t, h, d)
-        band = t + torch.arange(t)[None] - torch.arange(t)[:, None]
+    batch: int
+    length: int
+    dtype: torch.dtype
+    backward: bool = False
+    heads: int = 12
+    head_size: int = 64
 
-        def ours(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            return pyxlbert.relative_attention(*qkv.unbind(2), r, content_bias=u, position_bias=w)
+    @property
+    def case(self) -> str:
+        shape = f"{self.batch}x{self.length}x{self.heads}x{self.head_size}"
+        return shape + (" forward+backward" if self.backward else "")
 
-        def bias_of(q: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            s = torch.einsum("bihd,rhd->bhir", q + w, r)
-            return s.gather(3, band.expand(b, h, t, t)) * d**-0.5
+    def limit(self) -> float:
+        """Seconds at the machine's GEMM rate: three products forward; backward repeats two and makes six more."""
+        product = 2 * self.batch * self.heads * self.length**2 * self.head_size
+        return (11 if self.backward else 3) * product / limits.gemm_rate(self.dtype)
 
-        def sdpa(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            q, k, v = qkv.unbind(2)
-            bias = bias_of(q, r, w)
-            return F.scaled_dot_product_attention(
-                (q + u).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias
-            ).transpose(1, 2)
+    def contestants(self) -> tuple[str, ...]:
+        """Ours first.  "pyxlbert attention" is ours without a position term, whose FLOPs are two thirds."""
+        given = () if self.backward else ("SDPA, bias given",)
+        return ("pyxlbert", "einsum, gather, SDPA", "transformers", *given, "pyxlbert attention")
 
-        def plain(qkv: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            return pyxlbert.attention(*qkv.unbind(2))
+    def inputs(self) -> list[torch.Tensor]:
+        """float32: qkv `[B, T, 3, H, D]`, the table `[2 T, H, D]`, the biases `[H, D]` of content and position and the
+        cotangent `[B, T, H, D]`."""
+        b, t, h, d = self.batch, self.length, self.heads, self.head_size
+        table, biases = 0.5 * torch.randn(2 * t, h, d), torch.randn(2, h, d) * 0.3
+        return [torch.randn(b, t, 3, h, d), table, *biases, torch.randn(b, t, h, d)]
 
-        def call(function: Any, to: torch.dtype) -> Call:
-            tensors = [x.detach().to(to).requires_grad_(backward) for x in leaves]
-            cotangent = dy.to(to)
+    def call(self, name: str, inputs: list[torch.Tensor], dtype: torch.dtype | None = None) -> Call:
+        """The contestant `name` on `inputs`, in `dtype` instead of the problem's."""
+        *leaves, cotangent = (x.detach().to(dtype or self.dtype) for x in inputs)
+        if name == "SDPA, bias given":
+            qkv, table, content, position = leaves
+            bias = _position_bias(qkv.select(2, 0), table, position)
+            q, k, v = (x.transpose(1, 2) for x in (qkv.select(2, 0) + content, *qkv.unbind(2)[1:]))
+            return lambda: F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+        function = {
+            "pyxlbert": _ours,
+            "einsum, gather, SDPA": _sdpa,
+            "transformers": _eager_core(self.heads, self.head_size),
+            "pyxlbert attention": lambda qkv, *_: pyxlbert.attention(*qkv.unbind(2)),
+        }[name]
+        leaves = [x.requires_grad_(self.backward) for x in leaves]
 
-            def run() -> Any:
-                if not backward:
-                    return function(*tensors)
-                out = function(*tensors)
-                return (out.detach(), *torch.autograd.grad(out, tensors, cotangent, allow_unused=True))
+        def run() -> Any:
+            out = function(*leaves)
+            if not self.backward:
+                return out
+            return (out.detach(), *torch.autograd.grad(out, leaves, cotangent, allow_unused=True))
 
-            return run
+        return run
 
-        peers = {"einsum, gather, SDPA": call(sdpa, dtype), "transformers": call(_eager_core(h, d), dtype)}
-        if not backward:
-            with torch.no_grad():
-                given = bias_of(leaves[0].select(2, 0), leaves[1], leaves[3]).to(dtype)
-            qkv, u = leaves[0].to(dtype), leaves[2].to(dtype)
-            q, k, v = (x.transpose(1, 2) for x in ((qkv.select(2, 0) + u), *qkv.unbind(2)[1:]))
-            peers["SDPA, bias given"] = lambda: F.scaled_dot_product_attention(q, k, v, given).transpose(1, 2)
-        peers["pyxlbert attention"] = call(plain, dtype)
-        truth = call(sdpa, torch.float64) if t <= 512 else None
-        return call(ours, dtype), peers, truth
+    def build(self) -> tuple[Call, dict[str, Call], Call | None]:
+        """See `Race`."""
+        inputs = self.inputs()
+        ours, *peers = self.contestants()
+        truth = self.call("einsum, gather, SDPA", inputs, torch.float64) if self.length <= 512 else None
+        return self.call(ours, inputs), {name: self.call(name, inputs) for name in peers}, truth
 
-    flops = 6 * b * h * t * t * d * (8 / 3 if backward else 1)
-    return Race(
-        "relative_attention",
-        f"{b}x{t}x{h}x{d}" + (" forward+backward" if backward else ""),
-        dtype,
-        build,
-        lambda: flops / limits.gemm_rate(dtype),
-        rounds=5 if t >= 2048 else 9,
-    )
+    def race(self) -> Race:
+        rounds = 5 if self.length >= 2048 else 9
+        return Race("relative_attention", self.case, self.dtype, self.build, self.limit, rounds)
+
+
+def _ours(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return pyxlbert.relative_attention(*qkv.unbind(2), r, content_bias=u, position_bias=w)
+
+
+def _sdpa(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    q, k, v = qkv.unbind(2)
+    q, k, v, bias = (q + u).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), _position_bias(q, r, w)
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+
+
+def _position_bias(q: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    b, t, h, d = q.shape
+    band = t + torch.arange(t)[None] - torch.arange(t)[:, None]
+    return torch.einsum("bihd,rhd->bhir", q + w, r).gather(3, band.expand(b, h, t, t)) * d**-0.5
 
 
 def _eager_core(heads: int, head_size: int) -> Any:
@@ -106,5 +134,5 @@ def races() -> Iterator[Race]:
     """Every race of `python -m pyxlbert.bench relative`."""
     for dtype in (torch.float32, torch.bfloat16):
         for batch, length in ((8, 128), (2, 512), (1, 2048)):
-            yield relative_attention(batch, length, dtype)
-            yield relative_attention(batch, length, dtype, backward=True)
+            yield Problem(batch, length, dtype).race()
+            yield Problem(batch, length, dtype, backward=True).race()

@@ -31,6 +31,8 @@ class Row:
         timings: of every contestant; ours is called "pyxlbert".
         limit: seconds that the machine's measured limit allows, where it is known.
         note: what a reader must know, such as "less work".
+        failed: what did not run, and why.
+        memory: bytes of every contestant's peak above inputs and results, where it was measured.
     """
 
     subject: str
@@ -40,6 +42,7 @@ class Row:
     limit: float | None = None
     note: str = ""
     failed: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def ours(self) -> Timing:
@@ -64,7 +67,9 @@ class Row:
         lines = []
         for name, t in sorted(self.timings.items(), key=lambda item: item[1].median):
             quartiles = f"[{_time(t.lower)}, {_time(t.upper)}]"
-            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {t.median / self.ours.median:5.2f}x")
+            memory = f"{self.memory[name] / 1e6:10.0f} MB" if name in self.memory else ""
+            ratio = t.median / self.ours.median
+            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {ratio:5.2f}x{memory}")
         return "\n".join(lines + [f"    {name:22} did not run: {why}" for name, why in self.failed.items()])
 
 
@@ -133,6 +138,7 @@ def write(path: Path, rows: list[Row], command: str) -> None:
             "limit": r.limit,
             "note": r.note,
             "failed": r.failed,
+            "memory": r.memory,
             "command": command,
         }
         for r in rows

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pyxlbert.bench import models, ops, relative
+from pyxlbert.bench import models, ops, relative, two_stream
 
-OPS = [
-    race for race in (*ops.races(), *relative.races()) if not any(f"x{length}x" in race.case for length in (2048, 8192))
-]
+ALL = (*ops.races(), *relative.races(), *two_stream.races())
+OPS = [race for race in ALL if not any(f"x{length}x" in race.case for length in (2048, 8192))]
 MODELS = [
     replace(race, layers=2, rounds=3)
     for race in models.races()
@@ -23,11 +22,7 @@ MODELS = [
 
 
 def _name(race: ops.Race | models.ModelRace) -> str:
-    if isinstance(race, models.ModelRace):
-        case = f"BERT {race.batch}x{race.length} {race.fill:.0%} full"
-    else:
-        case = f"{race.subject} {race.case}"
-    return f"{case} {race.dtype}".replace("torch.", "")
+    return str(race).replace("torch.", "")
 
 
 def record(benchmark: Any, race: Any) -> None:

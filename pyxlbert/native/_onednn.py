@@ -116,6 +116,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | N
     if bias is not None:
         # Its stride is not looked at.
         bias = bias.contiguous()
+    if weight.layout is torch.strided and not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # A slice of a wider matrix or a spread row would be multiplied by oneDNN's reference code, 1000 times slower.
+        weight = weight.contiguous()
     if not _native(x.dtype):
         wide = None if bias is None else bias.float()
         return _linear_pointwise(x.float(), weight.float(), wide, attribute, [], algorithm).to(x.dtype)

@@ -223,6 +223,27 @@ def test_a_strided_bias_is_read_in_bounds() -> None:
     compare.same_bits("product", _onednn.product(x, weight, wide[:, 3]), _onednn.product(x, weight, bias))
 
 
+def test_a_weight_with_gaps_or_repeats_is_multiplied_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's reference code, which takes any strides, is a thousand times slower; overlapping ones it refuses."""
+    x = torch.randn(40, 64)
+    weights = {
+        "rows": torch.randn(192, 64)[::2],
+        "columns": torch.randn(96, 128)[:, ::2],
+        "slice": torch.randn(96, 80)[:, :64],
+        "one row": torch.randn(1, 64).expand(96, 64),
+        "one column": torch.randn(96, 1).expand(96, 64),
+        "overlap": torch.randn(200).as_strided((96, 64), (1, 1)),
+    }
+    right, seen = _onednn._linear_pointwise, []
+    monkeypatch.setattr(_onednn, "_linear_pointwise", lambda x, w, *rest: seen.append(w) or right(x, w, *rest))
+    for name, weight in weights.items():
+        for w in (weight, weight.t()):
+            rows = x if w is weight else torch.randn(40, 96)
+            truth = rows.double() @ w.double().t()
+            compare.within_budget(name, _onednn.product(rows, w, None), rows @ w.t(), truth, terms=1.0)
+    assert len(seen) == 12 and all(w.is_contiguous() or w.t().is_contiguous() for w in seen)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_has_the_dtypes_of_torchs_linear(dtype: torch.dtype) -> None:
     for mixed in (False, True):
