@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         os.execve(sys.executable, [sys.executable, "-m", "pyxlbert.bench", *given], {**os.environ, **KEEP_PAGES})
     torch.set_num_threads(options.threads)
-    rows, wrong = [], 0
+    shown = [*suites, *(["--only", f"'{options.only}'"] if options.only else [])]
+    shown += ["--keep-pages"] if options.keep_pages else []
+    wrong = 0
     for suite in suites:
         for race in _races(suite, options):
             if options.only and options.only not in str(race):
@@ -73,14 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             if options.keep_pages:
                 row.case += ", pages kept"
-            rows.append(row)
             print(row.line(), flush=True)
             if len(row.timings) > 2 or row.failed:
                 print(row.details(), flush=True)
-    if options.out is not None:
-        shown = [*suites, *(["--only", f"'{options.only}'"] if options.only else [])]
-        shown += ["--keep-pages"] if options.keep_pages else []
-        report.write(options.out, rows, "python -m pyxlbert.bench " + " ".join(shown))
+            if options.out is not None:
+                # One by one: a suite may last an hour.
+                report.write(options.out, [row], "python -m pyxlbert.bench " + " ".join(shown))
     if options.picture is not None:
         lengths.draw(options.out, options.picture)
     return 1 if wrong else 0

@@ -90,7 +90,8 @@ class ModelRace:
         from transformers import BertConfig, BertModel
 
         torch.manual_seed(0)
-        hf = BertModel(BertConfig(num_hidden_layers=self.layers), add_pooling_layer=False).eval()
+        config = BertConfig(num_hidden_layers=self.layers, max_position_embeddings=max(512, self.length))
+        hf = BertModel(config, add_pooling_layer=False).eval()
         lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
         return hf, {
             "input_ids": torch.randint(1000, 30000, (self.batch, self.length)),

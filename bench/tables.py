@@ -1,0 +1,50 @@
+"""`python -m pyxlbert.bench.tables FILE [subject ...]`: results as Markdown, the way docs/benchmarks.md shows them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of every contestant of one subject's rows, ours first; the ratio is the best peer's over ours."""
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    names.sort(key=lambda name: (name != "pyxlbert", name.startswith("pyxlbert")))
+    memory = any(row.get("memory") for row in rows)
+    head = ["case", "dtype", *("ours" if name == "pyxlbert" else name for name in names), "ratio", "of limit"]
+    head += ["ours MB", "best peer MB"] if memory else []
+    lines = [" | ".join(head), "|".join("---" for _ in head)]
+    for row in rows:
+        ours = row["timings"]["pyxlbert"]["median"]
+        peers = {name: t["median"] for name, t in row["timings"].items() if not name.startswith("pyxlbert")}
+        best = min(peers, key=peers.__getitem__) if peers else None
+        cells = [row["case"], row["dtype"]]
+        cells += [_ms(row["timings"][name]["median"]) if name in row["timings"] else "" for name in names]
+        cells += [f"{peers[best] / ours:.2f}" if best else "", f"{row['limit'] / ours:.0%}" if row["limit"] else ""]
+        if memory:
+            cells += [_mb(row["memory"].get(name)) for name in ("pyxlbert", best)]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" if " | " in line else f"|{line}|" for line in lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def _mb(count: int | None) -> str:
+    return "" if count is None else f"{max(count, 0) / 1e6:.0f}"
+
+
+def main() -> None:
+    """Prints a table a subject."""
+    path, *wanted = sys.argv[1:]
+    rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        if not wanted or subject in wanted:
+            print(f"\n{subject}\n\n{table([row for row in rows if row['subject'] == subject])}")
+
+
+if __name__ == "__main__":
+    main()
