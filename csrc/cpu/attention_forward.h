@@ -12,8 +12,12 @@
 // product with that band is stored with row stride S; score (r, j) lies at column j + (n - 1) - r, so it is read
 // with row stride S - 1, as the value that the product with the keys starts from.  Rows that stand at positions of
 // their own are taken in the order of their positions, and copied from the band instead.
+//
+// A call of few queries, a step of generation above all, is over before keys and values are packed: it takes them as
+// they lie (few_queries.h), in float32.
 #pragma once
 #include "../workspace.h"
+#include "few_queries.h"
 #include "relative_rows.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
@@ -29,6 +33,9 @@ constexpr std::int64_t kFarthest = INT64_MAX;
 // Queries of a tile: for tiles of 16 rows the next multiple of 32.
 template <class U>
 constexpr std::int64_t kTile = U::row_step == 16 ? 32 : 24;
+
+// Queries of a call, of both streams together, that are worth no packing.
+constexpr std::int64_t kFewQueries = 4;
 
 // Tiles begin at multiples of it.
 constexpr std::int64_t kTileStep = 8;
@@ -87,6 +94,7 @@ struct Forward {
     const QueryRows* streams;
     const Sizes& size;
     const bool terms;
+    const bool few;  // nothing is packed; U is FloatUnit
     Dropout dropout;
     float *scores, *q, *o, *k, *v, *maximum, *sum, *rescale;
     // A row of the chunk is query `index` of its stream and stands at `position`.
@@ -104,12 +112,13 @@ struct Forward {
     bool started[kChunk<kRelative> / kTileStep + 8];
 
     PYXLBERT_INLINE Forward(const AttentionInputs& inputs, const RelativeInputs* relative_inputs,
-                            const QueryRows* query_rows, const Sizes& sizes, float* scratch)
+                            const QueryRows* query_rows, const Sizes& sizes, bool few_queries, float* scratch)
         : in(inputs),
           relative(relative_inputs),
           streams(query_rows),
           size(sizes),
           terms(has_terms(inputs) || has_relative_terms(relative_inputs)),
+          few(few_queries),
           dropout(make_dropout(inputs.dropout_p, inputs.seed, Tag::attention)) {
         const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
             float* taken = scratch;
@@ -319,6 +328,28 @@ struct Forward {
         return true;
     }
 
+    // A row of the chunk and keys j0 .. j0 + n - 1, as they lie.
+    PYXLBERT_INLINE void single(const Plane<T>& p, std::int64_t b, std::int64_t h, const Queries<T>& x,
+                                const QueryRows& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
+        const std::int64_t d = in.head_size;
+        bool all = false;
+        if constexpr (kRelative) all = relative->uniform_rows;
+        if (!all) n = smaller(n, p.visible(index[row], in.causal, p.keys) - j0);
+        if (n <= 0) return;
+        multiply_rows<false>(q + row * size.unit_stride, p.k + j0 * p.k_stride, p.k_stride, n, d, scores);
+        if constexpr (kRelative) {
+            const AttentionTensor& r = relative->table;
+            const std::int64_t first = relative->offset + j0 - position[row];
+            const std::int64_t present = larger(0, smaller(n, relative->table_rows - first));
+            const T* band_rows =
+                static_cast<const T*>(r.data) + b * relative->tables / in.batch * r.batch + h * r.head + first * r.row;
+            multiply_rows<true>(q_position + row * size.unit_stride, band_rows, r.row, present, d, scores);
+        }
+        const std::int64_t visible = p.visible(index[row], in.causal, p.seen_keys) - j0;
+        softmax(p, x, stream, row, 0, j0, visible < 0 ? 0 : smaller(visible, n), n);
+        add_weighted_rows(scores, p.v + j0 * p.v_stride, p.v_stride, n, d, rescale[0], o + row * size.columns);
+    }
+
     // Rows row .. of the chunk, one tile, and keys j0 .. j0 + n - 1.
     void tile(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row, std::int64_t rows,
               std::int64_t j0, std::int64_t n) {
@@ -403,10 +434,15 @@ struct Forward {
         const std::int64_t limit = all ? p.keys : p.visible(highest, true, p.keys);
         for (std::int64_t j0 = 0; j0 < limit; j0 += kBlock) {
             const std::int64_t n = smaller(kBlock, limit - j0);
-            pack(p, b, h, j0, n, lowest, highest);
+            if (!few) pack(p, b, h, j0, n, lowest, highest);
             for (int stream = 0; stream < kStreams; ++stream) {
                 dropout.tag = static_cast<Tag>(streams[stream].tag);
                 const std::int64_t rows = runs[stream].end - runs[stream].first;
+                if (few) {
+                    for (std::int64_t r = start[stream]; r < start[stream] + rows; ++r)
+                        single(p, b, h, queries[stream], streams[stream], r, j0, n);
+                    continue;
+                }
                 for (std::int64_t r = 0, step = tile_rows<U, kRelative>(n); r < rows; r += step)
                     tile(p, queries[stream], streams[stream], start[stream] + r, smaller(step, rows - r), j0, n);
             }
@@ -459,11 +495,9 @@ struct Forward {
     }
 };
 
-// `streams` are two if kRelative, one else; the second may have no rows.
 template <class T, class U, bool kRelative>
-void run_forward(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams) {
+void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams, bool few) {
     const std::int64_t rows = streams[0].count + (kRelative ? streams[1].count : 0);
-    if (rows == 0) return;
     const bool apart = streams[0].positions != nullptr || (kRelative && streams[1].positions != nullptr);
     const Sizes size = sizes_of<U, kRelative>(in, rows, apart);
     // Positions are below the table's offset.
@@ -486,7 +520,8 @@ void run_forward(const AttentionInputs& in, const RelativeInputs* relative, cons
 
 #pragma omp parallel num_threads(static_cast<int>(team))
     {
-        Forward<T, U, kRelative> worker(in, relative, streams, size, scratch + thread_index() * size.total);
+        Forward<T, U, kRelative> worker(in, relative, streams, size, few,
+                                        scratch + thread_index() * size.total);
         if constexpr (U::row_step == 16) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
@@ -496,6 +531,17 @@ void run_forward(const AttentionInputs& in, const RelativeInputs* relative, cons
         }
         if constexpr (U::row_step == 16) end_tiles();
     }
+}
+
+// `streams` are two if kRelative, one else; the second may have no rows.
+template <class T, class U, bool kRelative>
+void run_forward(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams) {
+    const std::int64_t rows = streams[0].count + (kRelative ? streams[1].count : 0);
+    if (rows == 0) return;
+    if (rows <= kFewQueries && in.cu_seqlens == nullptr)
+        run_forward_in<T, FloatUnit, kRelative>(in, relative, streams, true);
+    else
+        run_forward_in<T, U, kRelative>(in, relative, streams, false);
 }
 
 }  // namespace

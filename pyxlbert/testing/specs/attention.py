@@ -218,6 +218,11 @@ SPEC = Spec(
         _case("fused", 37, head_size=64),
         _case("one token", 1, head_size=32),
         _case("one query, many keys", 1, 530, head_size=32, layout="apart", small=False),
+        _case("few queries", 4, 21, head_size=40, lengths=(21, 10), mask=(2, 1, 4, 21), layout="apart"),
+        _case(
+            "few queries, causal", 3, 530, head_size=80, causal=True, dropout_p=0.2, seed=2, layout="apart", small=False
+        ),
+        _case("few queries, bias", 2, 19, head_size=7, bias=(2, 2, 2, 19), layout="strided"),
         _case("many queries, one key", 50, 1, layout="apart"),
         _case("more queries than keys", 70, 19, head_size=24, layout="apart"),
         _case("no queries", 0, 7, layout="apart"),

@@ -645,6 +645,11 @@ SPEC = Spec(
             _case(f"head size {d}", 35, head_size=d, lengths=(35, 20), layout="heads first")
             for d in (1, 3, 33, 80, 128)
         ),
+        _case("few rows", 4, 23, head_size=40, biases="uwse", ranks=True, see_self=True, lengths=(23, 9)),
+        _case("few rows, places", 3, 20, positions=((5, 0, -1), (7, 7, 2)), offset=8, head_size=7, mask=(2, 1, 3, 20)),
+        _case("few rows, causal", 2, 530, batch=4, tables=2, rows=531, causal=True, head_size=80, small=False),
+        _case("few rows, uniform", 2, 12, rows=14, lengths=(12, 0), ranks=True, causal=True, masked_rows="uniform"),
+        _case("few rows, dropout", 1, 600, head_size=64, dropout_p=0.3, seed=4, biases="uwse", small=False),
         _case("long", 530, batch=1, head_size=64, small=False),
         _case("memory, long", 70, 1100, batch=1, head_size=32, biases="uwse", layout="apart", small=False),
         _case("few heads, long", 64, 1200, batch=1, heads=1, head_size=32, layout="apart", small=False),

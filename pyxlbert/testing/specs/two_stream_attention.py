@@ -196,6 +196,8 @@ SPEC = Spec(
         _case("no target is real", 12, ((-1, -1), (-1, -1)), ranks=True),
         _case("one target, no biases", 33, ((32,), (0,)), biases="", ranks=True),
         _case("one token", 1, ((0,), (0,)), ranks=True),
+        _case("few rows", 2, ((1,), (0,)), 19, ranks=True, mask=(2, 1, 2, 19), head_size=40),
+        _case("few rows, long", 1, ((0, -1), (-1, 0)), 530, ranks=True, head_size=80, small=False),
         _case("no rows", 0, ((), ()), 5),
         _case("no rows, targets", 0, ((-1, -1), (-1, -1)), 5, ranks=True),
         _case("no rows, targets, mask", 0, ((-1,), (-1,)), 5, mask=(2, 1, 0, 5)),
