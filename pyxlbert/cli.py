@@ -7,11 +7,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +29,8 @@ _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "tri
 
 # The processor flags that some kernel of ours or of oneDNN asks for, as Linux spells them.
 _FEATURES = (
-    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("sse4_2", "avx", "f16c", "fma", "bmi2", "avx2", "avx_vnni"),
+    *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"),
     *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "sve"),
 )
 
@@ -43,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        _stop_orderly()
         if backends.level_error is not None and options.command != "info":
             raise ValueError(backends.level_error)
         options.run(options)
@@ -52,7 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"pyxlbert {options.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # not foreseen: still one line, with the kind of the error
+        print(f"pyxlbert {options.command}: error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _stop_orderly() -> None:
+    """Lets a terminated process leave through its `finally` blocks, so that no half-written file stays."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, leave)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,16 +188,16 @@ def _output_path(name: str) -> Path:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` when the block ends, and not at all when it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "xb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    with open(temporary, "xb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _write_npy(file: BinaryIO, texts: list[str], vectors: np.ndarray) -> None:

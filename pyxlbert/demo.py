@@ -1,7 +1,7 @@
 """`python -m pyxlbert.demo`: real sentences, a real pretrained BERT, our kernels, checked and timed.
 
-The model is all-MiniLM-L6-v2 as the package index carries it; `transformers` is imported here and nowhere else in the
-library, as the reference that the result is compared with.
+The model is all-MiniLM-L6-v2 as the package index carries it. `transformers` is the reference that the result is
+compared with: the library imports it here, in `pyxlbert.evaluate` and in the benchmarks, and nowhere else.
 """
 
 from __future__ import annotations

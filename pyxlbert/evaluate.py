@@ -131,6 +131,10 @@ def _tokens(options: argparse.Namespace) -> int:
 def _stsb(options: argparse.Namespace) -> int:
     first, second, scores = read_stsb(options.data, options.split)
     encoder = SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
+    if options.compare and (encoder.modules.modes != ("mean",) or encoder.modules.dense):
+        raise ValueError(
+            f"--compare: {options.model} does not pool by mean alone, which is all that the peer does here"
+        )
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
     print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100")
     print(f"  pyxlbert {options.dtype:<12}{100 * own:.4f}")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +176,78 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, model: Path, monkeyp
     assert written(tmp_path) == {"in.txt", "x.npy"}
 
 
+def test_an_error_that_nobody_foresaw_is_one_line(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("a\n")
+    monkeypatch.setitem(cli._WRITERS, ".npy", lambda *_: {}["nothing"])
+    assert embed(tmp_path / "in.txt", model, tmp_path / "x.npy") == 1
+    assert capsys.readouterr().err == "pyxlbert embed: error: KeyError: 'nothing'\n"
+    assert written(tmp_path) == {"in.txt"}
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    with cli.whole_file(path) as first:
+        first.write(b"first")
+        with pytest.raises(ZeroDivisionError), cli.whole_file(path) as failing:
+            failing.write(b"half")
+            raise ZeroDivisionError
+        with cli.whole_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert written(tmp_path) == {"x.npy"}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_stopped_command_leaves_no_file(tmp_path: Path, model: Path, name: str) -> None:
+    (tmp_path / "in.txt").write_text("a\n")
+    code = (
+        "import sys, time\n"
+        "from pyxlbert import cli\n"
+        "def slow(file, texts, vectors):\n"
+        "    file.write(b'half'); file.flush(); print('writing', flush=True); time.sleep(60)\n"
+        "cli._WRITERS['.npy'] = slow\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    arguments = ["embed", str(tmp_path / "in.txt"), "--model", str(model), "--out", str(tmp_path / "x.npy")]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    assert len(written(tmp_path)) == 2
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert written(tmp_path) == {"in.txt"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_alone(tmp_path: Path, model: Path, terminal: bool) -> None:
+    """Long work shows its progress where somebody looks, and writes nothing into a file of errors."""
+    code = (
+        "import sys\n"
+        "import pyxlbert.text.sentence_encoder as encoder\n"
+        "encoder._BAR_DELAY = 0\n"
+        "encoder.SentenceEncoder.from_pretrained(sys.argv[1]).encode(['a b'] * 70)\n"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    if not terminal:
+        done = subprocess.run(command, capture_output=True, check=True)
+        assert b"text" not in done.stderr
+        return
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end was closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"70/70" in seen
+
+
 def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
     vectors = np.array([[1, 2], [3, np.nan]], dtype=np.float32)
     with pytest.raises(ValueError, match="line 2"), cli.whole_file(tmp_path / "x.jsonl") as file:
@@ -249,6 +326,37 @@ def test_stsb_command(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
     assert "difference           +0.0000" in output
 
 
+@pytest.mark.skipif("PYXLBERT_STSB" not in os.environ, reason="PYXLBERT_STSB names no folder with sts-dev.csv")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stsb_score_of_a_real_model_equals_that_of_transformers(dtype: str) -> None:
+    """To the third decimal of the correlation, which is the first of the number printed."""
+    first, second, scores = evaluate.read_stsb(Path(os.environ["PYXLBERT_STSB"]))
+    directory = demo.minilm_directory()
+    encoder = pyxlbert.SentenceEncoder.from_pretrained(directory, cli.DTYPES[dtype])
+    peer = demo.transformers_encoder(directory, encoder.tokenizer.max_length)
+
+    def in_batches(texts: list[str]) -> np.ndarray:
+        return np.concatenate([peer(texts[start : start + 32]) for start in range(0, len(texts), 32)])
+
+    ours, theirs = (evaluate.spearman(encode, first, second, scores) for encode in (encoder.encode, in_batches))
+    assert round(ours, 3) == round(theirs, 3)
+    assert abs(ours - theirs) < 5e-4
+
+
+def test_stsb_compares_nothing_but_mean_pooling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_bert(tmp_path / "cls")
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    entries = [
+        {"path": p, "type": f"sentence_transformers.models.{k}"}
+        for p, k in (("", "Transformer"), ("1_Pooling", "Pooling"))
+    ]
+    (model / "modules.json").write_text(json.dumps(entries))
+    (tmp_path / "sts-dev.csv").write_text("g\tf\t2012\t0\t1\ta\tb", encoding="utf-8")
+    assert evaluate.main(["stsb", "--data", str(tmp_path), "--model", str(model), "--compare"]) == 1
+    assert "does not pool by mean" in capsys.readouterr().err
+
+
 def test_demo_picture(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     size = sum(len(texts) for texts in demo.TOPICS.values())
@@ -259,10 +367,7 @@ def test_demo_picture(tmp_path: Path) -> None:
 
 
 def test_demo_checks_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        demo.minilm_directory()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    demo.minilm_directory()
     monkeypatch.setattr(demo, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="SHA-256"):
         demo.minilm_directory()

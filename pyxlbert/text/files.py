@@ -54,3 +54,23 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Like `read_json`, and an empty dict when the file is not there."""
     return read_json(path) if path.is_file() else {}
+
+
+def setting(path: Path, content: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+    """A field of a settings file, or `default` where it is missing or null.
+
+    Raises:
+        ValueError: it is of another type; true and false are no numbers.
+    """
+    value = content.get(key)
+    if value is None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(_JSON_NAMES[one] for one in kinds)
+        raise ValueError(f"{path}: {key} is {value!r}; wanted {wanted}")
+    return value
+
+
+_JSON_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+_JSON_NAMES |= {list: "a list", dict: "an object"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .files import model_directory, read_json, read_optional_json
+from .files import model_directory, read_json, read_optional_json, setting
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,8 @@ class Dense:
             ValueError: a file is missing or corrupt, or the activation is not known.
         """
         config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-        activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+        file, tanh = directory / "config.json", "torch.nn.modules.activation.Tanh"
+        activation = setting(file, config, "activation_function", str, tanh).rsplit(".", 1)[-1]
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise ValueError(f"{directory / 'config.json'}: activation_function {activation!r} is not one of {known}")
@@ -105,6 +106,9 @@ class Dense:
             raise ValueError(f"{directory}: the Dense module's file has no linear.weight")
         bias = state.get("linear.bias")
         weight = state["linear.weight"].float()
+        if weight.dim() != 2 or (bias is not None and tuple(bias.shape) != tuple(weight.shape[:1])):
+            shapes = f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
+            raise ValueError(f"{directory}: linear.weight and linear.bias are {shapes}; wanted [out, in] and [out]")
         wanted = (config.get("out_features", weight.shape[0]), config.get("in_features", weight.shape[1]))
         if tuple(weight.shape) != wanted:
             raise ValueError(f"{directory}: linear.weight is {tuple(weight.shape)}; config.json says {wanted}")
@@ -123,7 +127,10 @@ def _read_state(directory: Path) -> dict[str, torch.Tensor]:
 
             return load_file(safe)
         if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
+            state = torch.load(pickled, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+                raise TypeError(f"{pickled.name} is no dictionary of tensors")
+            return state
     except Exception as error:
         raise ValueError(f"{directory}: the weights cannot be read: {error}") from None
     raise ValueError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
@@ -205,7 +212,7 @@ def _read_pooling(path: Path) -> tuple[str, ...]:
     else:
         keys = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
         chosen = [_KEYS.get(key, key) for key in keys]
-    if not isinstance(chosen, list) or not chosen or any(mode not in _MODES for mode in chosen):
+    if not isinstance(chosen, list) or not chosen or any(mode not in tuple(_MODES) for mode in chosen):
         raise ValueError(f"{path}: pooling mode: got {chosen!r}, wanted one or several of {', '.join(_MODES)}")
     return tuple(mode for mode in _MODES if mode in chosen)
 
@@ -213,8 +220,8 @@ def _read_pooling(path: Path) -> tuple[str, ...]:
 def _refuse_default_prompt(root: Path) -> None:
     path = root / "config_sentence_transformers.json"
     config = read_optional_json(path)
-    name = config.get("default_prompt_name")
-    if name and (config.get("prompts") or {}).get(name):
+    name = setting(path, config, "default_prompt_name", str)
+    if name and setting(path, config, "prompts", dict, {}).get(name):
         raise ValueError(
             f"{path}: default_prompt_name {name!r} puts a prompt before every text, which is not supported; "
             "set it to null and write the prompt into the texts"

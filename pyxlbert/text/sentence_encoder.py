@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -85,6 +86,11 @@ class SentenceEncoder:
                 model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
                 positions = model.config.max_position_embeddings
         tokenizer = TextTokenizer.from_directory(folder, positions)
+        if tokenizer.largest_id >= model.config.vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
+                f"{model.config.vocab_size}"
+            )
         return cls(model, tokenizer, modules)
 
     def _mode(self, mode: str) -> str:
@@ -133,6 +139,9 @@ class SentenceEncoder:
         single = isinstance(texts, str)
         items = [texts] if single else _check_texts(texts)
         _check_batch_size(batch_size)
+        for name, value in (("normalize", normalize), ("show_progress", show_progress)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, wanted True, False or None")
         chosen, combine = _resolve_layers(layers, self.model.config.num_hidden_layers)
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
@@ -219,6 +228,8 @@ class _Hidden:
         types = [one for one in map(self.tokenizer.types, lengths) if one is not None]
         if types:
             given["token_type_ids"] = torch.from_numpy(np.concatenate(types)).view(tokens.shape).to(device)
+        # A directory's config may ask for tuples or for attention weights.
+        given |= {"output_attentions": False, "return_dict": True}
         output = self.model(input_ids=tokens, output_hidden_states=self.layers is not None, **given)
         if self.layers is None:
             return output.last_hidden_state.flatten(end_dim=-2)
@@ -258,6 +269,12 @@ def _merge_words(
     starts = np.flatnonzero(np.diff(words, prepend=-2))
     spans = list(pairwise([*starts.tolist(), len(words)]))
     merged = np.array([(offsets[a, 0], offsets[b - 1, 1]) for a, b in spans], dtype=np.int64).reshape(-1, 2)
+    for row, (_, end) in enumerate(merged.tolist()):
+        # Accents that the normaliser strips belong to no token: the word keeps those behind its last letter.
+        limit = merged[row + 1, 0] if row + 1 < len(merged) else len(text)
+        while end < limit and unicodedata.combining(text[end]):
+            end += 1
+        merged[row, 1] = end
     return [text[start:end] for start, end in merged], merged, pool(vectors, [b - a for a, b in spans])
 
 
@@ -272,7 +289,7 @@ def _check_texts(texts: object) -> list[str]:
 
 
 def _check_batch_size(batch_size: object) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
         raise TypeError(f"batch_size: got {type(batch_size).__name__}, wanted int")
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
@@ -282,8 +299,9 @@ def _resolve_layers(layers: object, count: int) -> tuple[list[int] | None, str]:
     """The indices into `hidden_states` (None: the last layer's output) and "mean" or "sum"."""
     if layers is None:
         return None, "mean"
-    items = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)) else [layers]
-    combine = items.pop(0) if items and items[0] in ("sum", "mean") else "mean"
+    several = isinstance(layers, (Sequence, range)) and not isinstance(layers, (str, bytes))
+    items = list(layers) if several or (isinstance(layers, np.ndarray) and layers.ndim == 1) else [layers]
+    combine = items.pop(0) if items and isinstance(items[0], str) and items[0] in ("sum", "mean") else "mean"
     wanted = f"wanted layers from {-count - 1} to {count} (0 is the embeddings)"
     if not items:
         raise ValueError(f"layers: got {layers!r}, which names no layer; {wanted}")

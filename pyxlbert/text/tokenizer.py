@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import xlnet_tokenizer
-from .files import model_directory, read_optional_json, read_text
+from .files import model_directory, read_optional_json, read_text, setting
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -72,6 +72,7 @@ class TextTokenizer:
         token_types: whether the model is given these types.
         pad_token: what stands in the places that `padded` fills up.
         pad_left: whether these places are on the left.
+        cut_left: whether a text that is too long loses its beginning instead of its end.
 
     Raises:
         ValueError: `max_length` leaves no room for a token, or a single text gets token types other than 0 that are
@@ -87,12 +88,13 @@ class TextTokenizer:
         token_types: bool = False,
         pad_token: str = "[PAD]",
         pad_left: bool = False,
+        cut_left: bool = False,
     ) -> None:
         added = tokenizer.num_special_tokens_to_add(False)
         if max_length <= added:
             raise ValueError(f"max_length: got {max_length}; wanted more than the {added} special tokens of every text")
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_truncation(max_length, direction="left" if cut_left else "right")
         probe = tokenizer.encode("a")
         special = np.array(probe.special_tokens_mask, dtype=bool)
         types = np.array(probe.type_ids, dtype=np.int64)
@@ -124,7 +126,8 @@ class TextTokenizer:
             ImportError: `spiece.model` is to be read and `sentencepiece` or `protobuf` is not installed.
         """
         path = model_directory(directory)
-        settings = read_optional_json(path / "tokenizer_config.json")
+        file = path / "tokenizer_config.json"
+        settings = read_optional_json(file)
         xlnet = xlnet_tokenizer.is_xlnet(path, settings)
         if xlnet and max_positions is None:
             max_positions = UNLIMITED
@@ -132,14 +135,20 @@ class TextTokenizer:
             load_tokenizer(path),
             length_limit(path, max_positions),
             special_types=xlnet,
-            token_types="token_type_ids" in settings.get("model_input_names", ()),
+            token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
             pad_token=_named(
                 xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
                 "pad_token",
                 "<pad>" if xlnet else "[PAD]",
             ),
-            pad_left=settings.get("padding_side", "left" if xlnet else "right") == "left",
+            pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
+            cut_left=_side(file, settings, "truncation_side", "right") == "left",
         )
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a text may give, added tokens among them; -1 without any token."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def types(self, length: int) -> np.ndarray | None:
         """int64 ``[length]``, the token types of a text that gave so many ids; None where the model is given none."""
@@ -275,7 +284,7 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             raise ValueError(f"{saved} is not a tokenizer that can be read: {error}") from None
         own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
         if own is None:
-            _apply_settings(tokenizer, settings)
+            _apply_settings(tokenizer, settings, directory / "tokenizer_config.json")
         else:
             tokenizer = own
     elif vocabulary.is_file():
@@ -286,7 +295,8 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         raise FileNotFoundError(
             f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model"
         )
-    if read_optional_json(directory / "sentence_bert_config.json").get("do_lower_case"):
+    sentences = directory / "sentence_bert_config.json"
+    if setting(sentences, read_optional_json(sentences), "do_lower_case", bool):
         # A normaliser keeps character offsets right where str.lower() would not.
         steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -295,7 +305,14 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _apply_settings(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+def _side(path: Path, settings: dict[str, Any], key: str, default: str) -> str:
+    side = setting(path, settings, key, str, default)
+    if side not in ("left", "right"):
+        raise ValueError(f"{path}: {key} is {side!r}; wanted 'left' or 'right'")
+    return side
+
+
+def _apply_settings(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> None:
     """Where tokenizer_config.json and tokenizer.json disagree about BERT's normaliser, the former wins.
 
     Directories exist whose tokenizer.json was written with the defaults of the library; `transformers` resolves the
@@ -311,9 +328,9 @@ def _apply_settings(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -
         ("strip_accents", "strip_accents"),
         ("tokenize_chinese_chars", "handle_chinese_chars"),
     )
-    for setting, attribute in names:
-        if setting in settings:
-            setattr(normalizer, attribute, settings[setting])
+    for name, attribute in names:
+        if name in settings and (settings[name] is not None or attribute == "strip_accents"):
+            setattr(normalizer, attribute, setting(path, settings, name, bool))
     tokenizer.normalizer = normalizer
 
 
@@ -322,8 +339,9 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers, processors
 
-    if settings.get("do_basic_tokenize") is False:
-        raise ValueError(f"{path.parent / 'tokenizer_config.json'}: do_basic_tokenize is false, which is not supported")
+    file = path.parent / "tokenizer_config.json"
+    if setting(file, settings, "do_basic_tokenize", bool) is False:
+        raise ValueError(f"{file}: do_basic_tokenize is false, which is not supported")
     lines = read_text(path).split("\n")  # not splitlines: U+2028 and others may be tokens
     if lines[-1] == "":
         lines.pop()
@@ -335,9 +353,9 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=setting(file, settings, "tokenize_chinese_chars", bool, True),
+        strip_accents=setting(file, settings, "strip_accents", bool),
+        lowercase=setting(file, settings, "do_lower_case", bool, True),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     cls_token, sep_token = special["cls_token"], special["sep_token"]
@@ -347,7 +365,40 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
         special_tokens=[(cls_token, vocab[cls_token]), (sep_token, vocab[sep_token])],
     )
     tokenizer.add_special_tokens([token for token in special.values() if token in vocab])
+    _add_tokens(tokenizer, file, settings)
     return tokenizer
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, file: Path, settings: dict[str, Any]) -> None:
+    """Tokens beside the vocabulary, from tokenizer_config.json or, in older directories, from added_tokens.json.
+
+    Raises:
+        ValueError: an entry is no token, or would not have the id it is listed with.
+    """
+    from tokenizers import AddedToken
+
+    listed: dict[int, AddedToken] = {}
+    decoder = setting(file, settings, "added_tokens_decoder", dict)
+    if decoder is None:
+        older = file.with_name("added_tokens.json")
+        for content, place in read_optional_json(older).items():
+            if isinstance(place, bool) or not isinstance(place, int):
+                raise ValueError(f"{older}: {content!r} is {place!r}; wanted its id, a whole number")
+            listed[place] = AddedToken(content, normalized=True)
+    else:
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        for place, token in decoder.items():
+            if not place.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+                raise ValueError(f"{file}: added_tokens_decoder has {place!r}: {token!r}; wanted an id and its token")
+            options = {name: setting(file, token, name, bool) for name in flags}
+            listed[int(place)] = AddedToken(token["content"], **{n: v for n, v in options.items() if v is not None})
+    for place, token in sorted(listed.items(), key=lambda item: item[0]):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != place:
+            raise ValueError(
+                f"{file.parent}: the added token {token.content!r} is listed with id {place}, but comes to "
+                f"{tokenizer.token_to_id(token.content)} behind the vocabulary"
+            )
 
 
 def _named(source: dict[str, Any], name: str, default: str) -> str:

@@ -292,3 +292,67 @@ def test_bad_directories(tmp_path: Path) -> None:
 
 def test_public_name() -> None:
     assert pyxlbert.SentenceEncoder is SentenceEncoder
+
+
+@pytest.mark.parametrize("field", [{"return_dict": False}, {"output_attentions": True}, {"output_hidden_states": True}])
+def test_outputs_that_a_configuration_asks_for_change_nothing(
+    tmp_path: Path, encoder: SentenceEncoder, field: dict
+) -> None:
+    root = tiny_bert(tmp_path)
+    config = json.loads((root / "config.json").read_text()) | field
+    (root / "config.json").write_text(json.dumps(config))
+    other = SentenceEncoder.from_pretrained(root)
+    for options in ({}, {"layers": (-1, -2)}):
+        assert np.array_equal(other.encode(TEXTS, **options), encoder.encode(TEXTS, **options))
+
+
+@pytest.mark.parametrize("name", ["normalize", "show_progress"])
+@pytest.mark.parametrize("value", [1, "yes", np.True_])
+def test_switches_are_true_false_or_none(encoder: SentenceEncoder, name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=name):
+        encoder.encode("a", **{name: value})
+
+
+def test_numpy_integers_and_arrays(encoder: SentenceEncoder) -> None:
+    wanted = encoder.encode(TEXTS, batch_size=3, layers=[-2, -1])
+    assert np.array_equal(encoder.encode(TEXTS, batch_size=np.int64(3), layers=np.array([-2, -1])), wanted)
+    with pytest.raises(TypeError, match="layers"):
+        encoder.encode("a", layers=np.array([[1]]))
+    with pytest.raises(TypeError, match="layers"):
+        encoder.encode("a", layers=np.array([0.5]))
+
+
+def test_words_keep_the_accents_behind_them(encoder: SentenceEncoder) -> None:
+    """The normaliser strips them, so that no token has them; the text's words do."""
+    text = "cafe\u0301 nai\u0308ve\u0301\u0323"
+    words = encoder.encode(text, token_vectors="word")
+    assert words.tokens == ["cafe\u0301", "nai\u0308ve\u0301\u0323"]
+    assert [text[a:b] for a, b in words.offsets] == words.tokens
+
+
+def test_ids_past_the_vocabulary_of_the_model(tmp_path: Path) -> None:
+    root = tiny_bert(tmp_path)
+    size = json.loads((root / "config.json").read_text())["vocab_size"]
+    lines = (root / "vocab.txt").read_text(encoding="utf-8")
+    more = "".join(f"more{i}\n" for i in range(size + 1 - lines.count("\n")))
+    (root / "vocab.txt").write_text(lines + more, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"ids up to {size}.*vocab_size {size}"):
+        SentenceEncoder.from_pretrained(root)
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [{"pooling_mode": {"a": 1}}, {"pooling_mode": [{}]}, {"pooling_mode": 3}, {"pooling_mode_odd": True}],
+    ids=str,
+)
+def test_pooling_settings_of_a_wrong_type(tmp_path: Path, pooling: dict) -> None:
+    root = modules(tmp_path, **pooling)
+    with pytest.raises(ValueError, match=r"config\.json: pooling mode"):
+        SentenceEncoder.from_pretrained(root)
+
+
+def test_prompts_of_a_wrong_type(tmp_path: Path) -> None:
+    root = modules(tmp_path, pooling_mode_mean_tokens=True)
+    (root / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query", "prompts": ["query"]}')
+    with pytest.raises(ValueError, match=r"config_sentence_transformers\.json: prompts"):
+        SentenceEncoder.from_pretrained(root)

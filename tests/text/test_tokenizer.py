@@ -175,3 +175,68 @@ def test_missing_and_corrupt_files(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\nthe\n")
     with pytest.raises(ValueError, match=r"\[SEP\]"):
         TextTokenizer.from_directory(tmp_path, 64)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("source", ["vocab.txt", "tokenizer.json"])
+def test_long_texts_are_cut_where_the_directory_says(directory: Path, side: str, source: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if source == "tokenizer.json":
+        load_tokenizer(directory).save(str(directory / "tokenizer.json"))
+    write(directory, "tokenizer_config.json", {"truncation_side": side, "model_max_length": 6})
+    peer = transformers.BertTokenizerFast.from_pretrained(directory)
+    texts = ["hello world the trains hello", "the", "a b c d e f g h"]
+    assert ids_of(directory, texts) == peer(texts, truncation=True)["input_ids"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_tokens_beside_a_vocabulary_equal_transformers(directory: Path, older: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = len(VOCABULARY)
+    if older:
+        write(directory, "added_tokens.json", {"<second>": size + 1, "<First>": size})
+    else:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False}
+        decoder = {
+            str(size): {"content": "<First>", "normalized": True, "special": False, **flags},
+            str(size + 1): {"content": "<second>", "normalized": False, "special": True, **flags, "lstrip": True},
+        }
+        write(directory, "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    peer = transformers.BertTokenizerFast.from_pretrained(directory)
+    texts = ["hello <First> world<second>the", "<FIRST>", "a  <second> b", "<first>"]
+    ours = ids_of(directory, texts)
+    assert ours == peer(texts)["input_ids"]
+    assert any(size in ids for ids in ours) and any(size + 1 in ids for ids in ours)
+
+
+def test_an_added_token_with_a_gap_before_it(directory: Path) -> None:
+    write(directory, "added_tokens.json", {"<far>": len(VOCABULARY) + 5})
+    with pytest.raises(ValueError, match=r"<far>.*listed with id"):
+        TextTokenizer.from_directory(directory, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": "no"}),
+        ("tokenizer_config.json", {"tokenize_chinese_chars": 1}),
+        ("tokenizer_config.json", {"strip_accents": []}),
+        ("tokenizer_config.json", {"do_basic_tokenize": "false"}),
+        ("tokenizer_config.json", {"model_input_names": "input_ids"}),
+        ("tokenizer_config.json", {"padding_side": 1}),
+        ("tokenizer_config.json", {"truncation_side": "middle"}),
+        ("tokenizer_config.json", {"model_max_length": True}),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<a>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"one": {"content": "<a>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"99": "<a>"}}),
+        ("added_tokens.json", {"<a>": "99"}),
+        ("sentence_bert_config.json", {"do_lower_case": "yes"}),
+        ("sentence_bert_config.json", {"max_seq_length": "64"}),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type(directory: Path, name: str, content: dict) -> None:
+    write(directory, name, content)
+    key = next(iter(content))
+    with pytest.raises(ValueError, match=f"{name}.*{key}"):
+        TextTokenizer.from_directory(directory, 512)
