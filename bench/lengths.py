@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pyxlbert.bench import memory
 from pyxlbert.bench.relative import Problem
-from pyxlbert.bench.report import Row
+from pyxlbert.bench.report import Row, is_peer
 from pyxlbert.bench.timer import race
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -70,7 +70,9 @@ def draw(results: Path, picture: Path) -> None:
         for index, name in enumerate(Problem(1, 1, torch.float32).contestants()):
             style = {"label": name, "color": f"C{index}", "marker": "o", "linewidth": 1 if index else 2}
             timed = [(t, row["timings"][name]["median"]) for t, row in lengths.items() if name in row["timings"]]
-            peaks = [(t, max(row["memory"][name], 1e5) / 1e6) for t, row in lengths.items() if name in row["memory"]]
+            peaks = [(t, max(row["memory"][name], 1e6) / 1e6) for t, row in lengths.items() if name in row["memory"]]
+            if not is_peer(name) and not name.startswith("pyxlbert"):
+                peaks = []  # its T x T bias is an input
             for axis, points in zip(axes[:, column], (timed, peaks), strict=True):
                 if points:
                     axis.loglog(*zip(*points, strict=True), markersize=3, **style)
@@ -79,9 +81,10 @@ def draw(results: Path, picture: Path) -> None:
         for axis in axes[:, column]:
             axis.set_yscale("log", base=10)
             axis.set_xticks(LENGTHS, [str(length) for length in LENGTHS], rotation=45)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("seconds a call")
-    axes[1, 0].set_ylabel("peak memory, MB above inputs and results")
+    axes[1, 0].set_ylabel("peak memory above inputs and results, MB (1 at least)")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(picture, dpi=110)
     plt.close(figure)

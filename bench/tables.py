@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pyxlbert.bench.report import is_peer
+
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds of every contestant of one subject's rows, ours first; the ratio is the best peer's over ours."""
@@ -18,7 +20,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for row in rows:
         ours = row["timings"]["pyxlbert"]["median"]
-        peers = {name: t["median"] for name, t in row["timings"].items() if not name.startswith("pyxlbert")}
+        peers = {name: t["median"] for name, t in row["timings"].items() if is_peer(name)}
         best = min(peers, key=peers.__getitem__) if peers else None
         cells = [row["case"], row["dtype"]]
         cells += [_ms(row["timings"][name]["median"]) if name in row["timings"] else "" for name in names]
