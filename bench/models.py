@@ -73,7 +73,8 @@ class ModelRace:
         note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         if self.fill < 1:
             note = f"{float(real.float().mean()):.0%} full: ours computes fewer rows, less work; {note}"
-        flops = 2 * int(real.sum()) * self.layers * (4 * 768 * 768 + 2 * 768 * 3072)
+        pairs = int(real.sum(1).square().sum())
+        flops = 2 * self.layers * (int(real.sum()) * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * pairs * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
         return Row(
@@ -150,7 +151,8 @@ class XLNetRace:
         }
         note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         rows = self.batch * self.length
-        flops = 2 * 12 * (rows * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * self.length * 768 * 768)
+        products = rows * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * self.length * 768 * 768
+        flops = 2 * 12 * (products + 3 * rows * self.length * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
         timings = race(contestants, rounds=self.rounds)
@@ -221,7 +223,8 @@ class XLNetStepRace:
         rows = b * (t + m)
         # Query and output of both streams, key and value of the T rows, the table; the two feed-forward products.
         products = 768 * 768 * (2 * rows + 2 * b * t + 2 * t) + rows * 2 * 768 * 3072
-        flops = 3 * 2 * self.layers * products
+        # Attention: three products forward, eight backward.
+        flops = 2 * self.layers * (3 * products + 11 * rows * t * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         return Row("XLNet-base", self.case, dtype, timings, flops / limits.gemm_rate(self.dtype), note)
 
