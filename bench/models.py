@@ -220,11 +220,12 @@ class XLNetStepRace:
         errors = {name: float((run()[0].float() - truth[0]).abs().max()) for name, run in contestants.items()}
         note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         timings = race(contestants, rounds=self.rounds)
-        rows = b * (t + m)
-        # Query and output of both streams, key and value of the T rows, the table; the two feed-forward products.
-        products = 768 * 768 * (2 * rows + 2 * b * t + 2 * t) + rows * 2 * 768 * 3072
+        # Of the last layer only the query stream is wanted.
+        rows = [b * (t + m)] * (self.layers - 1) + [b * m]
+        # Query and output of the rows, key and value of T, the table; the two feed-forward products.
+        products = sum(768 * 768 * (2 * n + 2 * b * t + 2 * t) + n * 2 * 768 * 3072 for n in rows)
         # Attention: three products forward, eight backward.
-        flops = 2 * self.layers * (3 * products + 11 * rows * t * 768)
+        flops = 2 * (3 * products + 11 * sum(rows) * t * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         return Row("XLNet-base", self.case, dtype, timings, flops / limits.gemm_rate(self.dtype), note)
 
