@@ -66,7 +66,7 @@ def draw(results: Path, picture: Path) -> None:
     kinds = [(dtype, backward) for dtype in ("float32", "bfloat16") for backward in (False, True)]
     for column, (dtype, backward) in enumerate(kinds):
         of_kind = [row for row in rows if row["dtype"] == dtype and ("backward" in row["case"]) == backward]
-        lengths = {int(row["case"].split("x")[1]): row for row in of_kind}
+        lengths = dict(sorted((int(row["case"].split("x")[1]), row) for row in of_kind))
         for index, name in enumerate(Problem(1, 1, torch.float32).contestants()):
             style = {"label": name, "color": f"C{index}", "marker": "o", "linewidth": 1 if index else 2}
             timed = [(t, row["timings"][name]["median"]) for t, row in lengths.items() if name in row["timings"]]

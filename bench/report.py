@@ -124,18 +124,15 @@ def versions() -> dict[str, str]:
 
 
 def write(path: Path, rows: list[Row], command: str) -> None:
-    """Writes the results whole or not at all; rows of the same race in an older file are replaced.
+    """Writes the results whole or not at all; rows of the same race in an older file are replaced where they stand.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    new = {(r.subject, r.case, r.dtype): r for r in rows}
-    kept = []
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        kept = [r for r in old if (r["subject"], r["case"], r["dtype"]) not in new]
-    written = [
-        {
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    found = {(r["subject"], r["case"], r["dtype"]): r for r in old}
+    found |= {
+        (r.subject, r.case, r.dtype): {
             "subject": r.subject,
             "case": r.case,
             "dtype": r.dtype,
@@ -147,12 +144,12 @@ def write(path: Path, rows: list[Row], command: str) -> None:
             "command": command,
         }
         for r in rows
-    ]
+    }
     description = device()
     document = {
         "device": {name: description[name] for name in DEVICE_FIELDS},
         "versions": versions(),
-        "rows": kept + written,
+        "rows": list(found.values()),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
