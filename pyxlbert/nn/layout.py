@@ -152,6 +152,26 @@ class TokenLayout:
             return torch.where(real, rows, fill)
         return rows
 
+    def restore_weights(self, weights: Tensor) -> Tensor:
+        """Attention weights in their places ``[B, H, T, T]``, with zeros where a query or, packed, a key is padding.
+
+        Args:
+            weights: ``[B, H, T, T]``, of packed rows ``[B, H, max_seqlen, max_seqlen]``.
+        """
+        real = self.tokens(weights.device)
+        if real is None:
+            return weights
+        if self.packed and weights.numel():
+            number = (real.cumsum(1) - 1).clamp(min=0)  # which of its sequence's tokens stands at a place
+            batch, heads, longest, _ = weights.shape
+            rows = number[:, None, :, None].expand(batch, heads, self.length, longest)
+            columns = number[:, None, None, :].expand(batch, heads, self.length, self.length)
+            weights = weights.gather(2, rows).gather(3, columns)
+            weights = torch.where(real[:, None, None, :], weights, 0.0)
+        elif self.packed:
+            return weights.new_zeros(*weights.shape[:2], self.length, self.length)
+        return torch.where(real[:, None, :, None], weights, 0.0)
+
     def tokens(self, device: torch.device | str) -> Tensor | None:
         """Bool ``[B, T]``, True where a token is; None when every place has one."""
         if self.indices is None:

@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.packing import Packable, Projection
+from pyxlbert.ops._weights import relative_attention_with_weights, two_stream_attention_with_weights
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.relative_attention import relative_attention
 from pyxlbert.ops.two_stream_attention import two_stream_attention
-
-MASKED_SCORE = -1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +143,9 @@ class RelativeAttention(Packable):
             output_attentions: also return the weights, which holds a Tq×Tk tensor per head.
 
         Returns:
-            The two streams' results, shaped as the streams, and the weights ``[B, H, T, Tk]``, with a query stream
-            a pair of them, or None.
+            The two streams' results, shaped as the streams, and None or the weights ``[B, H, T, Tk]`` in the streams'
+            dtype, after dropout: with a query stream a pair of them, the second ``[B, H, M, Tk]``, or with a mapping
+            ``[B, H, T, Tk]``.
         """
         seen = content
         if memory is not None:
@@ -155,8 +154,7 @@ class RelativeAttention(Packable):
         (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D]
         content_query = self.project(content, "q")[0] if content_needed else None
         target_query = None if query is None else self.project(query, "q")[0]
-        attend = self._explicit if output_attentions else self._fused
-        mixed, target, weights = attend(content_query, target_query, key, value, table, layout)
+        mixed, target, weights = self._attend(content_query, target_query, key, value, table, layout, output_attentions)
         return self.back(mixed), self.back(target), weights
 
     def back(self, mixed: Tensor | None) -> Tensor | None:
@@ -186,10 +184,24 @@ class RelativeAttention(Packable):
         self, query: Tensor, key: Tensor, value: Tensor, table: Tensor, layout: RelativeLayout, **options: Any
     ) -> Tensor:
         """Queries ``[B, T, H, D]`` that stand at the last places of keys and values, all projected already."""
-        given = {**self._terms(layout), **layout.masks(), **options}
-        return relative_attention(query, key, value, table, causal=layout.causal, **given)
+        return self._look(False, query, key, value, table, layout, **options)[0]
 
-    def _fused(
+    def _look(
+        self,
+        output_attentions: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        layout: RelativeLayout,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = {**self._terms(layout), **layout.masks(), "causal": layout.causal, **options}
+        if output_attentions:
+            return relative_attention_with_weights(query, key, value, table, **given)
+        return relative_attention(query, key, value, table, **given), None
+
+    def _attend(
         self,
         content: Tensor | None,
         query: Tensor | None,
@@ -197,118 +209,41 @@ class RelativeAttention(Packable):
         value: Tensor,
         table: Tensor,
         layout: RelativeLayout,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        terms, masks = self._terms(layout), layout.masks()
-        positions = layout.target_positions
-        if content is not None and positions is not None:
-            mixed, target = two_stream_attention(
-                content, query, key, value, table, target_positions=positions, **terms, **masks
-            )
-            return mixed, target, None
-        mixed = target = None
-        if content is not None:
-            mixed = self.look(
-                content,
-                key,
-                value,
-                table,
-                layout,
-                cu_seqlens=layout.tokens.cu_seqlens,
-                max_seqlen=layout.tokens.max_seqlen,
-                see_self=layout.see_self,
-            )
-        if query is None:
-            return mixed, None, None
-        if positions is not None:
-            there = layout.at(positions)
-            given = {**self._terms(there), **there.masks(), "query_positions": positions}
-            target = relative_attention(query, key, value, table, offset=layout.tokens.length, **given)
-        else:
-            mapping = layout.target_mapping.to(query.dtype)
-            spread = torch.einsum("bmt,bmhd->bthd", mapping, query)
-            target = self.look(spread, key, value, table, layout)
-            target = torch.einsum("bmt,bthd->bmhd", mapping, target)
-        return mixed, target, None
-
-    def _explicit(
-        self,
-        content: Tensor | None,
-        query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        table: Tensor,
-        layout: RelativeLayout,
+        output_attentions: bool,
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        """As `_fused`, in plain PyTorch, with the weights."""
-        batch, length = layout.tokens.batch, layout.tokens.length
-        places = torch.arange(length, device=key.device).expand(batch, length)
-        mixed = content_weights = None
+        """The streams' results ``[..., H, D]`` and the weights; see `forward`."""
+        keys, positions = (key, value, table), layout.target_positions
+        if content is not None and positions is not None:
+            given = {**self._terms(layout), **layout.masks(), "target_positions": positions}
+            return _two_streams(output_attentions, content, query, *keys, **given)
+        mixed = target = content_weights = weights = None
         if content is not None:
-            content_weights = self._weights(content, key, table, places, layout, layout.see_self)
-            mixed = torch.einsum("bhij,bjhd->bihd", content_weights, value)
+            given = {
+                "cu_seqlens": layout.tokens.cu_seqlens,
+                "max_seqlen": layout.tokens.max_seqlen,
+                "see_self": layout.see_self,
+            }
+            mixed, content_weights = self._look(output_attentions, content, *keys, layout, **given)
         if query is None:
             return mixed, None, content_weights
-        if layout.target_positions is not None:
-            real = layout.target_positions >= 0
-            weights = self._weights(query, key, table, layout.target_positions.clamp(min=0).long(), layout, False)
-            weights = weights * real[:, None, :, None]
-            target = torch.einsum("bhij,bjhd->bihd", weights, value)
+        if positions is not None:
+            there = layout.at(positions)
+            given = {"query_positions": positions, "offset": layout.tokens.length}
+            target, weights = self._look(output_attentions, query, *keys, there, **given)
         else:
             mapping = layout.target_mapping.to(query.dtype)
             spread = torch.einsum("bmt,bmhd->bthd", mapping, query)
-            weights = self._weights(spread, key, table, places, layout, False)
-            target = torch.einsum("bhij,bjhd->bihd", weights, value)
+            target, weights = self._look(output_attentions, spread, *keys, layout)
             target = torch.einsum("bmt,bthd->bmhd", mapping, target)
-        return mixed, target, (content_weights, weights)
-
-    def _weights(
-        self, query: Tensor, key: Tensor, table: Tensor, places: Tensor, layout: RelativeLayout, see_self: bool
-    ) -> Tensor:
-        """Softmax of the scores [B, H, M, Tk], for queries [B, M, H, D] that stand at `places` [B, M]."""
-        layout = layout.at(places)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query, key, table = query.to(wide), key.to(wide), table.to(wide)
-        batch, count, heads, _ = query.shape
-        keys = key.shape[1]
-        numbers = torch.arange(keys, device=query.device)
-        scores = torch.einsum("bihd,bjhd->bhij", query + self.r_w_bias, key)
-        tables = (table[None] if table.dim() == 3 else table).repeat_interleave(
-            batch // (1 if table.dim() == 3 else max(table.shape[0], 1)), dim=0
-        )
-        by_row = torch.einsum("bihd,brhd->bhir", query + self.r_r_bias, tables)
-        rows = (layout.tokens.length + numbers - places[..., None]).clamp(max=tables.shape[1] - 1)  # [B, M, Tk]
-        scores = scores + by_row.gather(-1, rows[:, None].expand(batch, heads, count, keys))
-        if layout.query_segments is not None:
-            other = layout.query_segments[:, :, None] != layout.key_segments[:, None, :]
-            same_score, other_score = torch.einsum("bihd,shd->sbhi", query + self.r_s_bias, self.seg_embed.to(wide))
-            scores = scores + torch.where(other[:, None], other_score[..., None], same_score[..., None])
-        scores = scores * self.head_size**-0.5
-        visible = self._visible(places, keys, layout, see_self)
-        if visible is not None:
-            # A finite number is taken off, as in XLNet: a row that may see nothing is uniform, and its gradient that of
-            # scores that differ. It is made zero where that is wanted.
-            scores = scores + torch.where(visible, 0.0, MASKED_SCORE)
-        weights = torch.softmax(scores, dim=-1)
-        if visible is not None and layout.masked_rows == "zero":
-            weights = weights * visible
-        return F.dropout(weights, self.dropout_p, self.training).to(query.dtype if wide == query.dtype else wide)
-
-    @staticmethod
-    def _visible(places: Tensor, keys: int, layout: RelativeLayout, see_self: bool) -> Tensor | None:
-        """Bool [B, 1, M, Tk], or None where every row sees every key; `layout` is that of the places."""
-        numbers = torch.arange(keys, device=places.device)
-        own = places[:, None, :, None] + (keys - layout.tokens.length)
-        visible = None
-        if layout.causal:
-            visible = numbers <= own
-        if layout.key_rank is not None:
-            seen = (layout.query_rank[:, :, None] > layout.key_rank[:, None, :])[:, None]
-            visible = seen if visible is None else visible & seen
-        if layout.attention_mask is not None:
-            visible = layout.attention_mask if visible is None else visible & layout.attention_mask
-        if visible is not None and see_self:
-            visible = visible | (numbers == own)
-        return visible
+        return mixed, target, (content_weights, weights) if output_attentions else None
 
     def extra_repr(self) -> str:
         return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"
+
+
+def _two_streams(output_attentions: bool, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Both streams, and None or the pair of their weights."""
+    if not output_attentions:
+        return *two_stream_attention(*tensors, **options), None
+    content, query, *weights = two_stream_attention_with_weights(*tensors, **options)
+    return content, query, tuple(weights)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.linear import Linear
 from pyxlbert.nn.packing import Packable
+from pyxlbert.ops._weights import attention_with_weights
 from pyxlbert.ops.attention import attention
 
 
@@ -60,46 +60,21 @@ class SelfAttention(Packable):
             output_attentions: also return the weights, which holds a Tq×Tk tensor per head.
 
         Returns:
-            The mixed values, shaped as x, and the weights ``[B, H, T, T]`` or None.
+            The mixed values, shaped as x, and None or the weights ``[B, H, T, T]`` in their dtype, after dropout: zeros
+            for queries that are padding.
         """
         query, key, value = self.project(x)
-        dropout_p = self.dropout_p if self.training else 0.0
-        if output_attentions:
-            mixed, weights = self._with_weights(query, key, value, layout, dropout_p)
-            return mixed.flatten(-2), weights
-        mixed = attention(
-            query,
-            key,
-            value,
-            cu_seqlens=layout.cu_seqlens,
-            max_seqlen=layout.max_seqlen,
-            attention_mask=layout.attention_mask,
-            bias=layout.bias,
-            dropout_p=dropout_p,
-        )
-        return mixed.flatten(-2), None
-
-    def _with_weights(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        query, key, value = (layout.restore(x) for x in (query, key, value))  # [B, T, H, D]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.einsum("bihd,bjhd->bhij", query, key).to(wide) * self.head_size**-0.5
-        if layout.bias is not None:
-            scores = scores + layout.bias
-        tokens = layout.tokens(query.device)
-        mask = tokens[:, None, None, :] if tokens is not None else layout.attention_mask
-        if mask is not None:
-            # A finite number and a product, so that a row that may attend nothing is zeros and has no NaN gradient.
-            scores = scores.masked_fill(~mask, torch.finfo(wide).min)
-        weights = torch.softmax(scores, dim=-1)
-        if mask is not None:
-            weights = weights * mask
-        if tokens is not None:
-            weights = weights * tokens[:, None, :, None]
-        weights = F.dropout(weights, dropout_p).to(value.dtype)
-        mixed = torch.einsum("bhij,bjhd->bihd", weights, value)
-        return layout.take(mixed), weights
+        options = {
+            "cu_seqlens": layout.cu_seqlens,
+            "max_seqlen": layout.max_seqlen,
+            "attention_mask": layout.attention_mask,
+            "bias": layout.bias,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }
+        if not output_attentions:
+            return attention(query, key, value, **options).flatten(-2), None
+        mixed, weights = attention_with_weights(query, key, value, **options)
+        return mixed.flatten(-2), layout.restore_weights(weights)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"

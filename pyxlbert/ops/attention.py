@@ -242,6 +242,46 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    arguments = arguments_of(
+        query,
+        key,
+        value,
+        key_lengths,
+        cu_seqlens,
+        max_seqlen,
+        attention_mask,
+        bias,
+        causal,
+        scale,
+        dropout_p,
+        seed,
+        backend,
+    )
+    query, key, value, *_, bias = arguments[:8]
+    backend = arguments[-1]
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return apply(_Attention, *arguments, backward_backend(backend))[0]
+    return _fwd(*arguments)[0]
+
+
+def arguments_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | int | None = None,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
     scale = _scores.check_scale("attention", scale)
     _check.flag("attention", "causal", causal)
     max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
@@ -264,7 +304,7 @@ def attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(backend, query)
-    arguments = (
+    return (
         query,
         key,
         value,
@@ -279,11 +319,6 @@ def attention(
         seed,
         backend,
     )
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return apply(_Attention, *arguments, backward_backend(backend))[0]
-    return _fwd(*arguments)[0]
 
 
 def _check_arguments(

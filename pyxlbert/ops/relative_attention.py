@@ -58,7 +58,7 @@ def _bwd_fake(
     )
 
 
-def _check_values(
+def check_values(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -85,10 +85,10 @@ def _check_values(
 
 def _check_values_again(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
     # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    _check_values(*arguments)
+    check_values(*arguments)
 
 
-_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, _check_values)
+_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
 _bwd = OP.define(
     "bwd",
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs, str backend)"
@@ -262,6 +262,67 @@ def relative_attention(
             other.
         RuntimeError: the named backend cannot run here.
     """
+    arguments = arguments_of(
+        query,
+        key,
+        value,
+        position_key,
+        content_bias,
+        position_bias,
+        offset,
+        segment_bias,
+        segment_embedding,
+        query_segments,
+        key_segments,
+        query_positions,
+        key_lengths,
+        cu_seqlens,
+        max_seqlen,
+        query_rank,
+        key_rank,
+        see_self,
+        attention_mask,
+        causal,
+        masked_rows,
+        scale,
+        dropout_p,
+        seed,
+        backend,
+    )
+    trained = (*arguments[:6], *arguments[7:9])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+        return apply(_RelativeAttention, *arguments, backward_backend(arguments[-1]))[0]
+    return _fwd(*arguments)[0]
+
+
+def arguments_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_key: torch.Tensor,
+    content_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    offset: int | None = None,
+    segment_bias: torch.Tensor | None = None,
+    segment_embedding: torch.Tensor | None = None,
+    query_segments: torch.Tensor | None = None,
+    key_segments: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    query_rank: torch.Tensor | None = None,
+    key_rank: torch.Tensor | None = None,
+    see_self: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    causal: bool = False,
+    masked_rows: str = "zero",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | int | None = None,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
     op = "relative_attention"
     scale = _scores.check_scale(op, scale)
     _check.flag(op, "causal", causal)
@@ -322,7 +383,7 @@ def relative_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(backend, query)
-    arguments = (
+    return (
         query,
         key,
         value,
@@ -349,7 +410,3 @@ def relative_attention(
         seed,
         backend,
     )
-    trained = (query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
-        return apply(_RelativeAttention, *arguments, backward_backend(backend))[0]
-    return _fwd(*arguments)[0]

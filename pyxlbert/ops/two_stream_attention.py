@@ -75,7 +75,7 @@ def _bwd_fake(
     )
 
 
-def _check_values(
+def check_values(
     content_query: torch.Tensor,
     query_query: torch.Tensor,
     key: torch.Tensor,
@@ -102,10 +102,10 @@ def _check_values(
 
 def _check_values_again(*arguments: Any) -> None:
     # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    _check_values(*arguments[6:])
+    check_values(*arguments[6:])
 
 
-_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, _check_values)
+_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, check_values)
 _bwd = OP.define(
     "bwd",
     "(Tensor? dcontent, Tensor? dquery, Tensor content, Tensor content_lse, Tensor query, Tensor query_lse,"
@@ -275,6 +275,63 @@ def two_stream_attention(
         ValueError: a shape, a device, a length, a position or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    arguments = arguments_of(
+        content_query,
+        query_query,
+        key,
+        value,
+        position_key,
+        target_positions,
+        content_bias,
+        position_bias,
+        offset,
+        segment_bias,
+        segment_embedding,
+        query_segments,
+        key_segments,
+        key_lengths,
+        query_rank,
+        key_rank,
+        attention_mask,
+        masked_rows,
+        scale,
+        dropout_p,
+        seed,
+        backend,
+    )
+    trained = (*arguments[:7], *arguments[8:10])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+        content, _, query, _ = apply(_TwoStreamAttention, *arguments, backward_backend(arguments[-1]))
+    else:
+        content, _, query, _ = _fwd(*arguments)
+    return content, query
+
+
+def arguments_of(
+    content_query: torch.Tensor,
+    query_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_key: torch.Tensor,
+    target_positions: torch.Tensor | None = None,
+    content_bias: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    offset: int | None = None,
+    segment_bias: torch.Tensor | None = None,
+    segment_embedding: torch.Tensor | None = None,
+    query_segments: torch.Tensor | None = None,
+    key_segments: torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    query_rank: torch.Tensor | None = None,
+    key_rank: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    masked_rows: str = "zero",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | int | None = None,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
     op, first = "two_stream_attention", "content_query"
     scale = _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
@@ -308,7 +365,7 @@ def two_stream_attention(
     if scale is None:
         scale = head_size**-0.5
     backend = OP.resolve(backend, content_query)
-    arguments = (
+    return (
         content_query,
         query_query,
         key,
@@ -332,8 +389,3 @@ def two_stream_attention(
         seed,
         backend,
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
-        content, _, query, _ = apply(_TwoStreamAttention, *arguments, backward_backend(backend))
-    else:
-        content, _, query, _ = _fwd(*arguments)
-    return content, query

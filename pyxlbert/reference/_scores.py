@@ -22,7 +22,9 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """Weights along the last dimension and their log-sum-exp; a row of -inf has no weight and lse = +inf."""
     lse = s.logsumexp(-1)
     dead = lse == -torch.inf
-    return s.softmax(-1).masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, torch.inf)
+    # Such a row is replaced before the softmax too: autograd would multiply its NaN by zero.
+    weights = s.masked_fill(dead[..., None], 0.0).softmax(-1)
+    return weights.masked_fill(dead[..., None], 0.0), lse.masked_fill(dead, torch.inf)
 
 
 def of_seen_rows(dout: Tensor, lse: Tensor) -> Tensor:

@@ -40,11 +40,36 @@ def attention_fwd(
         return unpad(out, cu_seqlens, query.shape[0]), unpad(
             lse.transpose(1, 2), cu_seqlens, query.shape[0]
         ).t().contiguous()
-    q, k, v = wide(query), *_seen(key, value, key_lengths)
-    p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
-    kept = drop(p, dropout_p, seed, Tag.ATTENTION)
-    out = torch.einsum("bhij,bjhd->bihd", kept, v)
-    return out.to(query.dtype).contiguous(), lse
+    out, _, lse = _forward(query, key, value, key_lengths, attention_mask, bias, causal, scale, dropout_p, seed)
+    return out, lse
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out as in `attention_fwd`, and dropout(p) `[B, H, Tq, Tk]` in query's dtype; autograd differentiates both.
+
+    Of packed rows Tq and Tk are max_seqlen, with zeros behind every sequence.
+    """
+    if cu_seqlens is None:
+        out, kept, _ = _forward(query, key, value, key_lengths, attention_mask, bias, causal, scale, dropout_p, seed)
+        return out, kept.to(query.dtype)
+    lengths = cu_seqlens.diff()
+    q, k, v = (pad(x, cu_seqlens, max_seqlen) for x in (query, key, value))
+    out, kept, _ = _forward(q, k, v, lengths, None, None, causal, scale, dropout_p, seed)
+    inside = torch.arange(max_seqlen, device=query.device) < lengths[:, None]
+    return unpad(out, cu_seqlens, query.shape[0]), (kept * inside[:, None, :, None]).to(query.dtype)
 
 
 def attention_bwd(
@@ -96,6 +121,26 @@ def attention_bwd(
         dvalue.to(value.dtype).contiguous(),
         dbias.contiguous(),
     )
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, the weights after dropout in the wide dtype, and lse, of padded rows."""
+    q, k, v = wide(query), *_seen(key, value, key_lengths)
+    p, lse = _weights(q, k, key_lengths, attention_mask, bias, causal, scale)
+    kept = drop(p, dropout_p, seed, Tag.ATTENTION)
+    out = torch.einsum("bhij,bjhd->bihd", kept, v)
+    return out.to(query.dtype).contiguous(), kept, lse
 
 
 def _seen(key: Tensor, value: Tensor, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:

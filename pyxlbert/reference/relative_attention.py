@@ -32,6 +32,13 @@ def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out.to(arguments[0].dtype), lse
 
 
+def relative_attention_with_weights(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """out as in `relative_attention_fwd`, and dropout(p) `[B, H, Tq, Tk]` in query's dtype; autograd differentiates
+    both.  Of packed rows Tq and Tk are max_seqlen, with zeros behind every sequence.
+    """
+    return Scores(*arguments, tag=Tag.RELATIVE_ATTENTION).with_weights(arguments[0].dtype)
+
+
 def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding.
 
@@ -172,11 +179,22 @@ class Scores:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out in the wide dtype and lse, packed if the call is."""
+        out, _, lse = self._mixed()
+        return out, lse if self.cu_seqlens is None else self._packed(lse.transpose(1, 2)).t().contiguous()
+
+    def with_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """out, packed if the call is, and the weights after dropout `[B, H, Tq, Tk]`, both in `dtype`."""
+        out, kept, _ = self._mixed()
+        if self.cu_seqlens is not None:
+            # Keys behind a sequence are absent, rows behind it are nobody's.
+            kept = kept.masked_fill(self.absent.transpose(2, 3), 0.0)
+        return out.to(dtype), kept.to(dtype)
+
+    def _mixed(self) -> tuple[Tensor, Tensor, Tensor]:
         p, lse = self.weights()
-        out = torch.einsum("bhij,bjhd->bihd", self._dropped(p), self.v)
-        if self.cu_seqlens is None:
-            return out.contiguous(), lse
-        return self._packed(out), self._packed(lse.transpose(1, 2)).t().contiguous()
+        kept = self._dropped(p)
+        out = torch.einsum("bhij,bjhd->bihd", kept, self.v)
+        return out.contiguous() if self.cu_seqlens is None else self._packed(out), kept, lse
 
     def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
         """Gradients, in the wide dtype, of query, key, value, table, content, position and segment bias, embedding.

@@ -26,6 +26,15 @@ def two_stream_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, T
     return out.to(arguments[0].dtype), lse, query_out.to(arguments[1].dtype), query_lse
 
 
+def two_stream_attention_with_weights(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """content `[B, T, H, D]`, query `[B, M, H, D]`, and each stream's weights after dropout, `[B, H, T, Tk]` and
+    `[B, H, M, Tk]`, all in their queries' dtype; autograd differentiates all four.
+    """
+    content, query = _streams(*arguments)
+    (out, weights), (query_out, query_weights) = (x.with_weights(arguments[0].dtype) for x in (content, query))
+    return out, query_out, weights, query_weights
+
+
 def two_stream_attention_bwd(
     dcontent: Tensor | None,
     dquery: Tensor | None,
