@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.few_rows import EncoderAddresses, Unusual
-from pyxlbert.models.inputs import IGNORED, check_classes, check_device, check_ids, check_shape, check_tokens
+from pyxlbert.models.inputs import (
+    IGNORED,
+    check_choices,
+    check_classes,
+    check_device,
+    check_ids,
+    check_labels,
+    check_tensors,
+    check_tokens,
+)
 from pyxlbert.models.losses import LOW_PRECISION, classification_loss, cross_entropy, span_loss
 from pyxlbert.models.outputs import (
     BaseModelOutputWithPooling,
@@ -242,7 +251,13 @@ class BertPreTrainedModel(PretrainedModel):
         return self.base_model.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings, and with them a tied decoder."""
+        """Replace the word embeddings, and with them a tied decoder.
+
+        Raises:
+            TypeError: `value` is no embedding.
+            ValueError: the table has another size than the configuration's.
+        """
+        self._check_embeddings(value, self.config.hidden_size)
         self.base_model.embeddings.word_embeddings = value
         self.tie_weights()
 
@@ -326,6 +341,14 @@ class BertModel(BertPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         device = self.embeddings.word_embeddings.weight.device
+        check_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+        )
         given, tokens = check_tokens(
             input_ids, inputs_embeds, config.hidden_size, device, packed=cu_seqlens is not None
         )
@@ -503,7 +526,7 @@ class BertVocabularyModel(BertPreTrainedModel):
         if labels is None:
             return layout.restore(self.cls.predictions(rows)), None
         ignored = config.sparse_pred_ignore_index if config.sparse_prediction else IGNORED
-        check_shape("labels", labels, (layout.batch, layout.length))
+        check_labels("labels", labels, rows.device, (layout.batch, layout.length))
         check_classes("labels", labels, config.vocab_size, ignored)
         labels = layout.labels(labels, ignored)
         # A traced graph must not have sizes that depend on the labels.
@@ -549,23 +572,14 @@ class BertForPreTraining(BertVocabularyModel):
             `prediction_logits` ``[B, T, V]`` (zeros at padding; ``[labelled, V]`` with ``sparse_prediction`` and
             labels), `seq_relationship_logits` ``[B, 2]``, and with both kinds of label `loss`, the sum of the two.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         logits, loss = self._predict(encoded, labels)
         relationship = self.cls.seq_relationship(encoded.pooler_output)
         if next_sentence_label is not None:
+            batch = relationship.shape[0]
+            check_labels("next_sentence_label", next_sentence_label, relationship.device, (batch,), (batch, 1))
             check_classes("next_sentence_label", next_sentence_label, 2)
-            check_shape(
-                "next_sentence_label", next_sentence_label, (relationship.shape[0],), (relationship.shape[0], 1)
-            )
             next_sentence_loss = cross_entropy(relationship, next_sentence_label)
         both = loss is not None and next_sentence_label is not None
         output = PreTrainingOutput(
@@ -609,16 +623,8 @@ class BertForMaskedLM(BertVocabularyModel):
             `logits` ``[B, T, V]`` (zeros at padding; ``[labelled, V]`` with ``sparse_prediction`` and labels) and
             with labels `loss`.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         logits, loss = self._predict(encoded, labels)
         output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
@@ -653,21 +659,13 @@ class BertForNextSentencePrediction(BertPreTrainedModel):
         Returns:
             `logits` ``[B, 2]`` and with labels `loss`.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         logits = self.cls.seq_relationship(encoded.pooler_output)
         loss = None
         if labels is not None:
+            check_labels("labels", labels, logits.device, (logits.shape[0],), (logits.shape[0], 1))
             check_classes("labels", labels, 2)
-            check_shape("labels", labels, (logits.shape[0],), (logits.shape[0], 1))
             loss = cross_entropy(logits, labels)
         output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
         return output if self._returns_dict(return_dict) else output.to_tuple()
@@ -707,16 +705,8 @@ class BertForSequenceClassification(BertPreTrainedModel):
         Returns:
             `logits` ``[B, num_labels]`` and with labels `loss`.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)
@@ -754,21 +744,13 @@ class BertForTokenClassification(BertPreTrainedModel):
         Returns:
             `logits` ``[B, T, num_labels]``, zeros at padding, and with labels `loss`.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         layout = encoded.layout
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (layout.batch, layout.length))
+            check_labels("labels", labels, logits.device, (layout.batch, layout.length))
             check_classes("labels", labels, self.num_labels)
             loss = cross_entropy(logits, layout.labels(labels))
         output = HeadOutput(loss, layout.restore(logits), encoded.restored_states(), encoded.attentions)
@@ -814,16 +796,8 @@ class BertForQuestionAnswering(BertPreTrainedModel):
             `start_logits` and `end_logits` ``[B, T]``, the dtype's lowest number at padding, so that a softmax gives
             padding no probability; with both kinds of position also `loss`, the mean of the two.
         """
-        encoded = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.bert(*given, output_attentions, output_hidden_states, keep_packed=True)
         layout = encoded.layout
         logits = self.qa_outputs(encoded.last_hidden_state)
         logits = layout.restore(logits, fill=torch.finfo(logits.dtype).min)
@@ -870,23 +844,21 @@ class BertForMultipleChoice(BertPreTrainedModel):
         Returns:
             `logits` ``[B, C]`` and with labels `loss`.
         """
-        tokens, name, wanted = input_ids, "input_ids", "[B, C, T]"
-        if inputs_embeds is not None:
-            tokens, name, wanted = inputs_embeds, "inputs_embeds", "[B, C, T, E]"
-        if tokens is not None and tokens.dim() != len(wanted.split(",")):
-            raise ValueError(f"{name}: got shape {list(tokens.shape)}, wanted {wanted}")
-        arguments = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.bert(
-            *(None if x is None else x.flatten(0, 1) for x in arguments),
-            output_attentions,
-            output_hidden_states,
-            keep_packed=True,
-        )
-        batch, choices = tokens.shape[:2]
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        batch, choices = check_choices(**given)
+        flat = {name: None if x is None else x.flatten(0, 1) for name, x in given.items()}
+        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        encoded = self.bert(**flat, **options, keep_packed=True)
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(batch, choices)
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (batch,), (batch, 1))
+            check_labels("labels", labels, logits.device, (batch,), (batch, 1))
             check_classes("labels", labels, choices)
             loss = cross_entropy(logits, labels)
         output = HeadOutput(loss, logits, encoded.restored_states(), encoded.attentions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from dataclasses import dataclass, field, fields
@@ -9,6 +10,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pyxlbert.models import checkpoints
+
+
+def _labels(given: object) -> dict[int, str]:
+    """`id2label` with integers for keys, as JSON cannot have them."""
+    try:
+        return {int(index): label for index, label in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"id2label: got {given!r}, wanted an object of numbers and their labels") from None
+
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -48,7 +58,7 @@ class ModelConfig:
         if self.dtype is not None:
             self.dtype = str(self.dtype).removeprefix("torch.")
         if self.id2label is not None:
-            self.id2label = {int(index): label for index, label in self.id2label.items()}
+            self.id2label = _labels(self.id2label)
             # As in transformers, the map wins over a count that disagrees with it.
             self.num_labels = len(self.id2label)
         elif self.num_labels is None:
@@ -74,6 +84,9 @@ class ModelConfig:
             if value not in harmless:
                 raise ValueError(f"{name}: got {value!r}, which this model does not support; wanted {harmless[0]!r}")
         self._integer("num_labels", 1)
+        for f in fields(self):
+            if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
+                raise ValueError(f"{f.name}: got {getattr(self, f.name)!r}, wanted True or False")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type: got {self.problem_type!r}, wanted None or one of {', '.join(PROBLEM_TYPES)}"
@@ -88,9 +101,10 @@ class ModelConfig:
 
     def _number(self, name: str, least: float, most: float = math.inf) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not least <= value <= most:
             wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
+            raise ValueError(f"{name}: got {value!r}, wanted a finite number {wanted}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
@@ -102,8 +116,15 @@ class ModelConfig:
 
         Raises:
             ValueError: a field cannot be honoured, or the file is another model's.
+            TypeError: an override is no field.
         """
         values = dict(values)
+        if "torch_dtype" in overrides:
+            overrides["dtype"] = overrides.pop("torch_dtype")
+        known = {f.name for f in fields(cls) if f.name != "extra"}
+        for name in overrides.keys() - known - cls.unsupported.keys() - {"model_type"}:
+            near = difflib.get_close_matches(name, known)
+            raise TypeError(f"{name}: no field of {cls.__name__}" + (f"; near: {', '.join(near)}" if near else ""))
         model_type = values.pop("model_type", None) or cls.model_type
         if model_type != cls.model_type:
             raise ValueError(f"model_type: got {model_type!r}, wanted {cls.model_type!r}")
@@ -114,7 +135,6 @@ class ModelConfig:
             values.pop("id2label", None)
             values.pop("label2id", None)
         values.update(overrides)
-        known = {f.name for f in fields(cls) if f.name != "extra"}
         extra = {name: value for name, value in values.items() if name not in known}
         known_values = {name: value for name, value in values.items() if name in known}
         return cls(**known_values, extra=extra)

@@ -54,6 +54,35 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: got {least if least < low else most}, wanted {low} to {high}")
 
 
+def check_labels(name: str, labels: object, device: torch.device, *shapes: tuple[int, ...]) -> None:
+    """Raises TypeError for what is no tensor, ValueError for another device than the logits' or another shape."""
+    check_tensors(**{name: labels})
+    check_device(name, labels, device)
+    check_shape(name, labels, *shapes)
+
+
+def check_choices(**given: object) -> tuple[int, int]:
+    """B and C of arguments of several choices: `inputs_embeds` [B, C, T, E], the others [B, C, T].
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: neither or both of `input_ids` and `inputs_embeds` are given, one has another number of dimensions,
+            or B, C and T are not the same in all.
+    """
+    check_tensors(**given)
+    if (given["input_ids"] is None) == (given["inputs_embeds"] is None):
+        raise ValueError("input_ids: wanted exactly one of input_ids and inputs_embeds")
+    present = {name: tuple(x.shape) for name, x in given.items() if isinstance(x, Tensor)}
+    first = "input_ids" if "input_ids" in present else "inputs_embeds"
+    for name, shape in ((first, present[first]), *present.items()):
+        wanted = "[B, C, T, E]" if name == "inputs_embeds" else "[B, C, T]"
+        if len(shape) != len(wanted.split(",")):
+            raise ValueError(f"{name}: got shape {list(shape)}, wanted {wanted}")
+        if shape[:3] != present[first][:3]:
+            raise ValueError(f"{name}: got shape {list(shape)}, wanted {list(present[first][:3])} as {first}")
+    return present[first][0], present[first][1]
+
+
 def check_classes(name: str, labels: Tensor, classes: int, ignore_index: int = IGNORED) -> None:
     """Raises TypeError or ValueError for labels that are neither classes nor `ignore_index`."""
     check_integers(name, labels)

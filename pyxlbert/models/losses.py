@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyxlbert.models.inputs import IGNORED, check_classes, check_integers, check_shape
+from pyxlbert.models.inputs import (
+    IGNORED,
+    check_classes,
+    check_device,
+    check_integers,
+    check_labels,
+    check_shape,
+    check_tensors,
+)
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -37,19 +45,23 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         TypeError: labels of a wrong dtype.
     """
     batch, count = logits.shape
+    check_tensors(labels=labels)
+    check_device("labels", labels, logits.device)
     kind = problem_type
     if kind is None:
         integers = labels.dtype in (torch.int64, torch.int32)
         several = "single_label_classification" if integers else "multi_label_classification"
         kind = "regression" if count == 1 else several
     if kind == "single_label_classification":
-        check_classes("labels", labels, count)
         check_shape("labels", labels, (batch,), (batch, 1))
+        check_classes("labels", labels, count)
         return cross_entropy(logits, labels)
     if kind == "regression" and count == 1:
         check_shape("labels", labels, (batch,), (batch, 1))
     else:
         check_shape("labels", labels, (batch, count))
+    if labels.is_complex():
+        raise TypeError(f"labels: got {labels.dtype}, wanted real numbers")
     logits = widened(logits)
     labels = labels.to(logits.dtype).view(batch, count)
     return F.mse_loss(logits, labels) if kind == "regression" else F.binary_cross_entropy_with_logits(logits, labels)
@@ -69,8 +81,8 @@ def span_loss(name: str, logits: Tensor, places: Tensor, tokens: Tensor | None) 
         TypeError: places of a wrong dtype.
     """
     batch, length = logits.shape
+    check_labels(name, places, logits.device, (batch,), (batch, 1))
     check_integers(name, places)
-    check_shape(name, places, (batch,), (batch, 1))
     places = places.reshape(-1).long().clamp(0, length)
     if tokens is not None and length:
         real = tokens.gather(1, places.clamp(max=length - 1)[:, None]).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,6 +13,14 @@ from torch import Tensor
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 
+_CHECKPOINT_OPTIONS = {
+    "use_reentrant",
+    "preserve_rng_state",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+}
 _NAMED_AT_MOST = 8  # names in a message; the rest are counted
 
 
@@ -81,8 +90,16 @@ class PretrainedModel(torch.nn.Module):
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`; ``use_reentrant`` is False here
                 unless given.
+
+        Raises:
+            TypeError: an option that `checkpoint` does not have.
         """
-        self.base_model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        options = gradient_checkpointing_kwargs or {}
+        unknown = sorted(options.keys() - _CHECKPOINT_OPTIONS)
+        if unknown:
+            wanted = ", ".join(sorted(_CHECKPOINT_OPTIONS))
+            raise TypeError(f"gradient_checkpointing_kwargs: got {', '.join(unknown)}, wanted {wanted}")
+        self.base_model.checkpointing = {"use_reentrant": False, **options}
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what the layers make for the backward pass again."""
@@ -92,6 +109,16 @@ class PretrainedModel(torch.nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
         return self.base_model.checkpointing is not None
+
+    def _check_embeddings(self, value: object, columns: int) -> None:
+        if not isinstance(value, torch.nn.Embedding):
+            raise TypeError(f"value: got {type(value).__name__}, wanted a torch.nn.Embedding")
+        wanted = (self.config.vocab_size, columns)
+        if tuple(value.weight.shape) != wanted:
+            got = list(value.weight.shape)
+            raise ValueError(
+                f"value: got a table of shape {got}, wanted {list(wanted)}; another vocabulary needs another vocab_size"
+            )
 
     # Initialisation
 
@@ -143,7 +170,7 @@ class PretrainedModel(torch.nn.Module):
             dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's.
             output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
             overrides: fields of the configuration to replace, such as ``num_labels=3``; also ``add_pooling_layer``
-                where the constructor takes it.
+                where the constructor takes it. `torch_dtype` is another name of `dtype`.
 
         Returns:
             The model, with `output_loading_info` the pair (model, info). The model also carries it as `loading_info`.
@@ -152,12 +179,20 @@ class PretrainedModel(torch.nn.Module):
             FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing.
             ValueError: a file is corrupt, a field of the configuration cannot be honoured, an encoder weight is
                 missing, or a tensor has the wrong shape.
+            TypeError: an override is no field of the configuration.
         """
+        if "torch_dtype" in overrides:
+            old = overrides.pop("torch_dtype")
+            if dtype not in ("auto", None, old):
+                raise ValueError(f"torch_dtype: got {old!r} together with dtype {dtype!r}, wanted one of them")
+            dtype = old
         model_options = {name: overrides.pop(name) for name in cls._constructor_options() if name in overrides}
         if config is None:
             config = cls.config_class.from_pretrained(directory, **overrides)
         elif overrides:
             raise ValueError(f"config: given together with {', '.join(overrides)}; set the fields on the configuration")
+        else:
+            config = copy.deepcopy(config)  # the caller's stays as it is
         found = checkpoints.read_weights(directory)
         with torch.device("meta"):
             model = cls(config, **model_options)
@@ -244,8 +279,8 @@ class PretrainedModel(torch.nn.Module):
             dtype = config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype, dtype)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype!r}, wanted 'auto' or a floating-point torch dtype")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype: got {dtype!r}, wanted 'auto' or torch's float32, bfloat16, float16 or float64")
         return dtype
 
     @classmethod

@@ -23,10 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from pyxlbert.models import generation
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.inputs import (
+    check_choices,
     check_classes,
     check_device,
     check_ids,
     check_integers,
+    check_labels,
     check_range,
     check_shape,
     check_tensors,
@@ -330,7 +332,13 @@ class XLNetPreTrainedModel(PretrainedModel):
         return self.base_model.word_embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the word embeddings, and with them a tied decoder."""
+        """Replace the word embeddings, and with them a tied decoder.
+
+        Raises:
+            TypeError: `value` is no embedding.
+            ValueError: the table has another size than the configuration's.
+        """
+        self._check_embeddings(value, self.config.d_model)
         self.base_model.word_embedding = value
         self.tie_weights()
 
@@ -916,7 +924,7 @@ class XLNetLMHeadModel(XLNetPreTrainedModel):
         logits = self.lm_loss(encoded.last_hidden_state)
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (layout.batch, layout.length))
+            check_labels("labels", labels, logits.device, (layout.batch, layout.length))
             check_classes("labels", labels, self.config.vocab_size)
             loss = cross_entropy(logits, layout.labels(labels))
         output = RecurrentHeadOutput(
@@ -1129,7 +1137,7 @@ class XLNetForTokenClassification(XLNetPreTrainedModel):
         logits = self.classifier(encoded.last_hidden_state)
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (layout.batch, layout.length))
+            check_labels("labels", labels, logits.device, (layout.batch, layout.length))
             check_classes("labels", labels, self.num_labels)
             loss = cross_entropy(logits, layout.labels(labels))
         output = RecurrentHeadOutput(
@@ -1176,11 +1184,6 @@ class XLNetForMultipleChoice(XLNetPreTrainedModel):
         Returns:
             `logits` ``[B, C]``, `mems`, and with labels `loss`.
         """
-        tokens, name, wanted = input_ids, "input_ids", "[B, C, T]"
-        if inputs_embeds is not None:
-            tokens, name, wanted = inputs_embeds, "inputs_embeds", "[B, C, T, E]"
-        if tokens is not None and tokens.dim() != len(wanted.split(",")):
-            raise ValueError(f"{name}: got shape {list(tokens.shape)}, wanted {wanted}")
         flat = {
             "input_ids": input_ids,
             "token_type_ids": token_type_ids,
@@ -1188,6 +1191,7 @@ class XLNetForMultipleChoice(XLNetPreTrainedModel):
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
         }
+        batch, choices = check_choices(**flat)
         encoded = self.transformer(
             **{name: None if x is None else x.flatten(0, 1) for name, x in flat.items()},
             mems=mems,
@@ -1199,11 +1203,10 @@ class XLNetForMultipleChoice(XLNetPreTrainedModel):
             keep_packed=True,
             reads=self.sequence_summary.reads,
         )
-        batch, choices = tokens.shape[:2]
         logits = self.logits_proj(self.sequence_summary(encoded)).view(batch, choices)
         loss = None
         if labels is not None:
-            check_shape("labels", labels, (batch,), (batch, 1))
+            check_labels("labels", labels, logits.device, (batch,), (batch, 1))
             check_classes("labels", labels, choices)
             loss = cross_entropy(logits, labels)
         output = RecurrentHeadOutput(loss, logits, encoded.mems, encoded.hidden_states, encoded.attentions)

@@ -64,9 +64,12 @@ class TokenLayout:
 
         Raises:
             ValueError: the mask has another shape, or values other than 0 and 1 where those are wanted.
+            TypeError: the mask is complex.
         """
         if mask is None:
             return cls(batch, length)
+        if mask.is_complex():
+            raise TypeError(f"attention_mask: got {mask.dtype}, wanted boolean, integer or floating point")
         shape = tuple(mask.shape)
         if mask.dim() == 2:
             if shape != (batch, length):
@@ -90,6 +93,8 @@ class TokenLayout:
             )
         if mask.is_floating_point():
             return cls(batch, length, bias=mask)
+        if has_values(mask):
+            _check_zero_one("attention_mask", mask)
         return cls(batch, length, attention_mask=mask.to(torch.bool))
 
     @classmethod
