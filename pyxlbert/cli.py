@@ -7,12 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -21,6 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
+from pyxlbert.files import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -146,7 +145,7 @@ def _embed(options: argparse.Namespace) -> None:
         pooling=options.pooling,
         show_progress=options.progress,
     )
-    with whole_file(out) as file:
+    with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
 
@@ -183,21 +182,6 @@ def _output_path(name: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"--out: the directory of {name!r} is not writable")
     return path
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` when the block ends, and not at all when it raises."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    with open(temporary, "xb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _write_npy(file: BinaryIO, texts: list[str], vectors: np.ndarray) -> None:

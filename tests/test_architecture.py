@@ -19,13 +19,14 @@ PACKAGE = ROOT / "pyxlbert"
 ARROWS = {
     # explain() looks an op up by name, inside the function; the module is imported to say why it is missing.
     "backends": {"ops", "_C"},
+    "files": set(),
     "reference": {"reference"},
     "native": {"native", "_C"},
     "kernels": {"kernels"},
     "ops": {"ops", "backends", "reference", "native", "kernels", "_C"},
     "nn": {"nn", "ops", "backends"},
-    "models": {"models", "nn", "ops", "backends"},
-    "text": {"text", "models", "nn", "ops", "backends"},
+    "models": {"models", "nn", "ops", "backends", "files"},
+    "text": {"text", "models", "nn", "ops", "backends", "files"},
     "training": {"training", "models", "nn", "ops", "backends"},
     "integrations": {"integrations", "models", "nn", "ops", "backends"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},

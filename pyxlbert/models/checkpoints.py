@@ -5,61 +5,16 @@ Nothing here builds a model. A directory is read and checked completely before a
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyxlbert.files import model_directory, read_json, whole_file
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
-
-
-def require_file(directory: str | Path, name: str) -> Path:
-    """The path of a file that must be there.
-
-    Raises:
-        FileNotFoundError: the directory or the file is missing.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory; models are read from local directories only")
-    path = directory / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{name} is missing in {directory}")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: the file does not hold one.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, wanted a JSON object")
-    return values
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end and removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -119,12 +74,10 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     ``pytorch_model.bin`` and its sharded form. Pickled files are read with ``weights_only=True``.
 
     Raises:
-        FileNotFoundError: the directory has no weights, or an index names a shard that is not there.
+        FileNotFoundError: there is no directory, it has no weights, or an index names a shard that is not there.
         ValueError: a file is truncated or corrupt, or an index leads outside the directory.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory; models are read from local directories only")
+    directory = model_directory(directory)
     for name in WEIGHTS:
         if (directory / name).is_file():
             return _read_file(directory / name)

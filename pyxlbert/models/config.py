@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pyxlbert.models import checkpoints
+from pyxlbert.files import read_json, require_file, whole_file
 
 
 def _labels(given: object) -> dict[int, str]:
@@ -147,7 +147,7 @@ class ModelConfig:
             FileNotFoundError: the directory or the file is missing.
             ValueError: the file is not JSON, or a field cannot be honoured.
         """
-        return cls.from_dict(checkpoints.read_json(checkpoints.require_file(directory, "config.json")), **overrides)
+        return cls.from_dict(read_json(require_file(directory, "config.json")), **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a ``config.json``, unknown ones that were read included."""
@@ -162,5 +162,5 @@ class ModelConfig:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` into a directory, which is made if need be; the file appears whole or not at all."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        with checkpoints.whole_file(Path(directory) / "config.json") as path:
+        with whole_file(Path(directory) / "config.json") as path:
             path.write_text(text, encoding="utf-8")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .files import model_directory, read_json, read_optional_json, setting
+from pyxlbert.files import model_directory, read_json, read_optional_json, setting
+from pyxlbert.models.checkpoints import read_weights
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,8 @@ class Dense:
         """Reads `config.json` and the weights beside it.
 
         Raises:
-            ValueError: a file is missing or corrupt, or the activation is not known.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is corrupt, or the activation is not known.
         """
         config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         file, tanh = directory / "config.json", "torch.nn.modules.activation.Tanh"
@@ -101,7 +103,7 @@ class Dense:
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise ValueError(f"{directory / 'config.json'}: activation_function {activation!r} is not one of {known}")
-        state = _read_state(directory)
+        state = read_weights(directory)
         if "linear.weight" not in state:
             raise ValueError(f"{directory}: the Dense module's file has no linear.weight")
         bias = state.get("linear.bias")
@@ -117,23 +119,6 @@ class Dense:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.device)
         return _ACTIVATIONS[self.activation](F.linear(x, weight, None if self.bias is None else self.bias.to(x.device)))
-
-
-def _read_state(directory: Path) -> dict[str, torch.Tensor]:
-    safe, pickled = directory / "model.safetensors", directory / "pytorch_model.bin"
-    try:
-        if safe.is_file():
-            from safetensors.torch import load_file
-
-            return load_file(safe)
-        if pickled.is_file():
-            state = torch.load(pickled, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-                raise TypeError(f"{pickled.name} is no dictionary of tensors")
-            return state
-    except Exception as error:
-        raise ValueError(f"{directory}: the weights cannot be read: {error}") from None
-    raise ValueError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -163,6 +148,7 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
         The modules, and the folder that holds the model and the tokenizer.
 
     Raises:
+        FileNotFoundError: a file or folder is missing.
         ValueError: a module of a kind, an order or a setting that is not supported; the message names it.
     """
     root = model_directory(directory)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pyxlbert.files import read_optional_json
 from pyxlbert.models import BertModel, XLNetModel
 from pyxlbert.nn.packing import pack
 
-from .files import read_optional_json
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
 from .tokenizer import TextTokenizer
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pyxlbert.files import model_directory, read_optional_json, read_text, setting
+
 from . import xlnet_tokenizer
-from .files import model_directory, read_optional_json, read_text, setting
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers

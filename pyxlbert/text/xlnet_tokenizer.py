@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .files import read_optional_json, read_text
+from pyxlbert.files import read_optional_json, read_text
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers

@@ -131,7 +131,7 @@ def test_dense(tmp_path: Path, activation: str, bias: bool, file: str) -> None:
     ],
 )
 def test_modules_that_are_not_supported(tmp_path: Path, modules: list[dict], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_modules(directory(tmp_path, *modules))
 
 
@@ -156,7 +156,7 @@ def test_dense_files_that_are_not_supported(tmp_path: Path) -> None:
         read_modules(root)
     write(root / "2_Dense/config.json", {"in_features": 2, "out_features": 2})
     (root / "2_Dense/model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"2_Dense.model\.safetensors is not a whole"):
         read_modules(root)
     save_file({"weight": torch.zeros(2, 2)}, root / "2_Dense/model.safetensors")
     with pytest.raises(ValueError, match=r"linear\.weight"):

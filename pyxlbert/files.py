@@ -1,10 +1,16 @@
-"""Reading the small JSON files of a model directory, with errors that name the file."""
+"""Files of a model directory: reading with errors that name the file, writing whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_WANTED = "wanted a local directory with a model's files"
 
 
 def model_directory(directory: str | Path) -> Path:
@@ -16,12 +22,37 @@ def model_directory(directory: str | Path) -> Path:
     """
     path = Path(directory)
     if not path.exists():
-        raise FileNotFoundError(f"directory: {str(path)!r} does not exist; wanted a directory with a model's files")
+        raise FileNotFoundError(f"directory: {str(path)!r} does not exist; {_WANTED}")
     if not path.is_dir():
-        raise NotADirectoryError(
-            f"directory: {str(path)!r} is not a directory; wanted a directory with a model's files"
-        )
+        raise NotADirectoryError(f"directory: {str(path)!r} is not a directory; {_WANTED}")
     return path
+
+
+def require_file(directory: str | Path, name: str) -> Path:
+    """The path of a file that must be there.
+
+    Raises:
+        FileNotFoundError: the directory or the file is missing.
+        NotADirectoryError: the directory is a file.
+    """
+    path = model_directory(directory) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing in {directory}")
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to: it becomes `path` when the block ends, and is removed when the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_text(path: Path) -> str:
