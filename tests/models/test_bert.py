@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 from typing import Any
 
@@ -10,18 +11,23 @@ import pytest
 import torch
 import transformers
 
+import pyxlbert.native
 import pyxlbert.nn.self_attention
 from pyxlbert import models
+from pyxlbert.backends import _C
 from pyxlbert.models import (
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
+    BertForNextSentencePrediction,
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
 )
+from pyxlbert.native import _onednn
+from pyxlbert.ops import _encoder_layers
 from pyxlbert.testing import compare
 
 FLOAT32, GRADIENT = compare.tolerances.MODEL_FLOAT32, compare.tolerances.MODEL_GRADIENT_FLOAT32
@@ -119,6 +125,59 @@ class Counter:
         return hook
 
 
+@pytest.mark.skipif(_C is None or _C.level() == "portable", reason="few rows have no kernel here")
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> None:
+    """As above where the modules are not called: layers in one go, and products with packed weights."""
+    model, size = build(BertForMaskedLM), 5 if packed else 1
+    ids, mask = IDS.repeat(size, 1), MASK.repeat(size, 1)
+    if packed:
+        pyxlbert.pack(model)
+        monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)  # as for large ones
+    monkeypatch.setattr(pyxlbert.native.linear, "most_rows", lambda *_: 32)
+    with torch.no_grad():
+        model(ids, mask)  # the first call tries the products out
+    rows: list[int] = []
+    pairs: list[int] = []
+
+    class Counting:
+        """The native module and its kernels, with a look at their sizes."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(_C, name) if hasattr(_C, name) else getattr(_C.cpu, name)
+
+        @property
+        def cpu(self) -> Counting:
+            return self
+
+        def linear_fwd(self, *arguments: Any) -> None:
+            rows.append(arguments[4])
+            _C.cpu.linear_fwd(*arguments)
+
+        def AttentionInputs(self, *arguments: Any) -> Any:
+            cu_seqlens = ctypes.cast(arguments[7], ctypes.POINTER(ctypes.c_int))
+            lengths = [cu_seqlens[i + 1] - cu_seqlens[i] for i in range(arguments[12][0])]
+            pairs.append(sum(length**2 for length in lengths))
+            return _C.cpu.AttentionInputs(*arguments)
+
+    real = _onednn.product
+
+    def product(x: torch.Tensor, *arguments: Any) -> Any:
+        rows.append(x.numel() // x.shape[-1])
+        return real(x, *arguments)
+
+    counting = Counting()
+    for module in (_encoder_layers, pyxlbert.native._attention, pyxlbert.native.linear):
+        monkeypatch.setattr(module, "_C", counting)
+    monkeypatch.setattr(_onednn, "product", product)
+    with torch.no_grad():
+        model(ids, mask)
+    tokens = int(mask.sum())
+    # Query, key and value are one product of packed weights; after the layers two more, to the vocabulary.
+    assert rows == [tokens] * (2 * (4 if packed else 6) + 2)
+    assert set(pairs) == {int(mask.sum(1).square().sum())}
+
+
 @pytest.mark.parametrize("mask", [None, MASK, torch.zeros_like(MASK)])
 def test_only_real_tokens_are_computed(mask: torch.Tensor | None, monkeypatch) -> None:
     model = build(BertForPreTraining)
@@ -206,12 +265,36 @@ def test_a_row_that_may_attend_nothing_is_finite() -> None:
     model = build()
     allowed = torch.ones(5, 7, 7, dtype=torch.bool)
     allowed[1, 2] = False
+    added = torch.zeros(5, 1, 7, 7).masked_fill(~allowed[:, None], -torch.inf)
+    for mask in (allowed, added):
+        found = []
+        for weights in (False, True):
+            model.zero_grad()
+            output = model(IDS, mask, output_attentions=weights)
+            output[0].square().sum().backward()
+            assert output[0].isfinite().all()
+            found.append((output[0].detach(), gradients(model)))
+        assert not output.attentions[0][1, :, 2].any() and output.attentions[0].isfinite().all()
+        compare.close("states", found[1][0], found[0][0], FLOAT32)
+        compare.close("gradients", found[1][1], found[0][1], GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_a_training_step_are_those_that_it_used(dtype: torch.dtype) -> None:
+    """With dropout too: the same seed drops the same weights, shown or not."""
+    found = []
     for weights in (False, True):
-        output = model(IDS, allowed, output_attentions=weights)
-        output[0].square().sum().backward()
-        assert output[0].isfinite().all()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert not output.attentions[0][1, :, 2].any()
+        model = build(attention_probs_dropout_prob=0.4, hidden_dropout_prob=0.2).to(dtype).train()
+        torch.manual_seed(3)
+        output = model(IDS, MASK, output_attentions=weights)
+        output[0].float().square().sum().backward()
+        found.append((output[0].detach(), gradients(model)))
+    dropped = output.attentions[0][0] == 0  # of a row without padding
+    assert 0.2 < dropped.double().mean() < 0.6
+    # Both in the same dtype, each with its own roundings.
+    scale = float(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
+    compare.close("states", found[1][0], found[0][0], FLOAT32 * scale)
+    compare.close("gradients", found[1][1], found[0][1], GRADIENT * scale)
 
 
 # Precision
@@ -253,14 +336,17 @@ def test_low_precision_errs_no_more_than_transformers(how: str) -> None:
 
 
 def test_residual_in_float32_halves_the_error() -> None:
-    torch.manual_seed(0)
-    model, _ = peer()
-    ids = torch.randint(1, 40, (8, 11))
-    truth = copy.deepcopy(model).double()(ids)[0]
-    model.to(torch.bfloat16)
-    error = (model(ids)[0].double() - truth).norm()
-    model.config.residual_in_fp32 = False
-    assert error < (model(ids)[0].double() - truth).norm()
+    """Of a model with weights of an ordinary size, where the stream's roundings are what adds up."""
+    model = build(num_hidden_layers=12, hidden_size=48, intermediate_size=192, initializer_range=0.02)
+    ids = torch.randint(1, 40, (8, 11), generator=torch.Generator().manual_seed(0))
+    errors = {}
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(ids)[0]
+        model.to(torch.bfloat16)
+        for stream in (True, False):
+            model.config.residual_in_fp32 = stream
+            errors[stream] = float((model(ids)[0].double() - truth).norm())
+    assert errors[True] < 0.5 * errors[False]
 
 
 def test_float64() -> None:
@@ -329,6 +415,15 @@ def test_spans_never_end_on_padding() -> None:
         IDS, MASK, start_positions=torch.tensor([0, 0, 3, 1, 2]), end_positions=torch.tensor([6, 1, 2, 4, 0])
     )
     assert output.loss.isfinite() and output.loss < 100
+
+
+def test_dropout_of_the_classifier() -> None:
+    for head in ("BertForSequenceClassification", "BertForTokenClassification", "BertForMultipleChoice"):
+        for given in (None, 0.0, 0.4):
+            fields = SMALL | {"hidden_dropout_prob": 0.3, "classifier_dropout": given}
+            theirs = getattr(transformers, head)(transformers.BertConfig(**fields))
+            ours = getattr(models, head)(BertConfig(**fields))
+            assert ours.dropout.p == theirs.dropout.p == (0.3 if given is None else given)
 
 
 def test_problem_types() -> None:
@@ -409,6 +504,17 @@ def test_compiles_into_one_graph(monkeypatch) -> None:
         model.zero_grad()
 
 
+def test_a_compiled_model_computes_the_whole_vocabulary() -> None:
+    """Sparse prediction's sizes depend on the labels, which a graph cannot: the loss is the same, logits are whole."""
+    model = build(BertForMaskedLM, num_hidden_layers=1, sparse_prediction=True)
+    labels = IDS.masked_fill(IDS % 3 > 0, -100)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    a, b = compiled(IDS, MASK, labels=labels), model(IDS, MASK, labels=labels)
+    compare.close("loss", a.loss, b.loss, FLOAT32)
+    assert a.logits.shape == (5, 7, 40)
+    compare.close("logits", a.logits[REAL & (labels != -100)], b.logits, FLOAT32)
+
+
 def test_exports() -> None:
     model = build(num_hidden_layers=1)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=16)
@@ -444,6 +550,16 @@ BAD = [
     ({"input_ids": IDS, "attention_mask": torch.ones(5, 7, 6)}, "attention_mask"),
     ({"input_ids": IDS, "attention_mask": torch.ones(5, 2, 7, 7)}, "attention_mask|bias"),
     ({"input_ids": IDS, "attention_mask": torch.ones(4, 1, 7, 7)}, "attention_mask"),
+    ({"input_ids": IDS, "attention_mask": torch.full((5, 1, 7, 7), 2)}, "attention_mask.*0 and 1"),
+    ({"input_ids": IDS, "attention_mask": torch.full((5, 7, 7), -1)}, "attention_mask.*0 and 1"),
+    ({"input_ids": IDS, "attention_mask": MASK * 1j}, "attention_mask.*complex"),
+    *(
+        ({"input_ids": IDS, name: value}, f"^{name}: got {type(value).__name__}, wanted a tensor$")
+        for name in ("attention_mask", "token_type_ids", "position_ids", "cu_seqlens")
+        for value in ([[0]], IDS.numpy())
+    ),
+    ({"input_ids": IDS.tolist()}, "input_ids.*list"),
+    ({"inputs_embeds": IDS.numpy()}, "inputs_embeds.*ndarray"),
     ({"input_ids": IDS, "token_type_ids": IDS}, "token_type_ids"),
     ({"input_ids": IDS, "token_type_ids": IDS[:, :3] * 0}, "token_type_ids"),
     ({"input_ids": IDS, "token_type_ids": IDS * 0.0}, "token_type_ids"),
@@ -476,6 +592,14 @@ def test_bad_input_is_named(arguments: dict[str, Any], name: str) -> None:
         (BertForSequenceClassification, {"num_labels": 3}, {"labels": torch.full((5,), 3)}, "labels"),
         (BertForSequenceClassification, {"num_labels": 3}, {"labels": torch.ones(5)}, "labels"),
         (BertForSequenceClassification, {"num_labels": 1}, {"labels": torch.ones(4)}, "labels"),
+        (BertForSequenceClassification, {"num_labels": 1}, {"labels": torch.ones(5) * 1j}, "labels.*complex"),
+        (BertForSequenceClassification, {"num_labels": 3}, {"labels": [0] * 5}, "labels.*list"),
+        *(
+            (head, {}, {"labels": wrong}, message)
+            for head in (BertForMaskedLM, BertForTokenClassification, BertForNextSentencePrediction)
+            for wrong, message in ((IDS.to("meta"), "labels.*meta"), (IDS.tolist(), "labels.*list"))
+        ),
+        (BertForPreTraining, {}, {"next_sentence_label": 1}, "next_sentence_label.*int"),
         (BertForPreTraining, {}, {"labels": IDS, "next_sentence_label": torch.full((5,), 2)}, "next_sentence_label"),
         (
             BertForQuestionAnswering,
@@ -490,9 +614,48 @@ def test_bad_labels_are_named(head: type, fields: dict, arguments: dict[str, Any
         build(head, **fields)(IDS, **arguments)
 
 
-def test_multiple_choice_wants_choices() -> None:
-    with pytest.raises(ValueError, match=r"input_ids.*\[B, C, T\]"):
-        build(BertForMultipleChoice)(IDS)
+CHOICES = IDS[:, None].repeat(1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"input_ids": IDS}, r"input_ids.*\[5, 7\].*\[B, C, T\]"),
+        ({"inputs_embeds": torch.zeros(5, 7, 24)}, r"inputs_embeds.*\[B, C, T, E\]"),
+        ({}, "input_ids.*inputs_embeds"),
+        ({"input_ids": CHOICES, "inputs_embeds": torch.zeros(5, 3, 7, 24)}, "input_ids.*inputs_embeds"),
+        ({"input_ids": CHOICES, "attention_mask": MASK}, r"attention_mask.*\[B, C, T\]"),
+        ({"input_ids": CHOICES, "attention_mask": CHOICES[:, :2]}, r"attention_mask.*\[5, 2, 7\].*\[5, 3, 7\]"),
+        ({"input_ids": CHOICES, "token_type_ids": CHOICES[..., :2]}, "token_type_ids"),
+        ({"input_ids": CHOICES, "labels": IDS[:, 0].tolist()}, "labels.*list"),
+        ({"input_ids": CHOICES, "labels": IDS[:4, 0]}, "labels"),
+        ({"input_ids": CHOICES.tolist()}, "input_ids.*list"),
+    ],
+)
+def test_multiple_choice_wants_choices(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=name):
+        build(BertForMultipleChoice)(**arguments)
+
+
+@pytest.mark.parametrize(
+    "value, error",
+    [(torch.nn.Embedding(41, 24), ValueError), (torch.nn.Embedding(40, 23), ValueError), (torch.eye(40), TypeError)],
+)
+def test_embeddings_that_do_not_fit_are_refused(value: Any, error: type[Exception]) -> None:
+    model = build(BertForMaskedLM)
+    before = model.get_input_embeddings()
+    with pytest.raises(error, match="value"):
+        model.set_input_embeddings(value)
+    assert model.get_input_embeddings() is before
+
+
+def test_options_of_checkpointing_are_known_before_a_step() -> None:
+    model = build()
+    with pytest.raises(TypeError, match="use_reentrent"):
+        model.gradient_checkpointing_enable({"use_reentrent": True})
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+    assert model.is_gradient_checkpointing
 
 
 def test_the_configuration_must_be_ours() -> None:

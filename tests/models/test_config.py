@@ -85,11 +85,25 @@ def test_transformers_reads_what_we_write(tmp_path) -> None:
         ("type_vocab_size", 0),
         ("problem_type", "clustering"),
         ("num_labels", 0),
+        ("id2label", ["a"]),
+        ("id2label", {"first": "a"}),
+        ("tie_word_embeddings", "yes"),
+        ("residual_in_fp32", None),
+        ("sparse_prediction", 1),
+        ("layer_norm_eps", float("inf")),
     ],
 )
 def test_a_field_that_cannot_be_honoured_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         BertConfig.from_dict({name: value})
+
+
+def test_an_override_that_is_no_field_is_named() -> None:
+    with pytest.raises(TypeError, match="num_label: no field of BertConfig; near: num_labels"):
+        BertConfig.from_dict({}, num_label=3)
+    with pytest.raises(ValueError, match="is_decoder"):
+        BertConfig.from_dict({}, is_decoder=True)
+    assert BertConfig.from_dict({"colour": 3}, torch_dtype="float16").dtype == "float16"
 
 
 def test_a_changed_field_is_checked_when_a_model_is_made() -> None:

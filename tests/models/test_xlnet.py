@@ -346,6 +346,25 @@ def test_weights_agree_with_what_is_computed_without_them() -> None:
     compare.close("states", by_position[0], with_weights[0], FLOAT32)
 
 
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("masked_rows", ["zero", "uniform"])
+def test_weights_of_a_training_step_are_those_that_it_used(two: bool, masked_rows: str) -> None:
+    """With dropout and with queries that may attend nothing: the same seed drops the same weights, shown or not."""
+    given = {"query_rank": QUERY_RANK, "key_rank": KEY_RANK} | ({"target_positions": POSITIONS} if two else {})
+    found = []
+    for weights in (False, True):
+        model = build(dropout=0.4, masked_rows=masked_rows).train()
+        torch.manual_seed(3)
+        # With memories padding is computed too, and with all states every layer's both streams: the same draws.
+        output = model(IDS, MASK, **given, use_mems=True, output_hidden_states=True, output_attentions=weights)
+        output[0].square().sum().backward()
+        states = output[0] if two else output[0] * REAL[..., None]
+        found.append((states.detach(), gradients(model)))
+    assert all(w.isfinite().all() for layer in output.attentions for w in (layer if two else (layer,)))
+    compare.close("states", found[1][0], found[0][0], FLOAT32)
+    compare.close("gradients", found[1][1], found[0][1], GRADIENT)
+
+
 @pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
 @pytest.mark.parametrize("two", [False, True])
 def test_low_precision_errs_no_more_than_transformers(how: str, two: bool) -> None:
@@ -601,6 +620,10 @@ def test_half_of_an_odd_batch_cannot_read_backwards() -> None:
         (XLNetForQuestionAnswering, {"p_mask": MASK[:, :3]}, "p_mask"),
         (XLNetForQuestionAnswering, {"cls_index": IDS[:, 0] * 0 - 1}, "cls_index"),
         (XLNetForMultipleChoice, {}, r"input_ids.*\[B, C, T\]"),
+        (XLNetLMHeadModel, {"labels": IDS.tolist()}, "labels.*list"),
+        (XLNetLMHeadModel, {"labels": IDS.to("meta")}, "labels.*meta"),
+        (XLNetForSequenceClassification, {"labels": 3}, "labels.*int"),
+        (XLNetForQuestionAnsweringSimple, {"start_positions": [0], "end_positions": IDS[:, 0]}, "start_positions"),
     ],
 )
 def test_bad_arguments_of_heads_are_named(head: type, arguments: dict[str, Any], name: str) -> None:
