@@ -520,8 +520,7 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
 
 #pragma omp parallel num_threads(static_cast<int>(team))
     {
-        Forward<T, U, kRelative> worker(in, relative, streams, size, few,
-                                        scratch + thread_index() * size.total);
+        Forward<T, U, kRelative> worker(in, relative, streams, size, few, scratch + thread_index() * size.total);
         if constexpr (U::row_step == 16) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {

@@ -40,7 +40,8 @@ def check_integers(name: str, ids: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raises ValueError when the shape is none of these."""
-    if tuple(tensor.shape) not in shapes:
+    # A tracer compares symbolic sizes one by one, and would take `in` to be false.
+    if not any(tensor.dim() == len(shape) and tensor.shape == shape for shape in shapes):
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {wanted}")
 
