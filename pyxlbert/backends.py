@@ -79,7 +79,13 @@ def unavailable(name: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        return "this version has no Triton kernels"
+        # In the interpreter kernels take CPU tensors: see kernels/_launch.py.
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if not torch.cuda.is_available():
+            return "no CUDA device is here"
+        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+            return "the device has a compute capability below 8.0"
     if name == "cuda":
         return "this version has no CUDA kernels"
     return None

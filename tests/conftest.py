@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    # Before anything imports triton: its kernels then run in the interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+    _spec = importlib.util.spec_from_file_location("interpreter", Path(__file__).with_name("interpreter.py"))
+    _interpreter = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_interpreter)
+    _interpreter.apply()
 
 import pyxlbert
 from pyxlbert import backends

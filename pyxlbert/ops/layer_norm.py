@@ -13,7 +13,14 @@ import torch
 from pyxlbert.ops import _check
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 
-OP = Op("layer_norm", {"torch": "pyxlbert.reference.layer_norm", "cpu": "pyxlbert.native.layer_norm"})
+OP = Op(
+    "layer_norm",
+    {
+        "torch": "pyxlbert.reference.layer_norm",
+        "cpu": "pyxlbert.native.layer_norm",
+        "triton": "pyxlbert.kernels.layer_norm",
+    },
+)
 
 
 def _fwd_fake(

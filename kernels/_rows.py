@@ -1,0 +1,75 @@
+"""Tiles of rows: how many at a time, and the sums over all rows that backward needs.
+
+A program takes BLOCK_M rows, whole: N columns padded to BLOCK_N, a power of two.  Of memory-bound kernels nothing else
+matters much as long as enough bytes are in flight: tiles hold some 4096 elements, 32 for each of 128 threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch
+
+_TILE = 4096  # elements
+_MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to read again
+
+
+class Tile(NamedTuple):
+    """BLOCK_M, BLOCK_N and the number of warps that share a tile."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def tile_of(columns: int, elements: int = _TILE) -> Tile:
+    """The tile for rows of so many columns, of about so many elements."""
+    width = triton.next_power_of_2(columns)
+    height = max(1, min(16, elements // width))
+    return Tile(height, width, max(1, min(16, height * width // 1024)))
+
+
+def parts_of(rows: int, tile: Tile) -> tuple[int, int]:
+    """How many programs sum over rows, and how many rows each of them takes, a multiple of the tile's.
+
+    Both follow from the sizes alone, so that a sum has the same order on every device.
+    """
+    each = max(1, -(-rows // (_MOST_PARTS * tile.rows))) * tile.rows
+    return -(-rows // each), each
+
+
+def partial_sums(parts: int, columns: int, sums: int, device: torch.device) -> Tensor:
+    """float32 `[sums, parts, N]`, not initialised."""
+    return torch.empty(sums, parts, columns, dtype=torch.float32, device=device)
+
+
+def sum_parts(partial: Tensor, out: Tensor) -> None:
+    """out `[N]` = the sum of partial `[parts, N]`, in the order of the parts."""
+    parts, columns = partial.shape
+    width = 128
+    launch(
+        _sum_parts,
+        (triton.cdiv(columns, width),),
+        out.device,
+        *(partial, out, parts, columns),
+        BLOCK_P=16,
+        BLOCK_N=width,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _sum_parts(partial, out, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < columns
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        taken = (part < parts)[:, None] & inside[None, :]
+        total += tl.load(partial + part[:, None].to(tl.int64) * columns + column[None, :], mask=taken, other=0.0)
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,146 @@
+"""layer_norm in Triton: a program takes a few rows, whole; parameter gradients in two stages.
+
+x      [M, N]   ->  tile [BLOCK_M, BLOCK_N], BLOCK_N >= N: mean, then the squares of what is left, then y
+dy, x  [M, N]   ->  dx of the tile; dy * xhat and dy are added up over the program's rows,
+                    and `sum_parts` adds the programs' sums
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import empty_statistics, launch, refusal_of_rows, row_statistics, rows
+from ._rows import partial_sums, parts_of, sum_parts, tile_of
+
+supports = refusal_of_rows
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool) -> list[Tensor]:
+    """y `[..., N]` in x's dtype; where `save`, also mean and rstd `[...]` in float32."""
+    source, stride = rows(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    saved = row_statistics(x) if save else ()
+    if y.numel() == 0:
+        return [y, *empty_statistics(saved, eps)]
+    columns = x.shape[-1]
+    count, tile = y.numel() // columns, tile_of(columns)
+    mean, rstd = saved or (None, None)
+    launch(
+        _fwd,
+        (triton.cdiv(count, tile.rows),),
+        x.device,
+        *(source, weight.contiguous(), bias.contiguous(), y, mean, rstd, stride, count, columns, eps),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        num_warps=tile.warps,
+    )
+    return [y, *saved]
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, needs_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx `[..., N]`, dweight and dbias `[N]` (empty unless `needs_parameters`)."""
+    source, stride = rows(x)
+    gradient, dy_stride = rows(dy)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns = x.shape[-1]
+    size = columns if needs_parameters else 0
+    dweight, dbias = weight.new_empty(size), bias.new_empty(size)
+    if dx.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    count, tile = mean.numel(), tile_of(columns)
+    parts, each = parts_of(count, tile)
+    partial = partial_sums(parts, columns, 2, x.device) if needs_parameters else None
+    launch(
+        _bwd,
+        (parts,),
+        x.device,
+        *(gradient, source, weight.contiguous(), mean, rstd, dx, partial, dy_stride, stride, count, columns, each),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        num_warps=tile.warps,
+    )
+    if needs_parameters:
+        sum_parts(partial[0], dweight)
+        sum_parts(partial[1], dbias)
+    return dx, dweight, dbias
+
+
+@triton.jit
+def statistics(x, inside, columns, eps):
+    """mean and rstd `[M]` of x `[M, N]`, float32 with zeros outside, and x less its mean."""
+    mean = tl.sum(x, 1) / columns
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 1) / columns + eps), centred
+
+
+@triton.jit
+def input_gradient(dy, xhat, weight, rstd, columns):
+    """rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight; xhat and dy are zero outside."""
+    g = dy * weight
+    return rstd[:, None] * (g - (tl.sum(g, 1) / columns)[:, None] - xhat * (tl.sum(g * xhat, 1) / columns)[:, None])
+
+
+@triton.jit
+def _fwd(x, weight, bias, y, mean, rstd, stride, count, columns, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < count)[:, None] & (column < columns)[None, :]
+    place = row[:, None].to(tl.int64)
+    values = tl.load(x + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    m, r, centred = statistics(values, inside, columns, eps)
+    result = centred * r[:, None] * w[None, :] + b[None, :]
+    tl.store(y + place * columns + column[None, :], result.to(y.dtype.element_ty), mask=inside)
+    if mean is not None:
+        tl.store(mean + row, m, mask=row < count)
+        tl.store(rstd + row, r, mask=row < count)
+
+
+@triton.jit
+def _bwd(
+    dy,
+    x,
+    weight,
+    mean,
+    rstd,
+    dx,
+    partial,
+    dy_stride,
+    stride,
+    count,
+    columns,
+    each,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first = tl.program_id(0) * each
+    column = tl.arange(0, BLOCK_N)
+    real = column < columns
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = (row < count)[:, None] & real[None, :]
+        place = row[:, None].to(tl.int64)
+        gradient = tl.load(dy + place * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mean + row, mask=row < count, other=0.0)
+        r = tl.load(rstd + row, mask=row < count, other=0.0)
+        xhat = tl.where(inside, (values - m[:, None]) * r[:, None], 0.0)
+        result = input_gradient(gradient, xhat, w[None, :], r, columns)
+        tl.store(dx + place * columns + column[None, :], result.to(dx.dtype.element_ty), mask=inside)
+        if partial is not None:
+            dweight += gradient * xhat
+            dbias += gradient
+    if partial is not None:
+        mine = tl.program_id(0).to(tl.int64) * columns + column
+        other = tl.num_programs(0).to(tl.int64) * columns
+        tl.store(partial + mine, tl.sum(dweight, 0), mask=real)
+        tl.store(partial + other + mine, tl.sum(dbias, 0), mask=real)
