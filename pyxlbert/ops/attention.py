@@ -15,7 +15,14 @@ from pyxlbert.ops import _check, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op("attention", {"torch": "pyxlbert.reference.attention", "cpu": "pyxlbert.native.attention"})
+OP = Op(
+    "attention",
+    {
+        "torch": "pyxlbert.reference.attention",
+        "cpu": "pyxlbert.native.attention",
+        "triton": "pyxlbert.kernels.attention",
+    },
+)
 
 
 def _fwd_fake(

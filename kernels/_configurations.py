@@ -1,0 +1,123 @@
+"""Tile sizes, warps and pipeline stages of the attention kernels, by kernel, architecture, dtype and head size.
+
+A table and not a search in the user's first call.  `python -m pyxlbert.bench.tune` measures and writes its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._launch import INTERPRETED
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys, the warps that share them, and how many loads are under way at once."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Key(NamedTuple):
+    """What a row of the table is for.
+
+    Attributes:
+        kernel: its name.
+        architecture: compute capability times ten; the row holds from it up to the next one of the same kind.
+        bytes: of an element.
+        head_size: the largest that the row is for.
+        extras: with masks, a bias or dropout, which take registers of their own.
+    """
+
+    kernel: str
+    architecture: int
+    bytes: int
+    head_size: int
+    extras: bool
+
+
+HEAD_SIZES = (64, 128, 256)
+
+TABLE: dict[Key, Tile] = {
+    Key("attention_fwd", 80, 2, 64, False): Tile(128, 64, 4, 3),
+    Key("attention_fwd", 80, 2, 64, True): Tile(64, 64, 4, 2),
+    Key("attention_fwd", 80, 2, 128, False): Tile(128, 64, 8, 2),
+    Key("attention_fwd", 80, 2, 128, True): Tile(64, 64, 8, 2),
+    Key("attention_fwd", 80, 2, 256, False): Tile(32, 16, 4, 1),
+    Key("attention_fwd", 80, 2, 256, True): Tile(32, 16, 4, 1),
+    Key("attention_fwd", 80, 4, 64, False): Tile(32, 32, 4, 1),
+    Key("attention_fwd", 80, 4, 64, True): Tile(32, 32, 4, 1),
+    Key("attention_fwd", 80, 4, 128, False): Tile(32, 16, 4, 1),
+    Key("attention_fwd", 80, 4, 128, True): Tile(32, 16, 4, 1),
+    Key("attention_fwd", 80, 4, 256, False): Tile(16, 16, 4, 1),
+    Key("attention_fwd", 80, 4, 256, True): Tile(16, 16, 4, 1),
+    Key("attention_bwd_keys", 80, 2, 64, False): Tile(32, 64, 4, 1),
+    Key("attention_bwd_keys", 80, 2, 64, True): Tile(32, 32, 4, 1),
+    Key("attention_bwd_keys", 90, 2, 64, False): Tile(64, 64, 4, 2),
+    Key("attention_bwd_keys", 90, 2, 64, True): Tile(32, 64, 4, 1),
+    Key("attention_bwd_keys", 80, 2, 128, False): Tile(32, 64, 8, 1),
+    Key("attention_bwd_keys", 80, 2, 128, True): Tile(16, 64, 8, 1),
+    Key("attention_bwd_keys", 80, 2, 256, False): Tile(16, 32, 8, 1),
+    Key("attention_bwd_keys", 80, 2, 256, True): Tile(16, 32, 8, 1),
+    Key("attention_bwd_keys", 80, 4, 64, False): Tile(32, 32, 4, 1),
+    Key("attention_bwd_keys", 80, 4, 64, True): Tile(32, 32, 4, 1),
+    Key("attention_bwd_keys", 80, 4, 128, False): Tile(16, 32, 8, 1),
+    Key("attention_bwd_keys", 80, 4, 128, True): Tile(16, 32, 8, 1),
+    Key("attention_bwd_keys", 80, 4, 256, False): Tile(16, 16, 8, 1),
+    Key("attention_bwd_keys", 80, 4, 256, True): Tile(16, 16, 8, 1),
+    Key("attention_bwd_queries", 80, 2, 64, False): Tile(64, 64, 4, 2),
+    Key("attention_bwd_queries", 80, 2, 64, True): Tile(64, 32, 4, 1),
+    Key("attention_bwd_queries", 80, 2, 128, False): Tile(64, 32, 8, 1),
+    Key("attention_bwd_queries", 80, 2, 128, True): Tile(64, 32, 8, 1),
+    Key("attention_bwd_queries", 80, 2, 256, False): Tile(32, 16, 8, 1),
+    Key("attention_bwd_queries", 80, 2, 256, True): Tile(32, 16, 8, 1),
+    Key("attention_bwd_queries", 80, 4, 64, False): Tile(32, 32, 4, 1),
+    Key("attention_bwd_queries", 80, 4, 64, True): Tile(32, 32, 4, 1),
+    Key("attention_bwd_queries", 80, 4, 128, False): Tile(32, 16, 8, 1),
+    Key("attention_bwd_queries", 80, 4, 128, True): Tile(32, 16, 8, 1),
+    Key("attention_bwd_queries", 80, 4, 256, False): Tile(16, 16, 4, 1),
+    Key("attention_bwd_queries", 80, 4, 256, True): Tile(16, 16, 4, 1),
+    Key("attention_bwd_bias", 80, 2, 64, True): Tile(64, 32, 4, 1),
+    Key("attention_bwd_bias", 80, 2, 128, True): Tile(32, 32, 8, 1),
+    Key("attention_bwd_bias", 80, 2, 256, True): Tile(16, 16, 8, 1),
+    Key("attention_bwd_bias", 80, 4, 64, True): Tile(32, 32, 4, 1),
+    Key("attention_bwd_bias", 80, 4, 128, True): Tile(16, 32, 8, 1),
+    Key("attention_bwd_bias", 80, 4, 256, True): Tile(16, 16, 8, 1),
+}
+
+# In the interpreter the sizes of tests are a few tiles of this.
+_INTERPRETED = Tile(32, 16, 4, 1)
+
+
+def configuration(kernel: str, query: Tensor, extras: bool) -> Tile:
+    """The tile of a kernel for these queries `[..., D]`; `extras` as in `Key`."""
+    if INTERPRETED:
+        return _INTERPRETED
+    return row_for(kernel, architecture(query.device), query.element_size(), query.shape[-1], extras)
+
+
+@functools.cache
+def row_for(kernel: str, device: int, size: int, head_size: int, extras: bool) -> Tile:
+    """The row for a device of this architecture: the newest that is not newer."""
+    padded = next(most for most in HEAD_SIZES if head_size <= most)
+    rows = [key for key in TABLE if (key.kernel, *key[2:]) == (kernel, size, padded, extras)]
+    return TABLE[max((key for key in rows if key.architecture <= device), key=lambda key: key.architecture)]
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; AMD's devices take the first rows."""
+    if torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def most_head_size() -> int:
+    """The largest head size that the table has a tile for."""
+    return HEAD_SIZES[-1]
