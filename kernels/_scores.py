@@ -1,7 +1,12 @@
 """What the attention kernels share: sequences, tiles of rows, masks and biases of a tile of scores, dropout's bits.
 
-Scores are kept in base 2: s * log2(e), so that the softmax is exp2.  i numbers queries, j keys, both within their
-sequence; a tile has them as `[BLOCK_M, 1]` and `[1, BLOCK_N]`, or the other way round where it is transposed.
+i numbers queries, j keys, both within their sequence; a tile has them as `[BLOCK_M, 1]` and `[1, BLOCK_N]`, or the
+other way round where it is transposed.
+
+Scores are rounded before the largest, or lse, is subtracted: where one key outweighs all others, lse is its score to
+the last bit, and its weight in backward exactly 1, however large the scores are.  A base of 2 from the start or a
+multiplication fused with the subtraction would lose that, so kernels of scores are compiled without fused
+multiply-add (products of tiles are not touched by it).
 """
 
 from __future__ import annotations
@@ -87,6 +92,11 @@ def sequence(cu_seqlens, key_lengths, b, queries, keys, total, most):
         wrong = (length < 0) | (length > keys)
         keys = tl.minimum(tl.maximum(length, 0), keys)
     return tl.cast(start, tl.int64), queries, keys, wrong
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit

@@ -26,10 +26,10 @@ from ._philox import ATTENTION, dropout_numbers
 from ._scores import (
     INFINITY,
     LN2,
-    LOG2E,
     Broadcast,
     Rows,
     broadcast_of,
+    exp,
     int32,
     kept,
     load_rows,
@@ -112,11 +112,16 @@ def attention_bwd(
         query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
     )
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    cotangent, result = rows_of(dout), rows_of(out)
-    sums = delta_arguments(call, cotangent, result, lse, delta)
-    launch(row_products, sums.grid, query.device, *sums.arguments, **sums.options)
-    saved = (*call.arguments(), *cotangent, lse, delta, *strides_of_statistics(lse))
+    delta, rest = torch.empty_like(lse), torch.empty_like(lse)
+    saved = (*call.arguments(), *rows_of(dout), lse, delta, rest, *strides_of_statistics(lse))
+    tile = configuration("attention_bwd_rows", query, call.extras)
+    launch(
+        _bwd_rows,
+        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
+        query.device,
+        *(*saved, *rows_of(out)),
+        **call.options(tile),
+    )
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
     tile = configuration("attention_bwd_keys", query, call.extras)
     launch(
@@ -234,64 +239,9 @@ class _Call(NamedTuple):
             "PRECISION": precision_of(self.query.tensor.dtype),
             "D": head_size,
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+            "enable_fp_fusion": False,
             **tile._asdict(),
         }
-
-
-class Sums(NamedTuple):
-    """A launch of `row_products`."""
-
-    grid: tuple[int, int]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-def delta_arguments(call: Any, dout: Rows, out: Rows, lse: Tensor, delta: Tensor) -> Sums:
-    """delta = the sum of dout * out over a row, which backward starts from."""
-    head_size = out.tensor.shape[-1]
-    block = max(16, triton.next_power_of_2(head_size))
-    height = max(1, 4096 // block)
-    rows = lse.shape[-1]
-    return Sums(
-        (triton.cdiv(rows, height), lse.numel() // rows),
-        (*dout, *out, lse, delta, *strides_of_statistics(lse), call.heads, rows),
-        {"BLOCK_M": height, "D": head_size, "BLOCK_D": block, "num_warps": 4},
-    )
-
-
-@triton.jit
-def row_products(
-    dout,
-    dout_b,
-    dout_t,
-    dout_h,
-    out,
-    out_b,
-    out_t,
-    out_h,
-    lse,
-    delta,
-    lse_b,
-    lse_h,
-    heads,
-    rows,
-    BLOCK_M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """delta of rows that see anything; the others' dout may be anything, and is not read."""
-    first = tl.program_id(0) * BLOCK_M
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    i = first + tl.arange(0, BLOCK_M)
-    place = b * lse_b + h * lse_h + i
-    seen = tl.load(lse + place, mask=i < rows, other=INFINITY) != INFINITY
-    d = tl.arange(0, BLOCK_D)
-    inside = seen[:, None] & (d < D)[None, :]
-    row = i[:, None].to(tl.int64)
-    x = tl.load(dout + b * dout_b + h * dout_h + row * dout_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(out + b * out_b + h * out_h + row * out_t + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + place, tl.sum(x * y, 1), mask=i < rows)
 
 
 @triton.jit
@@ -311,9 +261,9 @@ def _masked(
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Scores s in base 2 with the bias, -inf where i may not attend j; without EDGE all keys of the tile are there."""
+    """Scores s with the bias, -inf where i may not attend j; without EDGE all keys of the tile are there."""
     if bias is not None:
-        s += load_scores(bias, i, j, queries, keys, bias_i, bias_j).to(tl.float32) * LOG2E
+        s += load_scores(bias, i, j, queries, keys, bias_i, bias_j).to(tl.float32)
     if mask is not None:
         s = tl.where(load_scores(mask, i, j, queries, keys, mask_i, mask_j) != 0, s, -INFINITY)
     if EDGE:
@@ -339,7 +289,7 @@ def _walk(
     queries,
     keys,
     shift,
-    factor,
+    scale,
     mask,
     mask_i,
     mask_j,
@@ -362,13 +312,13 @@ def _walk(
     for first_j in range(low, high, BLOCK_N):
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
         k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = _masked(s, i, j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, EDGE)
         above = tl.maximum(top, tl.max(s, 1))
         # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
         level = tl.where(above == -INFINITY, 0.0, above)
-        p = tl.exp2(s - level[:, None])
-        less = tl.exp2(top - level)
+        p = exp(s - level[:, None])
+        less = exp(top - level)
         weight = weight * less + tl.sum(p, 1)
         if seed is not None:
             p = tl.where(kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N), p, 0.0)
@@ -451,20 +401,19 @@ def _fwd(
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         weight = tl.zeros((BLOCK_M,), tl.float32)
         top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
-        factor = scale * LOG2E
         acc, weight, top = _walk(
-            acc, weight, top, q, key, key_t, value, value_t, first_i, 0, whole, queries, keys, shift, factor,
+            acc, weight, top, q, key, key_t, value, value_t, first_i, 0, whole, queries, keys, shift, scale,
             mask, mask_i, mask_j, bias, bias_i, bias_j, seed, threshold, plane,
             CAUSAL, False, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc, weight, top = _walk(
-            acc, weight, top, q, key, key_t, value, value_t, first_i, whole, high, queries, keys, shift, factor,
+            acc, weight, top, q, key, key_t, value, value_t, first_i, whole, high, queries, keys, shift, scale,
             mask, mask_i, mask_j, bias, bias_i, bias_j, seed, threshold, plane,
             CAUSAL, True, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         some = weight > 0
         result = tl.where(some[:, None], acc * (keep_scale / tl.where(some, weight, 1.0))[:, None], 0.0)
-        statistic = tl.where(some, (top + tl.log2(tl.where(some, weight, 1.0))) * LN2, INFINITY)
+        statistic = tl.where(some, top + tl.log2(tl.where(some, weight, 1.0)) * LN2, INFINITY)
         if (key_lengths is not None) or (cu_seqlens is not None):
             result = tl.where(wrong, float("nan"), result)
         # A NaN among the scores is one in the weights.
@@ -473,6 +422,108 @@ def _fwd(
         store_rows(out + b * out_b + start * out_t + h * out_h, result, first_i, queries, out_t, BLOCK_M, D, BLOCK_D)
         i = first_i + tl.arange(0, BLOCK_M)
         tl.store(lse + b * lse_b + h * lse_h + start + i, statistic, mask=i < queries)
+
+
+@triton.jit
+def _bwd_rows(
+    query,
+    query_b,
+    query_t,
+    query_h,
+    key,
+    key_b,
+    key_t,
+    key_h,
+    value,
+    value_b,
+    value_t,
+    value_h,
+    key_lengths,
+    cu_seqlens,
+    mask,
+    mask_b,
+    mask_h,
+    mask_i,
+    mask_j,
+    bias,
+    bias_b,
+    bias_h,
+    bias_i,
+    bias_j,
+    heads,
+    queries,
+    keys,
+    total,
+    scale,
+    seed,
+    threshold,
+    keep_scale,
+    dout,
+    dout_b,
+    dout_t,
+    dout_h,
+    lse,
+    delta,
+    rest,
+    lse_b,
+    lse_h,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What backward needs of every row first: delta, the sum of dout * out, and rest, how far lse is off.
+
+    exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys (a row
+    whose scores are finfo.min throughout): of such rows the weights are summed again, and the logarithm of their sum is
+    what is left to subtract.  A row that sees nothing takes no dout, which may be anything there.
+    """
+    plane = tl.program_id(1)
+    b = (plane // heads).to(tl.int64)
+    h = (plane % heads).to(tl.int64)
+    first_i = tl.program_id(0) * BLOCK_M
+    shift = keys - queries
+    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    if first_i < queries:
+        i = first_i + tl.arange(0, BLOCK_M)
+        place = b * lse_b + h * lse_h + start + i
+        statistic = tl.load(lse + place, mask=i < queries, other=INFINITY)
+        seen = statistic != INFINITY
+        dout += b * dout_b + start * dout_t + h * dout_h
+        out += b * out_b + start * out_t + h * out_h
+        do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D).to(tl.float32)
+        result = load_rows(out, first_i, queries, out_t, BLOCK_M, D, BLOCK_D).to(tl.float32)
+        tl.store(delta + place, tl.sum(tl.where(seen[:, None], do * result, 0.0), 1), mask=i < queries)
+        sum = tl.full((BLOCK_M,), 1.0, tl.float32)
+        inexact = seen & (tl.abs(statistic) >= 64.0)
+        if tl.max(inexact.to(tl.int32), 0) > 0:
+            sum = tl.zeros((BLOCK_M,), tl.float32)
+            key += b * key_b + start * key_t + h * key_h
+            if mask is not None:
+                mask += b * mask_b + h * mask_h
+            if bias is not None:
+                bias += b * bias_b + h * bias_h
+            query += b * query_b + start * query_t + h * query_h
+            q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
+            high = keys
+            if CAUSAL:
+                high = tl.minimum(keys, tl.maximum(first_i + BLOCK_M + shift, 0))
+            for first_j in range(0, high, BLOCK_N):
+                j = first_j + tl.arange(0, BLOCK_N)
+                k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                s = _masked(
+                    s, i[:, None], j[None, :], queries, keys, shift,
+                    mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
+                )  # fmt: skip
+                sum += tl.sum(exp(s - statistic[:, None]), 1)
+        tl.store(rest + place, tl.where(inexact, tl.log2(sum) * LN2, 0.0), mask=i < queries)
 
 
 @triton.jit
@@ -515,6 +566,7 @@ def _bwd_keys(
     dout_h,
     lse,
     delta,
+    rest,
     lse_b,
     lse_h,
     dkey,
@@ -547,6 +599,7 @@ def _bwd_keys(
         dout += b * dout_b + start * dout_t + h * dout_h
         lse += b * lse_b + h * lse_h + start
         delta += b * lse_b + h * lse_h + start
+        rest += b * lse_b + h * lse_h + start
         if mask is not None:
             mask += b * mask_b + h * mask_h
         if bias is not None:
@@ -564,14 +617,15 @@ def _bwd_keys(
             i = first_i + tl.arange(0, BLOCK_M)
             statistic = tl.load(lse + i, mask=i < queries, other=INFINITY)
             product = tl.load(delta + i, mask=i < queries, other=0.0)
+            more = tl.load(rest + i, mask=i < queries, other=0.0)
             q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
             do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
             do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             s = _masked(
                 s, i[None, :], j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True
             )
-            p = tl.exp2(s - (statistic * LOG2E)[None, :])
+            p = exp((s - statistic[None, :]) - more[None, :])
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             dropped = p
             if seed is not None:
@@ -628,6 +682,7 @@ def _bwd_queries(
     dout_h,
     lse,
     delta,
+    rest,
     lse_b,
     lse_h,
     dquery,
@@ -658,6 +713,7 @@ def _bwd_queries(
         i = first_i + tl.arange(0, BLOCK_M)
         statistic = tl.load(lse + b * lse_b + h * lse_h + start + i, mask=i < queries, other=INFINITY)
         product = tl.load(delta + b * lse_b + h * lse_h + start + i, mask=i < queries, other=0.0)
+        more = tl.load(rest + b * lse_b + h * lse_h + start + i, mask=i < queries, other=0.0)
         query += b * query_b + start * query_t + h * query_h
         dout += b * dout_b + start * dout_t + h * dout_h
         q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
@@ -671,12 +727,12 @@ def _bwd_queries(
             j = first_j + tl.arange(0, BLOCK_N)
             k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
             v = load_rows(value, first_j, keys, value_t, BLOCK_N, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             s = _masked(
                 s, i[:, None], j[None, :], queries, keys, shift,
                 mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
             )  # fmt: skip
-            p = tl.exp2(s - (statistic * LOG2E)[:, None])
+            p = exp((s - statistic[:, None]) - more[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if seed is not None:
                 keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)
@@ -727,6 +783,7 @@ def _bwd_bias(
     dout_h,
     lse,
     delta,
+    rest,
     lse_b,
     lse_h,
     dbias,
@@ -757,11 +814,11 @@ def _bwd_bias(
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, sequences * planes * tiles_i * tiles_j):
         first_j = at_j + step % tiles_j * BLOCK_N
-        rest = step // tiles_j
-        first_i = at_i + rest % tiles_i * BLOCK_M
-        rest = rest // tiles_i
-        head = at_h + rest % planes
-        number = at_b + rest // planes
+        left = step // tiles_j
+        first_i = at_i + left % tiles_i * BLOCK_M
+        left = left // tiles_i
+        head = at_h + left % planes
+        number = at_b + left // planes
         plane = number * heads + head
         h = tl.cast(head, tl.int64)
         b = tl.cast(number, tl.int64)
@@ -770,12 +827,13 @@ def _bwd_bias(
         j = first_j + tl.arange(0, BLOCK_N)
         statistic = tl.load(lse + b * lse_b + h * lse_h + i, mask=i < rows, other=INFINITY)
         product = tl.load(delta + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
+        more = tl.load(rest + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
         q = load_rows(query + b * query_b + h * query_h, first_i, rows, query_t, BLOCK_M, D, BLOCK_D)
         do = load_rows(dout + b * dout_b + h * dout_h, first_i, rows, dout_t, BLOCK_M, D, BLOCK_D)
         do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
         k = load_rows(key + b * key_b + h * key_h, first_j, length, key_t, BLOCK_N, D, BLOCK_D)
         v = load_rows(value + b * value_b + h * value_h, first_j, length, value_t, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         mask_here = mask
         if mask is not None:
             mask_here = mask + (b * mask_b + h * mask_h)
@@ -783,7 +841,7 @@ def _bwd_bias(
             s, i[:, None], j[None, :], rows, length, shift,
             mask_here, mask_i, mask_j, bias + (b * bias_b + h * bias_h), bias_i, bias_j, CAUSAL, True,
         )  # fmt: skip
-        p = tl.exp2(s - (statistic * LOG2E)[:, None])
+        p = exp((s - statistic[:, None]) - more[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed is not None:
             keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)

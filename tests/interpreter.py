@@ -43,8 +43,15 @@ def _is_bfloat16(handle: Any) -> bool:
 
 
 def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-    a, b = (Handle(to_float32(x.data), tl.float32) if _is_bfloat16(x) else x for x in (a, b))
-    return original["create_dot"](self, a, b, d, *rest)
+    # NumPy's order of summation depends on the shape, a device's does not: a score and its transposed twin, which
+    # backward computes again, are to have the same bits.  In float64 they do.
+    a, b = (Handle(_numbers(x).astype(np.float64), tl.float64) for x in (a, b))
+    product = original["create_dot"](self, a, b, Handle(np.zeros_like(d.data, dtype=np.float64), tl.float64), *rest)
+    return Handle((product.data + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+
+def _numbers(handle: Any) -> np.ndarray:
+    return to_float32(handle.data) if _is_bfloat16(handle) else handle.data
 
 
 def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
