@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configurations import configuration, most_head_size
+from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
 from ._launch import launch, refusal
 from ._philox import ATTENTION, dropout_numbers
 from ._scores import (
@@ -239,7 +239,7 @@ class _Call(NamedTuple):
             "PRECISION": precision_of(self.query.tensor.dtype),
             "D": head_size,
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-            "enable_fp_fusion": False,
+            **COMPILE_OPTIONS,
             **tile._asdict(),
         }
 
