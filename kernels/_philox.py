@@ -33,3 +33,15 @@ def keep(seed, block, row, plane, tag: tl.constexpr, threshold):
     w0, w1, w2, w3 = tl.philox(seed, block, row, tl.zeros_like(block) + plane.to(tl.uint32, bitcast=True), last)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def keep_each(seed, column, row, plane, tag: tl.constexpr, threshold):
+    """Like `keep` for columns `[M, N]` in any order: every element draws four words and takes one."""
+    column, row = tl.broadcast(column, row)
+    block = (column >> 2).to(tl.uint32, bitcast=True)
+    last = tl.zeros_like(block) + tag
+    fixed = tl.zeros_like(block) + plane.to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = tl.philox(seed, block, row.to(tl.uint32, bitcast=True), fixed, last)
+    word = tl.where((column & 2) != 0, tl.where((column & 1) != 0, w3, w2), tl.where((column & 1) != 0, w1, w0))
+    return (word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold

@@ -523,7 +523,7 @@ def _bwd_rows(
                     mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
                 )  # fmt: skip
                 sum += tl.sum(exp(s - statistic[:, None]), 1)
-        tl.store(rest + place, tl.where(inexact, tl.log2(sum) * LN2, 0.0), mask=i < queries)
+        tl.store(rest + place, tl.where(inexact, tl.log2(tl.where(inexact, sum, 1.0)) * LN2, 0.0), mask=i < queries)
 
 
 @triton.jit

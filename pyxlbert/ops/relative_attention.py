@@ -20,7 +20,11 @@ from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "relative_attention",
-    {"torch": "pyxlbert.reference.relative_attention", "cpu": "pyxlbert.native.relative_attention"},
+    {
+        "torch": "pyxlbert.reference.relative_attention",
+        "cpu": "pyxlbert.native.relative_attention",
+        "triton": "pyxlbert.kernels.relative_attention",
+    },
 )
 
 # Forward's arguments, and backward's after dout, out and lse.

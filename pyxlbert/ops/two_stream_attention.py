@@ -18,7 +18,11 @@ from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "two_stream_attention",
-    {"torch": "pyxlbert.reference.two_stream_attention", "cpu": "pyxlbert.native.two_stream_attention"},
+    {
+        "torch": "pyxlbert.reference.two_stream_attention",
+        "cpu": "pyxlbert.native.two_stream_attention",
+        "triton": "pyxlbert.kernels.two_stream_attention",
+    },
 )
 
 # Forward's arguments, and backward's after the outputs and their gradients.
