@@ -576,7 +576,7 @@ def _fwd(
     first_i = tl.program_id(0) * BLOCK_M
     if first_i < queries:
         number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-        _, content, place_part, same, different, segment, rank = prepared(
+        _q, content, place_part, same, different, segment, rank = prepared(
             query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
             segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
@@ -706,7 +706,7 @@ def _bwd_rows(
     extent = keys
     at_i = b * queries
     at_j = b * keys
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if cu_seqlens is not None:
         extent = keys
         at_i = start
@@ -747,7 +747,7 @@ def _bwd_rows(
         if tl.max(inexact.to(tl.int32), 0) > 0:
             sum = tl.zeros((BLOCK_M,), tl.float32)
             number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-            _, content, place_part, same, different, segment, rank = prepared(
+            _q, content, place_part, same, different, segment, rank = prepared(
                 query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
                 segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
             )  # fmt: skip
@@ -856,7 +856,7 @@ def _bwd_keys(
     extent = keys
     at_i = b * queries
     at_j = b * keys
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if cu_seqlens is not None:
         extent = keys
         at_i = start
@@ -1018,7 +1018,7 @@ def _bwd_queries(
     extent = keys
     at_i = b * queries
     at_j = b * keys
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if cu_seqlens is not None:
         extent = keys
         at_i = start
@@ -1249,7 +1249,7 @@ def _bwd_table(
         first_i = step % blocks * BLOCK_M
         b = tl.cast(sequence_number, tl.int64)
         plane = sequence_number * heads + tl.program_id(1) % heads
-        start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, all_queries, all_keys, total, all_queries)
+        start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, all_queries, all_keys, total, all_queries)
         extent = all_keys
         at_i = b * all_queries
         at_j = b * all_keys

@@ -489,7 +489,7 @@ def _bwd_rows(
     h = (plane % heads).to(tl.int64)
     first_i = tl.program_id(0) * BLOCK_M
     shift = keys - queries
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
         i = first_i + tl.arange(0, BLOCK_M)
         place = b * lse_b + h * lse_h + start + i
@@ -591,7 +591,7 @@ def _bwd_keys(
     first_j = tl.program_id(0) * BLOCK_N
     shift = keys - queries
     extent = keys
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if cu_seqlens is not None:
         extent = keys
     if first_j < extent:
@@ -702,7 +702,7 @@ def _bwd_queries(
     h = (plane % heads).to(tl.int64)
     first_i = tl.program_id(0) * BLOCK_M
     shift = keys - queries
-    start, queries, keys, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+    start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
         key += b * key_b + start * key_t + h * key_h
         value += b * value_b + start * value_t + h * value_h
@@ -822,7 +822,7 @@ def _bwd_bias(
         plane = number * heads + head
         h = tl.cast(head, tl.int64)
         b = tl.cast(number, tl.int64)
-        _, rows, length, _ = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+        _start, rows, length, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)
         statistic = tl.load(lse + b * lse_b + h * lse_h + i, mask=i < rows, other=INFINITY)

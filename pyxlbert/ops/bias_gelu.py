@@ -13,7 +13,14 @@ import torch
 from pyxlbert.ops import _check
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 
-OP = Op("bias_gelu", {"torch": "pyxlbert.reference.bias_gelu", "cpu": "pyxlbert.native.bias_gelu"})
+OP = Op(
+    "bias_gelu",
+    {
+        "torch": "pyxlbert.reference.bias_gelu",
+        "cpu": "pyxlbert.native.bias_gelu",
+        "triton": "pyxlbert.kernels.bias_gelu",
+    },
+)
 
 
 def _fwd_fake(x: torch.Tensor, bias: torch.Tensor | None, approximate: str, backend: str) -> torch.Tensor:

@@ -17,7 +17,11 @@ from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "dropout_add_layer_norm",
-    {"torch": "pyxlbert.reference.dropout_add_layer_norm", "cpu": "pyxlbert.native.dropout_add_layer_norm"},
+    {
+        "torch": "pyxlbert.reference.dropout_add_layer_norm",
+        "cpu": "pyxlbert.native.dropout_add_layer_norm",
+        "triton": "pyxlbert.kernels.dropout_add_layer_norm",
+    },
 )
 
 _COPIES = (torch.float32, *_check.LOW_PRECISION)

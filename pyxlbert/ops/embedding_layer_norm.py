@@ -16,7 +16,11 @@ from pyxlbert.ops._dropout import dropout_of
 
 OP = Op(
     "embedding_layer_norm",
-    {"torch": "pyxlbert.reference.embedding_layer_norm", "cpu": "pyxlbert.native.embedding_layer_norm"},
+    {
+        "torch": "pyxlbert.reference.embedding_layer_norm",
+        "cpu": "pyxlbert.native.embedding_layer_norm",
+        "triton": "pyxlbert.kernels.embedding_layer_norm",
+    },
     ids_first=True,
 )
 

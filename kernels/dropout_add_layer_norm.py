@@ -1,0 +1,242 @@
+"""dropout_add_layer_norm in Triton: a program takes a few rows, whole, in one pass each way.
+
+    x, residual [M, N]  ->  s = residual + dropout(x + x_bias), rounded only where it is stored  ->  y, its copy
+    dy, s       [M, N]  ->  ds; dresidual = ds, dx = dropout's mask on ds; the sums over a program's rows of
+                            dy * xhat, dy and dx, which `sum_parts` adds up
+
+Backward draws dropout's bits again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import empty_statistics, launch, refusal_of_rows, row_statistics, rows
+from ._philox import DROPOUT_ADD_LAYER_NORM, dropout_numbers, keep
+from ._rows import partial_sums, parts_of, sum_parts, tile_of
+from .layer_norm import input_gradient, statistics
+
+supports = refusal_of_rows
+
+
+def dropout_add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    eps: float,
+    copy_dtype: torch.dtype | None,
+    save: bool,
+) -> list[Tensor]:
+    """y `[..., N]` in residual's dtype; unless `copy_dtype` is None its copy; where `save`, s, mean and rstd."""
+    source, x_stride = rows(x)
+    stream, residual_stride = rows(residual)
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    copy = None if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
+    outputs = [y] if copy is None else [y, copy]
+    saved = (torch.empty_like(y), *row_statistics(x)) if save else ()
+    if y.numel() == 0:
+        empty_statistics(saved[1:], eps)
+        return [*outputs, *saved]
+    columns = x.shape[-1]
+    count, tile = y.numel() // columns, tile_of(columns)
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    launch(
+        _fwd,
+        (triton.cdiv(count, tile.rows),),
+        x.device,
+        *(source, x_bias, stream, weight.contiguous(), bias.contiguous(), y, copy),
+        *(saved or (None, None, None)),
+        *(x_stride, residual_stride, count, columns, eps),
+        *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+        BLOCK_M=tile.rows,
+        BLOCK_N=max(4, tile.columns),
+        num_warps=tile.warps,
+    )
+    return [*outputs, *saved]
+
+
+def dropout_add_layer_norm_bwd(
+    dy: Tensor | None,
+    dy_copy: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    x_dtype: torch.dtype,
+    needs_x: bool,
+    needs_residual: bool,
+    needs_parameters: bool,
+    needs_x_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx in `x_dtype`, dresidual, dweight, dbias, dx_bias; what is not needed is empty."""
+    columns = s.shape[-1]
+    gradient, dy_stride = (None, 0) if dy is None else rows(dy)
+    copy_gradient, dy_copy_stride = (None, 0) if dy_copy is None else rows(dy_copy)
+    dx = torch.empty_like(s, dtype=x_dtype) if needs_x else s.new_empty(0, dtype=x_dtype)
+    dresidual = torch.empty_like(s) if needs_residual else s.new_empty(0)
+    dweight, dbias = (one.new_empty(columns if needs_parameters else 0) for one in (weight, bias))
+    dx_bias = (s if x_bias is None else x_bias).new_empty(columns if needs_x_bias else 0)
+    if s.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_(), dx_bias.zero_()
+    count, tile = mean.numel(), tile_of(columns)
+    parts, each = parts_of(count, tile)
+    partial = partial_sums(parts, columns, 2, s.device) if needs_parameters else None
+    partial_bias = partial_sums(parts, columns, 1, s.device) if needs_x_bias else None
+    launch(
+        _bwd,
+        (parts,),
+        s.device,
+        *(gradient, copy_gradient, s, weight.contiguous(), mean, rstd),
+        *(dx if needs_x else None, dresidual if needs_residual else None, partial, partial_bias),
+        *(dy_stride, dy_copy_stride, count, columns, each),
+        *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+        BLOCK_M=tile.rows,
+        BLOCK_N=max(4, tile.columns),
+        num_warps=tile.warps,
+    )
+    if needs_parameters:
+        sum_parts(partial[0], dweight)
+        sum_parts(partial[1], dbias)
+    if needs_x_bias:
+        sum_parts(partial_bias[0], dx_bias)
+    return dx, dresidual, dweight, dbias, dx_bias
+
+
+@triton.jit
+def dropped(x, row, seed, threshold, keep_scale, tag: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout of rows `[M, N]`: counter (column // 4, row, row >> 32)."""
+    block = tl.arange(0, BLOCK_N // 4)[None, :]
+    low = row.to(tl.int32)[:, None]
+    high = (row >> 32).to(tl.int32)[:, None]
+    return tl.where(keep(tl.load(seed), block, low, high, tag, threshold), x * keep_scale, 0.0)
+
+
+@triton.jit
+def _fwd(
+    x,
+    x_bias,
+    residual,
+    weight,
+    bias,
+    y,
+    copy,
+    s,
+    mean,
+    rstd,
+    x_stride,
+    residual_stride,
+    count,
+    columns,
+    eps,
+    seed,
+    threshold,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    real = column < columns
+    inside = (row < count)[:, None] & real[None, :]
+    place = row[:, None]
+    branch = tl.load(x + place * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if x_bias is not None:
+        branch += tl.load(x_bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
+    if seed is not None:
+        branch = dropped(branch, row, seed, threshold, keep_scale, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
+    stream = tl.load(residual + place * residual_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    total = tl.where(inside, stream + branch, 0.0)
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    _mean, r, centred = statistics(total, inside, columns, eps)
+    result = centred * r[:, None] * w[None, :] + b[None, :]
+    target = place * columns + column[None, :]
+    tl.store(y + target, result.to(y.dtype.element_ty), mask=inside)
+    if copy is not None:
+        tl.store(copy + target, result.to(copy.dtype.element_ty), mask=inside)
+    if s is not None:
+        # What backward sees is what is stored.
+        stored = total.to(s.dtype.element_ty)
+        tl.store(s + target, stored, mask=inside)
+        m, r, centred = statistics(stored.to(tl.float32), inside, columns, eps)
+        tl.store(mean + row, m, mask=row < count)
+        tl.store(rstd + row, r, mask=row < count)
+
+
+@triton.jit
+def _bwd(
+    dy,
+    dy_copy,
+    s,
+    weight,
+    mean,
+    rstd,
+    dx,
+    dresidual,
+    partial,
+    partial_bias,
+    dy_stride,
+    dy_copy_stride,
+    count,
+    columns,
+    each,
+    seed,
+    threshold,
+    keep_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first = tl.program_id(0) * each
+    column = tl.arange(0, BLOCK_N)
+    real = column < columns
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
+        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = (row < count)[:, None] & real[None, :]
+        place = row[:, None]
+        target = place * columns + column[None, :]
+        gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if dy is not None:
+            gradient += tl.load(dy + place * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if dy_copy is not None:
+            more = tl.load(dy_copy + place * dy_copy_stride + column[None, :], mask=inside, other=0.0)
+            gradient += more.to(tl.float32)
+        values = tl.load(s + target, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mean + row, mask=row < count, other=0.0)
+        r = tl.load(rstd + row, mask=row < count, other=0.0)
+        xhat = tl.where(inside, (values - m[:, None]) * r[:, None], 0.0)
+        ds = input_gradient(gradient, xhat, w[None, :], r, columns)
+        if dresidual is not None:
+            tl.store(dresidual + target, ds.to(dresidual.dtype.element_ty), mask=inside)
+        if (dx is not None) or (partial_bias is not None):
+            branch = ds
+            if seed is not None:
+                branch = dropped(ds, row, seed, threshold, keep_scale, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
+            if dx is not None:
+                tl.store(dx + target, branch.to(dx.dtype.element_ty), mask=inside)
+            if partial_bias is not None:
+                dx_bias += tl.where(inside, branch, 0.0)
+        if partial is not None:
+            dweight += gradient * xhat
+            dbias += gradient
+    mine = tl.program_id(0).to(tl.int64) * columns + column
+    if partial is not None:
+        other = tl.num_programs(0).to(tl.int64) * columns
+        tl.store(partial + mine, tl.sum(dweight, 0), mask=real)
+        tl.store(partial + other + mine, tl.sum(dbias, 0), mask=real)
+    if partial_bias is not None:
+        tl.store(partial_bias + mine, tl.sum(dx_bias, 0), mask=real)
