@@ -113,7 +113,7 @@ def report() -> list[str]:
     return [
         "pyxlbert: backend torch needs no build",
         f"pyxlbert: backend cpu built ({', '.join(levels())})",
-        "pyxlbert: backend triton not here: this version has no Triton kernels",
+        "pyxlbert: backend triton needs no build; it takes CUDA tensors where triton is installed",
         f"pyxlbert: backend cuda not built: {why}",
     ]
 

@@ -1,7 +1,8 @@
 """Tiles of rows: how many at a time, and the sums over all rows that backward needs.
 
 A program takes BLOCK_M rows, whole: N columns padded to BLOCK_N, a power of two.  Of memory-bound kernels nothing else
-matters much as long as enough bytes are in flight: tiles hold some 4096 elements, 32 for each of 128 threads.
+matters much as long as enough bytes are in flight: tiles hold some 4096 elements, 32 for a thread, 16 where sums over
+rows take registers too.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(columns: int, elements: int = _TILE) -> Tile:
-    """The tile for rows of so many columns, of about so many elements."""
+def tile_of(columns: int, each: int = 32) -> Tile:
+    """The tile for rows of so many columns, with about so many elements for each thread."""
     width = triton.next_power_of_2(columns)
-    height = max(1, min(16, elements // width))
-    return Tile(height, width, max(1, min(16, height * width // 1024)))
+    height = max(1, min(16, _TILE // width))
+    return Tile(height, width, max(1, min(16, height * width // (32 * each))))
 
 
 def parts_of(rows: int, tile: Tile) -> tuple[int, int]:

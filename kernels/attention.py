@@ -41,12 +41,14 @@ from ._scores import (
     strides_of_statistics,
 )
 
+_MOST_HEAD_SIZE = most_head_size("attention_fwd")
+
 
 def supports(*tensors: Tensor | None) -> str | None:
     """CUDA tensors in float32, bfloat16 and float16, with head sizes that fit into a tile."""
     head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if head_size > most_head_size():
-        return f"it takes head sizes of at most {most_head_size()}, not {head_size}"
+    if head_size > _MOST_HEAD_SIZE:
+        return f"it takes head sizes of at most {_MOST_HEAD_SIZE}, not {head_size}"
     return refusal(*tensors)
 
 

@@ -89,7 +89,7 @@ def dropout_add_layer_norm_bwd(
     dx_bias = (s if x_bias is None else x_bias).new_empty(columns if needs_x_bias else 0)
     if s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_(), dx_bias.zero_()
-    count, tile = mean.numel(), tile_of(columns)
+    count, tile = mean.numel(), tile_of(columns, each=16)
     parts, each = parts_of(count, tile)
     partial = partial_sums(parts, columns, 2, s.device) if needs_parameters else None
     partial_bias = partial_sums(parts, columns, 1, s.device) if needs_x_bias else None

@@ -96,7 +96,7 @@ def embedding_layer_norm_bwd(
         dbias.zero_()
     else:
         gradient, stride = rows(dy)
-        count, tile = mean.numel(), tile_of(columns)
+        count, tile = mean.numel(), tile_of(columns, each=16)
         parts, each = parts_of(count, tile)
         partial = partial_sums(parts, columns, 2, device) if needs_parameters else None
         launch(

@@ -1,0 +1,288 @@
+"""Compiles the kernels of one op for every architecture, without a GPU, and prints a line of JSON for each.
+
+    python tests/kernels/compile_ahead.py OP [--all]
+
+The op's launchers are called on CPU tensors, and each launch is compiled instead of run: with the arguments, constants
+and alignments that the JIT would see.  A process that interprets kernels cannot compile them: this is one of its own.
+Triton's cache, and beside it what the disassembler said, are kept in the folder TRITON_CACHE_DIR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+Calls = Iterator[tuple[str, Callable[[Any], None]]]
+
+
+class Driver:
+    """What the JIT asks of a device before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        # The JIT keeps what it has compiled by device.
+        return self.architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def report(kernel: Any) -> dict[str, Any]:
+    """Registers, stack and instructions of a compiled kernel."""
+    cubin = kernel.asm["cubin"]
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "reports" / f"{hashlib.sha256(cubin).hexdigest()}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    binary = path.with_name(f"{path.stem}.{os.getpid()}.cubin")
+    binary.write_bytes(cubin)
+
+    def tool(name: str, *options: str) -> str:
+        return subprocess.run([TOOLS / name, *options, binary], capture_output=True, text=True, check=True).stdout
+
+    usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
+    binary.unlink()
+    found = {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "matrix": {name: n for name in MATRIX if (n := len(re.findall(rf"\b{name}\b", code)))},
+        "wide_loads": len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E\.ENL2\.256\b|\bLDGSTS\.E\.[\w.]*128\b", code)),
+    }
+    path.write_text(json.dumps(found))
+    return found
+
+
+def parameters(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(n, dtype=dtype)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+ARCHITECTURES = (80, 90, 100)
+FULL = 90
+SEED = torch.zeros(1, dtype=torch.int64)
+ROWS = 4096
+
+
+def layer_norm(every: bool) -> Calls:
+    def call(columns: int, dtype: torch.dtype) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            x, w = torch.empty(ROWS, columns, dtype=dtype), parameters(columns, dtype)
+            _, mean, rstd = op.layer_norm_fwd(x, w, w, 1e-5, True)
+            op.layer_norm_fwd(x, w, w, 1e-5, False)
+            op.layer_norm_bwd(x, x, w, w, mean, rstd, True)
+            op.layer_norm_bwd(x, x, w, w, mean, rstd, False)
+
+        return run
+
+    yield from _widths(call, every)
+
+
+def _widths(call: Callable[[int, torch.dtype], Callable[[Any], None]], every: bool) -> Calls:
+    for columns in (384, 768, 1024) if every else (768,):
+        for dtype in (BF16, F32):
+            yield f"{columns} {dtype}", call(columns, dtype)
+
+
+def bias_gelu(every: bool) -> Calls:
+    def call(columns: int, dtype: torch.dtype) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            x, bias = torch.empty(ROWS, 4 * columns, dtype=dtype), parameters(4 * columns, dtype)
+            for approximate in ("none", "tanh"):
+                op.bias_gelu_fwd(x, bias, approximate)
+                op.bias_gelu_bwd(x, x, bias, approximate, True)
+
+        return run
+
+    yield from _widths(call, every)
+
+
+def dropout_add_layer_norm(every: bool) -> Calls:
+    def call(columns: int, dtype: torch.dtype) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            x, w, stream = (
+                torch.empty(ROWS, columns, dtype=dtype),
+                parameters(columns, dtype),
+                torch.empty(ROWS, columns),
+            )
+            mean = torch.empty(ROWS)
+            for p, bias in ((0.1, w), (0.0, None)):
+                op.dropout_add_layer_norm_fwd(x, stream, w, w, bias, p, SEED, 1e-5, dtype, True)
+                given = (stream, x, stream, w, w, bias, mean, mean, p, SEED, dtype)
+                op.dropout_add_layer_norm_bwd(*given, True, True, True, bias is not None)
+
+        return run
+
+    yield from _widths(call, every)
+
+
+def embedding_layer_norm(every: bool) -> Calls:
+    def call(columns: int, dtype: torch.dtype) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            ids, mean = numbers(8, 512, dtype=torch.int64), torch.empty(8, 512)
+            word, kinds, places = (torch.empty(n, columns, dtype=dtype) for n in (3000, 2, 512))
+            w = parameters(columns, dtype)
+            tables = (ids, word, kinds, places, w, w, ids, None)
+            op.embedding_layer_norm_fwd(*tables, 0.1, SEED, 1e-5, F32, dtype)
+            dy = torch.empty(8, 512, columns)
+            op.embedding_layer_norm_bwd(dy, *tables, mean, mean, 0.1, SEED, 0, True, True, True, True)
+
+        return run
+
+    yield from _widths(call, every)
+
+
+BATCH, LENGTH, HEADS = 2, 512, 12
+
+
+def _query_key_value(head_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return torch.empty(BATCH, LENGTH, HEADS, 3 * head_size, dtype=dtype).split(head_size, -1)
+
+
+def _heads(every: bool) -> Iterator[tuple[int, torch.dtype]]:
+    yield from ((64, BF16), (64, F32), (128, BF16))
+    if every:
+        yield from ((32, BF16), (80, BF16), (96, F16), (128, F32), (64, F16))
+
+
+def attention(every: bool) -> Calls:
+    def call(head_size: int, dtype: torch.dtype, kind: str) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            q, k, v = _query_key_value(head_size, dtype)
+            mask, bias, p, causal, lengths, cu_seqlens = None, None, 0.0, False, None, None
+            if kind == "everything":
+                mask = torch.empty(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)
+                bias = torch.empty(1, HEADS, LENGTH, LENGTH, dtype=dtype)
+                p, causal, lengths = 0.1, True, numbers(BATCH)
+            if kind == "packed":
+                q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+                cu_seqlens = numbers(BATCH + 1)
+            given = (lengths, cu_seqlens, LENGTH, mask, bias, causal, head_size**-0.5, p, SEED)
+            out, lse = op.attention_fwd(q, k, v, *given)
+            op.attention_bwd(out, q, k, v, out, lse, *given, bias is not None)
+
+        return run
+
+    for head_size, dtype in _heads(every):
+        for kind in ("plain", "everything", "packed") if every else ("plain", "everything"):
+            yield f"D={head_size} {dtype} {kind}", call(head_size, dtype, kind)
+
+
+def _relative(head_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Table, content and position bias."""
+    bias = torch.empty(HEADS, head_size, dtype=dtype)
+    return torch.empty(2 * LENGTH, HEADS, head_size, dtype=dtype), bias, bias
+
+
+def relative_attention(every: bool) -> Calls:
+    def call(head_size: int, dtype: torch.dtype, kind: str) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            q, k, v = _query_key_value(head_size, dtype)
+            table, u, w = _relative(head_size, dtype)
+            of = numbers(BATCH, LENGTH)
+            segments = (None, None, None, None)
+            mask, p, ranks, positions = None, 0.0, (None, None), None
+            if kind != "plain":
+                segments = (u, torch.empty(2, HEADS, head_size, dtype=dtype), of, of)
+                ranks = (of, of)
+            if kind == "everything":
+                mask, p = torch.empty(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool), 0.1
+            if kind == "positions":
+                positions = of
+            given = (q, k, v, table, u, w, LENGTH, *segments, positions, numbers(BATCH), None, 0, *ranks)
+            given += (kind != "plain", mask, False, False, head_size**-0.5, p, SEED)
+            out, lse = op.relative_attention_fwd(*given)
+            op.relative_attention_bwd(out, out, lse, *given, [True] * 8)
+
+        return run
+
+    for head_size, dtype in _heads(every):
+        if head_size > 128:
+            continue
+        usual = ("XLNet",) if (head_size, dtype) != (64, BF16) else ("plain", "XLNet", "everything", "positions")
+        for kind in ("plain", "XLNet", "everything", "positions") if every else usual:
+            yield f"D={head_size} {dtype} {kind}", call(head_size, dtype, kind)
+
+
+def two_stream_attention(every: bool) -> Calls:
+    def call(head_size: int, dtype: torch.dtype) -> Callable[[Any], None]:
+        def run(op: Any) -> None:
+            q, k, v = _query_key_value(head_size, dtype)
+            table, u, w = _relative(head_size, dtype)
+            of, targets = numbers(BATCH, LENGTH), numbers(BATCH, 85)
+            embedding = torch.empty(2, HEADS, head_size, dtype=dtype)
+            given = (q, q[:, :85], k, v, table, u, w, LENGTH, u, embedding, of, of, targets, None, of, of, None)
+            given += (False, head_size**-0.5, 0.1, SEED)
+            content, lse, query, query_lse = op.two_stream_attention_fwd(*given)
+            op.two_stream_attention_bwd(content, query, content, lse, query, query_lse, *given, [True] * 9)
+
+        return run
+
+    for head_size, dtype in _heads(every) if every else ((64, BF16),):
+        yield f"D={head_size} {dtype}", call(head_size, dtype)
+
+
+def main(op: str, every: bool) -> None:
+    packages = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
+    modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(packages.glob("*.py"))]
+    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    architecture = 0
+    seen: set[str] = set()
+    case = ""
+
+    def compile_it(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        line = {
+            "architecture": architecture,
+            "kernel": kernel.__name__,
+            "case": case,
+            "shared": compiled.metadata.shared,
+            **report(compiled),
+        }
+        line |= {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages") if name in options}
+        line["half"] = any(isinstance(x, Tensor) and x.dtype in (BF16, F16) for x in arguments)
+        print(json.dumps(line), flush=True)
+
+    for module in modules:
+        if hasattr(module, "launch"):
+            module.launch = compile_it
+    kernels = importlib.import_module(f"pyxlbert.kernels.{op}")
+    configurations.architecture = lambda device: architecture
+    for architecture in ARCHITECTURES:
+        triton.runtime.driver.set_active(Driver(architecture))
+        for case, run in globals()[op](every):
+            # One architecture takes them all, the others the usual dtype and head size.
+            if every or architecture == FULL or not ("float32" in case or "D=128" in case):
+                run(kernels)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--all" in sys.argv)

@@ -1,0 +1,91 @@
+"""What is special to the Triton kernels on rows: long runs of one id, many parts, ids out of range."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import pyxlbert
+from pyxlbert.testing import compare, tolerances
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+embedding = importlib.import_module("pyxlbert.kernels.embedding_layer_norm")
+rows = importlib.import_module("pyxlbert.kernels._rows")
+
+
+def tables(tokens: int, words: int, columns: int = 12) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(DEVICE)
+
+    return {
+        "input_ids": torch.randint(words, (1, tokens), generator=g).to(DEVICE),
+        "word": randn(words, columns),
+        "token_type": randn(2, columns),
+        "position": randn(tokens, columns),
+        "weight": randn(columns),
+        "bias": randn(columns),
+    }
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 400])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
+def test_runs_longer_than_a_chunk(words: int, tokens: int) -> None:
+    """One id may stand anywhere in the order: at a chunk's edge, over several chunks, in all of them."""
+    given = tables(tokens, words)
+    found = {}
+    for backend in ("triton", "torch"):
+        arguments = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in given.items()}
+        y = pyxlbert.embedding_layer_norm(*arguments.values(), padding_idx=0 if words > 1 else None, backend=backend)
+        weights = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)
+        names = ("word", "token_type", "position", "weight", "bias")
+        found[backend] = torch.autograd.grad((y * weights).sum(), [arguments[n] for n in names])
+    for name, ours, wanted in zip(("word", "token_type", "position"), *found.values(), strict=False):
+        # The gradient of a normalised sum cancels: its terms scale it.
+        compare.close(name, ours, wanted, tolerances.SUMMATION_ORDER, least=0.1 * tokens)
+
+
+def test_ids_out_of_range_are_not_read() -> None:
+    """On a GPU values are not checked: such a row is NaN, and adds to nothing."""
+    given = tables(5, 7)
+    guarded = torch.full((9, 12), torch.nan, device=DEVICE)
+    guarded[1:8] = given["word"]
+    word = guarded[1:8]
+    bad = given["input_ids"].clone()
+    bad[0, 1], bad[0, 3] = -1, 7
+    rest = (given["token_type"], given["position"], given["weight"], given["bias"], None, None)
+    y, _, mean, rstd = embedding.embedding_layer_norm_fwd(bad, word, *rest, 0.0, None, 1e-5, torch.float32, None)
+    good = torch.tensor([True, False, True, False, True], device=DEVICE)
+    assert y[0, ~good].isnan().all()
+    wanted = embedding.embedding_layer_norm_fwd(bad.clamp(0, 6), word, *rest, 0.0, None, 1e-5, torch.float32, None)[0]
+    compare.same_bits("rows", y[0, good], wanted[0, good])
+    dy = torch.ones_like(y)
+    dword, dtype, _, dweight, dbias = embedding.embedding_layer_norm_bwd(
+        dy, bad, word, *rest, mean, rstd, 0.0, None, -1, True, True, True, True
+    )
+    assert all(x.isfinite().all() for x in (dword, dtype, dweight, dbias))
+    unused = torch.ones(7, dtype=torch.bool, device=DEVICE)
+    unused[bad[0, good]] = False
+    assert not dword[unused].any()
+    compare.close("dbias", dbias, torch.full_like(dbias, 3.0), tolerances.SUMMATION_ORDER)
+
+
+def test_sums_over_more_rows_than_programs() -> None:
+    tile = rows.tile_of(4)
+    for count in (1, 15, 16, 17, 16 * 512, 16 * 512 + 1, 10**6):
+        parts, each = rows.parts_of(count, tile)
+        assert each % tile.rows == 0 and (parts - 1) * each < count <= parts * each and parts <= 512
+    x = torch.randn(16 * 512 + 5, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    partial = torch.stack([x[:300].sum(0), x[300:].sum(0)])
+    out = torch.empty(4, device=DEVICE)
+    rows.sum_parts(partial, out)
+    compare.close("sum", out, partial.sum(0), tolerances.SUMMATION_ORDER)
+
+
+def test_rows_that_are_too_long_are_refused() -> None:
+    x = torch.zeros(1, 2**16 + 1, device=DEVICE)
+    with pytest.raises(RuntimeError, match="rows of at most 65536 elements, not 65537"):
+        pyxlbert.layer_norm(x, x[0], x[0], backend="triton")
