@@ -249,7 +249,10 @@ def asked(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...], needs: l
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:
     """`[H, 5, D]`, what `_bwd_queries` adds up of every block of queries, by name."""
-    content, position, segment, same, different = sums.unbind(1)
+    # Each a tensor of its own: what an op returns shares no memory.
+    content, position, segment, same, different = (
+        x.clone(memory_format=torch.contiguous_format) for x in sums.unbind(1)
+    )
     return {
         "content": content,
         "position": position,
