@@ -1,6 +1,7 @@
 """Tile sizes, warps and pipeline stages of the attention kernels, by kernel, architecture, dtype and head size.
 
-A table and not a search in the user's first call.  `python -m pyxlbert.bench.tune` measures and writes its rows.
+A table and not a search in the user's first call.  Its rows were found by compiling: of several tiles the first that
+needs no spills on the architecture.  None has been timed yet.
 """
 
 from __future__ import annotations
