@@ -42,13 +42,12 @@ def refusal_of_rows(*tensors: Tensor | None) -> str | None:
     return refusal(*tensors)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
-    """`kernel[grid](*arguments, **options)` on the device of its tensors."""
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> Any:
+    """`kernel[grid](*arguments, **options)` on the device of its tensors; the compiled kernel."""
     if INTERPRETED or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **options)
-    else:
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, **options)
+        return kernel[grid](*arguments, **options)
+    with torch.cuda.device(device):
+        return kernel[grid](*arguments, **options)
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:

@@ -16,8 +16,14 @@ memory, in an order of bits that keeps lanes in different banks (`swizzled`, `pl
 through shuffles, four times slower and with spills.  Queries that stand anywhere (`query_positions`) are sorted by
 position first, and take as many blocks of the band as their positions spread over.
 
+A program that walks the keys may carry the products with the upper block on (CARRY, a choice of the table of tiles, as
+they take registers): they are the next tile's with its lower one, and the position term then costs one product a tile,
+as the content term does.  Tiles that ranks or a mask empty are left
+out, after a look at the ranks or the mask; then the next tile begins anew.
+
 The gradient of the table has a program per block of its rows, which walks all queries: there the scores are laid out by
-table row, and keys and values are what is skewed.  Nothing is added up by two programs.
+table row, and keys and values are what is skewed.  Nothing is added up by two programs, unless
+`pyxlbert.allow_atomics` lets the kernel of dquery add to the table's gradient on its way.
 
 Source: Dai et al., "Transformer-XL", https://arxiv.org/abs/1901.02860, appendix B (`rel_shift`); Yang et al., "XLNet",
 https://arxiv.org/abs/1906.08237, section 2.
@@ -32,6 +38,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyxlbert import backends
+
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
 from ._philox import dropout_numbers, keep, keep_each
@@ -45,6 +53,7 @@ from ._scores import (
     precision_of,
     rows_of,
     sequence,
+    some,
     store_rows,
     strides_of_statistics,
 )
@@ -127,7 +136,7 @@ class Stream:
         table_rows = rows_of(table)
         mask = broadcast_of(shared.mask)
         seed = None if shared.dropout_p == 0.0 else shared.seed
-        self.extras = mask.tensor is not None or seed is not None
+        self.extras = mask.tensor is not None or seed is not None or rank is not None
         self._arguments = (
             *(*rows_of(self.query), *rows_of(shared.key), *rows_of(shared.value)),
             *(*table_rows, self.table_rows, shared.offset, max(1, batch // tables)),
@@ -162,7 +171,7 @@ class Stream:
             "D": self.head_size,
             "BLOCK_D": max(16, triton.next_power_of_2(self.head_size)),
             **COMPILE_OPTIONS,
-            **tile._asdict(),
+            **tile.constants(),
         }
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -221,18 +230,22 @@ class Stream:
             *(*saved, *rows_of(dkey), *rows_of(dvalue)),
             **options,
         )
-        options = self.options("relative_bwd_queries")
+        # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.
+        atomic = backends.atomics_allowed()
+        options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
         blocks = triton.cdiv(self.queries, options["BLOCK_M"])
         parts = torch.empty(self.planes, blocks, 5, self.head_size, dtype=torch.float32, device=device)
-        launch(_bwd_queries, (blocks, self.planes), device, *(*saved, *rows_of(dquery), parts), **options)
-        options = self.options("relative_bwd_table")
-        launch(
-            _bwd_table,
-            (triton.cdiv(self.table_rows, options["BLOCK_N"]), self.tables * self.heads),
-            device,
-            *(*saved, dtable),
-            **options,
-        )
+        added = dtable.zero_() if atomic else None
+        launch(_bwd_queries, (blocks, self.planes), device, *(*saved, *rows_of(dquery), parts, added), **options)
+        if not atomic:
+            options = self.options("relative_bwd_table")
+            launch(
+                _bwd_table,
+                (triton.cdiv(self.table_rows, options["BLOCK_N"]), self.tables * self.heads),
+                device,
+                *(*saved, dtable),
+                **options,
+            )
         sums = parts.view(-1, self.heads, blocks, 5, self.head_size).sum((0, 2))
         found = {"query": self.unsorted(dquery), "key": dkey, "value": dvalue, "table": dtable}
         return found | _biases(sums)
@@ -286,20 +299,8 @@ def rotated(x, shift, M: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def load_band(base, first, count, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Like `load_rows`, and `first` may be negative."""
-    n = tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    inside = ((first + n >= 0) & (first + n < count))[:, None]
-    if D != BLOCK_D:
-        inside = inside & (d < D)[None, :]
-    at = base + tl.cast(first, tl.int64) * stride
-    return tl.load(at + (n[:, None] * stride + d[None, :]), mask=inside, other=0.0)
-
-
-@triton.jit
 def load_seen(base, first, count, stride, rank, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`load_band` of keys or values; of those that no row may see, by their rank, nothing is read."""
+    """Like `load_rows`, and `first` may be negative; of keys that no row may see, by their rank, nothing is read."""
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     seen = (first + n >= 0) & (first + n < count)
@@ -310,6 +311,24 @@ def load_seen(base, first, count, stride, rank, BLOCK: tl.constexpr, D: tl.const
         inside = inside & (d < D)[None, :]
     at = base + tl.cast(first, tl.int64) * stride
     return tl.load(at + (n[:, None] * stride + d[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def products(
+    x,
+    base,
+    first,
+    count,
+    stride,
+    rank,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N]`: every line of x times rows first .. first + BLOCK_N - 1 of a matrix."""
+    rows = load_seen(base, first, count, stride, rank, BLOCK_N, D, BLOCK_D)
+    return tl.dot(x, tl.trans(rows), input_precision=PRECISION)
 
 
 @triton.jit
@@ -354,6 +373,29 @@ def skewed(
 
 
 @triton.jit
+def rolled(
+    x,
+    band,
+    base,
+    first,
+    count,
+    stride,
+    shift,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`skewed` for one tile after another: `band` is the products with the lower block, and those with the upper one
+    are returned beside the tile, since they are what the next tile begins with.  Saves one of three products.
+    """
+    upper = products(x, base, first + BLOCK_N, count, stride, None, PRECISION, D, BLOCK_D, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)[None, :]
+    return rotated(tl.where(n >= shift[:, None], band, upper), shift, BLOCK_M, BLOCK_N), upper
+
+
+@triton.jit
 def lines(first_i, at, queries, positions, numbers, BLOCK_M: tl.constexpr):
     """Of BLOCK_M queries: number, position, whether they are there, the largest and the smallest position."""
     row = first_i + tl.arange(0, BLOCK_M)
@@ -384,6 +426,89 @@ def load_vector(base, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def allowed_of(
+    i,
+    j,
+    there,
+    rank,
+    key_rank,
+    mask,
+    mask_i,
+    mask_j,
+    mask_row,
+    keys,
+    extent,
+    shift,
+    CAUSAL: tl.constexpr,
+    SEE_SELF: tl.constexpr,
+):
+    """Which elements of a tile may be attended; i, there, rank are `[M, 1]`, j `[1, N]` or `[M, N]`.
+
+    `keys` may be seen, `extent` are there.  key_rank and mask begin at the sequence.
+    """
+    real = (j >= 0) & (j < extent)
+    allowed = real & (j < keys)
+    if CAUSAL:
+        allowed = allowed & (j <= i + shift)
+    if mask is not None:
+        at = mask + (mask_row.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j)
+        allowed = allowed & (tl.load(at, mask=real & there, other=0) != 0)
+    if key_rank is not None:
+        order = tl.load(key_rank + j, mask=real, other=UNSEEN_RANK)
+        allowed = allowed & (rank > order)
+        if SEE_SELF:
+            allowed = allowed | ((j == i + shift) & (order != UNSEEN_RANK) & real & (j < keys))
+    elif SEE_SELF:
+        allowed = allowed | ((j == i + shift) & real & (j < keys))
+    return allowed & there
+
+
+@triton.jit
+def some_seen(
+    first_i,
+    first_j,
+    i,
+    j,
+    there,
+    rank,
+    highest,
+    key_rank,
+    mask,
+    mask_i,
+    mask_j,
+    mask_row,
+    keys,
+    extent,
+    shift,
+    settled,
+    CAUSAL: tl.constexpr,
+    SEE_SELF: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether a tile adds anything, or is left out: see `allowed_of`; `highest` is the largest rank.
+
+    With UNIFORM a tile that nothing is seen of counts for rows that have seen nothing elsewhere, those not `settled`.
+    """
+    if mask is None and j.shape[0] == 1:
+        # By the ranks of the keys alone, without the tile.
+        order = tl.load(key_rank + j, mask=(j >= 0) & (j < keys), other=UNSEEN_RANK)
+        seen = highest > tl.min(tl.min(order, 1), 0)
+        if SEE_SELF:
+            seen = seen | ((first_i + BLOCK_M + shift > first_j) & (first_i + shift < first_j + BLOCK_N))
+    else:
+        seen = some(
+            allowed_of(
+                i, j, there, rank, key_rank, mask, mask_i, mask_j, mask_row, keys, extent, shift, CAUSAL, SEE_SELF
+            )
+        )
+    if UNIFORM:
+        seen = seen | some(there & (settled == 0)[:, None])
+    return seen
+
+
+@triton.jit
 def finished(
     s,
     i,
@@ -408,34 +533,23 @@ def finished(
     SEE_SELF: tl.constexpr,
     UNIFORM: tl.constexpr,
 ):
-    """Scores of content and position with the term of segments, scaled; masked ones -inf.
+    """Scores of content and position with the term of segments, scaled; masked ones -inf: see `allowed_of`.
 
-    i, there, same, different, segment and rank are `[M, 1]`, j `[1, N]` or `[M, N]`; `keys` may be seen, `extent` are
-    there.  key_segments, key_rank and mask begin at the sequence.
+    same, different and segment are `[M, 1]`; key_segments begins at the sequence.
     """
     real = (j >= 0) & (j < extent)
     if key_segments is not None:
         kind = tl.load(key_segments + j, mask=real, other=0)
         s += tl.where(segment != kind, different, same)
     s *= scale
-    allowed = real & (j < keys)
-    if CAUSAL:
-        allowed = allowed & (j <= i + shift)
-    if mask is not None:
-        at = mask + (mask_row.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j)
-        allowed = allowed & (tl.load(at, mask=real & there, other=0) != 0)
-    if key_rank is not None:
-        order = tl.load(key_rank + j, mask=real, other=UNSEEN_RANK)
-        allowed = allowed & (rank > order)
-        if SEE_SELF:
-            allowed = allowed | ((j == i + shift) & (order != UNSEEN_RANK) & real & (j < keys))
-    elif SEE_SELF:
-        allowed = allowed | ((j == i + shift) & real & (j < keys))
+    allowed = allowed_of(
+        i, j, there, rank, key_rank, mask, mask_i, mask_j, mask_row, keys, extent, shift, CAUSAL, SEE_SELF
+    )
     if UNIFORM:
         s = tl.where(allowed, s, UNIFORM_SCORE)
         return tl.where(real & there, s, -INFINITY)
     else:
-        return tl.where(allowed & there, s, -INFINITY)
+        return tl.where(allowed, s, -INFINITY)
 
 
 @triton.jit
@@ -453,13 +567,12 @@ def prepared(
     segment_bias,
     segment_embedding,
     query_segments,
-    query_rank,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """A tile of queries: as it is, with the content and with the position bias, its products with the two segment
-    embeddings `[M]`, its segments and ranks `[M, 1]`.
+    embeddings `[M]`, its segments `[M, 1]`.
     """
     q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
     q = tl.where(there[:, None], q, 0.0).to(query.dtype.element_ty)
@@ -468,7 +581,6 @@ def prepared(
     position = (wide + load_vector(position_bias, h, D, BLOCK_D)[None, :]).to(q.dtype)
     row = first_i + tl.arange(0, BLOCK_M)
     segment = tl.zeros((BLOCK_M, 1), tl.int32)
-    rank = tl.zeros((BLOCK_M, 1), tl.int32)
     same = tl.zeros((BLOCK_M,), tl.float32)
     different = tl.zeros((BLOCK_M,), tl.float32)
     if query_segments is not None:
@@ -476,9 +588,17 @@ def prepared(
         same = tl.sum(asks * load_vector(segment_embedding, h, D, BLOCK_D)[None, :], 1)
         different = tl.sum(asks * load_vector(segment_embedding, heads + h, D, BLOCK_D)[None, :], 1)
         segment = tl.load(query_segments + at + row, mask=row < queries, other=0)[:, None]
+    return q, content, position, same, different, segment
+
+
+@triton.jit
+def load_ranks(query_rank, at, first_i, queries, there, BLOCK_M: tl.constexpr):
+    """Of BLOCK_M queries, `[M, 1]`, and the largest of those that are there."""
+    rank = tl.zeros((BLOCK_M, 1), tl.int32)
     if query_rank is not None:
+        row = first_i + tl.arange(0, BLOCK_M)
         rank = tl.load(query_rank + at + row, mask=row < queries, other=0)[:, None]
-    return q, content, position, same, different, segment, rank
+    return rank, tl.max(tl.max(tl.where(there[:, None], rank, -UNSEEN_RANK), 1), 0)
 
 
 @triton.jit
@@ -544,6 +664,7 @@ def _fwd(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
     """The running softmax over the keys of BLOCK_M queries."""
     plane = tl.program_id(1)
@@ -559,6 +680,8 @@ def _fwd(
         at_i = start
         at_j = start
     TWO: tl.constexpr = positions is None
+    ROLLED: tl.constexpr = CARRY and positions is None
+    SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     # Where a row without any key averages over all of them, all of them are read.
     readable = keys
     hidden = key_rank
@@ -579,10 +702,11 @@ def _fwd(
     first_i = tl.program_id(0) * BLOCK_M
     if first_i < queries:
         number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-        _q, content, place_part, same, different, segment, rank = prepared(
+        _q, content, place_part, same, different, segment = prepared(
             query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
-            segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
+            segment_embedding, query_segments, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
+        rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
         mask_row = number
         if BY_POSITION:
             mask_row = position
@@ -592,35 +716,60 @@ def _fwd(
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         weight = tl.zeros((BLOCK_M,), tl.float32)
         largest = tl.full((BLOCK_M,), -INFINITY, tl.float32)
+        moved = top - position
+        if ROLLED:
+            # The upper block of a tile's band is the lower one of the next: see `rolled`.
+            band = products(place_part, table, offset - top, table_rows, table_t, None, PRECISION, D, BLOCK_D, BLOCK_N)
+            band_at = 0
         for first_j in range(0, high, BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)
-            k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
-            s = skewed(
-                place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
-                TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
-            s = finished(
-                s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
-                segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
-                queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
-            )  # fmt: skip
-            above = tl.maximum(largest, tl.max(s, 1))
-            # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
-            level = tl.where(above == -INFINITY, 0.0, above)
-            p = exp(s - level[:, None])
-            less = exp(largest - level)
-            weight = weight * less + tl.sum(p, 1)
-            if seed is not None:
-                block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
-                p = tl.where(kept, p, 0.0)
-            v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
-            largest = above
-        some = weight > 0
-        result = tl.where(some[:, None], acc * (keep_scale / tl.where(some, weight, 1.0))[:, None], 0.0)
-        statistic = tl.where(some, largest + tl.log2(tl.where(some, weight, 1.0)) * LN2, INFINITY)
+            live = True
+            if SPARSE:
+                live = some_seen(
+                    first_i, first_j, number[:, None], j[None, :], there[:, None], rank, highest,
+                    key_rank, mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    largest > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            if live:
+                k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
+                if ROLLED:
+                    if SPARSE and band_at != first_j:
+                        band = products(
+                            place_part, table, offset + first_j - top, table_rows, table_t, None,
+                            PRECISION, D, BLOCK_D, BLOCK_N,
+                        )  # fmt: skip
+                    s, band = rolled(
+                        place_part, band, table, offset + first_j - top, table_rows, table_t, moved,
+                        PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    band_at = first_j + BLOCK_N
+                else:
+                    s = skewed(
+                        place_part, table, offset + first_j - top, table_rows, table_t, None, moved, top - bottom,
+                        TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = finished(
+                    s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
+                    segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
+                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                )  # fmt: skip
+                above = tl.maximum(largest, tl.max(s, 1))
+                # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
+                level = tl.where(above == -INFINITY, 0.0, above)
+                p = exp(s - level[:, None])
+                less = exp(largest - level)
+                weight = weight * less + tl.sum(p, 1)
+                if seed is not None:
+                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    p = tl.where(kept, p, 0.0)
+                v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
+                acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
+                largest = above
+        any_key = weight > 0
+        result = tl.where(any_key[:, None], acc * (keep_scale / tl.where(any_key, weight, 1.0))[:, None], 0.0)
+        statistic = tl.where(any_key, largest + tl.log2(tl.where(any_key, weight, 1.0)) * LN2, INFINITY)
         if (key_lengths is not None) or (cu_seqlens is not None):
             result = tl.where(wrong, float("nan"), result)
         # A NaN among the scores is one in the weights.
@@ -715,6 +864,7 @@ def _bwd_rows(
         at_i = start
         at_j = start
     TWO: tl.constexpr = positions is None
+    SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     # Where a row without any key averages over all of them, all of them are read.
     readable = keys
     hidden = key_rank
@@ -750,10 +900,11 @@ def _bwd_rows(
         if tl.max(inexact.to(tl.int32), 0) > 0:
             sum = tl.zeros((BLOCK_M,), tl.float32)
             number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-            _q, content, place_part, same, different, segment, rank = prepared(
+            _q, content, place_part, same, different, segment = prepared(
                 query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
-                segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
+                segment_embedding, query_segments, D, BLOCK_D, BLOCK_M,
             )  # fmt: skip
+            rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
             mask_row = number
             if BY_POSITION:
                 mask_row = position
@@ -762,18 +913,26 @@ def _bwd_rows(
                 high = tl.minimum(keys, tl.maximum(first_i + BLOCK_M + shift, 0))
             for first_j in range(0, high, BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)
-                k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
-                s = skewed(
-                    place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
-                    TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
-                s = finished(
-                    s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
-                    segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
-                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
-                )  # fmt: skip
-                sum += tl.sum(exp(s - statistic[:, None]), 1)
+                live = True
+                if SPARSE:
+                    live = some_seen(
+                        first_i, first_j, number[:, None], j[None, :], there[:, None], rank, highest,
+                        key_rank, mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                        statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                if live:
+                    k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
+                    s = skewed(
+                        place_part, table, offset + first_j - top, table_rows, table_t, None, top - position,
+                        top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                    s = finished(
+                        s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
+                        segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
+                        queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                    )  # fmt: skip
+                    sum += tl.sum(exp(s - statistic[:, None]), 1)
         tl.store(rest + row, tl.where(inexact, tl.log2(tl.where(inexact, sum, 1.0)) * LN2, 0.0), mask=row < queries)
 
 
@@ -865,6 +1024,7 @@ def _bwd_keys(
         at_i = start
         at_j = start
     TWO: tl.constexpr = positions is None
+    SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     # Where a row without any key averages over all of them, all of them are read.
     readable = keys
     hidden = key_rank
@@ -897,45 +1057,54 @@ def _bwd_keys(
         high = tl.where(first_j < readable, queries, 0)
         for first_i in range(low, high, BLOCK_M):
             number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-            q, content, place_part, same, different, segment, rank = prepared(
-                query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
-                segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
-            )  # fmt: skip
+            rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
             mask_row = number
             if BY_POSITION:
                 mask_row = position
             row = first_i + tl.arange(0, BLOCK_M)
             statistic = tl.load(lse + row, mask=row < queries, other=INFINITY)
-            product = tl.load(delta + row, mask=row < queries, other=0.0)
-            more = tl.load(rest + row, mask=row < queries, other=0.0)
-            do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
-            do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
             j = first_j + tl.arange(0, BLOCK_N)
-            k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
-            s = skewed(
-                place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
-                TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
-            s = finished(
-                s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
-                segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
-                queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
-            )  # fmt: skip
-            p = exp((s - statistic[:, None]) - more[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            dropped = p
-            if seed is not None:
-                block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
-                dropped = tl.where(kept, p * keep_scale, 0.0)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
-            g = p * (dp - product[:, None])
-            if CAUSAL and UNIFORM:
-                # Such a score is a constant.
-                g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
-            dk = tl.dot(tl.trans(g.to(q.dtype)), content, dk, input_precision=PRECISION)
+            live = True
+            if SPARSE:
+                live = some_seen(
+                    first_i, first_j, number[:, None], j[None, :], there[:, None], rank, highest,
+                    key_rank, mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            if live:
+                q, content, place_part, same, different, segment = prepared(
+                    query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
+                    segment_embedding, query_segments, D, BLOCK_D, BLOCK_M,
+                )  # fmt: skip
+                product = tl.load(delta + row, mask=row < queries, other=0.0)
+                more = tl.load(rest + row, mask=row < queries, other=0.0)
+                do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
+                do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
+                k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
+                s = skewed(
+                    place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
+                    TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = finished(
+                    s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
+                    segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
+                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                )  # fmt: skip
+                p = exp((s - statistic[:, None]) - more[:, None])
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dropped = p
+                if seed is not None:
+                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    dropped = tl.where(kept, p * keep_scale, 0.0)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
+                g = p * (dp - product[:, None])
+                if CAUSAL and UNIFORM:
+                    # Such a score is a constant.
+                    g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
+                dk = tl.dot(tl.trans(g.to(q.dtype)), content, dk, input_precision=PRECISION)
         dkey += b * dkey_b + start * dkey_t + h * dkey_h
         dvalue += b * dvalue_b + start * dvalue_t + h * dvalue_h
         store_rows(dkey, dk * scale, first_j, extent, dkey_t, BLOCK_N, D, BLOCK_D)
@@ -1002,6 +1171,7 @@ def _bwd_queries(
     dquery_t,
     dquery_h,
     parts,
+    dtable,
     CAUSAL: tl.constexpr,
     SEE_SELF: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -1012,8 +1182,12 @@ def _bwd_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
-    """dquery of BLOCK_M queries, and what they add to the gradients of the biases and of the segment embedding."""
+    """dquery of BLOCK_M queries, and what they add to the gradients of the biases and of the segment embedding.
+
+    With a dtable also what they add to the gradient of the table, by atomics.
+    """
     plane = tl.program_id(1)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
@@ -1027,6 +1201,8 @@ def _bwd_queries(
         at_i = start
         at_j = start
     TWO: tl.constexpr = positions is None
+    ROLLED: tl.constexpr = CARRY and positions is None
+    SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     # Where a row without any key averages over all of them, all of them are read.
     readable = keys
     hidden = key_rank
@@ -1040,7 +1216,8 @@ def _bwd_queries(
         key_segments += at_j
     if mask is not None:
         mask += b * mask_b + h * mask_h
-    table += (b // per_table) * table_g + h * table_h
+    group = b // per_table
+    table += group * table_g + h * table_h
     query += b * query_b + start * query_t + h * query_h
     key += b * key_b + start * key_t + h * key_h
     value += b * value_b + start * value_t + h * value_h
@@ -1057,10 +1234,11 @@ def _bwd_queries(
     wide = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if first_i < queries:
         number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
-        q, content, place_part, same, different, segment, rank = prepared(
+        q, content, place_part, same, different, segment = prepared(
             query, first_i, queries, query_t, there, at_i, h, heads, content_bias, position_bias, segment_bias,
-            segment_embedding, query_segments, query_rank, D, BLOCK_D, BLOCK_M,
+            segment_embedding, query_segments, D, BLOCK_D, BLOCK_M,
         )  # fmt: skip
+        rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
         mask_row = number
         if BY_POSITION:
             mask_row = position
@@ -1072,42 +1250,99 @@ def _bwd_queries(
         do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
         wide = q.to(tl.float32)
         moved = top - position
+        if ROLLED:
+            # Of the tile before: the upper block of its band, and its gradients that belong there.
+            band = products(place_part, table, offset - top, table_rows, table_t, None, PRECISION, D, BLOCK_D, BLOCK_N)
+            carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            band_at = 0
         high = readable
         if CAUSAL and not UNIFORM and TWO:
             high = tl.minimum(keys, tl.maximum(first_i + BLOCK_M + shift, 0))
         for first_j in range(0, high, BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)
-            k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
-            s = skewed(
-                place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
-                TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
-            s = finished(
-                s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
-                segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
-                queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
-            )  # fmt: skip
-            p = exp((s - statistic[:, None]) - more[:, None])
-            v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            if seed is not None:
-                block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            g = p * (dp - product[:, None]) * scale
-            if CAUSAL and UNIFORM:
-                # Such a score is a constant.
-                g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
-            if key_segments is not None:
-                kind = tl.load(key_segments + j, mask=j < extent, other=0)[None, :]
-                differing = tl.sum(tl.where(segment != kind, g, 0.0), 1)
-                g_different += differing
-                g_same += tl.sum(g, 1) - differing
-            dq_content = tl.dot(g.to(q.dtype), k, dq_content, input_precision=PRECISION)
-            dq_position = add_band(
-                dq_position, g, table, offset + first_j - top, table_rows, table_t, moved, top - bottom,
-                TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            live = True
+            if SPARSE:
+                live = some_seen(
+                    first_i, first_j, number[:, None], j[None, :], there[:, None], rank, highest,
+                    key_rank, mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            if live:
+                k = load_seen(key, first_j, readable, key_t, hidden, BLOCK_N, D, BLOCK_D)
+                if ROLLED:
+                    if SPARSE and band_at != first_j:
+                        band = products(
+                            place_part, table, offset + first_j - top, table_rows, table_t, None,
+                            PRECISION, D, BLOCK_D, BLOCK_N,
+                        )  # fmt: skip
+                    s, band = rolled(
+                        place_part, band, table, offset + first_j - top, table_rows, table_t, moved,
+                        PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                else:
+                    s = skewed(
+                        place_part, table, offset + first_j - top, table_rows, table_t, None, moved, top - bottom,
+                        TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = finished(
+                    s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
+                    segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
+                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                )  # fmt: skip
+                p = exp((s - statistic[:, None]) - more[:, None])
+                v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if seed is not None:
+                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                g = p * (dp - product[:, None]) * scale
+                if CAUSAL and UNIFORM:
+                    # Such a score is a constant.
+                    g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
+                if key_segments is not None:
+                    kind = tl.load(key_segments + j, mask=j < extent, other=0)[None, :]
+                    differing = tl.sum(tl.where(segment != kind, g, 0.0), 1)
+                    g_different += differing
+                    g_same += tl.sum(g, 1) - differing
+                dq_content = tl.dot(g.to(q.dtype), k, dq_content, input_precision=PRECISION)
+                if ROLLED:
+                    if SPARSE and band_at != first_j:
+                        dq_position = add_chunk(
+                            dq_position, carried, dtable, place_part, table, offset + band_at - top, table_rows,
+                            table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                        )  # fmt: skip
+                        carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                    back = rotated(g, -moved, BLOCK_M, BLOCK_N)
+                    inside = tl.arange(0, BLOCK_N)[None, :] >= moved[:, None]
+                    dq_position = add_chunk(
+                        dq_position, tl.where(inside, back, carried), dtable, place_part, table, offset + first_j - top,
+                        table_rows, table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
+                    carried = tl.where(inside, 0.0, back)
+                    band_at = first_j + BLOCK_N
+                elif TWO:
+                    back = rotated(g, -moved, BLOCK_M, BLOCK_N)
+                    inside = tl.arange(0, BLOCK_N)[None, :] >= moved[:, None]
+                    dq_position = add_chunk(
+                        dq_position, tl.where(inside, back, 0.0), dtable, place_part, table, offset + first_j - top,
+                        table_rows, table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
+                    dq_position = add_chunk(
+                        dq_position, tl.where(inside, 0.0, back), dtable, place_part, table,
+                        offset + first_j - top + BLOCK_N, table_rows, table_t, heads, h, group,
+                        PRECISION, D, BLOCK_D, BLOCK_N,
+                    )  # fmt: skip
+                else:
+                    dq_position = add_band(
+                        dq_position, g, dtable, place_part, table, offset + first_j - top, table_rows, table_t, heads,
+                        h, group, moved, top - bottom, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+        if ROLLED:
+            dq_position = add_chunk(
+                dq_position, carried, dtable, place_part, table, offset + band_at - top, table_rows, table_t,
+                heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         same_vector = load_vector(segment_embedding, h, D, BLOCK_D)[None, :]
         other_vector = load_vector(segment_embedding, heads + h, D, BLOCK_D)[None, :]
@@ -1128,16 +1363,51 @@ def _bwd_queries(
 
 
 @triton.jit
+def add_chunk(
+    acc,
+    chunk,
+    dtable,
+    place_part,
+    table,
+    first,
+    table_rows,
+    table_t,
+    heads,
+    h,
+    group,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """acc plus a block of gradients in the band's order times rows first .. of the table, and its part of a dtable."""
+    chunk = chunk.to(table.dtype.element_ty)
+    rows = load_seen(table, first, table_rows, table_t, None, BLOCK_N, D, BLOCK_D)
+    if dtable is not None:
+        n = tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        inside = ((first + n >= 0) & (first + n < table_rows))[:, None] & (d < D)[None, :]
+        part = tl.dot(tl.trans(chunk), place_part, input_precision=PRECISION)
+        at = dtable + (((group * table_rows + first + n[:, None]) * heads + h) * D + d[None, :])
+        tl.atomic_add(at, part, mask=inside, sem="relaxed")
+    return tl.dot(chunk, rows, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def add_band(
     acc,
     g,
-    base,
+    dtable,
+    place_part,
+    table,
     first,
-    count,
-    stride,
+    table_rows,
+    table_t,
+    heads,
+    h,
+    group,
     shift,
     spread,
-    TWO: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -1146,24 +1416,17 @@ def add_band(
 ):
     """acc plus, for line m, the sum over n of g[m, n] times row first + n + shift_m: the counterpart of `skewed`."""
     c = tl.arange(0, BLOCK_N)[None, :]
-    element = base.dtype.element_ty
-    if TWO:
-        back = rotated(g, -shift, BLOCK_M, BLOCK_N)
-        inside = c >= shift[:, None]
-        low = load_seen(base, first, count, stride, None, BLOCK_N, D, BLOCK_D)
-        acc = tl.dot(tl.where(inside, back, 0.0).to(element), low, acc, input_precision=PRECISION)
-        high = load_seen(base, first + BLOCK_N, count, stride, None, BLOCK_N, D, BLOCK_D)
-        acc = tl.dot(tl.where(inside, 0.0, back).to(element), high, acc, input_precision=PRECISION)
-    else:
-        m = tl.arange(0, BLOCK_M)[:, None]
-        flat = swizzled(g, BLOCK_M, BLOCK_N)
-        for start in range(0, spread + BLOCK_N, BLOCK_N):
-            n = c + start - shift[:, None]
-            inside = (n >= 0) & (n < BLOCK_N)
-            at = tl.reshape(place(m, tl.where(inside, n, 0), BLOCK_N), (BLOCK_M * BLOCK_N,))
-            band = tl.where(inside, tl.reshape(tl.gather(flat, at, 0), (BLOCK_M, BLOCK_N)), 0.0)
-            block = load_seen(base, first + start, count, stride, None, BLOCK_N, D, BLOCK_D)
-            acc = tl.dot(band.to(element), block, acc, input_precision=PRECISION)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    flat = swizzled(g, BLOCK_M, BLOCK_N)
+    for start in range(0, spread + BLOCK_N, BLOCK_N):
+        n = c + start - shift[:, None]
+        inside = (n >= 0) & (n < BLOCK_N)
+        at = tl.reshape(place(m, tl.where(inside, n, 0), BLOCK_N), (BLOCK_M * BLOCK_N,))
+        band = tl.where(inside, tl.reshape(tl.gather(flat, at, 0), (BLOCK_M, BLOCK_N)), 0.0)
+        acc = add_chunk(
+            acc, band, dtable, place_part, table, first + start, table_rows, table_t, heads, h, group,
+            PRECISION, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
     return acc
 
 
@@ -1239,6 +1502,7 @@ def _bwd_table(
     group = tl.program_id(1) // heads
     h = (tl.program_id(1) % heads).to(tl.int64)
     TWO: tl.constexpr = positions is None
+    SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     table += group.to(tl.int64) * table_g + h * table_h
     r = load_seen(table, first_p, table_rows, table_t, None, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -1278,47 +1542,56 @@ def _bwd_table(
             own_mask = mask
             if mask is not None:
                 own_mask = mask + (b * mask_b + h * mask_h)
-            q, content, place_part, same, different, segment, rank = prepared(
-                query + (b * query_b + start * query_t + h * query_h), first_i, queries, query_t, there, at_i, h, heads,
-                content_bias, position_bias, segment_bias, segment_embedding, query_segments, query_rank,
-                D, BLOCK_D, BLOCK_M,
-            )  # fmt: skip
+            rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
             mask_row = number
             if BY_POSITION:
                 mask_row = position
             row = first_i + tl.arange(0, BLOCK_M)
             statistics = b * lse_b + h * lse_h + start + row
             statistic = tl.load(lse + statistics, mask=row < queries, other=INFINITY)
-            product = tl.load(delta + statistics, mask=row < queries, other=0.0)
-            more = tl.load(rest + statistics, mask=row < queries, other=0.0)
-            do = load_rows(
-                dout + (b * dout_b + start * dout_t + h * dout_h), first_i, queries, dout_t, BLOCK_M, D, BLOCK_D
-            )
-            do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
             moved = position - bottom
             j = first_j + n + moved[:, None]
-            s = skewed(
-                content, key + (b * key_b + start * key_t + h * key_h), first_j, readable, key_t, hidden, moved,
-                top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            s = tl.dot(place_part, tl.trans(r), s, input_precision=PRECISION)
-            s = finished(
-                s, number[:, None], j, there[:, None], same[:, None], different[:, None],
-                segment, own_segments, rank, own_rank, own_mask, mask_i, mask_j, mask_row[:, None],
-                queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
-            )  # fmt: skip
-            p = exp((s - statistic[:, None]) - more[:, None])
-            dp = skewed(
-                do, value + (b * value_b + start * value_t + h * value_h), first_j, readable, value_t, hidden, moved,
-                top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            if seed is not None:
-                kept = keep_each(tl.load(seed), j, number[:, None], plane, TAG, threshold)
-                dp = tl.where(kept, dp * keep_scale, 0.0)
-            g = p * (dp - product[:, None]) * scale
-            if CAUSAL and UNIFORM:
-                # Such a score is a constant.
-                g = tl.where(j <= number[:, None] + shift, g, 0.0)
-            dr = tl.dot(tl.trans(g.to(q.dtype)), place_part, dr, input_precision=PRECISION)
+            live = True
+            if SPARSE:
+                live = some_seen(
+                    first_i, first_j, number[:, None], j, there[:, None], rank, highest,
+                    own_rank, own_mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            if live:
+                q, content, place_part, same, different, segment = prepared(
+                    query + (b * query_b + start * query_t + h * query_h), first_i, queries, query_t, there, at_i, h,
+                    heads, content_bias, position_bias, segment_bias, segment_embedding, query_segments,
+                    D, BLOCK_D, BLOCK_M,
+                )  # fmt: skip
+                product = tl.load(delta + statistics, mask=row < queries, other=0.0)
+                more = tl.load(rest + statistics, mask=row < queries, other=0.0)
+                do = load_rows(
+                    dout + (b * dout_b + start * dout_t + h * dout_h), first_i, queries, dout_t, BLOCK_M, D, BLOCK_D
+                )
+                do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
+                s = skewed(
+                    content, key + (b * key_b + start * key_t + h * key_h), first_j, readable, key_t, hidden, moved,
+                    top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                s = tl.dot(place_part, tl.trans(r), s, input_precision=PRECISION)
+                s = finished(
+                    s, number[:, None], j, there[:, None], same[:, None], different[:, None],
+                    segment, own_segments, rank, own_rank, own_mask, mask_i, mask_j, mask_row[:, None],
+                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                )  # fmt: skip
+                p = exp((s - statistic[:, None]) - more[:, None])
+                dp = skewed(
+                    do, value + (b * value_b + start * value_t + h * value_h), first_j, readable, value_t, hidden,
+                    moved, top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                if seed is not None:
+                    kept = keep_each(tl.load(seed), j, number[:, None], plane, TAG, threshold)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
+                g = p * (dp - product[:, None]) * scale
+                if CAUSAL and UNIFORM:
+                    # Such a score is a constant.
+                    g = tl.where(j <= number[:, None] + shift, g, 0.0)
+                dr = tl.dot(tl.trans(g.to(q.dtype)), place_part, dr, input_precision=PRECISION)
     base = dtable + (group.to(tl.int64) * table_rows * heads + h) * D
     store_rows(base, dr, first_p, table_rows, heads * D, BLOCK_N, D, BLOCK_D)

@@ -25,6 +25,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 
 
+# A tile has at most 128 rows.
+FAR = 2**31 // 128
+
+
 class Rows(NamedTuple):
     """`[B, T, H, D]`, or packed `[total, H, D]`, as an address with strides over sequence, row and head."""
 
@@ -35,8 +39,11 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor) -> Rows:
-    """x in place where its last dimension is contiguous, else a copy; a packed tensor's batch stride is 0."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    """x in place where its last dimension is contiguous, else a copy; a packed tensor's batch stride is 0.
+
+    Within a tile rows are counted in 32 bits: those too far apart are copied too.
+    """
+    if (x.stride(-1) != 1 and x.shape[-1] > 1) or (x.shape[-3] > 1 and x.stride(-3) >= FAR):
         x = x.contiguous()
     strides = x.stride()
     return Rows(x, *strides[:3]) if x.dim() == 4 else Rows(x, 0, *strides[:2])
@@ -128,6 +135,18 @@ def load_scores(base, i, j, queries, keys, i_stride, j_stride):
     """The tile of a mask or bias at (i, j), zeros outside."""
     place = base + (i.to(tl.int64) * i_stride + j.to(tl.int64) * j_stride)
     return tl.load(place, mask=(i < queries) & (j < keys), other=0)
+
+
+@triton.jit
+def some(tile):
+    """Whether any element of a tile `[M, N]` of booleans is true."""
+    return tl.max(tl.max(tile.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def some_allowed(mask, i, j, queries, keys, i_stride, j_stride):
+    """Whether anything in the tile of a mask at (i, j) may be attended."""
+    return some(load_scores(mask, i, j, queries, keys, i_stride, j_stride) != 0)
 
 
 @triton.jit

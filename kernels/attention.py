@@ -6,7 +6,8 @@
     head), walks the keys again, so that nothing is added up by two programs.  dbias has a program per tile of the
     bias, which walks everything that the bias is broadcast over.
 
-Tiles past a sequence's length or above the diagonal are not visited, and only those on an edge are masked.
+Tiles past a sequence's length or above the diagonal are not visited, those that a mask empties are left after a look at
+the mask, and only those on an edge are masked.
 
 Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
 from ._launch import launch, refusal
 from ._philox import ATTENTION, dropout_numbers
+from ._plan import kind_of, remember, run
 from ._scores import (
     INFINITY,
     LN2,
@@ -37,6 +39,7 @@ from ._scores import (
     precision_of,
     rows_of,
     sequence,
+    some_allowed,
     store_rows,
     strides_of_statistics,
 )
@@ -72,17 +75,20 @@ def attention_fwd(
     lse = torch.empty((*first, heads, rows), dtype=torch.float32, device=query.device)
     if lse.numel() == 0:
         return out, lse
+    device, precision = query.get_device(), precision_of(query.dtype)
+    tensors = (query, key, value, key_lengths, cu_seqlens, attention_mask, bias, seed, out, lse)
+    kind = kind_of(device, tensors[:8], "attention", max_seqlen, causal, scale, dropout_p, precision)
+    if run(kind, device, tensors):
+        return out, lse
     call = _Call.of(
         query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
     )
     tile = configuration("attention_fwd", query, call.extras)
-    launch(
-        _fwd,
-        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
-        query.device,
-        *(*call.arguments(), *rows_of(out), lse, *strides_of_statistics(lse)),
-        **call.options(tile),
-    )
+    grid = (triton.cdiv(call.queries, tile.BLOCK_M), call.planes)
+    arguments = (*call.arguments(), *rows_of(out), lse, *strides_of_statistics(lse))
+    options = call.options(tile)
+    compiled = launch(_fwd, grid, query.device, *arguments, **options)
+    remember(kind, tensors, _fwd, compiled, grid, arguments, options)
     return out, lse
 
 
@@ -242,7 +248,7 @@ class _Call(NamedTuple):
             "D": head_size,
             "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
             **COMPILE_OPTIONS,
-            **tile._asdict(),
+            **tile.constants(),
         }
 
 
@@ -313,20 +319,24 @@ def _walk(
     i = first_i + tl.arange(0, BLOCK_M)[:, None]
     for first_j in range(low, high, BLOCK_N):
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
-        k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = _masked(s, i, j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, EDGE)
-        above = tl.maximum(top, tl.max(s, 1))
-        # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
-        level = tl.where(above == -INFINITY, 0.0, above)
-        p = exp(s - level[:, None])
-        less = exp(top - level)
-        weight = weight * less + tl.sum(p, 1)
-        if seed is not None:
-            p = tl.where(kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N), p, 0.0)
-        v = load_rows(value, first_j, keys, value_t, BLOCK_N, D, BLOCK_D)
-        acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
-        top = above
+        live = True
+        if mask is not None:
+            live = some_allowed(mask, i, j, queries, keys, mask_i, mask_j)
+        if live:
+            k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            s = _masked(s, i, j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, EDGE)
+            above = tl.maximum(top, tl.max(s, 1))
+            # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
+            level = tl.where(above == -INFINITY, 0.0, above)
+            p = exp(s - level[:, None])
+            less = exp(top - level)
+            weight = weight * less + tl.sum(p, 1)
+            if seed is not None:
+                p = tl.where(kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N), p, 0.0)
+            v = load_rows(value, first_j, keys, value_t, BLOCK_N, D, BLOCK_D)
+            acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
+            top = above
     return acc, weight, top
 
 
@@ -518,13 +528,17 @@ def _bwd_rows(
                 high = tl.minimum(keys, tl.maximum(first_i + BLOCK_M + shift, 0))
             for first_j in range(0, high, BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)
-                k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                s = _masked(
-                    s, i[:, None], j[None, :], queries, keys, shift,
-                    mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
-                )  # fmt: skip
-                sum += tl.sum(exp(s - statistic[:, None]), 1)
+                live = True
+                if mask is not None:
+                    live = some_allowed(mask, i[:, None], j[None, :], queries, keys, mask_i, mask_j)
+                if live:
+                    k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                    s = _masked(
+                        s, i[:, None], j[None, :], queries, keys, shift,
+                        mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
+                    )  # fmt: skip
+                    sum += tl.sum(exp(s - statistic[:, None]), 1)
         tl.store(rest + place, tl.where(inexact, tl.log2(tl.where(inexact, sum, 1.0)) * LN2, 0.0), mask=i < queries)
 
 
@@ -617,26 +631,30 @@ def _bwd_keys(
         high = tl.where(first_j < keys, queries, 0)
         for first_i in range(low, high, BLOCK_M):
             i = first_i + tl.arange(0, BLOCK_M)
-            statistic = tl.load(lse + i, mask=i < queries, other=INFINITY)
-            product = tl.load(delta + i, mask=i < queries, other=0.0)
-            more = tl.load(rest + i, mask=i < queries, other=0.0)
-            q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
-            do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
-            do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-            s = _masked(
-                s, i[None, :], j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True
-            )
-            p = exp((s - statistic[None, :]) - more[None, :])
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dropped = p
-            if seed is not None:
-                keep = tl.trans(kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N))
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (dp - product[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            live = True
+            if mask is not None:
+                live = some_allowed(mask, i[None, :], j, queries, keys, mask_i, mask_j)
+            if live:
+                statistic = tl.load(lse + i, mask=i < queries, other=INFINITY)
+                product = tl.load(delta + i, mask=i < queries, other=0.0)
+                more = tl.load(rest + i, mask=i < queries, other=0.0)
+                q = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D)
+                do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
+                do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                s = _masked(
+                    s, i[None, :], j, queries, keys, shift, mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True
+                )
+                p = exp((s - statistic[None, :]) - more[None, :])
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dropped = p
+                if seed is not None:
+                    keep = tl.trans(kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N))
+                    dropped = tl.where(keep, p * keep_scale, 0.0)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+                ds = p * (dp - product[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         dk *= scale
         dkey += b * dkey_b + start * dkey_t + h * dkey_h
         dvalue += b * dvalue_b + start * dvalue_t + h * dvalue_h
@@ -727,20 +745,24 @@ def _bwd_queries(
             high = tl.minimum(keys, tl.maximum(first_i + BLOCK_M + shift, 0))
         for first_j in range(0, high, BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)
-            k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
-            v = load_rows(value, first_j, keys, value_t, BLOCK_N, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            s = _masked(
-                s, i[:, None], j[None, :], queries, keys, shift,
-                mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
-            )  # fmt: skip
-            p = exp((s - statistic[:, None]) - more[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            if seed is not None:
-                keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - product[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            live = True
+            if mask is not None:
+                live = some_allowed(mask, i[:, None], j[None, :], queries, keys, mask_i, mask_j)
+            if live:
+                k = load_rows(key, first_j, keys, key_t, BLOCK_N, D, BLOCK_D)
+                v = load_rows(value, first_j, keys, value_t, BLOCK_N, D, BLOCK_D)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                s = _masked(
+                    s, i[:, None], j[None, :], queries, keys, shift,
+                    mask, mask_i, mask_j, bias, bias_i, bias_j, CAUSAL, True,
+                )  # fmt: skip
+                p = exp((s - statistic[:, None]) - more[:, None])
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if seed is not None:
+                    keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                ds = p * (dp - product[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         dquery += b * dquery_b + start * dquery_t + h * dquery_h
         store_rows(dquery, dq * scale, first_i, queries, dquery_t, BLOCK_M, D, BLOCK_D)
 
@@ -827,28 +849,31 @@ def _bwd_bias(
         _start, rows, length, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)
-        statistic = tl.load(lse + b * lse_b + h * lse_h + i, mask=i < rows, other=INFINITY)
-        product = tl.load(delta + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
-        more = tl.load(rest + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
-        q = load_rows(query + b * query_b + h * query_h, first_i, rows, query_t, BLOCK_M, D, BLOCK_D)
-        do = load_rows(dout + b * dout_b + h * dout_h, first_i, rows, dout_t, BLOCK_M, D, BLOCK_D)
-        do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
-        k = load_rows(key + b * key_b + h * key_h, first_j, length, key_t, BLOCK_N, D, BLOCK_D)
-        v = load_rows(value + b * value_b + h * value_h, first_j, length, value_t, BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        live = True
         mask_here = mask
         if mask is not None:
             mask_here = mask + (b * mask_b + h * mask_h)
-        s = _masked(
-            s, i[:, None], j[None, :], rows, length, shift,
-            mask_here, mask_i, mask_j, bias + (b * bias_b + h * bias_h), bias_i, bias_j, CAUSAL, True,
-        )  # fmt: skip
-        p = exp((s - statistic[:, None]) - more[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if seed is not None:
-            keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        sum += p * (dp - product[:, None])
+            live = some_allowed(mask_here, i[:, None], j[None, :], rows, length, mask_i, mask_j)
+        if live:
+            statistic = tl.load(lse + b * lse_b + h * lse_h + i, mask=i < rows, other=INFINITY)
+            product = tl.load(delta + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
+            more = tl.load(rest + b * lse_b + h * lse_h + i, mask=i < rows, other=0.0)
+            q = load_rows(query + b * query_b + h * query_h, first_i, rows, query_t, BLOCK_M, D, BLOCK_D)
+            do = load_rows(dout + b * dout_b + h * dout_h, first_i, rows, dout_t, BLOCK_M, D, BLOCK_D)
+            do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
+            k = load_rows(key + b * key_b + h * key_h, first_j, length, key_t, BLOCK_N, D, BLOCK_D)
+            v = load_rows(value + b * value_b + h * value_h, first_j, length, value_t, BLOCK_N, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            s = _masked(
+                s, i[:, None], j[None, :], rows, length, shift,
+                mask_here, mask_i, mask_j, bias + (b * bias_b + h * bias_h), bias_i, bias_j, CAUSAL, True,
+            )  # fmt: skip
+            p = exp((s - statistic[:, None]) - more[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if seed is not None:
+                keep = kept(seed, first_i, first_j, plane, threshold, ATTENTION, BLOCK_M, BLOCK_N)
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            sum += p * (dp - product[:, None])
     i = at_i + tl.arange(0, BLOCK_M)
     j = at_j + tl.arange(0, BLOCK_N)
     base = dbias + ((at_b * size_h + at_h).to(tl.int64) * size_i) * size_j

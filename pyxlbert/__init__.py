@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # noqa: F401  (first: the native module binds to torch's OpenMP runtime)
 
 from pyxlbert import backends
-from pyxlbert.backends import debug_checks, use_backend
+from pyxlbert.backends import allow_atomics, debug_checks, use_backend
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     attention,
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SentenceEncoder",
+    "allow_atomics",
     "attention",
     "backends",
     "bias_gelu",

@@ -61,10 +61,11 @@ class _Default(threading.local):
 
 _default = _Default()
 
-# How many `debug_checks` blocks are open, in all threads: backward on a GPU runs in threads of torch's own, which would
-# not see what is held for the caller's.
+# How many `debug_checks` and `allow_atomics` blocks are open, in all threads: backward on a GPU runs in threads of
+# torch's own, which would not see what is held for the caller's.
 _checks = 0
-_checks_lock = threading.Lock()
+_atomics = 0
+_lock = threading.Lock()
 
 
 def unavailable(name: str) -> str | None:
@@ -140,18 +141,42 @@ def debug_checks() -> Iterator[None]:
     threads of its own.
     """
     global _checks
-    with _checks_lock:
+    with _lock:
         _checks += 1
     try:
         yield
     finally:
-        with _checks_lock:
+        with _lock:
             _checks -= 1
 
 
 def checking() -> bool:
     """Whether a `debug_checks` block is open."""
     return _checks > 0
+
+
+@contextmanager
+def allow_atomics() -> Iterator[None]:
+    """Inside the block a backward pass on a GPU may add up gradients by floating-point atomics where that is faster.
+
+    Their last bits then differ from run to run.  Today it is the gradient of `position_key` of `relative_attention` and
+    `two_stream_attention` on backend "triton", which otherwise has a kernel of its own.  What counts is when backward
+    runs, not forward; blocks nest, one holds for the whole process, and none does anything while
+    `torch.use_deterministic_algorithms(True)` holds.
+    """
+    global _atomics
+    with _lock:
+        _atomics += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _atomics -= 1
+
+
+def atomics_allowed() -> bool:
+    """Whether an `allow_atomics` block is open, and torch does not ask for the opposite."""
+    return _atomics > 0 and not torch.are_deterministic_algorithms_enabled()
 
 
 def explain(op: str, *tensors: torch.Tensor) -> str:

@@ -9,70 +9,22 @@ Triton's cache, and beside it what the disassembler said, are kept in the folder
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib
 import json
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from pyxlbert.bench.ahead import ARCHITECTURES, compile_for, report
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+from pyxlbert import backends
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 Calls = Iterator[tuple[str, Callable[[Any], None]]]
-
-
-class Driver:
-    """What the JIT asks of a device before it compiles."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        # The JIT keeps what it has compiled by device.
-        return self.architecture
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-def report(kernel: Any) -> dict[str, Any]:
-    """Registers, stack and instructions of a compiled kernel."""
-    cubin = kernel.asm["cubin"]
-    path = Path(os.environ["TRITON_CACHE_DIR"]) / "reports" / f"{hashlib.sha256(cubin).hexdigest()}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    binary = path.with_name(f"{path.stem}.{os.getpid()}.cubin")
-    binary.write_bytes(cubin)
-
-    def tool(name: str, *options: str) -> str:
-        return subprocess.run([TOOLS / name, *options, binary], capture_output=True, text=True, check=True).stdout
-
-    usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
-    binary.unlink()
-    found = {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "matrix": {name: n for name in MATRIX if (n := len(re.findall(rf"\b{name}\b", code)))},
-        "wide_loads": len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E\.ENL2\.256\b|\bLDGSTS\.E\.[\w.]*128\b", code)),
-    }
-    path.write_text(json.dumps(found))
-    return found
 
 
 def parameters(n: int, dtype: torch.dtype) -> Tensor:
@@ -83,7 +35,6 @@ def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-ARCHITECTURES = (80, 90, 100)
 FULL = 90
 SEED = torch.zeros(1, dtype=torch.int64)
 ROWS = 4096
@@ -217,15 +168,16 @@ def relative_attention(every: bool) -> Calls:
             given = (q, k, v, table, u, w, LENGTH, *segments, positions, numbers(BATCH), None, 0, *ranks)
             given += (kind != "plain", mask, False, False, head_size**-0.5, p, SEED)
             out, lse = op.relative_attention_fwd(*given)
-            op.relative_attention_bwd(out, out, lse, *given, [True] * 8)
+            with backends.allow_atomics() if kind == "atomics" else contextlib.nullcontext():
+                op.relative_attention_bwd(out, out, lse, *given, [True] * 8)
 
         return run
 
     for head_size, dtype in _heads(every):
         if head_size > 128:
             continue
-        usual = ("XLNet",) if (head_size, dtype) != (64, BF16) else ("plain", "XLNet", "everything", "positions")
-        for kind in ("plain", "XLNet", "everything", "positions") if every else usual:
+        kinds = ("plain", "XLNet", "everything", "positions", "atomics")
+        for kind in kinds if every or (head_size, dtype) == (64, BF16) else ("XLNet",):
             yield f"D={head_size} {dtype} {kind}", call(head_size, dtype, kind)
 
 
@@ -277,7 +229,7 @@ def main(op: str, every: bool) -> None:
     kernels = importlib.import_module(f"pyxlbert.kernels.{op}")
     configurations.architecture = lambda device: architecture
     for architecture in ARCHITECTURES:
-        triton.runtime.driver.set_active(Driver(architecture))
+        compile_for(architecture)
         for case, run in globals()[op](every):
             # One architecture takes them all, the others the usual dtype and head size.
             if every or architecture == FULL or not ("float32" in case or "D=128" in case):

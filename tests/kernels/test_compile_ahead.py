@@ -10,22 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from pyxlbert.bench.ahead import SHARED
 
 from pyxlbert.ops._define import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.implementations)
-# Bytes of stack that are allowed, by architecture, kernel and case; triton 3.6.0.
+# Bytes of stack that are allowed, by op and case; triton 3.6.0.
 SPILLS = {
     # ptxas keeps single values on the stack where all 255 registers of a thread are taken; no tile is smaller than
     # 16 x 16.
-    (op, architecture, kernel, f"D=128 torch.float32 {kind}"): 72
+    (op, f"D=128 torch.float32 {kind}"): 80
     for op in ("relative_attention", "two_stream_attention")
-    for architecture in (80, 90, 100)
-    for kernel in ("_bwd_keys", "_bwd_queries")
-    for kind in ("plain", "XLNet", "everything", "positions")
+    for kind in ("plain", "XLNet", "everything", "positions", "atomics")
 }
 ROW_OPS = {"layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"}
 
@@ -50,7 +48,7 @@ def test_kernels_compile(op: str) -> None:
     for line in lines:
         architecture = line["architecture"]
         named = {name: line.get(name) for name in ("architecture", "kernel", "case", "BLOCK_M", "BLOCK_N", "num_warps")}
-        allowed = SPILLS.get((op, architecture, line["kernel"], line["case"]), 0)
+        allowed = SPILLS.get((op, line["case"]), 0)
         if line["stack"] > allowed or line["local"] or (line["local_accesses"] and not allowed):
             wrong.append(f"spills: {line['stack']} bytes in {named}")
         if line["shared"] > SHARED[architecture]:

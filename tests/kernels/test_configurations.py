@@ -34,3 +34,4 @@ def test_tiles_are_what_the_kernels_can_do() -> None:
         assert tile.num_warps <= 8
         if key.kernel.startswith("relative") and not key.kernel.endswith("_positions"):
             assert tile.BLOCK_M <= tile.BLOCK_N
+        assert (tile.CARRY is not None) == (key.kernel in configurations.CARRYING)

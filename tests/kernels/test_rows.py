@@ -9,6 +9,7 @@ import torch
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.memory import far
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 embedding = importlib.import_module("pyxlbert.kernels.embedding_layer_norm")
@@ -89,3 +90,33 @@ def test_rows_that_are_too_long_are_refused() -> None:
     x = torch.zeros(1, 2**16 + 1, device=DEVICE)
     with pytest.raises(RuntimeError, match="rows of at most 65536 elements, not 65537"):
         pyxlbert.layer_norm(x, x[0], x[0], backend="triton")
+
+
+def test_rows_that_are_far_apart() -> None:
+    """Rows more than 2³¹ elements apart, forward and backward."""
+    x, residual, dy = (
+        torch.randn(3, 12, generator=torch.Generator().manual_seed(i)).to(DEVICE).half() for i in range(3)
+    )
+    w, b = x[0].clone(), x[1].clone()
+    calls = {
+        "layer_norm": lambda x, _: pyxlbert.layer_norm(x, w, b, backend="triton"),
+        "bias_gelu": lambda x, _: pyxlbert.bias_gelu(x, b, backend="triton"),
+        "dropout_add_layer_norm": lambda x, r: pyxlbert.dropout_add_layer_norm(x, r, w, b, backend="triton"),
+    }
+    for name, call in calls.items():
+        results = []
+        for place in (far, lambda x, _: x):
+            leaves = [place(x.clone(), 0).requires_grad_() for x in (x, residual)]
+            y = call(*leaves)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, place(dy, 0), allow_unused=True)])
+        for ours, wanted in zip(*results, strict=True):
+            assert (ours is None) == (wanted is None)
+            if ours is not None:
+                compare.same_bits(name, ours, wanted)
+    given = tables(2, 3)
+    given["word"] = far(given["word"].half(), 0)
+    for name in ("token_type", "position", "weight", "bias"):
+        given[name] = given[name].half()
+    near = given | {"word": given["word"].contiguous()}
+    found, wanted = (pyxlbert.embedding_layer_norm(*x.values(), backend="triton") for x in (given, near))
+    compare.same_bits("embedding_layer_norm", found, wanted)

@@ -1,0 +1,77 @@
+"""Triton kernels compiled for an architecture that need not be here, and what came out: registers, stack, instructions.
+
+In a process of its own: a process that interprets kernels (TRITON_INTERPRET=1) cannot compile them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+ARCHITECTURES = (80, 90, 100)
+# Bytes of shared memory that a block can have, by architecture.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+
+
+class Driver:
+    """What the JIT asks of a device before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        # The JIT keeps what it has compiled by device.
+        return self.architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_for(architecture: int) -> None:
+    """From here on `warmup` of a kernel compiles for this architecture (compute capability times ten)."""
+    triton.runtime.driver.set_active(Driver(architecture))
+
+
+def report(kernel: Any) -> dict[str, Any]:
+    """Registers, stack and instructions of a compiled kernel; kept in the folder TRITON_CACHE_DIR, if that is set."""
+    cubin = kernel.asm["cubin"]
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    path = Path(kept) / "reports" / f"{hashlib.sha256(cubin).hexdigest()}.json" if kept else None
+    if path is not None and path.exists():
+        return json.loads(path.read_text())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    found = {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "matrix": {name: n for name in MATRIX if (n := len(re.findall(rf"\b{name}\b", code)))},
+        "wide_loads": len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E\.ENL2\.256\b|\bLDGSTS\.E\.[\w.]*128\b", code)),
+    }
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found))
+        part.replace(path)
+    return found
+
+
+def _tool(name: str, *options: str) -> str:
+    return subprocess.run([TOOLS / name, *options], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,360 @@
+"""The tiles of the Triton kernels of scores: candidates, the search, and the table that it rewrites.
+
+    python -m pyxlbert.bench.tune [--write kernels/_configurations.py]      on a GPU: the fastest of the candidates
+    python -m pyxlbert.bench.tune --compile 90 [--write ...]                anywhere: the first that needs no spills
+
+The table has a row per kernel, architecture, dtype's size, head size, and whether tiles have masks or dropout (`Key`).
+Rows of other architectures stay as they are; a row that says what an older architecture's does is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from pyxlbert.bench import ahead
+from torch import Tensor
+
+from pyxlbert import backends
+
+configurations = importlib.import_module("pyxlbert.kernels._configurations")
+attention = importlib.import_module("pyxlbert.kernels.attention")
+relative = importlib.import_module("pyxlbert.kernels._relative")
+relative_attention = importlib.import_module("pyxlbert.kernels.relative_attention")
+Key, Tile = configurations.Key, configurations.Tile
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HEADS = 12
+Call = Callable[[], Any]
+
+
+def _tiles(*sizes: tuple[int, ...]) -> list[Tile]:
+    return [Tile(*size) for size in sizes]
+
+
+# By kernel and bytes of an element, in the order that is thought best: large tiles use what they load more often.
+# 255 registers for each thread are all that an SM has for 8 warps.
+CANDIDATES: dict[tuple[str, int], list[Tile]] = {
+    ("attention_fwd", 2): _tiles(
+        (128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1),
+        (64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 16, 4, 1),
+        (32, 16, 8, 1),
+    ),
+    ("attention_fwd", 4): _tiles(
+        (64, 32, 4, 1), (64, 16, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1),
+        (16, 16, 4, 1), (16, 16, 8, 1),
+    ),
+    ("attention_bwd", 2): _tiles(
+        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1), (32, 64, 8, 1),
+        (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1),
+        (16, 16, 8, 1),
+    ),
+    ("attention_bwd", 4): _tiles(
+        (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1), (32, 16, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1),
+        (16, 16, 8, 1),
+    ),
+    ("relative_fwd", 2): _tiles(
+        (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1),
+        (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1),
+    ),
+    ("relative_bwd", 2): _tiles(
+        (64, 64, 8, 1), (32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 64, 4, 1), (16, 64, 8, 1),
+        (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1),
+    ),
+    ("relative", 4): _tiles(
+        (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1),
+    ),
+    ("positions", 2): _tiles((16, 64, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    ("positions", 4): _tiles((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+}  # fmt: skip
+
+
+def candidates(kernel: str, size: int) -> list[Tile]:
+    """The tiles to try for a kernel and an element of `size` bytes."""
+    if kernel.startswith("attention"):
+        return CANDIDATES["attention_fwd" if kernel == "attention_fwd" else "attention_bwd", size]
+    if kernel.endswith("_positions"):
+        carry = False if kernel in configurations.CARRYING else None
+        return [tile._replace(CARRY=carry) for tile in CANDIDATES["positions", size]]
+    if size == 4:
+        found = CANDIDATES["relative", 4]
+    else:
+        forward = kernel in ("relative_fwd", "relative_bwd_rows")
+        found = CANDIDATES["relative_fwd" if forward else "relative_bwd", 2]
+    if kernel in configurations.CARRYING:
+        return [tile._replace(CARRY=carry) for tile in found for carry in (True, False)]
+    return found
+
+
+def _attention_calls(head_size: int, dtype: torch.dtype, batch: int, length: int, device: str) -> Iterator[Call]:
+    def numbers(*shape: int) -> Tensor:
+        return torch.full(shape, length, dtype=torch.int32, device=device)
+
+    q, k, v = torch.randn(batch, length, HEADS, 3 * head_size, device=device).to(dtype).split(head_size, -1)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device)
+    bias = torch.zeros(1, HEADS, length, length, dtype=dtype, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+    scale = head_size**-0.5
+    for tensors, options in (
+        ((q, k, v), (None, None, 0, None, None, False, scale, 0.0, None)),
+        ((q, k, v), (numbers(batch), None, 0, None, None, False, scale, 0.0, None)),
+        (packed, (None, offsets, length, None, None, False, scale, 0.0, None)),
+        ((q, k, v), (numbers(batch), None, 0, mask, bias, True, scale, 0.1, seed)),
+    ):
+
+        def call(tensors: Any = tensors, options: Any = options) -> None:
+            out, lse = attention.attention_fwd(*tensors, *options)
+            attention.attention_bwd(out, *tensors, out, lse, *options, options[4] is not None)
+
+        yield call
+
+
+def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int, device: str) -> Iterator[Call]:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    q, k, v = randn(batch, length, HEADS, 3 * head_size).split(head_size, -1)
+    table, bias, embedding = randn(2 * length, HEADS, head_size), randn(HEADS, head_size), randn(2, HEADS, head_size)
+    segments = (torch.arange(length, device=device) >= length // 2).int().expand(batch, length).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.stack([torch.randperm(length, generator=generator) for _ in range(batch)]).int().to(device)
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    scale = head_size**-0.5
+    targets = rank[:, : length // 6].contiguous()
+    for query, positions in ((q, None), (q[:, : length // 6], targets)):
+        kinds = torch.zeros_like(targets) if positions is not None else segments
+        for with_segments, ranks, extras in (
+            (False, False, False),
+            (True, False, False),
+            (True, True, False),
+            (True, True, True),
+        ):
+
+            def call(
+                query: Tensor = query,
+                positions: Tensor | None = positions,
+                kinds: Tensor = kinds,
+                with_segments: bool = with_segments,
+                ranks: bool = ranks,
+                extras: bool = extras,
+            ) -> None:
+                options = (
+                    *(table, bias, bias, length),
+                    *((bias, embedding, kinds, segments) if with_segments else (None,) * 4),
+                    *(positions, None, None, 0),
+                    *((rank[:, : query.shape[1]].contiguous(), rank) if ranks else (None, None)),
+                    *(ranks and positions is None, mask if extras else None, False, False, scale),
+                    *(0.1 if extras else 0.0, seed if extras else None),
+                )
+                out, lse = relative_attention.relative_attention_fwd(query, k, v, *options)
+                for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
+                    with atomics:
+                        relative_attention.relative_attention_bwd(out, out, lse, query, k, v, *options, [True] * 8)
+
+            yield call
+
+
+class Search:
+    """Watches the launches of calls, and tries tiles on the kernel that is looked at.
+
+    Args:
+        architecture: compute capability times ten.
+        judge: of a launch with a candidate, what it costs, or None where it cannot be had.
+        run: whether what is not looked at runs too, so that what is has numbers to work on.
+    """
+
+    def __init__(self, architecture: int, judge: Callable[..., float | None], run: bool) -> None:
+        self.architecture, self.judge, self.run = architecture, judge, run
+        self.now: Key | None = None
+        self.wanted: Key | None = None
+        self.candidate: Tile | None = None
+        self.costs: list[float | None] = []
+        self.seen: dict[Key, None] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the block the kernels ask here for their tiles, and are launched here."""
+        before = [(module, module.configuration, module.launch) for module in (attention, relative)]
+        for module, _, _ in before:
+            module.configuration, module.launch = self._configuration, self._launch
+        try:
+            yield
+        finally:
+            for module, configuration, launch in before:
+                module.configuration, module.launch = configuration, launch
+
+    def _configuration(self, kernel: str, query: Tensor, extras: bool) -> Tile:
+        size, head_size = query.element_size(), query.shape[-1]
+        padded = next(most for most in configurations.HEAD_SIZES if head_size <= most)
+        self.now = Key(kernel, self.architecture, size, padded, extras)
+        self.seen[self.now] = None
+        if self.now == self.wanted and self.candidate is not None:
+            return self.candidate
+        return configurations.row_for(kernel, self.architecture, size, head_size, extras)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
+    ) -> None:
+        if self.now == self.wanted:
+            self.costs.append(self.judge(kernel, grid, arguments, options))
+        elif self.run:
+            kernel[grid](*arguments, **options)
+
+    def keys(self, calls: list[Call]) -> list[Key]:
+        """What the calls ask for."""
+        self.wanted, self.candidate, self.seen = None, None, {}
+        with self.watching():
+            for call in calls:
+                call()
+        return list(self.seen)
+
+    def cost(self, key: Key, tile: Tile, calls: list[Call]) -> float | None:
+        """The sum over all launches of the kernel, or None where one cannot be had."""
+        self.wanted, self.candidate, self.costs = key, tile, []
+        with self.watching():
+            for call in calls:
+                call()
+                if None in self.costs:
+                    return None
+        return sum(self.costs)
+
+
+def compiled(architecture: int) -> Callable[..., float | None]:
+    """A judge: bytes of stack."""
+
+    def judge(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
+        found = kernel.warmup(*arguments, grid=grid, **options)
+        return None if found.metadata.shared > ahead.SHARED[architecture] else ahead.report(found)["stack"]
+
+    return judge
+
+
+def timed(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
+    """A judge: milliseconds on the GPU that is here; what spills or does not fit cannot be had."""
+    try:
+        found = kernel[grid](*arguments, **options)
+    except triton.runtime.errors.OutOfResources:
+        return None
+    if found.n_spills:
+        return None
+    return triton.testing.do_bench(lambda: kernel[grid](*arguments, **options), warmup=3, rep=20, return_mode="median")
+
+
+def compiling_part(part: int, parts: int) -> Callable[..., float | None]:
+    """A judge that only fills Triton's cache with its part of the kernels."""
+
+    def judge(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
+        name = repr((kernel.__name__, sorted((k, v) for k, v in options.items()), [x is None for x in arguments]))
+        if zlib.crc32(name.encode()) % parts == part:
+            kernel.warmup(*arguments, grid=grid, **options)
+        return 0.0
+
+    return judge
+
+
+def write_table(path: Path, table: dict[Key, Tile]) -> None:
+    """Rewrites TABLE in the source file, whole or not at all.
+
+    Raises:
+        ValueError: there is no such table in the file.
+    """
+    rows = []
+    for key in sorted(table, key=lambda key: (key.kernel, -key.bytes, key.head_size, key.extras, key.architecture)):
+        older = [other for other in table if other[2:] == key[2:] and other.kernel == key.kernel]
+        older = [other for other in older if other.architecture < key.architecture]
+        if older and table[max(older, key=lambda other: other.architecture)] == table[key]:
+            continue
+        name, *numbers = key
+        tile = ", ".join(str(value) for value in table[key] if value is not None)
+        rows.append(f'    Key("{name}", {", ".join(str(n) for n in numbers)}): Tile({tile}),\n')
+    text = path.read_text(encoding="utf-8")
+    new, count = re.subn(
+        r"(^TABLE: dict\[Key, Tile\] = \{\n).*?(^\}\n)",
+        lambda found: found[1] + "".join(rows) + found[2],
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    if count != 1:
+        raise ValueError(f"{path}: got no table, wanted one that begins with 'TABLE: dict[Key, Tile] = {{'")
+    part = path.with_suffix(".part")
+    part.write_text(new, encoding="utf-8")
+    part.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Searches, prints each row, and writes the table where it is told to."""
+    parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", type=int, choices=ahead.ARCHITECTURES, help="no GPU: the first without spills")
+    parser.add_argument("--kernels", default="", help="only those whose name begins with this text")
+    parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128], choices=configurations.HEAD_SIZES)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a timed call, in sequences of 512 and of 2048")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead of timing")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help="the source file whose table is rewritten")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET: got 1, wanted it unset: the interpreter has no tiles to choose")
+    if options.compile is not None:
+        architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
+        ahead.compile_for(architecture)
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device is here: give --compile ARCHITECTURE, or run where one is")
+    else:
+        device, shapes, judge = "cuda", [(max(1, options.tokens // t), t) for t in (512, 2048)], timed
+        architecture = configurations.architecture(torch.device(device, torch.cuda.current_device()))
+        if options.part is not None:
+            judge = compiling_part(*(int(x) for x in options.part.split("/")))
+        elif options.jobs > 1:
+            command = [sys.executable, "-m", "pyxlbert.bench.tune", *(sys.argv[1:] if arguments is None else arguments)]
+            jobs = [subprocess.Popen([*command, "--part", f"{i}/{options.jobs}"]) for i in range(options.jobs)]
+            if any([job.wait() for job in jobs]):
+                raise RuntimeError("a process that compiles ahead failed")
+    search = Search(architecture, judge, run=judge is timed)
+    table = dict(configurations.TABLE)
+    for head_size in options.head_sizes:
+        for dtype in options.dtypes:
+            calls = []
+            for batch, length in shapes:
+                for make in (_attention_calls, _relative_calls):
+                    if make is _attention_calls or head_size <= 128:
+                        calls += list(make(head_size, DTYPES[dtype], batch, length, device))
+            for key in search.keys(calls):
+                if not key.kernel.startswith(options.kernels):
+                    continue
+                costs: dict[Tile, float] = {}
+                for tile in candidates(key.kernel, key.bytes):
+                    cost = search.cost(key, tile, calls)
+                    if cost is not None:
+                        costs[tile] = cost
+                    if cost == 0.0 and options.compile is not None:
+                        break
+                if options.part is not None or not costs:
+                    continue
+                best = min(costs, key=costs.__getitem__)
+                table[key] = best
+                before = configurations.row_for(key.kernel, architecture, key.bytes, head_size, key.extras)
+                unit = "bytes of stack" if options.compile is not None else "ms"
+                was = f"{costs[before]:.3f}" if before in costs else "?"
+                print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)
+    if options.write is not None:
+        write_table(options.write, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
