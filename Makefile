@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: help setup build demo test quick test-all lint format bench clean
+.PHONY: help setup build demo test quick test-all lint format bench gpu clean
 
 help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
@@ -19,6 +19,7 @@ help:
 	@echo "make quick     the part of it that answers in a minute"
 	@echo "make test-all  the full product of options"
 	@echo "make bench     every op and the model against its peers"
+	@echo "make gpu       build, tests, compute-sanitizer and benchmarks on this machine's GPU; PART=test for one of them"
 	@echo "make lint      ruff and clang-format"
 
 setup: $(VENV)/ready
@@ -67,6 +68,10 @@ format: $(VENV)/ready
 
 bench: build $(VENV)/ready-bench
 	$(PY) -m pyxlbert.bench
+
+# With a torch that is there and CUDA: nothing is installed, nothing downloaded.
+gpu:
+	@$(PYTHON) bench/gpu.py $(PART)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyxlbert/*.so

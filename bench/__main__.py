@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import lengths, models, ops, relative, report, two_stream
+from pyxlbert.bench import lengths, models, on_gpu, ops, relative, report, two_stream
 
-SUITES = ("ops", "attention", "relative", "two_stream", "lengths", "models", "text")
+# By the device that they run on.
+SUITES = {"cpu": ("ops", "attention", "relative", "two_stream", "lengths", "models", "text"), "cuda": ("gpu",)}
 # glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 
@@ -30,6 +32,8 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return lengths.races()
     if suite == "models":
         return models.races()
+    if suite == "gpu":
+        return on_gpu.races()
     from pyxlbert.bench import text
 
     return text.races(options.data, options.model)
@@ -38,7 +42,9 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suites; 1 when a race's answers were wrong."""
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench", description=__doc__)
-    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES)}; by default ops and models")
+    parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES['cpu'])}; by default ops and models")
+    parser.add_argument("--device", default="cpu", choices=SUITES, help="cuda: the GPU that is here, suite gpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no race after this time")
     parser.add_argument("--only", default="", help="races whose line holds this text")
     parser.add_argument("--keep-pages", action="store_true", help="freed memory stays with the process")
     parser.add_argument("--picture", type=Path, help="of the suite lengths, drawn from the file of --out")
@@ -47,10 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with stsb/ and wikitext2/, for the suite text")
     parser.add_argument("--model", type=Path, help="model directory, for the suite text")
     options = parser.parse_args(arguments)
-    suites = options.suites or ["ops", "models"]
+    suites = options.suites or (["ops", "models"] if options.device == "cpu" else ["gpu"])
     for suite in suites:
-        if suite not in SUITES:
-            parser.error(f"suite: got {suite!r}, wanted one of {', '.join(SUITES)}")
+        if suite not in SUITES[options.device]:
+            parser.error(f"suite: got {suite!r}, on {options.device} wanted one of {', '.join(SUITES[options.device])}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, and no CUDA device is here")
     if "text" in suites and (options.data is None or options.model is None):
         parser.error("the suite text needs --data and --model")
     if options.picture is not None and options.out is None:
@@ -62,13 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     shown = [*suites, *(["--only", f"'{options.only}'"] if options.only else [])]
     shown += ["--keep-pages"] if options.keep_pages else []
-    wrong = 0
+    shown += ["--device", options.device] if options.device != "cpu" else []
+    wrong, end = 0, time.monotonic() + options.seconds
+    if options.device == "cuda":
+        with torch.device("cuda"):
+            print(on_gpu.describe(), flush=True)
     for suite in suites:
         for race in _races(suite, options):
             if options.only and options.only not in str(race):
                 continue
+            if time.monotonic() > end:
+                print(f"NOT TIMED, no time left: {race}", file=sys.stderr)
+                continue
             try:
-                row = race.run()
+                row = race.run() if options.device == "cpu" else race.run(options.device)
             except (ops.WrongAnswer, AssertionError) as error:
                 print(f"NOT TIMED, wrong answer: {error}", file=sys.stderr)
                 wrong += 1
@@ -80,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(row.details(), flush=True)
             if options.out is not None:
                 # One by one: a suite may last an hour.
-                report.write(options.out, [row], "python -m pyxlbert.bench " + " ".join(shown))
+                with torch.device(options.device):
+                    report.write(options.out, [row], "python -m pyxlbert.bench " + " ".join(shown))
     if options.picture is not None:
         lengths.draw(options.out, options.picture)
     return 1 if wrong else 0

@@ -5,27 +5,39 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from pyxlbert.bench.timer import race
+from pyxlbert.bench.timer import race_on
 
 from pyxlbert.native import _onednn
 
 
-@cache
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written together, of a copy much larger than the caches."""
-    source = torch.randn(64 << 20)
+    """Bytes a second, read and written together, of a copy much larger than the caches, on torch's default device."""
+    return _copy_bandwidth(torch.get_default_device().type)
+
+
+@cache
+def _copy_bandwidth(device: str) -> float:
+    source = torch.randn(64 << 20, device=device)
     target = torch.empty_like(source)
-    best = race({"copy": lambda: target.copy_(source)}, rounds=9)["copy"].lower
+    best = race_on(device, {"copy": lambda: target.copy_(source)}, rounds=9)["copy"].lower
     return 2 * source.numel() * source.element_size() / best
 
 
-@cache
 def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of the vendors' GEMM on square matrices of 2048: the faster of torch's and oneDNN's reordered one."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    """FLOP/s of the vendors' GEMM on square matrices, on torch's default device.
+
+    On the CPU of 2048, the faster of torch's and oneDNN's reordered one; on a GPU of 8192.
+    """
+    return _gemm_rate(dtype, torch.get_default_device().type)
+
+
+@cache
+def _gemm_rate(dtype: torch.dtype, device: str) -> float:
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     contestants = {"torch": lambda: a @ b}
-    reordered = _onednn.reorder(b)
+    reordered = _onednn.reorder(b) if device == "cpu" else None
     if reordered is not None:
         contestants["oneDNN"] = lambda: _onednn.product(a, reordered, None)
-    best = min(timing.lower for timing in race(contestants, rounds=9).values())
-    return 2 * 2048**3 / best
+    best = min(timing.lower for timing in race_on(device, contestants, rounds=9).values())
+    return 2 * size**3 / best

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pyxlbert.bench import limits
 from pyxlbert.bench.report import Row
-from pyxlbert.bench.timer import race
+from pyxlbert.bench.timer import race_on
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
@@ -45,25 +45,41 @@ class Race:
     def __str__(self) -> str:
         return f"{self.subject} {self.case} {self.dtype}"
 
-    def run(self) -> Row:
-        """Checks the answers, then times them.
+    def run(self, device: str = "cpu") -> Row:
+        """Checks the answers, then times them on the CPU or on the GPU that is here ("cuda").
 
         Raises:
             WrongAnswer: our output is outside the error budget.
         """
         torch.manual_seed(0)
-        ours, peers, truth = self.build()
+        with torch.device(device):
+            ours, peers, truth = self.build()
+            limit = self.limit() if self.limit else None
+        failed: dict[str, str] = {}
+        if device != "cpu":
+            peers, failed = _those_that_run(peers)
         if truth is not None:
             first = next(iter(peers.values()))
             for index, (a, b, t) in enumerate(zip(_outputs(ours()), _outputs(first()), _outputs(truth()), strict=True)):
                 try:
-                    factor = tolerances.factor(self.subject, self.dtype, "cpu")
+                    factor = tolerances.factor(self.subject, self.dtype, "cpu" if device == "cpu" else "triton")
                     compare.within_budget(f"{self.subject} {self.case} {index}", a, b, t, factor=factor)
                 except AssertionError as error:
                     raise WrongAnswer(str(error)) from None
-        timings = race({"pyxlbert": ours, **peers}, rounds=self.rounds)
+        timings = race_on(device, {"pyxlbert": ours, **peers}, rounds=self.rounds)
         dtype = str(self.dtype).removeprefix("torch.")
-        return Row(self.subject, self.case, dtype, timings, self.limit() if self.limit else None, self.note)
+        return Row(self.subject, self.case, dtype, timings, limit, self.note, failed)
+
+
+def _those_that_run(peers: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Peers that do, and of the others why not: on a GPU some want more memory, or a compiler."""
+    failed = {}
+    for name, call in peers.items():
+        try:
+            call()
+        except Exception as error:  # a peer that fails is a line of the report
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
+    return {name: call for name, call in peers.items() if name not in failed}, failed
 
 
 def _outputs(value: Any) -> tuple[torch.Tensor, ...]:
@@ -240,6 +256,7 @@ def attention(
         lengths = torch.linspace(max(1, t * (2 * shape.fill - 1)), t, b).round().to(torch.int32)
         keep = torch.arange(t)[None] < lengths[:, None]  # [B, T]
         mask = keep[:, None, None]
+        x_is_full = qkv.is_cuda and shape.fill == 1.0
         bias = torch.randn(1, h, t, t).to(dtype) if bias_gradient else None
         leaves = [qkv, bias] if bias_gradient else [qkv]
         dy = torch.randn(b, t, h, d).to(dtype)
@@ -252,7 +269,8 @@ def attention(
 
         def plain_of(qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-            given = mask if bias is None else bias
+            # SDPA's flash path takes no mask.
+            given = (None if x_is_full else mask) if bias is None else bias
             return F.scaled_dot_product_attention(q, k, v, given, dropout_p).transpose(1, 2)
 
         def call(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> Call:

@@ -104,7 +104,8 @@ def _sdpa(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) 
 
 def _position_bias(q: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     b, t, h, d = q.shape
-    band = t + torch.arange(t)[None] - torch.arange(t)[:, None]
+    place = torch.arange(t, device=q.device)
+    band = t + place[None] - place[:, None]
     return torch.einsum("bihd,rhd->bhir", q + w, r).gather(3, band.expand(b, h, t, t)) * d**-0.5
 
 

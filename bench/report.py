@@ -16,8 +16,8 @@ from pyxlbert.bench.timer import Timing
 import pyxlbert
 
 # Nothing else of a machine or an environment is written: no host name, no paths, no user.
-DEVICE_FIELDS = ("processor", "level", "threads", "copy_bandwidth", "gemm_float32", "gemm_bfloat16")
-VERSIONS = ("pyxlbert", "torch", "transformers", "onnxruntime", "openvino", "numpy")
+DEVICE_FIELDS = ("gpu", "processor", "level", "threads", "copy_bandwidth", "gemm_float32", "gemm_bfloat16")
+VERSIONS = ("pyxlbert", "torch", "triton", "transformers", "onnxruntime", "openvino", "numpy")
 
 
 def is_peer(name: str) -> bool:
@@ -86,10 +86,11 @@ def _time(seconds: float) -> str:
 
 
 def device() -> dict[str, object]:
-    """The fields of DEVICE_FIELDS that are known."""
+    """The fields of DEVICE_FIELDS that are known, of torch's default device: a GPU's name where it is one."""
     from pyxlbert.bench import limits
 
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.get_default_device().type == "cuda" else {}
+    return gpu | {
         "processor": f"{platform.machine()} {_processor()}",
         "level": pyxlbert._C.level(),
         "threads": torch.get_num_threads(),
@@ -147,7 +148,7 @@ def write(path: Path, rows: list[Row], command: str) -> None:
     }
     description = device()
     document = {
-        "device": {name: description[name] for name in DEVICE_FIELDS},
+        "device": {name: description[name] for name in DEVICE_FIELDS if name in description},
         "versions": versions(),
         "rows": list(found.values()),
     }

@@ -31,6 +31,8 @@ EXCEPTIONS: dict[tuple[str, torch.dtype | None, str | None], tuple[float, str]] 
 # Whole models, relative to the largest element, against transformers in float32 on random small configurations.
 MODEL_FLOAT32 = 2e-5
 MODEL_GRADIENT_FLOAT32 = 2e-4
+# Whole small models in bfloat16, by the norm of the difference.
+MODEL_BFLOAT16 = 2e-2
 
 # A result of fewer elements (a loss, the logits of one row) may by luck be exact in plain PyTorch, which says nothing
 # about the error to expect: it is held to the two numbers above instead of FACTOR.

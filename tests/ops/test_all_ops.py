@@ -33,20 +33,20 @@ GPU = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_availab
 
 
 def _runners() -> list[str]:
-    """Backend names, the cpu backend once per instruction-set level: "cpu/avx2"."""
+    """Backend names, the cpu backend once per instruction-set level, "cpu/avx2", and torch on the GPU, "torch/cuda"."""
     names = []
     for name in backends.available():
         if name == "cpu":
             names += [f"cpu/{level}" for level in pyxlbert._C.levels() if not SMALL or level in SMALL]
         elif not SMALL:
             names.append(name)
-    return names
+    return names if GPU is None or SMALL else [*names, "torch/cuda"]
 
 
 RUNNERS = _runners()
 # Triton's interpreter takes a second for what a kernel does in microseconds: small cases, one dtype each.
 SLOW = () if torch.cuda.is_available() else ("triton",)
-FAST = [runner for runner in RUNNERS if "/" not in runner or runner == f"cpu/{pyxlbert._C.level()}"]
+FAST = [runner for runner in RUNNERS if "/" not in runner or runner in (f"cpu/{pyxlbert._C.level()}", "torch/cuda")]
 
 
 def runners_of(spec: Spec) -> list[str]:
@@ -59,7 +59,7 @@ def runners_of(spec: Spec) -> list[str]:
 
 def device_of(runner: str) -> torch.device:
     """Where the runner's tensors live."""
-    return GPU if GPU is not None and runner in ("triton", "cuda") else CPU
+    return GPU if GPU is not None and runner in ("triton", "cuda", "torch/cuda") else CPU
 
 
 def best(spec: Spec) -> str:
@@ -72,7 +72,7 @@ def running(runner: str) -> Iterator[str]:
     """Selects the runner's instruction-set level; gives the backend's name."""
     backend, _, level = runner.partition("/")
     before = pyxlbert._C.level()
-    if level:
+    if backend == "cpu" and level:
         pyxlbert._C.set_level(level)
     try:
         yield backend
@@ -212,13 +212,14 @@ def test_reference_in_float64(spec: Spec, case: Case) -> None:
         for spec in SPECS.values()
         for forward, backward in permutations(FAST, 2)
         if all(runner.partition("/")[0] in OPS[spec.name].implementations for runner in (forward, backward))
+        and device_of(forward) == device_of(backward)
     ],
     ids=_ids,
 )
 def test_any_backward_follows_any_forward(spec: Spec, forward: str, backward: str) -> None:
     """Every backend saves the same tensors, so one's backward may follow another's forward."""
     for case in [c for c in spec.cases if c.small and c.gradients][:4]:
-        arguments = arguments_of(spec, case, torch.float32)
+        arguments = arguments_of(spec, case, torch.float32, device_of(forward))
         with running(forward) as f:
             other = backward.partition("/")[0]
             with pyxlbert.use_backend(f, backward=other):
@@ -241,6 +242,20 @@ def test_deterministic_for_any_number_of_threads(spec: Spec, case: Case) -> None
     for other in results[1:]:
         for name, value in results[0].items():
             compare.same_bits(f"{spec.name} {case.id} {name}", value, other[name])
+
+
+@pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner in ("triton", "cuda")])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
+def test_deterministic_on_a_gpu(spec: Spec, runner: str) -> None:
+    """The same bits twice; in the interpreter, where programs run one after the other, for one case."""
+    if runner not in OPS[spec.name].implementations:
+        assert spec.vendor, "every op but the vendors' products has a kernel on every backend"
+        return
+    for case in [case for case in spec.cases if case.small][: 1 if runner in SLOW else None]:
+        arguments = arguments_of(spec, case, torch.float32, device_of(runner))
+        results = [run(lambda **a: spec.function(**a, backend=runner), spec, arguments, case.gradients) for _ in "ab"]
+        for name, value in results[0].items():
+            compare.same_bits(f"{spec.name} {case.id} {name}", value, results[1][name])
 
 
 @pytest.mark.parametrize(("spec", "bad"), [(spec, bad) for spec in SPECS.values() for bad in spec.bad], ids=_ids)
@@ -405,7 +420,7 @@ def _opchecks() -> Iterator[tuple[Spec, Case, torch.dtype, str]]:
 def test_opcheck(spec: Spec, case: Case, dtype: torch.dtype, backend: str) -> None:
     """Schema, fake (strides and dtypes too) and the absence of hidden aliasing, for both directions."""
     with recorded_calls(spec.name) as calls:
-        arguments = arguments_of(spec, case, dtype)
+        arguments = arguments_of(spec, case, dtype, device_of(backend))
         run(lambda **a: spec.function(**a, backend=backend), spec, arguments, case.gradients)
     assert {direction for direction, _ in calls} == ({"fwd", "bwd"} if case.gradients else {"fwd"})
     for direction, values in calls:

@@ -1,0 +1,49 @@
+"""Forward and backward of every op on a few small inputs of the common suite, on every backend of kernels for a GPU.
+
+For compute-sanitizer, which makes a call a hundred times slower: no pytest, few cases, and results compared with plain
+PyTorch's.  In Triton's interpreter (TRITON_INTERPRET=1) it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import pyxlbert  # noqa: F401
+from pyxlbert import backends
+from pyxlbert.ops._define import OPS
+from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import as_tuple, to_float64
+
+CASES = 2
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ran = 0
+    for backend in ("triton", "cuda"):
+        if backends.unavailable(backend) is not None:
+            print(f"{backend}: {backends.unavailable(backend)}")
+            continue
+        for name, spec in SPECS.items():
+            if backend not in OPS[name].implementations:
+                continue
+            for case in [case for case in spec.cases if case.small and case.gradients][:CASES]:
+                arguments = case.make(torch.Generator().manual_seed(1), torch.float32, device)
+                names = [n for n in spec.differentiable if isinstance(arguments.get(n), torch.Tensor)]
+                for n in names:
+                    arguments[n] = arguments[n].detach().requires_grad_()
+                outputs = as_tuple(spec.function(**arguments, backend=backend))
+                torch.autograd.grad([o.sum() for o in outputs], [arguments[n] for n in names], allow_unused=True)
+                truth = as_tuple(spec.plain(**to_float64(arguments)))
+                for ours, wanted in zip(outputs, truth, strict=True):
+                    compare.close(f"{name} {case.id}", ours, wanted.to(ours.dtype), tolerances.MODEL_FLOAT32)
+                ran += 1
+                print(f"{backend} {name} {case.id}", flush=True)
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""`make gpu` where there is no GPU, and its parts that need none."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(*parts: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), *parts], capture_output=True, text=True)
+
+
+def test_without_a_gpu_it_says_so_and_fails() -> None:
+    gpu = load("bench/gpu.py")
+    reason = gpu.missing()
+    assert (reason is None) == torch.cuda.is_available()
+    if reason is not None:
+        done = command()
+        assert done.returncode == 2 and f"gpu: nothing was run: {reason}" in done.stderr and not done.stdout
+
+
+def test_a_part_that_is_none_is_refused() -> None:
+    done = command("tests")
+    assert done.returncode == 2 and "PART: got 'tests', wanted one of build, test, sanitize, bench" in done.stderr
+
+
+def test_all_parts_end_within_nine_minutes() -> None:
+    gpu = load("bench/gpu.py")
+    assert set(gpu.LIMITS) == set(gpu.PARTS) and sum(gpu.LIMITS.values()) <= 540
+
+
+def test_every_path_it_tests_is_there() -> None:
+    for path in load("bench/gpu.py").TESTS:
+        assert (ROOT / path).exists(), path
+
+
+def test_a_command_that_fails_or_does_not_end_is_no_success(monkeypatch) -> None:
+    gpu = load("bench/gpu.py")
+    assert gpu.run([sys.executable, "-c", "pass"], 60) == "passed"
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 60) == "exit status 3"
+    assert gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) == "did not end within 0 s"
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(gpu, "BUILD", ROOT / "no such folder")
+    assert gpu.main(["test"]) == 1
+    for result, status in (("passed", 0), ("exit status 1", 1)):
+        monkeypatch.setitem(gpu.PARTS, "build", lambda limit, result=result: result)
+        assert gpu.main(["build"]) == status
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and importlib.util.find_spec("triton") is None, reason="no triton")
+def test_the_few_calls_of_the_sanitizer_are_right(capsys) -> None:
+    """Here in Triton's interpreter, or on the GPU."""
+    assert load("tests/gpu/few_calls.py").main() == 0
+    ran = capsys.readouterr().out
+    assert all(f"triton {op} " in ran for op in ("layer_norm", "attention", "two_stream_attention"))
