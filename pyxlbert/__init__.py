@@ -6,6 +6,7 @@ import torch  # noqa: F401  (first: the native module binds to torch's OpenMP ru
 
 from pyxlbert import backends
 from pyxlbert.backends import allow_atomics, debug_checks, use_backend
+from pyxlbert.models.graphed import graphed
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
     attention,
@@ -31,6 +32,7 @@ __all__ = [
     "debug_checks",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
+    "graphed",
     "layer_norm",
     "linear",
     "linear_gelu",

@@ -49,6 +49,7 @@ from pyxlbert.nn import (
     TokenLayout,
     activation_kind,
     rows_and_stream,
+    sizes_are_fixed,
 )
 from pyxlbert.ops._encoder_layers import encoder_layers_fwd, takes
 
@@ -530,7 +531,7 @@ class BertVocabularyModel(BertPreTrainedModel):
         check_classes("labels", labels, config.vocab_size, ignored)
         labels = layout.labels(labels, ignored)
         # A traced graph must not have sizes that depend on the labels.
-        if config.sparse_prediction and not torch.compiler.is_compiling():
+        if config.sparse_prediction and not sizes_are_fixed():
             labels = labels.reshape(-1)
             labelled = (labels != ignored).nonzero().squeeze(1)
             logits = self.cls.predictions(rows.reshape(-1, rows.shape[-1]).index_select(0, labelled))

@@ -56,6 +56,7 @@ from pyxlbert.nn import (
     activation_kind,
     has_values,
     rows_and_stream,
+    sizes_are_fixed,
 )
 
 ATTENTION_TYPES = ("bi", "uni")
@@ -224,7 +225,7 @@ class LastTable:
         self, queries: int, keys: int, config: XLNetConfig, causal: bool, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """`relative_positions` in a dtype, to be read only."""
-        if torch.compiler.is_compiling():
+        if sizes_are_fixed():
             return relative_positions(queries, keys, config, causal, device).to(dtype)
         key = (queries, keys, causal, device, dtype, config.d_model, config.clamp_len, config.bi_data)
         kept = self._kept

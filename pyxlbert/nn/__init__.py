@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
 from pyxlbert.nn.embeddings import Embeddings
 from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
-from pyxlbert.nn.layout import TokenLayout, has_values
+from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_fixed
 from pyxlbert.nn.linear import Linear, LinearActivation
 from pyxlbert.nn.relative_attention import RelativeAttention, RelativeLayout
 from pyxlbert.nn.self_attention import SelfAttention
@@ -22,6 +22,8 @@ __all__ = [
     "SelfAttention",
     "TokenLayout",
     "activation_kind",
+    "fixed_sizes",
     "has_values",
     "rows_and_stream",
+    "sizes_are_fixed",
 ]

@@ -6,6 +6,9 @@ attention, which takes its masks from here.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +23,35 @@ def _check_zero_one(name: str, mask: Tensor) -> None:
         )
 
 
+class _Fixed(threading.local):
+    def __init__(self) -> None:
+        self.blocks = 0
+
+
+_fixed = _Fixed()
+
+
+@contextmanager
+def fixed_sizes() -> Iterator[None]:
+    """Inside the block, in this thread, no size depends on a tensor's values, as under `torch.compile`.
+
+    It is what a CUDA graph needs: its kernels are captured once, and nothing may wait for the device.
+    """
+    _fixed.blocks += 1
+    try:
+        yield
+    finally:
+        _fixed.blocks -= 1
+
+
+def sizes_are_fixed() -> bool:
+    """Whether a graph is made of what runs: traced by torch.compile, or inside `fixed_sizes`."""
+    return torch.compiler.is_compiling() or _fixed.blocks > 0
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether there are values to branch on: a traced or a meta tensor has none."""
-    return not torch.compiler.is_compiling() and tensor.device.type != "meta"
+    return not sizes_are_fixed() and tensor.device.type != "meta"
 
 
 @dataclass(frozen=True, eq=False)
