@@ -1,0 +1,94 @@
+"""The search for tiles: its candidates, its judges, and the table that it writes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+configurations = importlib.import_module("pyxlbert.kernels._configurations")
+tune = importlib.import_module("pyxlbert.bench.tune")
+SOURCE = ROOT / "kernels" / "_configurations.py"
+
+
+def test_the_table_is_what_the_search_would_write(tmp_path) -> None:
+    """Written anew it is the same, byte for byte: no row stands there by hand."""
+    path = tmp_path / "table.py"
+    shutil.copy(SOURCE, path)
+    tune.write_table(path, configurations.TABLE)
+    assert path.read_bytes() == SOURCE.read_bytes()
+
+
+def test_rows_that_say_what_an_older_architecture_says_are_left_out(tmp_path) -> None:
+    path = tmp_path / "table.py"
+    path.write_text("TABLE: dict[Key, Tile] = {\n    old\n}\nrest\n", encoding="utf-8")
+    one, other = tune.Tile(64, 64, 4, 2), tune.Tile(32, 64, 4, 1, False)
+    keys = [tune.Key("relative_fwd", architecture, 2, 64, False) for architecture in (80, 90, 100)]
+    tune.write_table(path, dict(zip(keys, (one, one, other), strict=True)))
+    assert path.read_text(encoding="utf-8") == (
+        "TABLE: dict[Key, Tile] = {\n"
+        '    Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2),\n'
+        '    Key("relative_fwd", 100, 2, 64, False): Tile(32, 64, 4, 1, False),\n'
+        "}\nrest\n"
+    )
+    path.write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="got no table"):
+        tune.write_table(path, {})
+    assert path.read_text(encoding="utf-8") == "nothing\n"
+
+
+def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
+    for key, tile in configurations.TABLE.items():
+        found = tune.candidates(key.kernel, key.bytes)
+        assert tile in found, (key, tile)
+        for one in found:
+            assert one.num_warps <= 8 and (one.CARRY is None) == (key.kernel not in configurations.CARRYING)
+            if key.kernel.startswith("relative") and not key.kernel.endswith("_positions"):
+                assert one.BLOCK_M <= one.BLOCK_N
+
+
+def test_calls_ask_for_every_row_of_the_table() -> None:
+    """In a search every kernel is met, with and without masks: what no call asks for would never be tuned."""
+    search = tune.Search(90, lambda *_: 0.0, run=False)
+    for head_size in (64, 128):
+        for dtype in (torch.bfloat16, torch.float32):
+            calls = [
+                call
+                for make in (tune._attention_calls, tune._relative_calls)
+                for call in make(head_size, dtype, 1, 32, "cpu")
+            ]
+            met = set(search.keys(calls))
+            wanted = {k for k in configurations.TABLE if (k.bytes, k.head_size) == (dtype.itemsize, head_size)}
+            assert {k._replace(architecture=90) for k in wanted} == met
+
+
+def test_a_search_takes_the_cheapest(monkeypatch) -> None:
+    """With a judge that is told what costs what."""
+    costs = {tile: 1.0 + place for place, tile in enumerate(reversed(tune.candidates("attention_fwd", 2)))}
+
+    def judge(kernel, grid, arguments, options) -> float | None:
+        tile = tune.Tile(*(options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
+        return costs[tile] if tile.num_stages < 3 else None
+
+    search = tune.Search(90, judge, run=False)
+    calls = list(tune._attention_calls(64, torch.bfloat16, 1, 32, "cpu"))
+    key = tune.Key("attention_fwd", 90, 2, 64, False)
+    for tile, cost in costs.items():
+        wanted = None if tile.num_stages == 3 else 3 * cost
+        assert search.cost(key, tile, calls) == wanted
+
+
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    if torch.cuda.is_available():
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pyxlbert.bench.tune"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no CUDA device is here: give --compile ARCHITECTURE" in done.stderr
