@@ -1,9 +1,15 @@
-"""Builds pyxlbert._C with ninja: every file of csrc/cpu once per instruction-set level, the rest once."""
+"""Builds pyxlbert._C with ninja: files of csrc/cpu once per instruction-set level, csrc/cuda by nvcc, the rest once.
+
+PYXLBERT_CUDA=0 or 1 leaves the CUDA kernels out or insists on them; auto, the default, builds them where nvcc is found
+and the installed torch is one for CUDA.  PYXLBERT_CUDA_ARCHS names architectures, "90a" for an H100 alone.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +20,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+_spec = importlib.util.spec_from_file_location("nvcc", ROOT / "csrc" / "nvcc.py")
+nvcc = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(nvcc)
 
 # The AVX-512 of the third level is x86-64-v4's; Ice Lake has it without the bfloat16 dot product of the fourth.
 # -O3 is worth 5 to 9 % to short attentions.  x86-64 without AVX2 is for old processors only, and compiles in half the
@@ -61,6 +71,8 @@ def ninja_file(output: Path) -> str:
         f" -O1{sanitize} -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-omit-frame-pointer "
         "--param asan-instrumentation-with-call-threshold=0"
     )
+    cuda = nvcc.find() if why_no_cuda() is None else None
+    with_cuda = "" if cuda is None else " -DPYXLBERT_WITH_CUDA"
     lines = [
         "ninja_required_version = 1.3",
         f"cxx = {os.environ.get('CXX', 'g++')}",
@@ -77,7 +89,7 @@ def ninja_file(output: Path) -> str:
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         objects.append(f"{source.stem}.o")
         # -O3 takes half as long again and makes no call from Python faster.
-        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {include} -O1"]
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common}{with_cuda} {include} -O1"]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for level, flags in levels().items():
             if level == "amx" and source.stem not in AMX_SOURCES:
@@ -88,8 +100,27 @@ def ninja_file(output: Path) -> str:
                 f"build {objects[-1]}: compile {source}",
                 f"  flags = {kernels} {flags}{watch if watched else ''} -DPYXLBERT_LEVEL={level} -I{ROOT / 'csrc'}",
             ]
+    runtime = ""
+    if cuda is not None:
+        lines += [
+            f"nvcc = {cuda.nvcc}",
+            "rule nvcc",
+            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $out",
+        ]
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            objects.append(f"cuda/{source.stem}.o")
+            options = f"{nvcc.FLAGS} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
+            lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {options}"]
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
+            objects.append(f"cuda/{source.stem}.o")
+            lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {include} -O1"]
+        # Static, so that the module is imported on machines without a driver too.
+        runtime = f" {cuda.cudart} -lrt -lpthread -ldl"
     link = f"-shared -fopenmp -Wl,--as-needed -Wl,--exclude-libs,ALL{sanitize}"
-    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {link}", f"default {output}", ""]
+    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {link}{runtime}", f"default {output}", ""]
     return "\n".join(lines)
 
 
@@ -102,19 +133,43 @@ def cuda_choice() -> str:
     choice = os.environ.get("PYXLBERT_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"pyxlbert: PYXLBERT_CUDA: got {choice!r}, wanted 0, 1 or auto")
-    if choice == "1":
-        raise SystemExit("pyxlbert: PYXLBERT_CUDA=1: this version has no CUDA kernels to build; wanted 0 or auto")
+    if choice == "1" and nvcc.find() is None:
+        raise SystemExit("pyxlbert: PYXLBERT_CUDA=1: no nvcc with its headers is found; set CUDA_HOME or NVCC")
     return choice
+
+
+def torch_for_cuda() -> bool:
+    """Whether the installed torch is a build for CUDA; it is not imported, which would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.exists() and re.search(r"^cuda\b[^=]*= *['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are not built, or None."""
+    choice = cuda_choice()
+    if choice == "0":
+        return "PYXLBERT_CUDA=0"
+    if SANITIZE:
+        return "a build for sanitizers is one of the CPU's kernels"
+    if nvcc.find() is None:
+        return "no nvcc with its headers is found"
+    if choice == "auto" and not torch_for_cuda():
+        return "the installed torch is not one for CUDA (PYXLBERT_CUDA=1 builds nevertheless)"
+    return None
 
 
 def report() -> list[str]:
     """One line per backend: built, or why not."""
-    why = "PYXLBERT_CUDA=0" if cuda_choice() == "0" else "this version has no CUDA kernels"
+    why = why_no_cuda()
+    cuda = f"built ({', '.join(nvcc.wanted())})" if why is None else f"not built: {why}"
     return [
         "pyxlbert: backend torch needs no build",
         f"pyxlbert: backend cpu built ({', '.join(levels())})",
         "pyxlbert: backend triton needs no build; it takes CUDA tensors where triton is installed",
-        f"pyxlbert: backend cuda not built: {why}",
+        f"pyxlbert: backend cuda {cuda}",
     ]
 
 

@@ -36,6 +36,8 @@ Key, Tile = configurations.Key, configurations.Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HEADS = 12
+# Smaller head sizes that a row is for too: they are compiled, not timed.
+SMALLER = {64: (32,), 128: (80, 96)}
 Call = Callable[[], Any]
 
 
@@ -137,11 +139,12 @@ def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int,
     targets = rank[:, : length // 6].contiguous()
     for query, positions in ((q, None), (q[:, : length // 6], targets)):
         kinds = torch.zeros_like(targets) if positions is not None else segments
-        for with_segments, ranks, extras in (
-            (False, False, False),
-            (True, False, False),
-            (True, True, False),
-            (True, True, True),
+        for with_segments, ranks, masked, drops in (
+            (False, False, False, False),
+            (True, False, False, False),
+            (True, True, False, False),
+            (True, True, False, True),
+            (True, True, True, True),
         ):
 
             def call(
@@ -150,15 +153,16 @@ def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int,
                 kinds: Tensor = kinds,
                 with_segments: bool = with_segments,
                 ranks: bool = ranks,
-                extras: bool = extras,
+                masked: bool = masked,
+                drops: bool = drops,
             ) -> None:
                 options = (
                     *(table, bias, bias, length),
                     *((bias, embedding, kinds, segments) if with_segments else (None,) * 4),
                     *(positions, None, None, 0),
                     *((rank[:, : query.shape[1]].contiguous(), rank) if ranks else (None, None)),
-                    *(ranks and positions is None, mask if extras else None, False, False, scale),
-                    *(0.1 if extras else 0.0, seed if extras else None),
+                    *(ranks and positions is None, mask if masked else None, False, False, scale),
+                    *(0.1 if drops else 0.0, seed if drops else None),
                 )
                 out, lse = relative_attention.relative_attention_fwd(query, k, v, *options)
                 for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
@@ -331,8 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
             calls = []
             for batch, length in shapes:
                 for make in (_attention_calls, _relative_calls):
-                    if make is _attention_calls or head_size <= 128:
-                        calls += list(make(head_size, DTYPES[dtype], batch, length, device))
+                    for size in (head_size, *(SMALLER.get(head_size, ()) if options.compile is not None else ())):
+                        if make is _attention_calls or size <= 128:
+                            calls += list(make(size, DTYPES[dtype], batch, length, device))
             for key in search.keys(calls):
                 if not key.kernel.startswith(options.kernels):
                     continue

@@ -14,6 +14,9 @@
 #include "cpu/linear.h"
 #include "cpu/relative_attention.h"
 #include "cpu/two_stream_attention.h"
+#ifdef PYXLBERT_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 #include "levels.h"
 #include "workspace.h"
 
@@ -415,4 +418,9 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
     cpu.def("linear_fwd", &linear_fwd);
+
+#ifdef PYXLBERT_WITH_CUDA
+    py::module_ cuda = m.def_submodule("cuda");
+    pyxlbert::cuda::bind(cuda);
+#endif
 }

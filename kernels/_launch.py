@@ -50,39 +50,6 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         return kernel[grid](*arguments, **options)
 
 
-def rows(x: Tensor) -> tuple[Tensor, int]:
-    """x `[..., N]` as rows of N adjacent elements a fixed stride apart: x itself or a view, copied only if neither is.
-
-    Returns:
-        the tensor that owns the rows, and the stride in elements between them.
-    """
-    n = x.shape[-1]
-    if x.is_contiguous():
-        return x, n
-    if x.stride(-1) == 1 or n == 1:
-        try:
-            flat = x.view(-1, n)
-        except RuntimeError:
-            return x.contiguous(), n
-        # A broadcast row (stride 0) is read in place too; dimensions of size 1 have any stride.
-        return flat, flat.stride(0) if flat.shape[0] > 1 else n
-    return x.contiguous(), n
-
-
-def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 tensors `[...]` for x `[..., N]`, not initialised: mean and rstd."""
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    return mean, torch.empty_like(mean)
-
-
-def empty_statistics(saved: tuple[Tensor, ...], eps: float) -> tuple[Tensor, ...]:
-    """mean and rstd, if there are any, filled with those of rows without a column."""
-    if saved:
-        saved[0].zero_()
-        saved[1].fill_(eps**-0.5 if eps > 0 else float("inf"))
-    return saved
-
-
 @triton.jit
 def _dot(x, y):
     place = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]

@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.strides import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
@@ -48,7 +49,6 @@ from ._scores import (
     LN2,
     broadcast_of,
     exp,
-    int32,
     load_rows,
     precision_of,
     rows_of,
@@ -1231,6 +1231,9 @@ def _bwd_queries(
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     g_same = tl.zeros((BLOCK_M,), tl.float32)
     g_different = tl.zeros((BLOCK_M,), tl.float32)
+    # Of each row the sum of all gradients, and the weight of the keys of the other segment.
+    g_total = tl.zeros((BLOCK_M,), tl.float32)
+    other_weight = tl.zeros((BLOCK_M,), tl.float32)
     wide = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if first_i < queries:
         number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
@@ -1298,14 +1301,16 @@ def _bwd_queries(
                     kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 g = p * (dp - product[:, None]) * scale
+                if key_segments is not None:
+                    g_total += tl.sum(g, 1)
                 if CAUSAL and UNIFORM:
                     # Such a score is a constant.
                     g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
                 if key_segments is not None:
                     kind = tl.load(key_segments + j, mask=j < extent, other=0)[None, :]
-                    differing = tl.sum(tl.where(segment != kind, g, 0.0), 1)
-                    g_different += differing
-                    g_same += tl.sum(g, 1) - differing
+                    g_same += tl.sum(tl.where(segment != kind, 0.0, g), 1)
+                    g_different += tl.sum(tl.where(segment != kind, g, 0.0), 1)
+                    other_weight += tl.sum(tl.where(segment != kind, p, 0.0), 1)
                 dq_content = tl.dot(g.to(q.dtype), k, dq_content, input_precision=PRECISION)
                 if ROLLED:
                     if SPARSE and band_at != first_j:
@@ -1344,6 +1349,11 @@ def _bwd_queries(
                 dq_position, carried, dtable, place_part, table, offset + band_at - top, table_rows, table_t,
                 heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
+        if key_segments is not None:
+            # A row's gradients are p (dp - delta) and their sum is 0: what is found instead is the error of delta, a sum
+            # over rounded results, times the weights.
+            g_same -= g_total * (1.0 - other_weight)
+            g_different -= g_total * other_weight
         same_vector = load_vector(segment_embedding, h, D, BLOCK_D)[None, :]
         other_vector = load_vector(segment_embedding, heads + h, D, BLOCK_D)[None, :]
         dq_segment = g_same[:, None] * same_vector + g_different[:, None] * other_vector

@@ -69,11 +69,6 @@ def broadcast_of(x: Tensor | None) -> Broadcast:
     return Broadcast(x.view(torch.uint8) if x.dtype is torch.bool else x, strides)
 
 
-def int32(x: Tensor | None) -> Tensor | None:
-    """Numbers as the kernels read them."""
-    return None if x is None else x.to(torch.int32).contiguous()
-
-
 def precision_of(dtype: torch.dtype) -> str:
     """How products of float32 tiles are computed: as float32, unless torch may round to tf32."""
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyxlbert.strides import int32
+
 from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
 from ._launch import launch, refusal
 from ._philox import ATTENTION, dropout_numbers
@@ -32,7 +34,6 @@ from ._scores import (
     Rows,
     broadcast_of,
     exp,
-    int32,
     kept,
     load_rows,
     load_scores,

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, refusal_of_rows, rows
+from pyxlbert.strides import rows
+
+from ._launch import launch, refusal_of_rows
 from ._rows import partial_sums, parts_of, sum_parts, tile_of
 
 supports = refusal_of_rows

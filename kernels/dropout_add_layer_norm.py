@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import empty_statistics, launch, refusal_of_rows, row_statistics, rows
+from pyxlbert.strides import empty_statistics, row_statistics, rows
+
+from ._launch import launch, refusal_of_rows
 from ._philox import DROPOUT_ADD_LAYER_NORM, dropout_numbers, keep
 from ._rows import partial_sums, parts_of, sum_parts, tile_of
 from .layer_norm import input_gradient, statistics

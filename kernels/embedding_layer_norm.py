@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, refusal_of_rows, row_statistics, rows
+from pyxlbert.strides import row_statistics, rows
+
+from ._launch import launch, refusal_of_rows
 from ._philox import EMBEDDING_LAYER_NORM, dropout_numbers
 from ._rows import partial_sums, parts_of, sum_parts, tile_of
 from .dropout_add_layer_norm import dropped

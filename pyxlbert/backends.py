@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,6 +25,17 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _native_error = str(error)
+
+
+# The launchers of the CUDA kernels, or None where the native module was built without them; see `emulate_cuda`.
+cuda_kernels: Any = getattr(_C, "cuda", None)
+cuda_is_emulated = False
+
+
+def emulate_cuda(kernels: ModuleType) -> None:
+    """Makes backend "cuda" run on CPU tensors, by the same kernels compiled for the CPU: see tests/emulation."""
+    global cuda_kernels, cuda_is_emulated
+    cuda_kernels, cuda_is_emulated = kernels, True
 
 
 # What is wrong with PYXLBERT_ISA, where the command line goes on to say so.
@@ -88,7 +101,18 @@ def unavailable(name: str) -> str | None:
         if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
             return "the device has a compute capability below 8.0"
     if name == "cuda":
-        return "this version has no CUDA kernels"
+        if cuda_is_emulated:
+            return None
+        if _C is None:
+            return f"the native module is not built ({_native_error})"
+        if cuda_kernels is None:
+            return "the native module was built without its CUDA kernels: see docs/gpu.md"
+        if not torch.cuda.is_available():
+            return "no CUDA device is here"
+        if torch.version.hip is not None:
+            return "it runs on NVIDIA devices only"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "the device has a compute capability below 8.0"
     return None
 
 

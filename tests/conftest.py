@@ -6,21 +6,36 @@ import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+
+def _file(name: str) -> ModuleType:
+    """A module of this folder by its path: nothing here is importable by name."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).parent / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     # Before anything imports triton: its kernels then run in the interpreter, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
-    _spec = importlib.util.spec_from_file_location("interpreter", Path(__file__).with_name("interpreter.py"))
-    _interpreter = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_interpreter)
-    _interpreter.apply()
+    _file("interpreter.py").apply()
 
-import pyxlbert
-from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+import pyxlbert  # noqa: E402
+from pyxlbert import backends  # noqa: E402
+from pyxlbert.ops._define import OPS  # noqa: E402
+
+# The CUDA kernels run in their emulation, on CPU tensors too; this says why where they do not.
+NO_EMULATION: str | None = None
+if not torch.cuda.is_available():
+    _emulation = _file("emulation/build.py")
+    NO_EMULATION = _emulation.missing()
+    if NO_EMULATION is None:
+        backends.emulate_cuda(_emulation.load())
 
 # Whole files that are quick, and tests of the common suite that are.
 QUICK_FILES = ("test_architecture.py", "test_compare.py")
@@ -61,4 +76,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 text = backends.unavailable(backend) or "no kernel"
             else:
                 text = backends.unavailable(backend) or "deselected"
+                if backend == "cuda" and NO_EMULATION is not None:
+                    text += f"; {NO_EMULATION}"
             terminalreporter.write_line(f"{op:28} {backend:7} {text}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyxlbert import _C
 from pyxlbert.native._tensors import DTYPE
+from pyxlbert.strides import int32
 
 
 def inputs_of(
@@ -72,10 +73,6 @@ def longest(cu_seqlens: Tensor) -> int:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def int32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def in_place(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, rows
+from pyxlbert.native._tensors import DTYPE, refusal
+from pyxlbert.strides import rows
 
 supports = refusal
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, empty_statistics, refusal, row_statistics, rows
+from pyxlbert.native._tensors import DTYPE, refusal, row_statistics
+from pyxlbert.strides import empty_statistics, rows
 
 supports = refusal
 

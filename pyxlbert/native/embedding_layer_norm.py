@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, row_statistics, rows
+from pyxlbert.native._tensors import DTYPE, refusal, row_statistics
+from pyxlbert.strides import rows
 
 
 def supports(*tensors: Tensor | None) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, empty_statistics, refusal, row_statistics, rows
+from pyxlbert.native._tensors import DTYPE, refusal, row_statistics
+from pyxlbert.strides import empty_statistics, rows
 
 supports = refusal
 

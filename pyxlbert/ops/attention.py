@@ -21,6 +21,7 @@ OP = Op(
         "torch": "pyxlbert.reference.attention",
         "cpu": "pyxlbert.native.attention",
         "triton": "pyxlbert.kernels.attention",
+        "cuda": "pyxlbert.cuda.attention",
     },
 )
 

@@ -19,6 +19,7 @@ OP = Op(
         "torch": "pyxlbert.reference.bias_gelu",
         "cpu": "pyxlbert.native.bias_gelu",
         "triton": "pyxlbert.kernels.bias_gelu",
+        "cuda": "pyxlbert.cuda.bias_gelu",
     },
 )
 

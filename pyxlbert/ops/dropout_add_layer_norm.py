@@ -21,6 +21,7 @@ OP = Op(
         "torch": "pyxlbert.reference.dropout_add_layer_norm",
         "cpu": "pyxlbert.native.dropout_add_layer_norm",
         "triton": "pyxlbert.kernels.dropout_add_layer_norm",
+        "cuda": "pyxlbert.cuda.dropout_add_layer_norm",
     },
 )
 

@@ -20,6 +20,7 @@ OP = Op(
         "torch": "pyxlbert.reference.embedding_layer_norm",
         "cpu": "pyxlbert.native.embedding_layer_norm",
         "triton": "pyxlbert.kernels.embedding_layer_norm",
+        "cuda": "pyxlbert.cuda.embedding_layer_norm",
     },
     ids_first=True,
 )

@@ -19,6 +19,7 @@ OP = Op(
         "torch": "pyxlbert.reference.layer_norm",
         "cpu": "pyxlbert.native.layer_norm",
         "triton": "pyxlbert.kernels.layer_norm",
+        "cuda": "pyxlbert.cuda.layer_norm",
     },
 )
 

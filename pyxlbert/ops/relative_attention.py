@@ -24,6 +24,7 @@ OP = Op(
         "torch": "pyxlbert.reference.relative_attention",
         "cpu": "pyxlbert.native.relative_attention",
         "triton": "pyxlbert.kernels.relative_attention",
+        "cuda": "pyxlbert.cuda.relative_attention",
     },
 )
 

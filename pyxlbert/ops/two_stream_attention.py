@@ -22,6 +22,7 @@ OP = Op(
         "torch": "pyxlbert.reference.two_stream_attention",
         "cpu": "pyxlbert.native.two_stream_attention",
         "triton": "pyxlbert.kernels.two_stream_attention",
+        "cuda": "pyxlbert.cuda.two_stream_attention",
     },
 )
 

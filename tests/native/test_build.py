@@ -77,10 +77,40 @@ def test_the_build_says_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch)
     assert [line.split()[2] for line in lines] == list(pyxlbert.backends.NAMES)
     monkeypatch.setenv("PYXLBERT_CUDA", "0")
     assert "PYXLBERT_CUDA=0" in defined["report"]()[-1]
-    for value, words in (("1", "no CUDA kernels"), ("yes", "got 'yes', wanted 0, 1 or auto"), ("", "got ''")):
+    monkeypatch.setattr(defined["nvcc"], "find", lambda: None)
+    for value, words in (("1", "no nvcc"), ("yes", "got 'yes', wanted 0, 1 or auto"), ("", "got ''")):
         monkeypatch.setenv("PYXLBERT_CUDA", value)
         with pytest.raises(SystemExit, match=words):
             defined["cuda_choice"]()
+
+
+def test_cuda_is_built_for_a_torch_of_cuda_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    defined = setup_globals()
+    why = defined["why_no_cuda"]
+    monkeypatch.setattr(defined["nvcc"], "find", lambda: "a toolkit")
+    for choice, version, words in (
+        ("auto", "cuda: Optional[str] = '13.0'\n", None),
+        ("auto", "cuda: Optional[str] = None\n", "not one for CUDA"),
+        ("1", "cuda: Optional[str] = None\n", None),
+        ("0", "cuda: Optional[str] = '13.0'\n", "PYXLBERT_CUDA=0"),
+    ):
+        monkeypatch.setenv("PYXLBERT_CUDA", choice)
+        (tmp_path / "version.py").write_text(version)
+        spec = mock.Mock(origin=str(tmp_path / "__init__.py"))
+        with mock.patch("importlib.util.find_spec", return_value=spec):
+            found = why()
+        assert found is None if words is None else words in found
+
+
+def test_architectures_are_named_as_nvcc_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = setup_globals()["nvcc"]
+    monkeypatch.setenv("PYXLBERT_CUDA_ARCHS", "90a 100+PTX")
+    assert nvcc.gencode(nvcc.wanted()) == (
+        "-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_100,code=compute_100"
+    )
+    monkeypatch.setenv("PYXLBERT_CUDA_ARCHS", "sm_90")
+    with pytest.raises(SystemExit, match="PYXLBERT_CUDA_ARCHS: got 'sm_90'"):
+        nvcc.wanted()
 
 
 def test_kernel_objects_hold_no_weak_symbols() -> None:

@@ -1,0 +1,16 @@
+// attention on CUDA.
+#pragma once
+#include "cuda/attention_arguments.h"
+
+namespace pyxlbert::cuda {
+
+// out and lse of the one stream.
+void launch_attention_fwd(const Attention& a, Stream stream);
+
+// delta, rest, dquery of the one stream, dkey, dvalue, and dbias unless it is null.
+void launch_attention_bwd(const Attention& a, Stream stream);
+
+// The largest head size that the kernels of attention take.
+constexpr int MOST_HEAD_SIZE = 128;
+
+}  // namespace pyxlbert::cuda

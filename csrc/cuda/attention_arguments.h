@@ -1,0 +1,70 @@
+// The arguments of all attention kernels, forward and backward; no CUDA in here.
+#pragma once
+#include "cuda/arguments.h"
+
+namespace pyxlbert::cuda {
+
+// [B, T, H, D], or packed [total, H, D] with a batch stride of 0; the last dimension is contiguous, rows begin at
+// multiples of 16 bytes.
+struct Heads {
+    const void* data;
+    std::int64_t batch, row, head;
+};
+
+// What broadcasts to [B, H, Tq, Tk]; a stride is 0 along what is broadcast.
+struct Scores {
+    const void* data;
+    std::int64_t batch, head, query, key;
+};
+
+// The queries of one stream and what comes of them.
+struct QueryStream {
+    Heads query;
+    int rows;  // of a sequence; packed: at most
+    // int32 [B, rows]: positions in order, and the numbers of their rows; null: row i is at position i.  Rows of
+    // position -1 are left alone.
+    const std::int32_t *positions, *numbers;
+    // int32 [B, rows] or packed, by number; or null.
+    const std::int32_t *rank, *segments;
+    bool see_self;          // row i sees key i + Tk - Tq whatever the masks say
+    bool mask_by_position;  // the mask's row is a query's position and not its number
+    Tag tag;
+    void* out;   // like the query, contiguous
+    float* lse;  // [B, H, rows], packed [H, total]
+    // Backward.
+    Heads dout;
+    float *delta, *rest;       // like lse: sum of dout * out; what lse is short of the logarithm of the weights' sum
+    void* dquery;              // like the query, contiguous
+    void *content, *position;  // relative_attention: the query with either bias, like the query, contiguous
+    float* parts;              // [B * H, windows, 5, D], or null: sums over queries for the biases' gradients
+};
+
+struct Attention {
+    Heads key, value;
+    const std::int32_t *key_lengths, *cu_seqlens;
+    Scores mask;  // bytes
+    Scores bias;
+    DType bias_dtype;
+    int batch, heads, queries, keys;  // of a sequence; packed: at most
+    int head_size;
+    std::int64_t total;  // packed rows, or 0
+    float scale;
+    bool causal;
+    Dropout dropout;
+    DType dtype;
+    // relative_attention: the table [tables, table_rows, H, D]; the others [H, D] and, the last, [2, H, D].
+    Heads table;
+    int tables, table_rows, offset;
+    Parameter content_bias, position_bias, segment_bias, segment_embedding;
+    const std::int32_t *key_rank, *key_segments;  // [B, Tk] or packed, or null
+    bool uniform;                                 // a row without any key averages over all of them
+    int streams;
+    QueryStream stream[2];
+    // Backward.
+    void *dkey, *dvalue;  // contiguous
+    float* dtable;        // [tables, table_rows, H, D]
+    void* dbias;          // in bias's dtype, contiguous, or null
+    std::int64_t dbias_shape[4];
+};
+
+}  // namespace pyxlbert::cuda

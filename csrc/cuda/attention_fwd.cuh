@@ -1,0 +1,409 @@
+// The forward kernel of attention, relative_attention and two_stream_attention: a running softmax over the keys.
+//
+//     a block per (window of queries, head)          keys  j0 --> BN at a time
+//                                    q [M, D]   s = q k^T [M, N]  ->  p  ->  o += p v  [M, D]
+//
+// Keys and values come by cp.async, a tile ahead.  A warp has M times 16 queries: of one stream, so that what it reads
+// of keys and values serves twice; or, of two streams, 16 of each at the same positions.
+//
+// Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 1; attention_lines.cuh for positions.
+#pragma once
+#include "cuda/attention_lines.cuh"
+
+namespace pyxlbert::cuda {
+
+// Tile sizes of kernels that walk the keys.
+//
+// EXTRAS: scores need more than lengths and causality; RELATIVE: there is a table of positions; M: how often a warp has
+// 16 queries.
+template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_>
+struct WalkTile {
+    using T = T_;
+    static constexpr int D = D_, STREAMS = STREAMS_;
+    static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
+    static constexpr bool WIDE = sizeof(T) == 4;
+    static constexpr int WARPS = WIDE && D > 64 ? 2 : 4;
+    static constexpr int M = M_;
+    static constexpr int BN = WIDE && D > 64 ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
+    static constexpr int THREADS = 32 * WARPS;
+    static constexpr int ROWS = 16 * WARPS * M;              // queries of all streams
+    static constexpr int WINDOW = ROWS / STREAMS;            // positions
+    static constexpr int RING = WINDOW + 2 * BN;             // of table rows: those of a tile, and the next's
+    static constexpr int STEP = STREAMS == 2 ? WINDOW : 16;  // rows between a warp's M tiles
+    static constexpr int QUERIES = ROWS * LD<D> * (RELATIVE ? 2 : 1);
+    static constexpr int KEYS = BN * LD<D>;
+    static constexpr std::size_t PLACES = STREAMS * MASKS_SIZE + ROWS * sizeof(Place);
+    static constexpr std::size_t BANDS = RELATIVE ? WARPS * M * Band<BN>::FLOATS * sizeof(float) : 0;
+    static constexpr std::size_t SHARED =
+        PLACES + BANDS + (QUERIES + 4 * KEYS + (RELATIVE ? RING * LD<D> : 0)) * sizeof(T);
+};
+
+// The first row of a warp's queries in the tiles.
+template <class C>
+DEVICE int first_row_of_warp() {
+    return C::STREAMS == 2 ? warp_id() * 16 : warp_id() * 16 * C::M;
+}
+
+// Where a kernel's pieces of shared memory lie.
+template <class C>
+struct Pieces {
+    using T = typename C::T;
+    Masks* masks;  // of each stream
+    Place* places;
+    float* bands;
+    T *content, *position, *keys, *values;
+    Ring<T, C::D, C::RING> ring;
+    DEVICE Pieces() {
+        unsigned char* at = shared_memory();
+        masks = reinterpret_cast<Masks*>(at);
+        places = reinterpret_cast<Place*>(at + C::STREAMS * MASKS_SIZE);
+        bands = reinterpret_cast<float*>(at + C::PLACES);
+        content = reinterpret_cast<T*>(at + C::PLACES + C::BANDS);
+        position = content + (C::RELATIVE ? C::ROWS * LD<C::D> : 0);
+        keys = content + C::QUERIES;
+        values = keys + 2 * C::KEYS;
+        ring.rows = values + 2 * C::KEYS;
+        ring.base = 0;
+    }
+};
+
+// One sequence and head, as a walk over its keys needs it.
+template <class C>
+struct Walk {
+    using T = typename C::T;
+    const T *key, *value, *table;
+    std::int64_t key_stride, value_stride, table_stride;
+    int head_size, readable, table_rows, high;
+    int table_first;  // the table's row for row 0 of the ring at the first key
+    const std::int32_t* hidden;
+
+    DEVICE Walk(const Attention& a, const Sequence& s, const Masks& masks, int b, int h, int first, bool by_number) {
+        key = plane_of<T>(a.key, b, h, s.start);
+        value = plane_of<T>(a.value, b, h, s.start);
+        key_stride = a.key.row;
+        value_stride = a.value.row;
+        head_size = a.head_size;
+        // Where a row without any key averages over all of them, all of them are read.
+        readable = C::EXTRAS && a.uniform ? s.extent : s.keys;
+        hidden = C::EXTRAS && !a.uniform ? masks.key_rank : nullptr;
+        high = readable;
+        if (a.causal && by_number && !(C::EXTRAS && (a.uniform || masks.see_self)))
+            high = min(readable, max(first + C::WINDOW + s.shift, 0));
+        if constexpr (C::RELATIVE) {
+            table = table_of<T>(a, b, h);
+            table_stride = a.table.row;
+            table_rows = a.table_rows;
+            table_first = a.offset - first - C::WINDOW + 1;
+        }
+    }
+    // Asks for the keys and values of tile t, and for the table's rows that it has beyond those of the tile before;
+    // `ring` is as tile t has it.
+    DEVICE void fetch(const Pieces<C>& p, const Ring<T, C::D, C::RING>& ring, int t, bool values = true) const {
+        const int first_j = t * C::BN;
+        load_rows<T, C::D, C::BN, C::THREADS>(p.keys + t % 2 * C::KEYS, key, key_stride, first_j, readable, head_size,
+                                              hidden);
+        if (values)
+            load_rows<T, C::D, C::BN, C::THREADS>(p.values + t % 2 * C::KEYS, value, value_stride, first_j, readable,
+                                                  head_size, hidden);
+        if constexpr (C::RELATIVE) {
+            if (t == 0)
+                load_ring<T, C::D, C::WINDOW, C::THREADS>(ring, 0, table, table_stride, table_first, table_rows,
+                                                          head_size, nullptr);
+            load_ring<T, C::D, C::BN, C::THREADS>(ring, C::WINDOW, table, table_stride,
+                                                  table_first + first_j + C::WINDOW, table_rows, head_size, nullptr);
+        }
+        cp_async_commit();
+    }
+};
+
+// A warp's state from tile to tile.
+template <class C>
+struct Bands {
+    Band<C::BN> band[C::M];
+    bool begun = false;  // the first 16 columns of the bands are there
+    DEVICE explicit Bands(float* bands) {
+#pragma unroll
+        for (int m = 0; m < C::M; ++m) band[m].line0 = bands + (warp_id() * C::M + m) * Band<C::BN>::FLOATS;
+    }
+    DEVICE void skip() {
+        begun = false;
+#pragma unroll
+        for (int m = 0; m < C::M; ++m) band[m].advance();
+    }
+};
+
+// s [M][16, BN]: content's and position's products of a warp's queries and tile t, not scaled.
+template <class C>
+DEVICE void products_of_tile(float (&s)[C::M][C::BN / 8][4], const Pieces<C>& p, int t, Bands<C>& bands) {
+    using T = typename C::T;
+    const int row = first_row_of_warp<C>();
+#pragma unroll
+    for (int m = 0; m < C::M; ++m) clear(s[m]);
+    multiply_rows<T, C::D>(s, p.content + row * LD<C::D>, C::STEP * LD<C::D>, p.keys + t % 2 * C::KEYS);
+    if constexpr (C::RELATIVE) {
+        const int y = C::WINDOW - 16 - warp_id() * 16;
+#pragma unroll
+        for (int m = 0; m < C::M; ++m) {
+            const T* left = p.position + (row + m * C::STEP) * LD<C::D>;
+            if (!bands.begun) band_products<T, C::D, 2>(bands.band[m], 0, left, p.ring, y);
+            band_products<T, C::D, C::BN / 8>(bands.band[m], 16, left, p.ring, y);
+        }
+        bands.begun = true;
+        __syncwarp();
+        const int g = lane_id() / 4, column = lane_id() % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < C::M; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int line = g + half * 8;
+                const int shift = 15 - (p.places[row + m * C::STEP + line].position & 15);
+#pragma unroll
+                for (int n = 0; n < C::BN / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        s[m][n][half * 2 + e] += bands.band[m].read(line, n * 8 + column + e + shift);
+            }
+            bands.band[m].advance();
+        }
+        __syncwarp();
+    }
+}
+
+// What a thread knows of its queries: lines l / 4 and l / 4 + 8 of each tile.
+template <class C>
+struct Lines {
+    Line line[C::M][2];
+    const Masks* masks;
+    int lowest, highest;  // numbers of the warp's queries without positions: the first, and the last
+    DEVICE const Masks& of(int m) const { return masks[C::STREAMS == 2 ? m : 0]; }
+};
+
+template <class C>
+DEVICE Lines<C> lines_of(const Attention& a, const Sequence& s, const Masks* masks, const Place* places, int b) {
+    Lines<C> lines;
+    lines.masks = masks;
+    const int row = first_row_of_warp<C>();
+#pragma unroll
+    for (int m = 0; m < C::M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            lines.line[m][half] = line_of<C::EXTRAS>(a, a.stream[C::STREAMS == 2 ? m : 0], s, b,
+                                                     places[row + m * C::STEP + lane_id() / 4 + half * 8]);
+    lines.lowest = places[row].position;
+    lines.highest = lines.lowest + 16 * (C::STREAMS == 2 ? 1 : C::M) - 1;
+    return lines;
+}
+
+// Whether a warp has anything to do with the keys from first_j on.
+template <class C>
+DEVICE bool tile_matters(const Lines<C>& lines, int first_j, bool by_number) {
+    const Masks& masks = lines.masks[0];
+    if (!(C::EXTRAS && (masks.uniform || masks.see_self)) && masks.causal && by_number &&
+        first_j > lines.highest + masks.shift)
+        return false;
+    if constexpr (C::EXTRAS) {
+        if (masks.uniform || (masks.mask == nullptr && masks.key_rank == nullptr)) return true;
+        bool some = false;
+#pragma unroll
+        for (int m = 0; m < C::M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < C::BN / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        some = some ||
+                               allowed<true>(lines.of(m), lines.line[m][half], first_j + n * 8 + lane_id() % 4 * 2 + e);
+        return __any_sync(0xffffffffu, some);
+    }
+    return true;
+}
+
+// Products as scores; -inf where nothing may be attended.  Without EXTRAS whole tiles need a factor only.
+template <class C>
+DEVICE void finish(float (&s)[C::M][C::BN / 8][4], const Lines<C>& lines, int first_j, bool by_number) {
+    const Masks& masks = lines.masks[0];
+    const bool edge = C::EXTRAS || first_j + C::BN > masks.keys ||
+                      (masks.causal && (!by_number || first_j + C::BN - 1 > lines.lowest + masks.shift));
+#pragma unroll
+    for (int m = 0; m < C::M; ++m)
+#pragma unroll
+        for (int n = 0; n < C::BN / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int j = first_j + n * 8 + lane_id() % 4 * 2 + (e & 1);
+                s[m][n][e] = edge ? score_of<C::EXTRAS>(lines.of(m), lines.line[m][e / 2], j, s[m][n][e])
+                                  : __fmul_rn(s[m][n][e], masks.scale);
+            }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_constant__ Attention a) {
+    using T = typename C::T;
+    constexpr int D = C::D, M = C::M, N = C::BN / 8;
+    Pieces<C> p;
+    int windows = 1;
+#pragma unroll
+    for (int n = 0; n < C::STREAMS; ++n) windows = max(windows, windows_of(a, a.stream[n], C::WINDOW));
+    const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
+    // Causal: the windows with the most keys first.
+    const int window = static_cast<int>(blockIdx.x) % windows,
+              first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+    const Sequence s = sequence_of(a, b);
+    bool empty = true;
+#pragma unroll
+    for (int n = 0; n < C::STREAMS; ++n) empty = empty && is_empty<C::WINDOW>(a.stream[n], s, b, first);
+    if (empty) return;
+    const bool by_number = a.stream[0].positions == nullptr;
+    if (threadIdx.x < C::STREAMS) p.masks[threadIdx.x] = masks_of(a, a.stream[threadIdx.x], s, b, h);
+    for (int pass = 0;; ++pass) {
+        bool more = false;
+#pragma unroll
+        for (int n = 0; n < C::STREAMS; ++n)
+            more = find_places<C::WINDOW, C::THREADS>(a.stream[n], s, b, first, pass, p.places + n * C::WINDOW) || more;
+        if constexpr (C::RELATIVE)
+            more = __syncthreads_or(more);
+        else
+            __syncthreads();
+#pragma unroll
+        for (int n = 0; n < C::STREAMS; ++n) {
+            const T* query = plane_of<T>(a.stream[n].query, b, h, s.start);
+            Place* places = p.places + n * C::WINDOW;
+            if constexpr (C::RELATIVE) {
+                load_biased<T, D, C::WINDOW, C::THREADS>(p.content + n * C::WINDOW * LD<D>,
+                                                         p.position + n * C::WINDOW * LD<D>, a, query,
+                                                         a.stream[n].query.row, places, h);
+                if (C::EXTRAS && a.key_segments != nullptr)
+                    segment_products<T, C::WINDOW, C::WARPS>(a, query, a.stream[n].query.row, places, h);
+            } else {
+                load_places<T, D, C::ROWS, C::THREADS>(p.content, query, a.stream[n].query.row, places, a.head_size,
+                                                       false);
+            }
+        }
+        __syncthreads();
+        const Lines<C> lines = lines_of<C>(a, s, p.masks, p.places, b);
+        const Walk<C> walk(a, s, lines.masks[0], b, h, first, by_number);
+        const int tiles = ceil_div(walk.high, C::BN);
+        float o[M][D / 8][4], top[M][2], weight[M][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            clear(o[m]);
+            top[m][0] = top[m][1] = -INFINITY_;
+            weight[m][0] = weight[m][1] = 0.0f;
+        }
+        Bands<C> bands(p.bands);
+        p.ring.base = 0;
+        walk.fetch(p, p.ring, 0);
+        for (int t = 0; t < tiles; ++t) {
+            cp_async_wait<0>();
+            __syncthreads();
+            Ring<T, D, C::RING> next = p.ring;
+            next.move(C::BN);
+            if (t + 1 < tiles) walk.fetch(p, next, t + 1);
+            const int first_j = t * C::BN;
+            if (tile_matters<C>(lines, first_j, by_number)) {
+                float c[M][N][4];
+                products_of_tile<C>(c, p, t, bands);
+                finish<C>(c, lines, first_j, by_number);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float above = top[m][half];
+#pragma unroll
+                        for (int n = 0; n < N; ++n)
+                            above = fmaxf(above, fmaxf(c[m][n][half * 2], c[m][n][half * 2 + 1]));
+                        above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
+                        above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
+                        // A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
+                        const float level = above == -INFINITY_ ? 0.0f : above;
+                        const float less = exp_of_difference(top[m][half], level);
+                        top[m][half] = above;
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int n = 0; n < N; ++n)
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) {
+                                float& x = c[m][n][half * 2 + e];
+                                x = exp_of_difference(x, level);
+                                sum += x;
+                            }
+                        weight[m][half] = weight[m][half] * less + sum;
+#pragma unroll
+                        for (int d = 0; d < D / 8; ++d) {
+                            o[m][d][half * 2] *= less;
+                            o[m][d][half * 2 + 1] *= less;
+                        }
+                    }
+                    if (C::EXTRAS && lines.of(m).drops) {
+                        const std::uint32_t bits =
+                            kept_bits<N>(lines.of(m), lines.line[m][0].number, lines.line[m][1].number, first_j);
+#pragma unroll
+                        for (int n = 0; n < N; ++n)
+#pragma unroll
+                            for (int e = 0; e < 4; ++e)
+                                if ((bits >> (4 * n + e) & 1) == 0) c[m][n][e] = 0.0f;
+                    }
+                    multiply_scores<T, D>(o[m], c[m], p.values + t % 2 * C::KEYS);
+                }
+            } else {
+                bands.skip();
+            }
+            p.ring = next;
+        }
+        cp_async_wait<0>();
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            const QueryStream& stream = a.stream[C::STREAMS == 2 ? m : 0];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int number = lines.line[m][half].number;
+                float sum = weight[m][half];
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                if (number < 0) continue;
+                // A NaN among the scores is one in the weights.
+                const bool bad = s.wrong || sum != sum, some = sum > 0.0f;
+                const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
+                T* out = static_cast<T*>(stream.out) + result_row(a, b, h, s.start, stream.rows, number) * a.head_size +
+                         lane_id() % 4 * 2;
+#pragma unroll
+                for (int d = 0; d < D / 8; ++d) {
+                    if (d * 8 >= a.head_size) break;
+                    // Zeros, and not what a masked row's zeros times infinity would be.
+                    store_pair(out + d * 8, bad || some ? o[m][d][half * 2] * factor : 0.0f,
+                               bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
+                }
+                if (lane_id() % 4 == 0)
+                    stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = sum != sum ? sum
+                                                                                        : some
+                                                                                            ? top[m][half] + logf(sum)
+                                                                                            : INFINITY_;
+            }
+        }
+        if (!more) return;
+        __syncthreads();
+    }
+}
+
+// Starts the kernel for head sizes up to D.
+template <class T, int D, bool RELATIVE, int STREAMS>
+void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
+    auto run = [&](auto extra) {
+        constexpr bool EXTRAS = decltype(extra)::value;
+        // Masks and a second tile of queries together would not fit the registers.
+        using C = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, RELATIVE ? STREAMS : sizeof(T) == 4 || EXTRAS ? 1 : 2>;
+        std::int64_t windows = 1;
+        for (int n = 0; n < STREAMS; ++n) {
+            const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);
+            windows = more > windows ? more : windows;
+        }
+        launch(attention_fwd<C>, grid_of(windows * a.batch * a.heads), C::THREADS, C::SHARED, stream, a);
+    };
+    if (extras)
+        run(std::true_type());
+    else
+        run(std::false_type());
+}
+
+}  // namespace pyxlbert::cuda

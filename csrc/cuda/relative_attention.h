@@ -1,0 +1,24 @@
+// relative_attention on CUDA.
+#pragma once
+#include "cuda/attention_arguments.h"
+
+namespace pyxlbert::cuda {
+
+// out and lse of the one stream; rows of a stream with positions that are at none are left alone.
+void launch_relative_attention_fwd(const Attention& a, Stream stream);
+
+// Of one stream or two: delta, rest, content, position, dquery and parts of each; dkey, dvalue and dtable of both.
+void launch_relative_attention_bwd(const Attention& a, Stream stream);
+
+// How many windows of queries `parts` has, for a stream of so many rows, or for positions up to `offset`.
+std::int64_t windows_of_parts(const Attention& a, int stream);
+
+// Whether scores need more than lengths and causality.
+inline bool has_relative_extras(const Attention& a) {
+    bool extras = a.mask.data != nullptr || a.dropout.seed != nullptr || a.key_rank != nullptr ||
+                  a.key_segments != nullptr || a.uniform;
+    for (int n = 0; n < a.streams; ++n) extras = extras || a.stream[n].see_self;
+    return extras;
+}
+
+}  // namespace pyxlbert::cuda

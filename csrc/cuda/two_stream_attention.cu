@@ -1,0 +1,17 @@
+// two_stream_attention: one launch for both streams.  A block takes a window of positions, and of each stream the
+// queries that stand there: they meet the same tiles of keys and values, and the same band of the table.
+#include "cuda/two_stream_attention.h"
+
+#include "cuda/attention_fwd.cuh"
+#include "cuda/head_sizes.cuh"
+#include "cuda/relative_attention.h"
+
+namespace pyxlbert::cuda {
+
+void launch_two_stream_attention_fwd(const Attention& a, Stream stream) {
+    with_head_size(a, [&](auto kind, auto size) {
+        launch_attention_fwd_of<decltype(kind), decltype(size)::value, true, 2>(a, has_relative_extras(a), stream);
+    });
+}
+
+}  // namespace pyxlbert::cuda

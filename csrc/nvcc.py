@@ -1,0 +1,81 @@
+"""Where nvcc is and how it is called: for setup.py, for the compile checks and for the emulation, which needs headers.
+
+A file of its own and not of the package, since setup.py runs before there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+# What is built where nothing else is asked for: one entry of PYXLBERT_CUDA_ARCHS each, "+PTX" for what a later device
+# compiles itself.
+ARCHITECTURES = ("80", "90a", "100", "100+PTX")
+FLAGS = (
+    "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden,-Wall "
+    "-Xptxas=-v -Xfatbin=-compress-all --threads=0"
+)
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit: the compiler, its headers, the static runtime."""
+
+    nvcc: str
+    include: Path
+    cudart: Path
+
+
+@functools.cache
+def find() -> Toolkit | None:
+    """The toolkit of NVCC, of CUDA_HOME or of the nvcc on the path; None where there is none."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else None) or shutil.which("nvcc")
+    if nvcc is None and Path("/usr/local/cuda/bin/nvcc").exists():
+        nvcc = "/usr/local/cuda/bin/nvcc"
+    if nvcc is None:
+        return None
+    # nvcc may be a script that calls another: it says itself where it is at home.
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        return None
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    if top is None:
+        return None
+    root = Path(top[1]).resolve()
+    for base in (root / "targets" / "x86_64-linux", root):
+        libraries = [base / name / "libcudart_static.a" for name in ("lib64", "lib")]
+        found = [library for library in libraries if library.exists()]
+        if found and (base / "include" / "cuda_runtime.h").exists():
+            return Toolkit(nvcc, base / "include", found[0])
+    return None
+
+
+def gencode(architectures: tuple[str, ...]) -> str:
+    """nvcc's options for these: "90a" is machine code for sm_90a, "100+PTX" intermediate code."""
+    options = []
+    for one in architectures:
+        number, _, ptx = one.partition("+")
+        kind = f"compute_{number}" if ptx else f"sm_{number}"
+        options.append(f"-gencode=arch=compute_{number},code={kind}")
+    return " ".join(options)
+
+
+def wanted() -> tuple[str, ...]:
+    """The architectures of PYXLBERT_CUDA_ARCHS, or all.
+
+    Raises:
+        SystemExit: one is not like "80", "90a" or "100+PTX".
+    """
+    named = os.environ.get("PYXLBERT_CUDA_ARCHS")
+    found = ARCHITECTURES if named is None else tuple(named.split())
+    for one in found:
+        if not re.fullmatch(r"\d+[af]?(\+PTX)?", one):
+            raise SystemExit(f"pyxlbert: PYXLBERT_CUDA_ARCHS: got {one!r}, wanted some of {' '.join(ARCHITECTURES)}")
+    return found

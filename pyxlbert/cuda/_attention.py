@@ -1,0 +1,105 @@
+"""What the CUDA glue of the attention ops shares: one call as addresses, strides and sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxlbert import backends
+from pyxlbert.cuda._launch import DTYPE, address, dtype_of, refusal
+from pyxlbert.strides import int32
+
+# Tags of the dropout bits: enum Tag of csrc/cuda/arguments.h.
+ATTENTION, RELATIVE_ATTENTION, QUERY_STREAM = 1, 2, 3
+
+Strides = tuple[int, ...]
+
+
+def refusal_of_heads(*tensors: Tensor | None) -> str | None:
+    """The `supports` of the attention ops: the first tensor's head size is bounded."""
+    head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
+    if head_size > backends.cuda_kernels.MOST_HEAD_SIZE:
+        return f"it takes head sizes of at most {backends.cuda_kernels.MOST_HEAD_SIZE}, not {head_size}"
+    return refusal(*tensors)
+
+
+def in_place(x: Tensor) -> Tensor:
+    """x itself where its rows of D adjacent elements begin at multiples of 16 bytes, else a copy in which they do."""
+    each = 16 // x.element_size()
+    *outer, columns = x.stride()
+    sizes = x.shape
+    adjacent = columns == 1 or sizes[-1] == 1
+    vectors = all(stride % each == 0 or size == 1 for stride, size in zip(outer, sizes, strict=False))
+    if adjacent and vectors and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, row, head) of `[B, T, H, D]`, or of packed `[total, H, D]`, whose batch stride is 0."""
+    found = x.stride()
+    return found[:3] if len(found) == 4 else (0, found[0], found[1])
+
+
+def scores(x: Tensor | None) -> tuple[int, Strides]:
+    """The address of a mask or bias and its strides, 0 along broadcast dimensions."""
+    if x is None:
+        return 0, (0, 0, 0, 0)
+    return x.data_ptr(), tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def padded(x: Tensor, columns: int) -> Tensor:
+    """x `[..., D]` with zeros up to so many columns."""
+    return x if x.shape[-1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[-1]))
+
+
+def whole_vectors(head_size: int) -> int:
+    """The head size that kernels see: the next multiple of 8."""
+    return -(-head_size // 8) * 8
+
+
+def statistics_of(query: Tensor) -> Tensor:
+    """float32 `[B, H, Tq]` (packed: `[H, total]`), not initialised."""
+    *first, rows, heads, _ = query.shape
+    return torch.empty((*first, heads, rows), dtype=torch.float32, device=query.device)
+
+
+def description(
+    streams: list[Any],
+    shape: tuple[int, ...],
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Any, list[Tensor | None]]:
+    """The native description of a call, and the tensors that must live as long as it does.
+
+    Args:
+        streams: native descriptions of the queries.
+        shape: of the first stream's query, padded.
+        key, value: as `in_place` and `padded` give them.
+    """
+    heads, head_size = shape[-2:]
+    if cu_seqlens is None:
+        batch, queries, keys, total = shape[0], shape[1], key.shape[1], 0
+    else:
+        batch, total = cu_seqlens.shape[0] - 1, shape[0]
+        queries = keys = max_seqlen
+    key_lengths, cu_seqlens = int32(key_lengths), int32(cu_seqlens)
+    call = backends.cuda_kernels.Attention(
+        streams,
+        *(key.data_ptr(), strides(key), value.data_ptr(), strides(value)),
+        *(address(key_lengths), address(cu_seqlens), *scores(attention_mask), *scores(bias), dtype_of(bias)),
+        *((batch, heads, queries, keys, head_size), total, scale, causal),
+        *(address(seed), dropout_p, DTYPE[key.dtype]),
+    )
+    return call, [key, value, key_lengths, cu_seqlens, attention_mask, bias, seed]

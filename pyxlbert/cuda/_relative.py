@@ -1,0 +1,199 @@
+"""What the CUDA glue of relative_attention and two_stream_attention shares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyxlbert import backends
+from pyxlbert.cuda._attention import description, in_place, padded, statistics_of, strides, whole_vectors
+from pyxlbert.cuda._launch import address, dtype_of, launch
+from pyxlbert.strides import int32
+
+# The gradients that streams share, in the order of the ops' results.
+SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
+
+
+class Shared(NamedTuple):
+    """What all streams of a call share."""
+
+    key: Tensor
+    value: Tensor
+    table: Tensor
+    offset: int
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # content, position, segment, embedding
+    key_segments: Tensor | None
+    key_lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    key_rank: Tensor | None
+    mask: Tensor | None
+    causal: bool
+    uniform: bool
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class Stream(NamedTuple):
+    """The queries of one stream.
+
+    Attributes:
+        query: `[B, T, H, D]` or packed.
+        segments, rank: `[B, T]` or packed, or None.
+        positions: `[B, T]`, -1 for a row without one; None: a row's own number.
+        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
+        mask_by_position: whether the mask's row is a query's position and not its number.
+        tag: of the dropout bits.
+    """
+
+    query: Tensor
+    segments: Tensor | None
+    positions: Tensor | None
+    rank: Tensor | None
+    see_self: bool
+    mask_by_position: bool
+    tag: int
+
+
+class _Call:
+    """Streams and what they share, as the kernels take them; keeps alive what it names."""
+
+    def __init__(self, shared: Shared, streams: list[Stream], outs: list[Tensor], statistics: list[Tensor]) -> None:
+        query = streams[0].query
+        self.columns = whole_vectors(query.shape[-1])
+        self.keep: list[Any] = [shared, streams, outs, statistics]
+        self.key, self.value = (in_place(padded(x, self.columns)) for x in (shared.key, shared.value))
+        self.streams = [
+            self._stream(shared, stream, out, lse) for stream, out, lse in zip(streams, outs, statistics, strict=True)
+        ]
+        self.shared = shared
+
+    def build(self) -> Any:
+        """The native description, with the streams as they are now."""
+        shared, query = self.shared, self.keep[1][0].query
+        call, keep = description(
+            self.streams,
+            (*query.shape[:-1], self.columns),
+            *(self.key, self.value, shared.key_lengths, shared.cu_seqlens, shared.max_seqlen, shared.mask, None),
+            *(shared.causal, shared.scale, shared.dropout_p, shared.seed),
+        )
+        table = in_place(padded(shared.table.to(query.dtype), self.columns))
+        tables = table.shape[0] if table.dim() == 4 else 1
+        biases = [None if x is None else in_place(padded(x, self.columns)).contiguous() for x in shared.biases]
+        numbers = [int32(shared.key_rank), int32(shared.key_segments)]
+        call.table(
+            *(table.data_ptr(), strides(table), tables, table.shape[-3], shared.offset),
+            *(value for x in biases for value in (address(x), dtype_of(x))),
+            *(address(numbers[0]), address(numbers[1]), shared.uniform),
+        )
+        self.keep += [call, keep, table, biases, numbers]
+        return call
+
+    def _stream(self, shared: Shared, stream: Stream, out: Tensor, lse: Tensor) -> Any:
+        query = in_place(padded(stream.query, self.columns))
+        positions, numbers = int32(stream.positions), None
+        if positions is not None:
+            positions, numbers = positions.sort(dim=1, stable=True)
+            numbers = int32(numbers)
+        rank, segments = int32(stream.rank), int32(stream.segments)
+        self.keep += [query, positions, numbers, rank, segments]
+        rows = query.shape[-3] if shared.cu_seqlens is None else shared.max_seqlen
+        return backends.cuda_kernels.QueryStream(
+            *(query.data_ptr(), strides(query), rows, address(positions), address(numbers)),
+            *(address(rank), address(segments), stream.see_self, stream.mask_by_position, stream.tag),
+            *(out.data_ptr(), lse.data_ptr()),
+        )
+
+
+def forward(op: str, shared: Shared, streams: list[Stream]) -> list[tuple[Tensor, Tensor]]:
+    """out like its query and lse `[B, H, T]`, packed `[H, total]`, of each stream."""
+    found = [_results(shared, stream) for stream in streams]
+    if any(lse.numel() for _, lse in found):
+        call = _Call(shared, streams, *map(list, zip(*found, strict=True)))
+        launch(f"{op}_fwd", shared.key.device, call.build())
+    return [
+        (out if out.shape == stream.query.shape else out[..., : stream.query.shape[-1]].contiguous(), lse)
+        for stream, (out, lse) in zip(streams, found, strict=True)
+    ]
+
+
+def _results(shared: Shared, stream: Stream) -> tuple[Tensor, Tensor]:
+    """out and lse; those of rows without a position, or of one that the table does not reach, as they are to be."""
+    query, positions = stream.query, stream.positions
+    out = query.new_empty((*query.shape[:-1], whole_vectors(query.shape[-1])))
+    lse = statistics_of(query)
+    if positions is not None:
+        far = positions > shared.offset
+        out.zero_().masked_fill_(far[:, :, None, None], float("nan"))
+        lse.fill_(float("inf")).masked_fill_(far[:, None, :], float("nan"))
+    return out, lse
+
+
+def backward(
+    shared: Shared, streams: list[Stream], results: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients of each stream's query, and by name those of what streams share: of table and biases in float32.
+
+    Args:
+        results: dout, out and lse of each stream.
+    """
+    query = streams[0].query
+    heads, head_size = query.shape[-2:]
+    columns, device = whole_vectors(head_size), query.device
+    lses = [lse.contiguous() for _, _, lse in results]
+    outs = [in_place(padded(out, columns)).contiguous() for _, out, _ in results]
+    tables = shared.table.shape[0] if shared.table.dim() == 4 else 1
+    dqueries = [torch.zeros_like(out) if s.positions is not None else torch.empty_like(out)
+                for s, out in zip(streams, outs, strict=True)]  # fmt: skip
+    dkey, dvalue = (x.new_empty((*x.shape[:-1], columns)) for x in (shared.key, shared.value))
+    dtable = torch.empty(tables, shared.table.shape[-3], heads, columns, dtype=torch.float32, device=device)
+    if all(lse.numel() == 0 for lse in lses) or shared.key.numel() == 0:
+        for x in (*dqueries, dkey, dvalue, dtable):
+            x.zero_()
+        sums = torch.zeros(heads, 5, columns, device=device)
+        return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
+    call = _Call(shared, streams, outs, lses)
+    planned = call.build()
+    parts = []
+    for n, (stream, (dout, _, _), lse) in enumerate(zip(call.streams, results, lses, strict=True)):
+        dout = in_place(padded(dout, columns))
+        workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
+        windows = backends.cuda_kernels.windows_of_parts(planned, n)
+        planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
+        parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
+        delta, rest, content, position = (x.data_ptr() for x in workspace)
+        stream.gradients(
+            *(dout.data_ptr(), strides(dout), delta, rest, dqueries[n].data_ptr(), content, position),
+            parts[n].data_ptr(),
+        )
+        call.keep += [dout, workspace]
+    planned = call.build()
+    planned.gradients(dkey.data_ptr(), dvalue.data_ptr(), dtable.data_ptr(), 0, (0, 0, 0, 0))
+    launch("relative_attention_bwd", device, planned)
+    sums = sum(part.view(planes // heads, heads, *part.shape[1:]).sum((0, 2)) for part in parts)
+    return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
+
+
+def _cut(tensors: list[Tensor], head_size: int) -> list[Tensor]:
+    return [x if x.shape[-1] == head_size else x[..., :head_size].contiguous() for x in tensors]
+
+
+def _shared(dkey: Tensor, dvalue: Tensor, dtable: Tensor, sums: Tensor, head_size: int) -> dict[str, Tensor]:
+    dkey, dvalue, dtable, sums = _cut([dkey, dvalue, dtable, sums], head_size)
+    # Each a tensor of its own: what an op returns shares no memory.
+    content, position, segment, same, different = (
+        x.clone(memory_format=torch.contiguous_format) for x in sums.unbind(1)
+    )
+    found = (dkey, dvalue, dtable, content, position, segment, torch.stack([same, different]))
+    return dict(zip(SHARED, found, strict=True))
+
+
+def asked(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients in the order of `tensors`, each shaped and rounded as its own; empty where it is not needed."""
+    return tuple(
+        gradient.view(tensor.shape).to(tensor.dtype) if need and tensor is not None else tensors[0].new_empty(0)
+        for gradient, tensor, need in zip(found.values(), tensors, needs, strict=True)
+    )

@@ -1,0 +1,109 @@
+"""Builds the emulation, csrc/cuda by g++, and loads it.
+
+Objects are kept in build/emulation and made again only where a source has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "emulation"
+# The processor's level is that of every machine of the last ten years; nothing is contracted, as in nvcc's flags.
+FLAGS = (
+    "-std=c++20 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra "
+    "-Wno-unknown-pragmas -Wno-class-memaccess -DPYXLBERT_EMULATE -DPYXLBERT_FEW_SIZES"
+)
+
+
+def _file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = _file(ROOT / "csrc" / "nvcc.py")
+
+
+def missing() -> str | None:
+    """Why the emulation cannot be built here, or None."""
+    if nvcc.find() is None:
+        return "the emulation of CUDA needs nvcc's headers, and no nvcc is here"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "the emulation of CUDA needs g++"
+    return None
+
+
+def build(folder: Path = BUILD, sources: Path = ROOT / "csrc", options: str = "", threads: int | None = None) -> Path:
+    """The module's file, built where it is not up to date.
+
+    Args:
+        folder: of the objects and the module.
+        sources: a copy of csrc, where tests plant a bug.
+        options: more of the compiler's.
+        threads: how many compilers at a time.
+
+    Raises:
+        RuntimeError: something does not compile.
+    """
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    include = f"-I{sources} -I{HERE} -isystem {nvcc.find().include}"
+    python = (
+        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} "
+        f"-isystem {sysconfig.get_path('platinclude')} -O1"
+    )
+    output = folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $in -o $out $flags",
+    ]
+    objects = []
+    for source in sorted([*(sources / "cuda").glob("*.cu"), *HERE.glob("*.cpp"), *(sources / "cuda").glob("*.cpp")]):
+        objects.append(f"{source.stem}{source.suffix}.o")
+        more = python if source.name in ("module.cpp", "bindings.cpp") else ""
+        lines += [
+            f"build {objects[-1]}: compile {source}",
+            f"  flags = {FLAGS} {options} {include} {more}",
+        ]
+    lines += [f"build {output}: link {' '.join(objects)}", f"  flags = -shared -fopenmp {options}", ""]
+    with open(folder / "lock", "w") as lock:
+        # Processes of one test run start together.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script = folder / "build.ninja"
+        text = "\n".join(lines)
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        beside_python = Path(sys.executable).parent / "ninja"
+        ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
+        command = [ninja, "-C", str(folder), "--quiet", f"-j{threads or os.cpu_count() or 1}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulation does not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    return output
+
+
+def load(path: Path | None = None) -> ModuleType:
+    """The module of the emulated kernels, built first unless a file is named."""
+    path = path or build()
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,4 @@
+// The CUDA kernels compiled for the CPU, as a Python module with the functions of pyxlbert._C.cuda.
+#include "cuda/bindings.h"
+
+PYBIND11_MODULE(_emulated, m) { pyxlbert::cuda::bind(m); }
