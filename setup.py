@@ -110,9 +110,9 @@ def ninja_file(output: Path) -> str:
             "  deps = gcc",
             "  description = nvcc $out",
         ]
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            objects.append(f"cuda/{source.stem}.o")
-            options = f"{nvcc.FLAGS} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
+        for source, name, more in nvcc.units(ROOT / "csrc" / "cuda"):
+            objects.append(f"cuda/{name}.o")
+            options = f"{nvcc.FLAGS} {more} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
             lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {options}"]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
             objects.append(f"cuda/{source.stem}.o")

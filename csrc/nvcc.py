@@ -22,6 +22,11 @@ FLAGS = (
 )
 
 
+# Files that are compiled once per element type, with PYXLBERT_ELEMENT.
+BY_ELEMENT = ("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention")
+ELEMENTS = ("float", "bfloat16", "float16")
+
+
 class Toolkit(NamedTuple):
     """A CUDA toolkit: the compiler, its headers, the static runtime."""
 
@@ -55,6 +60,17 @@ def find() -> Toolkit | None:
         if found and (base / "include" / "cuda_runtime.h").exists():
             return Toolkit(nvcc, base / "include", found[0])
     return None
+
+
+def units(folder: Path) -> list[tuple[Path, str, str]]:
+    """What is compiled of a folder's .cu files: the file, the object's name without suffix, the compiler's options."""
+    found = []
+    for source in sorted(folder.glob("*.cu")):
+        if source.stem in BY_ELEMENT:
+            found += [(source, f"{source.stem}.{one}", f"-DPYXLBERT_ELEMENT={one}") for one in ELEMENTS]
+        else:
+            found.append((source, source.stem, ""))
+    return found
 
 
 def gencode(architectures: tuple[str, ...]) -> str:

@@ -1350,8 +1350,8 @@ def _bwd_queries(
                 heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         if key_segments is not None:
-            # A row's gradients are p (dp - delta) and their sum is 0: what is found instead is the error of delta, a sum
-            # over rounded results, times the weights.
+            # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a
+            # sum over rounded results, times the weights.
             g_same -= g_total * (1.0 - other_weight)
             g_different -= g_total * other_weight
         same_vector = load_vector(segment_embedding, h, D, BLOCK_D)[None, :]

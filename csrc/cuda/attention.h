@@ -10,6 +10,11 @@ void launch_attention_fwd(const Attention& a, Stream stream);
 // delta, rest, dquery of the one stream, dkey, dvalue, and dbias unless it is null.
 void launch_attention_bwd(const Attention& a, Stream stream);
 
+// Whether scores need more than lengths and causality.
+inline bool has_extras(const Attention& a) {
+    return a.mask.data != nullptr || a.bias.data != nullptr || a.dropout.seed != nullptr;
+}
+
 // The largest head size that the kernels of attention take.
 constexpr int MOST_HEAD_SIZE = 128;
 

@@ -67,4 +67,12 @@ struct Attention {
     std::int64_t dbias_shape[4];
 };
 
+// A call with one of its streams alone.
+inline Attention alone(const Attention& a, int stream) {
+    Attention one = a;
+    one.streams = 1;
+    one.stream[0] = a.stream[stream];
+    return one;
+}
+
 }  // namespace pyxlbert::cuda

@@ -57,9 +57,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
     const std::int64_t statistics = statistics_at(a, b, h, s.start, stream.rows);
     const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
     if (is_empty<C::WINDOW>(stream, s, b, first)) return;
-    if (threadIdx.x == 0) p.masks[0] = masks_of(a, stream, s, b, h);
+    if (threadIdx.x == 0) {
+        p.masks[0] = masks_of(a, stream, s, b, h);
+        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+    }
     for (int pass = 0;; ++pass) {
-        bool more = find_places<C::WINDOW, C::THREADS>(stream, s, b, first, pass, p.places);
+        bool more = find_places<C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
         more = __syncthreads_or(more);
         const T* dout = plane_of<T>(stream.dout, b, h, s.start);
         const T* out = like_query<T>(a, stream, stream.out, b, h, s.start);
@@ -107,19 +110,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
             if constexpr (!C::RELATIVE)
                 load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size,
                                                        false);
-            const Lines<C> lines = lines_of<C>(a, s, p.masks, p.places, b);
-            const Walk<C> walk(a, s, p.masks[0], b, h, first, by_number);
-            const int tiles = ceil_div(walk.high, C::BN), row = first_row_of_warp<C>();
+            const Lines<C> lines = lines_of<C>(p);
+            const int tiles = ceil_div(p.walk->high, C::BN), row = first_row_of_warp<C>();
             float sum[C::M][2] = {};
             Bands<C> bands(p.bands);
             p.ring.base = 0;
-            walk.fetch(p, p.ring, 0, false);
+            fetch<C>(p, p.ring, 0, false);
             for (int t = 0; t < tiles; ++t) {
                 cp_async_wait<0>();
                 __syncthreads();
                 Ring<T, D, C::RING> next = p.ring;
                 next.move(C::BN);
-                if (t + 1 < tiles) walk.fetch(p, next, t + 1, false);
+                if (t + 1 < tiles) fetch<C>(p, next, t + 1, false);
                 if (tile_matters<C>(lines, t * C::BN, by_number)) {
                     float c[C::M][N][4];
                     products_of_tile<C>(c, p, t, bands);
@@ -235,9 +237,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             parts[n] = 0.0f;
         return;
     }
-    if (threadIdx.x == 0) p.masks[0] = masks_of(a, stream, s, b, h);
+    if (threadIdx.x == 0) {
+        p.masks[0] = masks_of(a, stream, s, b, h);
+        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+    }
     for (int pass = 0;; ++pass) {
-        bool more = find_places<C::WINDOW, C::THREADS>(stream, s, b, first, pass, p.places);
+        bool more = find_places<C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
         find_statistics<C::ROWS, C::THREADS>(a, stream, s, b, h, p.places);
         more = __syncthreads_or(more);
         const T* query = plane_of<T>(stream.query, b, h, s.start);
@@ -255,24 +260,23 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         }
         load_places<T, D, C::ROWS, C::THREADS>(douts, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row,
                                                p.places, a.head_size, true);
-        const Lines<C> lines = lines_of<C>(a, s, p.masks, p.places, b);
-        const Walk<C> walk(a, s, p.masks[0], b, h, first, by_number);
-        const int tiles = ceil_div(walk.high, C::BN);
-        float content[D / 8][4], position[C::RELATIVE ? D / 8 : 1][4];
-        clear(content);
-        clear(position);
+        const Lines<C> lines = lines_of<C>(p);
+        const int tiles = ceil_div(p.walk->high, C::BN);
+        float content[1][D / 8][4], position[1][C::RELATIVE ? D / 8 : 2][4];
+        clear(content[0]);
+        clear(position[0]);
         // Of each row: the gradients of scores of keys of the same segment and of the other, the weight of the latter,
         // and the sum of all gradients.
         float same[2] = {}, different[2] = {}, other_weight[2] = {}, total[2] = {};
         Bands<C> bands(p.bands);
         p.ring.base = 0;
-        walk.fetch(p, p.ring, 0);
+        fetch<C>(p, p.ring, 0);
         for (int t = 0; t < tiles; ++t) {
             cp_async_wait<0>();
             __syncthreads();
             Ring<T, D, C::RING> next = p.ring;
             next.move(C::BN);
-            if (t + 1 < tiles) walk.fetch(p, next, t + 1);
+            if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
             if (tile_matters<C>(lines, first_j, by_number)) {
                 float c[1][N][4], dp[1][N][4];
@@ -282,7 +286,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
                 const bool drops = C::EXTRAS && p.masks[0].drops;
                 const std::uint32_t kept =
-                    drops ? kept_bits<N>(p.masks[0], lines.line[0][0].number, lines.line[0][1].number, first_j) : ~0u;
+                    drops ? kept_bits<N>(p.masks[0], lines.line[0][0]->number, lines.line[0][1]->number, first_j) : ~0u;
                 gradients_of_scores<N, false>(c[0], dp[0], p.places[row + g], p.places[row + g + 8], kept,
                                               drops ? a.dropout.scale : 1.0f);
                 if (segments)
@@ -291,9 +295,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 #pragma unroll
                         for (int e = 0; e < 4; ++e) total[e / 2] += dp[0][n][e];
                 if constexpr (C::EXTRAS)
-                    clear_constants<N>(dp[0], p.masks[0], lines.line[0][0].number, lines.line[0][1].number,
+                    clear_constants<N>(dp[0], p.masks[0], lines.line[0][0]->number, lines.line[0][1]->number,
                                        first_j + t2, first_j + t2);
-                multiply_scores<T, D>(content, dp[0], p.keys + t % 2 * C::KEYS);
+                multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS);
                 if (segments) {
 #pragma unroll
                     for (int n = 0; n < N; ++n)
@@ -301,7 +305,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                         for (int e = 0; e < 4; ++e) {
                             const int j = first_j + n * 8 + t2 + (e & 1);
                             const bool other =
-                                j < p.masks[0].extent && p.masks[0].key_segments[j] != lines.line[0][e / 2].segment;
+                                j < p.masks[0].extent && p.masks[0].key_segments[j] != lines.line[0][e / 2]->segment;
                             same[e / 2] += other ? 0.0f : dp[0][n][e];
                             different[e / 2] += other ? dp[0][n][e] : 0.0f;
                             other_weight[e / 2] += other ? c[0][n][e] : 0.0f;
@@ -327,14 +331,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     }
                     __syncwarp();
                     const int y = C::WINDOW - 16 - warp_id() * 16;
-#pragma unroll
+                    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
                     for (int u = 0; u < Q::BAND; u += Mma<T>::K) {
-                        typename Mma<T>::Left left;
-                        Mma<T>::load_left(left, dband, Q::BAND_LD, u);
-                        const T* rows = p.ring.at(y + u);
-#pragma unroll
-                        for (int d = 0; d < D / 8; d += 2)
-                            Mma<T>::by_columns(position[d], position[d + 1], left, rows + d * 8, LD<D>);
+                        typename Mma<T>::Left left[1];
+                        Mma<T>::load_left(left[0], dband, Q::BAND_LD, u);
+                        multiply_columns<T, D>(position, left, p.ring.at(y + u));
                     }
                     __syncwarp();
                 }
@@ -360,7 +362,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 same[half] -= total[half] * (1.0f - other_weight[half]);
                 different[half] -= total[half] * other_weight[half];
             }
-            const int line = lines.line[0][half].number;
+            const int line = lines.line[0][half]->number;
             T* dquery = like_query<T>(a, stream, stream.dquery, b, h, s.start) + line * stride + t2;
 #pragma unroll
             for (int d = 0; d < D / 8; ++d) {
@@ -368,8 +370,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 float pair[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    pair[e] = content[d][half * 2 + e];
-                    if constexpr (C::RELATIVE) pair[e] += position[d][half * 2 + e];
+                    pair[e] = content[0][d][half * 2 + e];
+                    if constexpr (C::RELATIVE) pair[e] += position[0][d][half * 2 + e];
                     if (segments) {
                         float e0[1], e1[1];
                         const std::int64_t at = static_cast<std::int64_t>(h) * a.head_size + d * 8 + t2 + e;
@@ -389,7 +391,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 float sum[D / 8][2];
 #pragma unroll
                 for (int kind = 0; kind < 2; ++kind) {
-                    sum_rows(kind == 0 ? content : position, sum);
+                    sum_rows(kind == 0 ? content[0] : position[0], sum);
                     if (g == 0)
 #pragma unroll
                         for (int d = 0; d < D / 8; ++d) {
@@ -440,17 +442,19 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 }
 
 // Tiles of the kernels whose sums run over queries: QW times 16 queries by KW times BN keys, or rows of the table; each
-// warp computes 16 by BN of them, and adds up the rows of 16 keys.
+// warp computes 16 by BN of them, and then adds up the rows of 16 keys, SPLIT warps a share of the columns each.
 template <class T_, int D_, bool EXTRAS_, bool RELATIVE_>
 struct SumTile {
     using T = T_;
     static constexpr int D = D_;
     static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
-    static constexpr bool SMALL = sizeof(T) == 4 && D > 64;
-    static constexpr int QW = SMALL ? 1 : 2, KW = 2, BN = SMALL ? 16 : 32;
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    static constexpr int QW = WIDE && LONG ? 1 : 2, KW = RELATIVE && LONG && !WIDE ? 4 : 2;
+    static constexpr int BN = LONG && (WIDE || RELATIVE) ? 16 : 32;
     static constexpr int WARPS = QW * KW, THREADS = 32 * WARPS;
     static constexpr int BM = 16 * QW, BK = BN * KW;
-    static_assert(BK / 16 == WARPS);
+    static constexpr int SPLIT = WARPS / (BK / 16), COLUMNS = D / SPLIT;
+    static_assert(SPLIT * BK / 16 == WARPS && COLUMNS % 16 == 0);
     static constexpr int RING = BM + BK;
     static constexpr int SCORES_LD = BK + 8;
     static constexpr int QUERIES = BM * LD<D>, KEYS = BK * LD<D>, SCORES = BM * SCORES_LD;
@@ -458,16 +462,27 @@ struct SumTile {
     static constexpr std::size_t BANDS = RELATIVE ? WARPS * Band<BN>::FLOATS * sizeof(float) : 0;
 };
 
+// The rows of keys that a warp adds up, and from which column on.
+template <class C>
+DEVICE int summed_rows() {
+    return warp_id() % (C::BK / 16) * 16;
+}
+template <class C>
+DEVICE int summed_column() {
+    return warp_id() / (C::BK / 16) * C::COLUMNS;
+}
+
 // Whether any of a warp's 16 queries may attend any of its keys from first_j on.
 template <class C>
-DEVICE bool warp_tile_matters(const Masks& mask, const Line (&lines)[2], int first_j) {
+DEVICE bool warp_tile_matters(const Masks& mask, const Place& upper, const Place& lower, int first_j) {
     bool some = false;
     if (C::EXTRAS && mask.uniform) return true;
 #pragma unroll
     for (int n = 0; n < C::BN / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            some = some || allowed<C::EXTRAS>(mask, lines[e / 2], first_j + n * 8 + lane_id() % 4 * 2 + (e & 1));
+            some =
+                some || allowed<C::EXTRAS>(mask, e < 2 ? upper : lower, first_j + n * 8 + lane_id() % 4 * 2 + (e & 1));
     return __any_sync(0xffffffffu, some);
 }
 
@@ -512,9 +527,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
                                        a.head_size, hidden);
     load_rows<T, D, C::BK, C::THREADS>(values, plane_of<T>(a.value, b, h, s.start), a.value.row, first_j, readable,
                                        a.head_size, hidden);
-    float dkey[D / 8][4], dvalue[D / 8][4];
-    clear(dkey);
-    clear(dvalue);
+    const int my_rows = summed_rows<C>(), my_column = summed_column<C>();
+    float dkey[1][C::COLUMNS / 8][4], dvalue[1][C::COLUMNS / 8][4];
+    clear(dkey[0]);
+    clear(dvalue[0]);
 
     // The first window that may see these keys.
     auto lowest = [&](int n) {
@@ -571,7 +587,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     auto find = [&](const Step& step, int buffer) {
         const QueryStream& stream = a.stream[step.stream];
         Place* places = all_places + buffer * C::BM;
-        const bool more = find_places<C::BM, C::THREADS>(stream, s, b, step.window * C::BM, step.pass, places);
+        const bool more = find_places<C::BM, C::THREADS>(a, stream, s, b, step.window * C::BM, step.pass, places);
         find_statistics<C::BM, C::THREADS>(a, stream, s, b, h, places);
         return more;
     };
@@ -606,8 +622,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
         clear(dp[0]);
         const int row = qw * 16, column = kw * C::BN;
         const Place &upper = places[row + g], &lower = places[row + g + 8];
-        const Line lines[2] = {line_of<C::EXTRAS>(a, stream, s, b, upper), line_of<C::EXTRAS>(a, stream, s, b, lower)};
-        if (warp_tile_matters<C>(mask, lines, first_j + column)) {
+        if (warp_tile_matters<C>(mask, upper, lower, first_j + column)) {
             multiply_rows<T, D>(c, content + row * LD<D>, 0, keys + column * LD<D>);
             if constexpr (C::RELATIVE) {
                 const T* left = positions + buffer * C::QUERIES + row * LD<D>;
@@ -627,15 +642,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             for (int n = 0; n < N; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    c[0][n][e] =
-                        score_of<C::EXTRAS>(mask, lines[e / 2], first_j + column + n * 8 + t2 + (e & 1), c[0][n][e]);
+                    c[0][n][e] = score_of<C::EXTRAS>(mask, e < 2 ? upper : lower,
+                                                     first_j + column + n * 8 + t2 + (e & 1), c[0][n][e]);
             multiply_rows<T, D>(dp, douts + buffer * C::QUERIES + row * LD<D>, 0, values + column * LD<D>);
             const bool drops = C::EXTRAS && mask.drops;
-            const std::uint32_t kept =
-                drops ? kept_bits<N>(mask, lines[0].number, lines[1].number, first_j + column) : ~0u;
+            const std::uint32_t kept = drops ? kept_bits<N>(mask, upper.number, lower.number, first_j + column) : ~0u;
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
             if constexpr (C::EXTRAS)
-                clear_constants<N>(dp[0], mask, lines[0].number, lines[1].number, first_j + column + t2,
+                clear_constants<N>(dp[0], mask, upper.number, lower.number, first_j + column + t2,
                                    first_j + column + t2);
         }
 #pragma unroll
@@ -655,18 +669,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             if (moves) ring.move(-C::BM);
             fetch(next, 1 - buffer, !moves && !stays);
         }
-        const T* dout = douts + buffer * C::QUERIES;
-#pragma unroll STEPS_AT_ONCE < T>
+        const T* dout = douts + buffer * C::QUERIES + my_column;
+        constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
         for (int k = 0; k < C::BM; k += Mma<T>::K) {
-            typename Mma<T>::Left left;
-            Mma<T>::load_left_transposed(left, weights + warp_id() * 16, C::SCORES_LD, k);
-#pragma unroll
-            for (int d = 0; d < D / 8; d += 2)
-                Mma<T>::by_columns(dvalue[d], dvalue[d + 1], left, dout + k * LD<D> + d * 8, LD<D>);
-            Mma<T>::load_left_transposed(left, gradients + warp_id() * 16, C::SCORES_LD, k);
-#pragma unroll
-            for (int d = 0; d < D / 8; d += 2)
-                Mma<T>::by_columns(dkey[d], dkey[d + 1], left, content + k * LD<D> + d * 8, LD<D>);
+            typename Mma<T>::Left left[1];
+            Mma<T>::load_left_transposed(left[0], weights + my_rows, C::SCORES_LD, k);
+            multiply_columns<T, D>(dvalue, left, dout + k * LD<D>);
+            Mma<T>::load_left_transposed(left[0], gradients + my_rows, C::SCORES_LD, k);
+            multiply_columns<T, D>(dkey, left, content + my_column + k * LD<D>);
         }
         step = next;
         more = next_more;
@@ -675,15 +686,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     cp_async_wait<0>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int j = first_j + warp_id() * 16 + g + half * 8;
+        const int j = first_j + my_rows + g + half * 8;
         if (j >= s.extent) continue;
-        const std::int64_t at = result_row(a, b, h, s.start, a.keys, j) * a.head_size + t2;
+        const std::int64_t at = result_row(a, b, h, s.start, a.keys, j) * a.head_size + my_column + t2;
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d) {
-            if (d * 8 >= a.head_size) break;
-            store_pair(static_cast<T*>(a.dkey) + at + d * 8, dkey[d][half * 2] * a.scale,
-                       dkey[d][half * 2 + 1] * a.scale);
-            store_pair(static_cast<T*>(a.dvalue) + at + d * 8, dvalue[d][half * 2], dvalue[d][half * 2 + 1]);
+        for (int d = 0; d < C::COLUMNS / 8; ++d) {
+            if (my_column + d * 8 >= a.head_size) break;
+            store_pair(static_cast<T*>(a.dkey) + at + d * 8, dkey[0][d][half * 2] * a.scale,
+                       dkey[0][d][half * 2 + 1] * a.scale);
+            store_pair(static_cast<T*>(a.dvalue) + at + d * 8, dvalue[0][d][half * 2], dvalue[0][d][half * 2 + 1]);
         }
     }
 }
@@ -695,21 +706,18 @@ constexpr std::size_t shared_of_keys() {
                sizeof(typename C::T);
 }
 
-// Starts a kernel for every stream as if it were the only one: their gradients of queries are their own.
+// Calls f with each stream that has rows alone: gradients of queries are its own.
 template <class F>
 void for_each_stream(const Attention& a, F f) {
-    for (int n = 0; n < a.streams; ++n) {
-        Attention one = a;
-        one.streams = 1;
-        one.stream[0] = a.stream[n];
-        // A stream without a gradient of its result has none of its query, and adds nothing to the others.
-        if (one.stream[0].rows > 0) f(one);
-    }
+    for (int n = 0; n < a.streams; ++n)
+        if (a.stream[n].rows > 0) f(alone(a, n));
 }
 
 template <class T, int D, bool RELATIVE, bool EXTRAS>
 void launch_attention_bwd_of(const Attention& a, Stream stream) {
-    using W = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1>;
+    constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    constexpr int BN = LONG && (WIDE || RELATIVE) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
+    using W = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN>;
     using S = SumTile<T, D, EXTRAS, RELATIVE>;
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const Attention& one) {

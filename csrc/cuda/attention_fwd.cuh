@@ -12,11 +12,21 @@
 
 namespace pyxlbert::cuda {
 
+// One sequence and head, as a walk over its keys needs it; in shared memory like Masks.
+struct Walk {
+    const void *key, *value, *table;
+    std::int64_t key_stride, value_stride, table_stride;
+    int head_size, readable, table_rows, high;
+    int table_first;  // the table's row for row 0 of the ring at the first key
+    const std::int32_t* hidden;
+};
+constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
+
 // Tile sizes of kernels that walk the keys.
 //
 // EXTRAS: scores need more than lengths and causality; RELATIVE: there is a table of positions; M: how often a warp has
 // 16 queries.
-template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_>
+template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_, int BN_>
 struct WalkTile {
     using T = T_;
     static constexpr int D = D_, STREAMS = STREAMS_;
@@ -24,7 +34,7 @@ struct WalkTile {
     static constexpr bool WIDE = sizeof(T) == 4;
     static constexpr int WARPS = WIDE && D > 64 ? 2 : 4;
     static constexpr int M = M_;
-    static constexpr int BN = WIDE && D > 64 ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
+    static constexpr int BN = BN_;
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int ROWS = 16 * WARPS * M;              // queries of all streams
     static constexpr int WINDOW = ROWS / STREAMS;            // positions
@@ -32,7 +42,7 @@ struct WalkTile {
     static constexpr int STEP = STREAMS == 2 ? WINDOW : 16;  // rows between a warp's M tiles
     static constexpr int QUERIES = ROWS * LD<D> * (RELATIVE ? 2 : 1);
     static constexpr int KEYS = BN * LD<D>;
-    static constexpr std::size_t PLACES = STREAMS * MASKS_SIZE + ROWS * sizeof(Place);
+    static constexpr std::size_t PLACES = STREAMS * MASKS_SIZE + WALK_SIZE + ROWS * sizeof(Place);
     static constexpr std::size_t BANDS = RELATIVE ? WARPS * M * Band<BN>::FLOATS * sizeof(float) : 0;
     static constexpr std::size_t SHARED =
         PLACES + BANDS + (QUERIES + 4 * KEYS + (RELATIVE ? RING * LD<D> : 0)) * sizeof(T);
@@ -49,6 +59,7 @@ template <class C>
 struct Pieces {
     using T = typename C::T;
     Masks* masks;  // of each stream
+    Walk* walk;
     Place* places;
     float* bands;
     T *content, *position, *keys, *values;
@@ -56,7 +67,8 @@ struct Pieces {
     DEVICE Pieces() {
         unsigned char* at = shared_memory();
         masks = reinterpret_cast<Masks*>(at);
-        places = reinterpret_cast<Place*>(at + C::STREAMS * MASKS_SIZE);
+        walk = reinterpret_cast<Walk*>(at + C::STREAMS * MASKS_SIZE);
+        places = reinterpret_cast<Place*>(at + C::STREAMS * MASKS_SIZE + WALK_SIZE);
         bands = reinterpret_cast<float*>(at + C::PLACES);
         content = reinterpret_cast<T*>(at + C::PLACES + C::BANDS);
         position = content + (C::RELATIVE ? C::ROWS * LD<C::D> : 0);
@@ -67,54 +79,53 @@ struct Pieces {
     }
 };
 
-// One sequence and head, as a walk over its keys needs it.
 template <class C>
-struct Walk {
+DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, int b, int h, int first,
+                    bool by_number) {
     using T = typename C::T;
-    const T *key, *value, *table;
-    std::int64_t key_stride, value_stride, table_stride;
-    int head_size, readable, table_rows, high;
-    int table_first;  // the table's row for row 0 of the ring at the first key
-    const std::int32_t* hidden;
+    Walk w;
+    w.key = plane_of<T>(a.key, b, h, s.start);
+    w.value = plane_of<T>(a.value, b, h, s.start);
+    w.key_stride = a.key.row;
+    w.value_stride = a.value.row;
+    w.head_size = a.head_size;
+    // Where a row without any key averages over all of them, all of them are read.
+    w.readable = C::EXTRAS && a.uniform ? s.extent : s.keys;
+    w.hidden = C::EXTRAS && !a.uniform ? masks.key_rank : nullptr;
+    w.high = w.readable;
+    if (a.causal && by_number && !(C::EXTRAS && (a.uniform || masks.see_self)))
+        w.high = min(w.readable, max(first + C::WINDOW + s.shift, 0));
+    if constexpr (C::RELATIVE) {
+        w.table = table_of<T>(a, b, h);
+        w.table_stride = a.table.row;
+        w.table_rows = a.table_rows;
+        w.table_first = a.offset - first - C::WINDOW + 1;
+    }
+    return w;
+}
 
-    DEVICE Walk(const Attention& a, const Sequence& s, const Masks& masks, int b, int h, int first, bool by_number) {
-        key = plane_of<T>(a.key, b, h, s.start);
-        value = plane_of<T>(a.value, b, h, s.start);
-        key_stride = a.key.row;
-        value_stride = a.value.row;
-        head_size = a.head_size;
-        // Where a row without any key averages over all of them, all of them are read.
-        readable = C::EXTRAS && a.uniform ? s.extent : s.keys;
-        hidden = C::EXTRAS && !a.uniform ? masks.key_rank : nullptr;
-        high = readable;
-        if (a.causal && by_number && !(C::EXTRAS && (a.uniform || masks.see_self)))
-            high = min(readable, max(first + C::WINDOW + s.shift, 0));
-        if constexpr (C::RELATIVE) {
-            table = table_of<T>(a, b, h);
-            table_stride = a.table.row;
-            table_rows = a.table_rows;
-            table_first = a.offset - first - C::WINDOW + 1;
-        }
+// Asks for the keys and values of tile t, and for the table's rows that it has beyond those of the tile before; `ring`
+// is as tile t has it.
+template <class C>
+DEVICE void fetch(const Pieces<C>& p, const Ring<typename C::T, C::D, C::RING>& ring, int t, bool values = true) {
+    using T = typename C::T;
+    const Walk& w = *p.walk;
+    const int first_j = t * C::BN;
+    load_rows<T, C::D, C::BN, C::THREADS>(p.keys + t % 2 * C::KEYS, static_cast<const T*>(w.key), w.key_stride, first_j,
+                                          w.readable, w.head_size, w.hidden);
+    if (values)
+        load_rows<T, C::D, C::BN, C::THREADS>(p.values + t % 2 * C::KEYS, static_cast<const T*>(w.value),
+                                              w.value_stride, first_j, w.readable, w.head_size, w.hidden);
+    if constexpr (C::RELATIVE) {
+        const T* table = static_cast<const T*>(w.table);
+        if (t == 0)
+            load_ring<T, C::D, C::WINDOW, C::THREADS>(ring, 0, table, w.table_stride, w.table_first, w.table_rows,
+                                                      w.head_size, nullptr);
+        load_ring<T, C::D, C::BN, C::THREADS>(ring, C::WINDOW, table, w.table_stride,
+                                              w.table_first + first_j + C::WINDOW, w.table_rows, w.head_size, nullptr);
     }
-    // Asks for the keys and values of tile t, and for the table's rows that it has beyond those of the tile before;
-    // `ring` is as tile t has it.
-    DEVICE void fetch(const Pieces<C>& p, const Ring<T, C::D, C::RING>& ring, int t, bool values = true) const {
-        const int first_j = t * C::BN;
-        load_rows<T, C::D, C::BN, C::THREADS>(p.keys + t % 2 * C::KEYS, key, key_stride, first_j, readable, head_size,
-                                              hidden);
-        if (values)
-            load_rows<T, C::D, C::BN, C::THREADS>(p.values + t % 2 * C::KEYS, value, value_stride, first_j, readable,
-                                                  head_size, hidden);
-        if constexpr (C::RELATIVE) {
-            if (t == 0)
-                load_ring<T, C::D, C::WINDOW, C::THREADS>(ring, 0, table, table_stride, table_first, table_rows,
-                                                          head_size, nullptr);
-            load_ring<T, C::D, C::BN, C::THREADS>(ring, C::WINDOW, table, table_stride,
-                                                  table_first + first_j + C::WINDOW, table_rows, head_size, nullptr);
-        }
-        cp_async_commit();
-    }
-};
+    cp_async_commit();
+}
 
 // A warp's state from tile to tile.
 template <class C>
@@ -172,24 +183,22 @@ DEVICE void products_of_tile(float (&s)[C::M][C::BN / 8][4], const Pieces<C>& p,
 // What a thread knows of its queries: lines l / 4 and l / 4 + 8 of each tile.
 template <class C>
 struct Lines {
-    Line line[C::M][2];
+    const Place* line[C::M][2];
     const Masks* masks;
     int lowest, highest;  // numbers of the warp's queries without positions: the first, and the last
     DEVICE const Masks& of(int m) const { return masks[C::STREAMS == 2 ? m : 0]; }
 };
 
 template <class C>
-DEVICE Lines<C> lines_of(const Attention& a, const Sequence& s, const Masks* masks, const Place* places, int b) {
+DEVICE Lines<C> lines_of(const Pieces<C>& p) {
     Lines<C> lines;
-    lines.masks = masks;
-    const int row = first_row_of_warp<C>();
+    lines.masks = p.masks;
+    const Place* first = p.places + first_row_of_warp<C>();
 #pragma unroll
     for (int m = 0; m < C::M; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            lines.line[m][half] = line_of<C::EXTRAS>(a, a.stream[C::STREAMS == 2 ? m : 0], s, b,
-                                                     places[row + m * C::STEP + lane_id() / 4 + half * 8]);
-    lines.lowest = places[row].position;
+        for (int half = 0; half < 2; ++half) lines.line[m][half] = first + m * C::STEP + lane_id() / 4 + half * 8;
+    lines.lowest = first->position;
     lines.highest = lines.lowest + 16 * (C::STREAMS == 2 ? 1 : C::M) - 1;
     return lines;
 }
@@ -212,8 +221,8 @@ DEVICE bool tile_matters(const Lines<C>& lines, int first_j, bool by_number) {
                 for (int n = 0; n < C::BN / 8; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        some = some ||
-                               allowed<true>(lines.of(m), lines.line[m][half], first_j + n * 8 + lane_id() % 4 * 2 + e);
+                        some = some || allowed<true>(lines.of(m), *lines.line[m][half],
+                                                     first_j + n * 8 + lane_id() % 4 * 2 + e);
         return __any_sync(0xffffffffu, some);
     }
     return true;
@@ -225,16 +234,20 @@ DEVICE void finish(float (&s)[C::M][C::BN / 8][4], const Lines<C>& lines, int fi
     const Masks& masks = lines.masks[0];
     const bool edge = C::EXTRAS || first_j + C::BN > masks.keys ||
                       (masks.causal && (!by_number || first_j + C::BN - 1 > lines.lowest + masks.shift));
+    auto each = [&](auto f) {
 #pragma unroll
-    for (int m = 0; m < C::M; ++m)
+        for (int m = 0; m < C::M; ++m)
 #pragma unroll
-        for (int n = 0; n < C::BN / 8; ++n)
+            for (int n = 0; n < C::BN / 8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int j = first_j + n * 8 + lane_id() % 4 * 2 + (e & 1);
-                s[m][n][e] = edge ? score_of<C::EXTRAS>(lines.of(m), lines.line[m][e / 2], j, s[m][n][e])
-                                  : __fmul_rn(s[m][n][e], masks.scale);
-            }
+                for (int e = 0; e < 4; ++e) f(m, s[m][n][e], first_j + n * 8 + lane_id() % 4 * 2 + (e & 1), e / 2);
+    };
+    if (edge)
+        each([&](int m, float& x, int j, int half) {
+            x = score_of<C::EXTRAS>(lines.of(m), *lines.line[m][half], j, x);
+        });
+    else
+        each([&](int, float& x, int, int) { x = __fmul_rn(x, masks.scale); });
 }
 
 template <class C>
@@ -256,11 +269,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     if (empty) return;
     const bool by_number = a.stream[0].positions == nullptr;
     if (threadIdx.x < C::STREAMS) p.masks[threadIdx.x] = masks_of(a, a.stream[threadIdx.x], s, b, h);
+    if (threadIdx.x == 0) *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
     for (int pass = 0;; ++pass) {
         bool more = false;
 #pragma unroll
         for (int n = 0; n < C::STREAMS; ++n)
-            more = find_places<C::WINDOW, C::THREADS>(a.stream[n], s, b, first, pass, p.places + n * C::WINDOW) || more;
+            more =
+                find_places<C::WINDOW, C::THREADS>(a, a.stream[n], s, b, first, pass, p.places + n * C::WINDOW) || more;
         if constexpr (C::RELATIVE)
             more = __syncthreads_or(more);
         else
@@ -281,9 +296,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
             }
         }
         __syncthreads();
-        const Lines<C> lines = lines_of<C>(a, s, p.masks, p.places, b);
-        const Walk<C> walk(a, s, lines.masks[0], b, h, first, by_number);
-        const int tiles = ceil_div(walk.high, C::BN);
+        const Lines<C> lines = lines_of<C>(p);
+        const int tiles = ceil_div(p.walk->high, C::BN);
         float o[M][D / 8][4], top[M][2], weight[M][2];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
@@ -293,13 +307,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         }
         Bands<C> bands(p.bands);
         p.ring.base = 0;
-        walk.fetch(p, p.ring, 0);
+        fetch<C>(p, p.ring, 0);
         for (int t = 0; t < tiles; ++t) {
             cp_async_wait<0>();
             __syncthreads();
             Ring<T, D, C::RING> next = p.ring;
             next.move(C::BN);
-            if (t + 1 < tiles) walk.fetch(p, next, t + 1);
+            if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
             if (tile_matters<C>(lines, first_j, by_number)) {
                 float c[M][N][4];
@@ -337,36 +351,38 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                     }
                     if (C::EXTRAS && lines.of(m).drops) {
                         const std::uint32_t bits =
-                            kept_bits<N>(lines.of(m), lines.line[m][0].number, lines.line[m][1].number, first_j);
+                            kept_bits<N>(lines.of(m), lines.line[m][0]->number, lines.line[m][1]->number, first_j);
 #pragma unroll
                         for (int n = 0; n < N; ++n)
 #pragma unroll
                             for (int e = 0; e < 4; ++e)
                                 if ((bits >> (4 * n + e) & 1) == 0) c[m][n][e] = 0.0f;
                     }
-                    multiply_scores<T, D>(o[m], c[m], p.values + t % 2 * C::KEYS);
                 }
+                multiply_scores<T, D>(o, c, p.values + t % 2 * C::KEYS);
             } else {
                 bands.skip();
             }
             p.ring = next;
         }
         cp_async_wait<0>();
+        // Asked once more, so that it takes no registers meanwhile.
+        const Sequence again = sequence_of(a, b);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             const QueryStream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int number = lines.line[m][half].number;
+                const int number = lines.line[m][half]->number;
                 float sum = weight[m][half];
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 if (number < 0) continue;
                 // A NaN among the scores is one in the weights.
-                const bool bad = s.wrong || sum != sum, some = sum > 0.0f;
+                const bool bad = again.wrong || sum != sum, some = sum > 0.0f;
                 const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
-                T* out = static_cast<T*>(stream.out) + result_row(a, b, h, s.start, stream.rows, number) * a.head_size +
-                         lane_id() % 4 * 2;
+                T* out = static_cast<T*>(stream.out) +
+                         result_row(a, b, h, again.start, stream.rows, number) * a.head_size + lane_id() % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < D / 8; ++d) {
                     if (d * 8 >= a.head_size) break;
@@ -375,10 +391,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                                bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
                 }
                 if (lane_id() % 4 == 0)
-                    stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = sum != sum ? sum
-                                                                                        : some
-                                                                                            ? top[m][half] + logf(sum)
-                                                                                            : INFINITY_;
+                    stream.lse[statistics_at(a, b, h, again.start, stream.rows) + number] =
+                        sum != sum ? sum
+                        : some     ? top[m][half] + logf(sum)
+                                   : INFINITY_;
             }
         }
         if (!more) return;
@@ -391,8 +407,11 @@ template <class T, int D, bool RELATIVE, int STREAMS>
 void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
     auto run = [&](auto extra) {
         constexpr bool EXTRAS = decltype(extra)::value;
+        constexpr bool WIDE = sizeof(T) == 4;
         // Masks and a second tile of queries together would not fit the registers.
-        using C = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, RELATIVE ? STREAMS : sizeof(T) == 4 || EXTRAS ? 1 : 2>;
+        constexpr int M = RELATIVE ? STREAMS : WIDE || EXTRAS ? 1 : 2;
+        constexpr int BN = WIDE && D > 64 ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
+        using C = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN>;
         std::int64_t windows = 1;
         for (int n = 0; n < STREAMS; ++n) {
             const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);

@@ -24,14 +24,6 @@
 
 namespace pyxlbert::cuda {
 
-// A query of a window, in shared memory.
-struct Place {
-    int number;    // -1: there is none
-    int position;  // one of the 16 of its warp, also where there is none
-    float same, different;
-    float lse, delta, rest;  // in backward
-};
-
 // The first place of sorted x [count] with at least `wanted`.
 DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
     int low = 0;
@@ -48,10 +40,13 @@ DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
 // The queries at positions first .. first + WINDOW - 1, 16 of each 16 positions in each pass; whether this thread knows
 // of more.  Without positions of their own there is one query at each.
 template <int WINDOW, int THREADS>
-DEVICE bool find_places(const QueryStream& stream, const Sequence& s, int b, int first, int pass, Place* places) {
+DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int first, int pass,
+                        Place* places) {
+    const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
+    const std::int32_t* segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
     bool more = false;
     for (int r = static_cast<int>(threadIdx.x); r < WINDOW; r += THREADS) {
-        Place place = {-1, first + r, 0.0f, 0.0f, INFINITY_, 0.0f, 0.0f};
+        Place place = {-1, first + r, 0, 0, 0, 0.0f, 0.0f, INFINITY_, 0.0f, 0.0f};
         if (stream.positions == nullptr) {
             if (first + r < min(stream.rows, s.queries)) place.number = first + r;
         } else {
@@ -63,6 +58,11 @@ DEVICE bool find_places(const QueryStream& stream, const Sequence& s, int b, int
             place.position = at < high ? positions[at] : from;
             if (at < high) place.number = stream.numbers[static_cast<std::int64_t>(b) * stream.rows + at];
             more = more || low + (pass + 1) * 16 < high;
+        }
+        place.mask_row = stream.mask_by_position ? place.position : place.number;
+        if (place.number >= 0) {
+            if (rank != nullptr) place.rank = rank[place.number];
+            if (segments != nullptr) place.segment = segments[place.number];
         }
         places[r] = place;
     }
@@ -81,22 +81,6 @@ DEVICE bool is_empty(const QueryStream& stream, const Sequence& s, int b, int fi
 // How many windows hold all queries of a stream.
 HOST_DEVICE int windows_of(const Attention& a, const QueryStream& stream, int window) {
     return ceil_div(stream.positions == nullptr ? stream.rows : a.offset + 1, window);
-}
-
-// A query's share of what is asked for every score.
-template <bool EXTRAS>
-DEVICE Line line_of(const Attention& a, const QueryStream& stream, const Sequence& s, int b, const Place& place) {
-    Line line = {place.number, place.position, 0, 0, 0, place.same, place.different};
-    if constexpr (EXTRAS) {
-        line.mask_row = stream.mask_by_position ? place.position : place.number;
-        if (place.number >= 0) {
-            const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
-            const std::int32_t* segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
-            if (rank != nullptr) line.rank = rank[place.number];
-            if (segments != nullptr) line.segment = segments[place.number];
-        }
-    }
-    return line;
 }
 
 // Rows of queries, by their numbers, into a tile [ROWS, D]; zeros where there is none, or where `seen` asks for rows
@@ -242,12 +226,17 @@ template <class T, int D, int N, int BN, int SIZE>
 DEVICE void band_products(Band<BN>& band, int u, const T* left, const Ring<T, D, SIZE>& ring, int y) {
     float c[N][4];
     clear(c);
-#pragma unroll STEPS_AT_ONCE < T>
+    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
     for (int k = 0; k < D; k += Mma<T>::K) {
         typename Mma<T>::Left a;
         Mma<T>::load_left(a, left, LD<D>, k);
 #pragma unroll
-        for (int n = 0; n < N; n += 2) Mma<T>::by_rows(c[n], c[n + 1], a, ring.at(y + u + n * 8), LD<D>, k);
+        for (int n = 0; n < N; n += 2) {
+            typename Mma<T>::Right b;
+            Mma<T>::load_rows(b, ring.at(y + u + n * 8), LD<D>, k);
+            Mma<T>::multiply(c[n], c[n + 1], a, b);
+        }
     }
     band.template write<N>(u, c);
 }

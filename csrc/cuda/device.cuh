@@ -204,6 +204,19 @@ DEVICE void store(T* p, const float (&x)[VEC]) {
     }
 }
 
+// Calls f(T()) with the element type.
+template <class F>
+void with_type(DType dtype, F f) {
+    if (dtype == DType::float32)
+        f(float());
+    else if (dtype == DType::bfloat16)
+        f(bfloat16());
+#ifndef PYXLBERT_FEW_TYPES
+    else
+        f(float16());
+#endif
+}
+
 // Two neighbours, at a place for two.
 template <class T>
 DEVICE void store_pair(T* p, float x, float y) {

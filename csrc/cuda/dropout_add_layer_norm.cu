@@ -35,7 +35,7 @@ void with_types(DType dtype, DType residual, F f) {
 }
 
 template <class K, class S>
-__global__ void __launch_bounds__(S::BLOCK)
+__global__ void __launch_bounds__(S::BLOCK, 1)
     dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd a, const Dropout dropout) {
     using T = typename K::T;
     using R = typename K::R;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(S::BLOCK)
 }
 
 template <class K, class S>
-__global__ void __launch_bounds__(S::BLOCK)
+__global__ void __launch_bounds__(S::BLOCK, 1)
     dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd a, const Dropout dropout) {
     using T = typename K::T;
     using R = typename K::R;

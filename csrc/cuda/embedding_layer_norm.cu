@@ -58,7 +58,7 @@ DEVICE bool sum_of(const EmbeddingTables& tables, std::int64_t token, float (&x)
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::BLOCK)
+__global__ void __launch_bounds__(S::BLOCK, 1)
     embedding_layer_norm_fwd(const EmbeddingLayerNormFwd a, const Dropout dropout) {
     const int columns = static_cast<int>(a.tables.columns);
     const std::uint64_t seed = dropout.seed == nullptr ? 0 : static_cast<std::uint64_t>(*dropout.seed);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(S::BLOCK)
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::BLOCK)
+__global__ void __launch_bounds__(S::BLOCK, 1)
     embedding_layer_norm_bwd(const EmbeddingLayerNormBwd a, const Dropout dropout) {
     const int columns = static_cast<int>(a.tables.columns);
     const std::uint64_t seed = dropout.seed == nullptr ? 0 : static_cast<std::uint64_t>(*dropout.seed);

@@ -1,30 +1,36 @@
-// Which head sizes kernels of attention are compiled for; others are padded to the next within a tile.
+// Kernels of attention by element type and head size.
+//
+// Files that hold such kernels are compiled once for each element type, PYXLBERT_ELEMENT, so that compilers share the
+// work; dispatch.cu chooses among them.  Head sizes are padded to the next that kernels are compiled for.
 #pragma once
 #include "cuda/attention_arguments.h"
 #include "cuda/device.cuh"
 
 namespace pyxlbert::cuda {
 
-// Calls f(T(), integral_constant<D>) with the element type and the padded head size.
-template <class F>
+template <class T>
+struct Kernels {
+    static void attention_fwd(const Attention& a, Stream stream);
+    static void attention_bwd(const Attention& a, Stream stream);
+    static void relative_attention_fwd(const Attention& a, Stream stream);
+    static void relative_attention_bwd(const Attention& a, Stream stream);
+    static void two_stream_attention_fwd(const Attention& a, Stream stream);
+};
+
+// Calls f(integral_constant<D>) with the padded head size; PLAIN: also with those that BERT's smaller relatives have.
+template <bool PLAIN, class F>
 void with_head_size(const Attention& a, F f) {
-    auto sizes = [&](auto kind) {
-    // Where time to compile counts, one size stands for several: the code is the same.
+    // Where time to compile counts, few sizes stand for all: the code is the same.
 #ifndef PYXLBERT_FEW_SIZES
-        if (a.head_size <= 32) return f(kind, std::integral_constant<int, 32>());
+    if (PLAIN && a.head_size <= 32) return f(std::integral_constant<int, 32>());
 #endif
-        if (a.head_size <= 64) return f(kind, std::integral_constant<int, 64>());
+    if (a.head_size <= 64) return f(std::integral_constant<int, 64>());
+#ifndef PYXLBERT_ONE_SIZE
 #ifndef PYXLBERT_FEW_SIZES
-        if (a.head_size <= 96) return f(kind, std::integral_constant<int, 96>());
+    if (PLAIN && a.head_size <= 96) return f(std::integral_constant<int, 96>());
 #endif
-        return f(kind, std::integral_constant<int, 128>());
-    };
-    if (a.dtype == DType::float32)
-        sizes(float());
-    else if (a.dtype == DType::bfloat16)
-        sizes(bfloat16());
-    else
-        sizes(float16());
+    return f(std::integral_constant<int, 128>());
+#endif
 }
 
 }  // namespace pyxlbert::cuda

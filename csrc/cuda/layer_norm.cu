@@ -11,7 +11,7 @@ namespace pyxlbert::cuda {
 namespace {
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::BLOCK) layer_norm_fwd(const LayerNormFwd a) {
+__global__ void __launch_bounds__(S::BLOCK, 1) layer_norm_fwd(const LayerNormFwd a) {
     const int columns = static_cast<int>(a.columns);
     each_row<S>(a.rows, S::ROWS, [&](std::int64_t row, bool there) {
         float x[S::VECTORS][S::VEC];
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(S::BLOCK) layer_norm_fwd(const LayerNormFwd a)
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(S::BLOCK) layer_norm_bwd(const LayerNormBwd a) {
+__global__ void __launch_bounds__(S::BLOCK, 1) layer_norm_bwd(const LayerNormBwd a) {
     const int columns = static_cast<int>(a.columns);
     float dweight[S::VECTORS][S::VEC], dbias[S::VECTORS][S::VEC];
     zero<S>(dweight);

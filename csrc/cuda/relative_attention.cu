@@ -1,4 +1,4 @@
-// relative_attention: attention_fwd.cuh, attention_bwd.cuh and relative_bwd.cuh with a table of positions.
+// relative_attention: attention_fwd.cuh with a table of positions; relative_attention_bwd.cu is its other half.
 #include "cuda/relative_attention.h"
 
 #include "cuda/attention_fwd.cuh"
@@ -6,9 +6,10 @@
 
 namespace pyxlbert::cuda {
 
-void launch_relative_attention_fwd(const Attention& a, Stream stream) {
-    with_head_size(a, [&](auto kind, auto size) {
-        launch_attention_fwd_of<decltype(kind), decltype(size)::value, true, 1>(a, has_relative_extras(a), stream);
+template <>
+void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const Attention& a, Stream stream) {
+    with_head_size<false>(a, [&](auto size) {
+        launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, true, 1>(a, has_relative_extras(a), stream);
     });
 }
 

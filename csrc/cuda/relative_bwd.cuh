@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
     load_rows<T, D, C::BK, C::THREADS>(
         rows, static_cast<const T*>(a.table.data) + table_number * a.table.batch + h * a.table.head, a.table.row,
         first_x, a.table_rows, a.head_size, nullptr);
-    float dtable[D / 8][4];
-    clear(dtable);
+    const int my_rows = summed_rows<C>(), my_column = summed_column<C>();
+    float dtable[1][C::COLUMNS / 8][4];
+    clear(dtable[0]);
 
     // The key that row 0 of the ring is, at window 0.
     const int origin = first_x - a.offset;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
         const Sequence s = sequence_of(a, step.sequence);
         Place* places = all_places + buffer * C::BM;
         const bool more =
-            find_places<C::BM, C::THREADS>(stream, s, step.sequence, step.window * C::BM, step.pass, places);
+            find_places<C::BM, C::THREADS>(a, stream, s, step.sequence, step.window * C::BM, step.pass, places);
         find_statistics<C::BM, C::THREADS>(a, stream, s, step.sequence, h, places);
         return more;
     };
@@ -152,7 +153,6 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
         clear(dp[0]);
         const int row = qw * 16, column = kw * C::BN;
         const Place &upper = places[row + g], &lower = places[row + g + 8];
-        const Line lines[2] = {line_of<C::EXTRAS>(a, stream, s, b, upper), line_of<C::EXTRAS>(a, stream, s, b, lower)};
         // The keys of this thread's first column.
         const int firsts[2] = {origin + column + t2 + upper.position, origin + column + t2 + lower.position};
         bool some = false;
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int j = firsts[e / 2] + n * 8 + (e & 1);
-                some = some || (C::EXTRAS && masks->uniform) || (j >= 0 && allowed<C::EXTRAS>(*masks, lines[e / 2], j));
+                some = some || (C::EXTRAS && masks->uniform) ||
+                       (j >= 0 && allowed<C::EXTRAS>(*masks, e < 2 ? upper : lower, j));
             }
         if (__any_sync(0xffffffffu, some)) {
             multiply_rows<T, D>(c, position + row * LD<D>, 0, rows + column * LD<D>);
@@ -175,14 +176,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const int j = firsts[e / 2] + n * 8 + (e & 1);
-                    c[0][n][e] = score_of<C::EXTRAS>(*masks, lines[e / 2], j, c[0][n][e]);
-                    if (C::EXTRAS && masks->drops && !kept(*masks, lines[e / 2].number, j))
+                    c[0][n][e] = score_of<C::EXTRAS>(*masks, e < 2 ? upper : lower, j, c[0][n][e]);
+                    if (C::EXTRAS && masks->drops && !kept(*masks, (e < 2 ? upper : lower).number, j))
                         bits &= ~(1u << (4 * n + e));
                 }
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, bits,
                                          C::EXTRAS && masks->drops ? a.dropout.scale : 1.0f);
             if constexpr (C::EXTRAS)
-                clear_constants<N>(dp[0], *masks, lines[0].number, lines[1].number, firsts[0], firsts[1]);
+                clear_constants<N>(dp[0], *masks, upper.number, lower.number, firsts[0], firsts[1]);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -204,13 +205,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
                 *masks = masks_of(a, a.stream[next.stream], sequence_of(a, next.sequence), next.sequence, h);
             fetch(next, 1 - buffer, whole);
         }
-#pragma unroll STEPS_AT_ONCE < T>
+        constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
         for (int k = 0; k < C::BM; k += Mma<T>::K) {
-            typename Mma<T>::Left left;
-            Mma<T>::load_left_transposed(left, gradients + warp_id() * 16, C::SCORES_LD, k);
-#pragma unroll
-            for (int d = 0; d < D / 8; d += 2)
-                Mma<T>::by_columns(dtable[d], dtable[d + 1], left, position + k * LD<D> + d * 8, LD<D>);
+            typename Mma<T>::Left left[1];
+            Mma<T>::load_left_transposed(left[0], gradients + my_rows, C::SCORES_LD, k);
+            multiply_columns<T, D>(dtable, left, position + my_column + k * LD<D>);
         }
         step = next;
         more = next_more;
@@ -219,14 +219,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
     cp_async_wait<0>();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int x = first_x + warp_id() * 16 + g + half * 8;
+        const int x = first_x + my_rows + g + half * 8;
         if (x >= a.table_rows) continue;
-        float* out =
-            a.dtable + ((static_cast<std::int64_t>(table_number) * a.table_rows + x) * a.heads + h) * a.head_size + t2;
+        float* out = a.dtable +
+                     ((static_cast<std::int64_t>(table_number) * a.table_rows + x) * a.heads + h) * a.head_size +
+                     my_column + t2;
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d) {
-            if (d * 8 >= a.head_size) break;
-            store_pair(out + d * 8, dtable[d][half * 2] * a.scale, dtable[d][half * 2 + 1] * a.scale);
+        for (int d = 0; d < C::COLUMNS / 8; ++d) {
+            if (my_column + d * 8 >= a.head_size) break;
+            store_pair(out + d * 8, dtable[0][d][half * 2] * a.scale, dtable[0][d][half * 2 + 1] * a.scale);
         }
     }
 }

@@ -194,15 +194,4 @@ constexpr std::size_t shared_for_sums(std::int64_t columns) {
 // out [N] = the sum of partial [parts, N], in the order of the parts.
 void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out, Stream stream);
 
-// Calls f(T()) with the element type.
-template <class F>
-void with_type(DType dtype, F f) {
-    if (dtype == DType::float32)
-        f(float());
-    else if (dtype == DType::bfloat16)
-        f(bfloat16());
-    else
-        f(float16());
-}
-
 }  // namespace pyxlbert::cuda

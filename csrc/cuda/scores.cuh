@@ -116,18 +116,19 @@ DEVICE Masks masks_of(const Attention& a, const QueryStream& stream, const Seque
     return m;
 }
 
-// A row of scores.
-struct Line {
+// A query of a window, in shared memory: a thread looks at two of them again and again, and registers are short.
+struct Place {
     int number;    // -1: there is none
-    int position;  // number, unless the stream has positions
+    int position;  // one of the 16 of its warp, also where there is none
     int mask_row;
     int rank, segment;
-    float same, different;  // the products with the two segment embeddings
+    float same, different;   // the products with the two segment embeddings
+    float lse, delta, rest;  // in backward
 };
 
 // Whether row i may attend key j, 0 <= j.
 template <bool EXTRAS>
-DEVICE bool allowed(const Masks& m, const Line& line, int j) {
+DEVICE bool allowed(const Masks& m, const Place& line, int j) {
     bool may = j < m.keys && line.number >= 0;
     if (m.causal) may = may && j <= line.number + m.shift;
     if constexpr (EXTRAS) {
@@ -145,7 +146,7 @@ DEVICE bool allowed(const Masks& m, const Line& line, int j) {
 
 // A product as a score: with the terms of segments and bias, scaled; -inf where j may not be attended.
 template <bool EXTRAS>
-DEVICE float score_of(const Masks& m, const Line& line, int j, float product) {
+DEVICE float score_of(const Masks& m, const Place& line, int j, float product) {
     float s = product;
     if constexpr (EXTRAS) {
         if (m.key_segments != nullptr && j >= 0 && j < m.extent)

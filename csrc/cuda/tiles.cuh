@@ -39,21 +39,23 @@ struct Mma {
         a.r[2] = pack(c[2 * step + 1][0], c[2 * step + 1][1]);
         a.r[3] = pack(c[2 * step + 1][2], c[2 * step + 1][3]);
     }
-    // c, d [16, 8] += a times rows 0 .. 7 and 8 .. 15 of `tile` [16, K], transposed, from column k on.
-    static DEVICE void by_rows(float (&c)[4], float (&d)[4], const Left& a, const T* tile, int ld, int k) {
+    // The right factor of two products: rows 0 .. 7 and 8 .. 15 of `tile` [16, K], transposed, from column k on.
+    struct Right {
+        std::uint32_t r[4];
+    };
+    static DEVICE void load_rows(Right& b, const T* tile, int ld, int k) {
         const int lane = lane_id();
-        std::uint32_t b[4];
-        ldmatrix(b, tile + (lane % 8 + lane / 16 * 8) * ld + k + (lane / 8 & 1) * 8);
-        mma16(c, a.r, b[0], b[1], T());
-        mma16(d, a.r, b[2], b[3], T());
+        ldmatrix(b.r, tile + (lane % 8 + lane / 16 * 8) * ld + k + (lane / 8 & 1) * 8);
     }
-    // c, d [16, 8] += a times columns 0 .. 7 and 8 .. 15 of `tile` [K, 16].
-    static DEVICE void by_columns(float (&c)[4], float (&d)[4], const Left& a, const T* tile, int ld) {
+    // Columns 0 .. 7 and 8 .. 15 of `tile` [K, 16].
+    static DEVICE void load_columns(Right& b, const T* tile, int ld) {
         const int lane = lane_id();
-        std::uint32_t b[4];
-        ldmatrix_transposed(b, tile + (lane % 16) * ld + lane / 16 * 8);
-        mma16(c, a.r, b[0], b[1], T());
-        mma16(d, a.r, b[2], b[3], T());
+        ldmatrix_transposed(b.r, tile + (lane % 16) * ld + lane / 16 * 8);
+    }
+    // c, d [16, 8] += a b.
+    static DEVICE void multiply(float (&c)[4], float (&d)[4], const Left& a, const Right& b) {
+        mma16(c, a.r, b.r[0], b.r[1], T());
+        mma16(d, a.r, b.r[2], b.r[3], T());
     }
     static DEVICE std::uint32_t pack(float low, float high) {
         T pair[2] = {from_float<T>(low), from_float<T>(high)};
@@ -96,23 +98,30 @@ struct Mma<float> {
         split(c[step][1], a.high[2], a.low[2]);
         split(c[step][3], a.high[3], a.low[3]);
     }
-    static DEVICE void multiply(float (&c)[4], const Left& a, float first, float second) {
-        std::uint32_t h0, l0, h1, l1;
-        split(first, h0, l0);
-        split(second, h1, l1);
-        mma8(c, a.low, h0, h1);
-        mma8(c, a.high, l0, l1);
-        mma8(c, a.high, h0, h1);
-    }
-    static DEVICE void by_rows(float (&c)[4], float (&d)[4], const Left& a, const float* tile, int ld, int k) {
+    struct Right {
+        std::uint32_t high[4], low[4];
+    };
+    static DEVICE void load_rows(Right& b, const float* tile, int ld, int k) {
         const float* row = tile + lane_id() / 4 * ld + k + lane_id() % 4 * 2;
-        multiply(c, a, row[0], row[1]);
-        multiply(d, a, row[8 * ld], row[8 * ld + 1]);
+        split(row[0], b.high[0], b.low[0]);
+        split(row[1], b.high[1], b.low[1]);
+        split(row[8 * ld], b.high[2], b.low[2]);
+        split(row[8 * ld + 1], b.high[3], b.low[3]);
     }
-    static DEVICE void by_columns(float (&c)[4], float (&d)[4], const Left& a, const float* tile, int ld) {
+    static DEVICE void load_columns(Right& b, const float* tile, int ld) {
         const float* column = tile + lane_id() % 4 * 2 * ld + lane_id() / 4;
-        multiply(c, a, column[0], column[ld]);
-        multiply(d, a, column[8], column[ld + 8]);
+        split(column[0], b.high[0], b.low[0]);
+        split(column[ld], b.high[1], b.low[1]);
+        split(column[8], b.high[2], b.low[2]);
+        split(column[ld + 8], b.high[3], b.low[3]);
+    }
+    static DEVICE void multiply(float (&c)[4], float (&d)[4], const Left& a, const Right& b) {
+        mma8(c, a.low, b.high[0], b.high[1]);
+        mma8(c, a.high, b.low[0], b.low[1]);
+        mma8(c, a.high, b.high[0], b.high[1]);
+        mma8(d, a.low, b.high[2], b.high[3]);
+        mma8(d, a.high, b.low[2], b.low[3]);
+        mma8(d, a.high, b.high[2], b.high[3]);
     }
 };
 
@@ -130,10 +139,12 @@ struct Ring {
     DEVICE void move(int by) { base = (base + by + SIZE) % SIZE; }
 };
 
-// How many steps of a product are unrolled: of float32, whose factors are split, more would be loaded than registers
-// hold.
-template <class T>
-constexpr int STEPS_AT_ONCE = sizeof(T) == 4 ? 1 : 16;
+// How many steps of a product are unrolled: the more, the more is loaded ahead, which takes registers; most of them of
+// float32, whose factors are split.
+template <class T, int D>
+constexpr int STEPS_AT_ONCE = sizeof(T) == 4 ? 1
+                              : D > 64       ? 2
+                                             : 4;
 
 template <int N>
 DEVICE void clear(float (&c)[N][4]) {
@@ -143,32 +154,47 @@ DEVICE void clear(float (&c)[N][4]) {
         for (int e = 0; e < 4; ++e) c[n][e] = 0.0f;
 }
 
+// c [M][16, 8 N] += M left factors times K rows of `tile` [K, 8 N].
+template <class T, int D, int M, int N>
+DEVICE void multiply_columns(float (&c)[M][N][4], const typename Mma<T>::Left (&a)[M], const T* tile) {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        typename Mma<T>::Right b;
+        Mma<T>::load_columns(b, tile + n * 8, LD<D>);
+#pragma unroll
+        for (int m = 0; m < M; ++m) Mma<T>::multiply(c[m][n], c[m][n + 1], a[m], b);
+    }
+}
+
 // c [M][16, 8 N] += M times 16 rows of `left` [.., D], `step` elements apart, times the 8 N rows of `right`,
 // transposed.
 template <class T, int D, int M, int N>
 DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T* right) {
-#pragma unroll STEPS_AT_ONCE < T>
+    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
     for (int k = 0; k < D; k += Mma<T>::K) {
         typename Mma<T>::Left a[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) Mma<T>::load_left(a[m], left + m * step, LD<D>, k);
 #pragma unroll
-        for (int n = 0; n < N; n += 2)
+        for (int n = 0; n < N; n += 2) {
+            typename Mma<T>::Right b;
+            Mma<T>::load_rows(b, right + n * 8 * LD<D>, LD<D>, k);
 #pragma unroll
-            for (int m = 0; m < M; ++m) Mma<T>::by_rows(c[m][n], c[m][n + 1], a[m], right + n * 8 * LD<D>, LD<D>, k);
+            for (int m = 0; m < M; ++m) Mma<T>::multiply(c[m][n], c[m][n + 1], a[m], b);
+        }
     }
 }
 
-// out [16, D] += c [16, 8 N], rounded to T, times the 8 N rows of `tile` [8 N, D].
-template <class T, int D, int N>
-DEVICE void multiply_scores(float (&out)[D / 8][4], const float (&c)[N][4], const T* tile) {
+// out [M][16, D] += c [M][16, 8 N], rounded to T, times the 8 N rows of `tile` [8 N, D].
+template <class T, int D, int M, int N>
+DEVICE void multiply_scores(float (&out)[M][D / 8][4], const float (&c)[M][N][4], const T* tile) {
 #pragma unroll
     for (int step = 0; step < N * 8 / Mma<T>::K; ++step) {
-        typename Mma<T>::Left a;
-        Mma<T>::from_scores(a, c, step);
+        typename Mma<T>::Left a[M];
 #pragma unroll
-        for (int d = 0; d < D / 8; d += 2)
-            Mma<T>::by_columns(out[d], out[d + 1], a, tile + step * Mma<T>::K * LD<D> + d * 8, LD<D>);
+        for (int m = 0; m < M; ++m) Mma<T>::from_scores(a[m], c[m], step);
+        multiply_columns<T, D, M, D / 8>(out, a, tile + step * Mma<T>::K * LD<D>);
     }
 }
 

@@ -76,13 +76,12 @@ def build(folder: Path = BUILD, sources: Path = ROOT / "csrc", options: str = ""
         "  command = $cxx $in -o $out $flags",
     ]
     objects = []
-    for source in sorted([*(sources / "cuda").glob("*.cu"), *HERE.glob("*.cpp"), *(sources / "cuda").glob("*.cpp")]):
-        objects.append(f"{source.stem}{source.suffix}.o")
-        more = python if source.name in ("module.cpp", "bindings.cpp") else ""
-        lines += [
-            f"build {objects[-1]}: compile {source}",
-            f"  flags = {FLAGS} {options} {include} {more}",
-        ]
+    units = nvcc.units(sources / "cuda")
+    for source in (HERE / "module.cpp", HERE / "emulation.cpp", sources / "cuda" / "bindings.cpp"):
+        units.append((source, source.name, "" if source.name == "emulation.cpp" else python))
+    for source, name, more in units:
+        objects.append(f"{name}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {FLAGS} {options} {include} {more}"]
     lines += [f"build {output}: link {' '.join(objects)}", f"  flags = -shared -fopenmp {options}", ""]
     with open(folder / "lock", "w") as lock:
         # Processes of one test run start together.

@@ -1,0 +1,37 @@
+// The launchers of the attention ops: which element type's kernels run.
+#include "cuda/attention.h"
+#include "cuda/attention_fwd.cuh"
+#include "cuda/head_sizes.cuh"
+#include "cuda/relative_attention.h"
+#include "cuda/two_stream_attention.h"
+
+namespace pyxlbert::cuda {
+
+void launch_attention_fwd(const Attention& a, Stream stream) {
+    with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::attention_fwd(a, stream); });
+}
+void launch_attention_bwd(const Attention& a, Stream stream) {
+    with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::attention_bwd(a, stream); });
+}
+void launch_relative_attention_fwd(const Attention& a, Stream stream) {
+    with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::relative_attention_fwd(a, stream); });
+}
+void launch_relative_attention_bwd(const Attention& a, Stream stream) {
+    with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::relative_attention_bwd(a, stream); });
+}
+void launch_two_stream_attention_fwd(const Attention& a, Stream stream) {
+    with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::two_stream_attention_fwd(a, stream); });
+}
+
+std::int64_t windows_of_parts(const Attention& a, int stream) {
+    std::int64_t windows = 0;
+    with_type(a.dtype, [&](auto kind) {
+        with_head_size<false>(a, [&](auto size) {
+            using C = WalkTile<decltype(kind), decltype(size)::value, true, true, 1, 1, 16>;
+            windows = windows_of(a, a.stream[stream], C::WINDOW);
+        });
+    });
+    return windows;
+}
+
+}  // namespace pyxlbert::cuda

@@ -1,0 +1,178 @@
+"""Compiles the CUDA kernels without a GPU and says what became of them: registers, stack, spills, instructions.
+
+    python tests/cuda/check.py --write      compiles everything again and rewrites budget.json
+
+What is compiled is a choice that has every kernel once and leaves out twins, the head sizes and the element type that
+differ from others in a number only; PYXLBERT_TEST_ALL=1 compiles all.  Results are kept in build/cuda-check by what
+they depend on: sources, options, compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "cuda-check"
+BUDGET = Path(__file__).with_name("budget.json")
+ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
+# One architecture takes both head sizes and float32 too, the others the usual ones.
+FULL = "90a"
+ARCHITECTURES = ("80", FULL, "100")
+# By their first letters, the longest first.
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDG.E.128", "STG.E.128", "LDL", "STL")
+
+
+def _file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = _file(ROOT / "csrc" / "nvcc.py")
+
+
+def units() -> dict[str, tuple[Path, str]]:
+    """What is compiled, by name: the file and its options."""
+    found = {}
+    for source, name, options in nvcc.units(ROOT / "csrc" / "cuda"):
+        if ALL or not name.endswith(".float16"):
+            found[name] = (source, options)
+    return found
+
+
+def architectures_of(name: str) -> tuple[str, ...]:
+    """Those that a unit is compiled for."""
+    return (FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES
+
+
+def compiled(name: str, architecture: str) -> dict[str, Any]:
+    """By kernel: registers, stack, spills and how many there are of each of INSTRUCTIONS; PTX comes with sm_100.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    source, options = units()[name]
+    few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if architecture == FULL else _ONE}"
+    command = [
+        *(nvcc.find().nvcc, *nvcc.FLAGS.split(), *options.split(), *few.split(), f"-I{ROOT / 'csrc'}"),
+        *(_code(architecture), "-c", str(source)),
+    ]
+    key = hashlib.sha256(json.dumps([command, _version(), _headers(), source.read_text()]).encode()).hexdigest()
+    kept = BUILD / f"{name}.{architecture}.json"
+    if kept.exists():
+        before = json.loads(kept.read_text())
+        if before["key"] == key:
+            return before["kernels"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target = BUILD / f"{name}.{architecture}.o"
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    kernels = _resources(done.stderr + done.stdout)
+    for kernel, counts in _instructions(target, architecture).items():
+        kernels[kernel]["instructions"] = counts
+    kernels = dict(zip(_readable(list(kernels)), kernels.values(), strict=True))
+    target.unlink()
+    kept.write_text(json.dumps({"key": key, "kernels": kernels}))
+    return kernels
+
+
+def _code(architecture: str) -> str:
+    codes = f"[sm_{architecture},compute_{architecture}]" if architecture == "100" else f"sm_{architecture}"
+    return f"-gencode=arch=compute_{architecture},code={codes}"
+
+
+_ONE = "-DPYXLBERT_FEW_SIZES -DPYXLBERT_ONE_SIZE"
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.run([nvcc.find().nvcc, "--version"], capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _headers() -> str:
+    files = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _resources(log: str) -> dict[str, Any]:
+    """What -Xptxas -v says."""
+    found: dict[str, Any] = {}
+    kernel = None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            kernel = found[match[1]] = {}
+        elif kernel is None:
+            continue
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel |= {"stack": int(match[1]), "spills": int(match[2]) + int(match[3])}
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
+    return found
+
+
+def disassembler() -> str:
+    """The cuobjdump that the triton wheel carries, which needs the nvdisasm beside it."""
+    spec = importlib.util.find_spec("triton")
+    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _instructions(target: Path, architecture: str) -> dict[str, dict[str, int]]:
+    tool = disassembler()
+    environment = dict(os.environ, PATH=f"{Path(tool).parent}:{os.environ['PATH']}")
+    command = [tool, "--dump-sass", "-arch", f"sm_{architecture}", str(target)]
+    text = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    found: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            counts = found.setdefault(match[1], Counter())
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", line):
+            for name in INSTRUCTIONS:
+                if match[1].startswith(name):
+                    counts[name] += 1
+                    break
+    return {name: dict(counts) for name, counts in found.items()}
+
+
+def _readable(names: list[str]) -> list[str]:
+    """`attention_fwd<WalkTile<__nv_bfloat16, 64, false, false, 1, 2>>` of mangled names."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        raise RuntimeError("c++filt, a part of binutils, is missing")
+    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = []
+    for line in text.splitlines():
+        line = re.sub(r"pyxlbert::cuda::|\(anonymous namespace\)::|^void ", "", line)
+        short.append(re.sub(r"\(pyxlbert.*|\((const )?[A-Z]\w+.*\)$|\(float const\*.*", "", line.replace("> >", ">>")))
+    return short
+
+
+def main() -> None:
+    budget: dict[str, dict[str, dict[str, int]]] = {}
+    for name in units():
+        for architecture in architectures_of(name):
+            for kernel, found in compiled(name, architecture).items():
+                budget.setdefault(name, {}).setdefault(kernel, {})[architecture] = found["registers"]
+                print(name, architecture, kernel, found, flush=True)
+    if "--write" in sys.argv:
+        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The CUDA kernels compile for every architecture: no spills, no stack, registers within budget.json, the instructions
+that they are written for.  See check.py for what is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("check", Path(__file__).with_name("check.py"))
+check = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(check)
+
+needs_nvcc = pytest.mark.skipif(check.nvcc.find() is None, reason="no nvcc is here, so nothing compiles")
+BUDGET = json.loads(check.BUDGET.read_text())
+# Units whose kernels multiply matrices.
+PRODUCTS = tuple(check.nvcc.BY_ELEMENT)
+# Kernels that read rows of memory and do little else.
+ROWS = ("layer_norm", "dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm")
+
+
+def test_every_file_has_its_budget() -> None:
+    assert set(check.units()) >= set(BUDGET)
+    # In float32 both streams go through the kernels of one.
+    without = {"dispatch", "two_stream_attention.float"}
+    assert set(BUDGET) == {name for name in check.units() if not name.endswith(".float16")} - without
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", check.units())
+def test_kernels_compile(name: str) -> None:
+    wrong = []
+    for architecture in check.architectures_of(name):
+        kernels = check.compiled(name, architecture)
+        budget = {kernel: found[architecture] for kernel, found in BUDGET.get(name, {}).items() if architecture in found}
+        if not check.ALL:
+            assert set(kernels) == set(budget), "kernels and budget.json differ: python tests/cuda/check.py --write"
+        for kernel, found in kernels.items():
+            where = f"{kernel} on sm_{architecture}"
+            counts = found["instructions"]
+            if found["stack"] or found["spills"] or counts.get("LDL") or counts.get("STL"):
+                wrong.append(f"{where}: {found['stack']} bytes of stack, {found['spills']} of spills, {counts}")
+            if found["shared"]:
+                wrong.append(f"{where}: {found['shared']} bytes of static shared memory, wanted all of it dynamic")
+            if kernel in budget and found["registers"] > budget[kernel]:
+                wrong.append(f"{where}: {found['registers']} registers, more than the {budget[kernel]} of budget.json")
+            if name.partition(".")[0] in PRODUCTS and "bwd_rows" not in kernel and not counts.get("HMMA"):
+                wrong.append(f"{where}: no products on tensor cores in {counts}")
+            scalar = re.search(r", 1(, (true|false))?>", kernel)
+            if name in ROWS and not scalar and not counts.get("LDG.E.128"):
+                wrong.append(f"{where}: no loads of 16 bytes in {counts}")
+    assert not wrong, "\n".join(wrong)
