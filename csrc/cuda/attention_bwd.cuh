@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     }
                     __syncwarp();
                     const int y = C::WINDOW - 16 - warp_id() * 16;
-                    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+                    [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
                     for (int u = 0; u < Q::BAND; u += Mma<T>::K) {
                         typename Mma<T>::Left left[1];
@@ -670,7 +670,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             fetch(next, 1 - buffer, !moves && !stays);
         }
         const T* dout = douts + buffer * C::QUERIES + my_column;
-        constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+        [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
         for (int k = 0; k < C::BM; k += Mma<T>::K) {
             typename Mma<T>::Left left[1];

@@ -226,7 +226,7 @@ template <class T, int D, int N, int BN, int SIZE>
 DEVICE void band_products(Band<BN>& band, int u, const T* left, const Ring<T, D, SIZE>& ring, int y) {
     float c[N][4];
     clear(c);
-    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+    [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
     for (int k = 0; k < D; k += Mma<T>::K) {
         typename Mma<T>::Left a;

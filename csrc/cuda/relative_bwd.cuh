@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
                 *masks = masks_of(a, a.stream[next.stream], sequence_of(a, next.sequence), next.sequence, h);
             fetch(next, 1 - buffer, whole);
         }
-        constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+        [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
         for (int k = 0; k < C::BM; k += Mma<T>::K) {
             typename Mma<T>::Left left[1];

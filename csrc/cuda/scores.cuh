@@ -185,7 +185,8 @@ DEVICE std::uint32_t kept_bits(const Masks& m, int number0, int number1, int fir
         const std::uint32_t mine[4] = {odd ? x : w.word[0], odd ? y : w.word[1], odd ? w.word[2] : x,
                                        odd ? w.word[3] : y};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) bits |= (mine[e] >= m.threshold ? 1u : 0u) << (4 * n + e);
+        for (int e = 0; e < 4; ++e)
+            if (mine[e] >= m.threshold) bits |= 1u << (4 * n + e);
     }
     return bits;
 }

@@ -170,7 +170,7 @@ DEVICE void multiply_columns(float (&c)[M][N][4], const typename Mma<T>::Left (&
 // transposed.
 template <class T, int D, int M, int N>
 DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T* right) {
-    constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+    [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
     for (int k = 0; k < D; k += Mma<T>::K) {
         typename Mma<T>::Left a[M];

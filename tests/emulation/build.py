@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -44,14 +45,31 @@ def missing() -> str | None:
     return None
 
 
-def build(folder: Path = BUILD, sources: Path = ROOT / "csrc", options: str = "", threads: int | None = None) -> Path:
+def sanitizer() -> str | None:
+    """What is loaded before Python for a module with AddressSanitizer, or None where it is not here."""
+    compiler = os.environ.get("CXX", "g++")
+    found = []
+    for name in ("libasan.so", "libstdc++.so"):
+        said = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not Path(said).is_absolute():
+            return None
+        found.append(str(Path(said).resolve()))
+    return " ".join(found)
+
+
+def build(
+    folder: Path = BUILD,
+    sources: Path = ROOT / "csrc",
+    options: str = "",
+    only: Callable[[str], bool] = lambda unit: True,
+) -> Path:
     """The module's file, built where it is not up to date.
 
     Args:
         folder: of the objects and the module.
         sources: a copy of csrc, where tests plant a bug.
         options: more of the compiler's.
-        threads: how many compilers at a time.
+        only: which units are compiled; of the others nothing may be called.
 
     Raises:
         RuntimeError: something does not compile.
@@ -76,9 +94,15 @@ def build(folder: Path = BUILD, sources: Path = ROOT / "csrc", options: str = ""
         "  command = $cxx $in -o $out $flags",
     ]
     objects = []
-    units = nvcc.units(sources / "cuda")
-    for source in (HERE / "module.cpp", HERE / "emulation.cpp", sources / "cuda" / "bindings.cpp"):
-        units.append((source, source.name, "" if source.name == "emulation.cpp" else python))
+    units = [unit for unit in nvcc.units(sources / "cuda") if only(unit[1])]
+    units.append((HERE / "emulation.cpp", "emulation.cpp", ""))
+    binding = [(HERE / "module.cpp", "module.cpp", python), (sources / "cuda" / "bindings.cpp", "bindings.cpp", python)]
+    if folder == BUILD:
+        units += binding
+    else:
+        # The binding is the same, and takes longest to compile.
+        build()
+        objects += [str(BUILD / f"{name}.o") for _, name, _ in binding]
     for source, name, more in units:
         objects.append(f"{name}.o")
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {FLAGS} {options} {include} {more}"]
@@ -92,10 +116,40 @@ def build(folder: Path = BUILD, sources: Path = ROOT / "csrc", options: str = ""
             script.write_text(text)
         beside_python = Path(sys.executable).parent / "ninja"
         ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
-        command = [ninja, "-C", str(folder), "--quiet", f"-j{threads or os.cpu_count() or 1}"]
+        command = [ninja, "-C", str(folder), "--quiet", f"-j{os.cpu_count() or 1}"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulation does not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+    return output
+
+
+def variant(folder: Path, unit: str, file: str, old: str, new: str) -> Path:
+    """The module with one unit compiled from a copy of the sources in which `old` is replaced by `new`.
+
+    Raises:
+        ValueError: the file does not hold `old` exactly once.
+        RuntimeError: it does not compile.
+    """
+    build()
+    sources = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    path = sources / "cuda" / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{file}: got {text.count(old)} places with {old!r}, wanted 1")
+    path.write_text(text.replace(old, new))
+    source, options = {name: (source, options) for source, name, options in nvcc.units(sources / "cuda")}[unit]
+    include = f"-I{sources} -I{HERE} -isystem {nvcc.find().include}"
+    target, output = folder / f"{unit}.o", folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    names = [*(name for _, name, _ in nvcc.units(sources / "cuda")), "module.cpp", "emulation.cpp", "bindings.cpp"]
+    others = [str(BUILD / f"{name}.o") for name in names if name != unit]
+    compiler = os.environ.get("CXX", "g++")
+    # The bug first: of functions that several objects hold the linker keeps one, the first.
+    compile_it = f"{compiler} {FLAGS} {options} {include} -x c++ -c {source} -o {target}"
+    for command in (compile_it.split(), [compiler, str(target), *others, "-shared", "-fopenmp", "-o", str(output)]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the emulation does not build:\n{done.stderr[-4000:]}")
     return output
 
 

@@ -21,4 +21,5 @@ emulation_switch:
  ret
 .size emulation_switch,.-emulation_switch
 .section .note.GNU-stack,"",@progbits
+.text
 )");

@@ -1,0 +1,121 @@
+"""The emulation of CUDA: right in both orders of warps, clean under AddressSanitizer, and not blind: it catches planted
+bugs, each of which a GPU may or may not show."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def _file(name: str):
+    spec = importlib.util.spec_from_file_location(Path(name).stem, HERE / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, runs = _file("build.py"), _file("runs.py")
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+
+
+def run(module: Path, *ops: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "runs.py"), str(module), *ops]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("order", ["forwards", "reversed"])
+def test_right_in_both_orders(order: str) -> None:
+    done = run(build.build(), *runs.OPS, CUDA_EMULATION_ORDER=order)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.OPS]
+
+
+class Bug(NamedTuple):
+    """A line of the sources and what is wrong about another in its place."""
+
+    name: str
+    op: str
+    unit: str
+    file: str
+    old: str
+    new: str
+    says: str = "wrong"  # or what the emulation stops with
+
+
+BUGS = (
+    Bug("a sum overwritten before all have read it", "layer_norm", "layer_norm", "rows.cuh",
+        "__syncthreads();  // the previous sum has been read\n", "\n"),
+    Bug("a sum read before all have written it", "layer_norm", "layer_norm", "rows.cuh",
+        "parts[warp_id()] = x;\n        __syncthreads();", "parts[warp_id()] = x;"),
+    Bug("shares of rows added up without waiting", "layer_norm of short rows", "layer_norm", "rows.cuh",
+        "for (int group = 0; group < S::ROWS; ++group) {\n            __syncthreads();",
+        "for (int group = 0; group < S::ROWS; ++group) {"),
+    Bug("a shuffle that half of a warp takes part in", "layer_norm of short rows", "layer_norm", "rows.cuh",
+        "for (int offset = 16; offset > 0; offset /= 2) {\n        x.first",
+        "for (int offset = lane_id() < 16 ? 16 : 0; offset > 0; offset /= 2) {\n        x.first", "deadlock"),
+    Bug("a thread that leaves before a shuffle", "layer_norm of short rows", "layer_norm", "rows.cuh",
+        "    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * each;\n    for (std::int64_t at",
+        "    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * each;\n"
+        "    if (threadIdx.x == 5) return;\n    for (std::int64_t at", "deadlock"),
+    Bug("a copy that is waited for too little", "attention", "attention.bfloat16", "attention_fwd.cuh",
+        "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();",
+        "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<1>();"),
+    Bug("others' copies that are not waited for", "attention", "attention.bfloat16", "attention_fwd.cuh",
+        "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();\n            __syncthreads();",
+        "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();"),
+    Bug("copies that no group has", "attention", "attention.bfloat16", "attention_fwd.cuh",
+        "    cp_async_commit();\n}", "}", "nobody waited for"),
+    Bug("rows of a tile that are not at multiples of 16 bytes", "attention", "attention.bfloat16", "tiles.cuh",
+        "constexpr int LD = D + 8;", "constexpr int LD = D + 4;", "16"),
+    Bug("too little shared memory", "relative_attention", "relative_attention.bfloat16", "attention_fwd.cuh",
+        "PLACES + BANDS + (QUERIES", "PLACES + (QUERIES", "outside of shared memory"),
+    Bug("a band read before the warp has written it", "relative_attention", "relative_attention.bfloat16",
+        "attention_fwd.cuh", "bands.begun = true;\n        __syncwarp();", "bands.begun = true;"),
+    Bug("a ring of one tile of table rows too few", "relative_attention", "relative_attention.bfloat16",
+        "attention_fwd.cuh", "RING = WINDOW + 2 * BN;", "RING = WINDOW + BN;", "wrong|outside of shared memory"),
+    Bug("weights read before other warps have written them", "attention", "attention_bwd.bfloat16",
+        "attention_bwd.cuh", "next_more = __syncthreads_or(next_more);", "next_more = next_more;"),
+    Bug("queries overwritten by the next ones", "attention", "attention_bwd.bfloat16", "attention_bwd.cuh",
+        "fetch(next, 1 - buffer, !moves && !stays);", "fetch(next, buffer, !moves && !stays);"),
+    Bug("a skew written before the zeros beside it", "relative_attention", "relative_attention_bwd.bfloat16",
+        "attention_bwd.cuh", "make_uint4(0, 0, 0, 0);\n                    }\n                    __syncwarp();",
+        "make_uint4(0, 0, 0, 0);\n                    }"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[bug.name.replace(" ", "_") for bug in BUGS])
+def test_a_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
+    module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
+    said = ""
+    for order in ("forwards", "reversed"):
+        done = run(module, bug.op, CUDA_EMULATION_ORDER=order)
+        assert "Traceback" not in done.stderr, done.stderr[-2000:]
+        said = done.stdout if done.returncode == 0 else done.stderr
+        if re.search(bug.says, said):
+            assert done.returncode == 0 or "emulation: " in said
+            return
+    pytest.fail(f"not caught; the last order said: {said[-500:]}")
+
+
+def test_clean_under_sanitizers() -> None:
+    """Global and shared memory out of bounds, misaligned and overflowing numbers: bfloat16, one head size."""
+    if build.sanitizer() is None:
+        pytest.skip("no libasan is here (g++ brings it)")
+    module = build.build(
+        build.BUILD.with_name("emulation-sanitized"),
+        options="-O1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all "
+        "-fno-omit-frame-pointer -Wno-uninitialized -DPYXLBERT_ONE_SIZE -DPYXLBERT_FEW_TYPES",
+        only=lambda unit: not unit.endswith((".float", ".float16")),
+    )
+    done = run(module, *runs.OPS, LD_PRELOAD=build.sanitizer(), ASAN_OPTIONS="detect_leaks=0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.OPS]
