@@ -1,13 +1,14 @@
 """`make gpu`: everything that needs a GPU, on a machine with a CUDA build of torch and nothing to download.
 
-    python bench/gpu.py [PART ...]        parts: build, test, sanitize, bench; without any: all four, in this order
+    python bench/gpu.py [PART ...]        parts: build, test, sanitize, bench, prefer; without any: all, in this order
 
-build     the package and its native module, into build/gpu
+build     the package and its native module with CUDA kernels for this GPU, into build/gpu
 test      the op, kernel and model tests, of which every backend that runs here takes part
 sanitize  compute-sanitizer over a few calls of every op
 bench     python -m pyxlbert.bench gpu, into bench/results/<device>.json, row by row
+prefer    python -m pyxlbert.bench.prefer, into pyxlbert/preferences.json: which of cuda and triton is faster here
 
-A part has a time of its own to end in, and what it has done by then counts: all four end within nine minutes.  The exit
+A part has a time of its own to end in, and what it has done by then counts: all of them end within nine minutes.  The exit
 status is 0 where every part that was asked for ran and passed.  It is run as a file, not as a module, since the package
 is not there before it is built.
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 # Seconds.
-LIMITS = {"build": 120, "test": 240, "sanitize": 60, "bench": 110}
+LIMITS = {"build": 120, "test": 220, "sanitize": 60, "bench": 100, "prefer": 40}
 NEEDED = ("torch", "triton", "numpy", "pytest", "setuptools", "pybind11", "safetensors", "tokenizers", "transformers")
 TESTS = ("tests/ops/test_all_ops.py", "tests/kernels", "tests/gpu", "tests/models/test_bert_parity.py")
 TESTS += ("tests/models/test_xlnet_parity.py",)
@@ -71,7 +72,15 @@ def build(limit: float) -> str:
     shutil.rmtree(BUILD, ignore_errors=True)
     objects = ROOT / "build" / "gpu-objects"
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(BUILD), "--build-temp", str(objects)]
-    return run(command, limit)
+    return run(command, limit, PYXLBERT_CUDA="auto", PYXLBERT_CUDA_ARCHS=architecture())
+
+
+def architecture() -> str:
+    """What the CUDA kernels are compiled for: the machine code of this GPU, or what its driver can compile."""
+    import torch
+
+    major = torch.cuda.get_device_capability()[0]
+    return {8: "80", 9: "90a", 10: "100"}.get(major, "100+PTX")
 
 
 def test(limit: float) -> str:
@@ -106,7 +115,18 @@ def bench(limit: float) -> str:
     return run([*command, "--seconds", f"{limit - 20:.0f}"], limit)
 
 
-PARTS: dict[str, Callable[[float], str]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+def prefer(limit: float) -> str:
+    command = [sys.executable, "-m", "pyxlbert.bench.prefer", "--write", "pyxlbert/preferences.json"]
+    return run([*command, "--seconds", f"{limit - 15:.0f}"], limit)
+
+
+PARTS: dict[str, Callable[[float], str]] = {
+    "build": build,
+    "test": test,
+    "sanitize": sanitize,
+    "bench": bench,
+    "prefer": prefer,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Timing, race_on_gpu
 
 import pyxlbert
+from pyxlbert import preference
 
 TOKENS = 16384
 ROUNDS = 51
@@ -187,8 +188,31 @@ class ModelRace:
         return step if self.training else infer
 
 
+def with_backends(race: Race) -> Race:
+    """The race with each of our backends beside the one that a call takes by itself."""
+
+    def build() -> tuple[Call, dict[str, Call], Call | None]:
+        ours, peers, truth = race.build()
+
+        def on(name: str) -> Call:
+            def call() -> Any:
+                with pyxlbert.use_backend(name):
+                    return ours()
+
+            return call
+
+        return ours, peers | {f"pyxlbert {name}": on(name) for name in preference.USUAL}, truth
+
+    return replace(race, build=build)
+
+
 def races() -> Iterator[Any]:
     """Every race of `python -m pyxlbert.bench gpu`, the targets first."""
+    for race in _races():
+        yield with_backends(race) if isinstance(race, Race) else race
+
+
+def _races() -> Iterator[Any]:
     half = torch.bfloat16
     for op in ("layer_norm", "attention"):
         yield HostRace(op)

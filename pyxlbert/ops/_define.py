@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from pyxlbert import backends
+from pyxlbert import backends, preference
 
 _library = torch.library.Library("pyxlbert", "DEF")
 
@@ -152,7 +152,7 @@ class Op:
             native = self._native
             if native is not None and tensors[0].is_cpu and native(*tensors) is None:  # type: ignore[union-attr]
                 return "cpu"
-            for name in backends.PREFERENCE.get(tensors[0].device.type, ("torch",)):  # type: ignore[union-attr]
+            for name in self._order(tensors[0]):
                 if self.refusal(name, *tensors) is None:
                     return name
             raise RuntimeError(f"{self.name}: no backend takes these inputs:\n{self.explain(*tensors)}")
@@ -176,7 +176,7 @@ class Op:
     def explain(self, *tensors: torch.Tensor | None) -> str:
         """One line per backend: taken, possible, or why not."""
         device = tensors[0].device.type  # type: ignore[union-attr]
-        order = backends.PREFERENCE.get(device, ("torch",))
+        order = self._order(tensors[0])
         asked = backends.default_backend()
         lines, taken = [f"{self.name} on {device}:"], False
         for name in (*order, *(name for name in backends.NAMES if name not in order)):
@@ -189,11 +189,19 @@ class Op:
             if reason is None and name not in order:
                 reason = f"not for {device} tensors"
             if reason is None and not taken and asked is None:
-                lines.append(f"  {name}: taken")
+                why = f", {preference.reason(self.name, tensors[0])}" if name in order[:2] and device == "cuda" else ""
+                lines.append(f"  {name}: taken{why}")
                 taken = True
             else:
                 lines.append(f"  {name}: {reason or 'possible'}")
         return "\n".join(lines)
+
+    def _order(self, tensor: torch.Tensor | None) -> tuple[str, ...]:
+        """The backends for a call that this tensor decides, the first that supports it is taken."""
+        device = tensor.device.type  # type: ignore[union-attr]
+        if device == "cuda" and "cuda" in self.implementations:
+            return (*preference.order(self.name, tensor), "torch")
+        return backends.PREFERENCE.get(device, ("torch",))
 
     def _module(self, backend: str) -> ModuleType:
         if backend not in self._modules:

@@ -35,7 +35,9 @@ def test_kernels_compile(name: str) -> None:
     wrong = []
     for architecture in check.architectures_of(name):
         kernels = check.compiled(name, architecture)
-        budget = {kernel: found[architecture] for kernel, found in BUDGET.get(name, {}).items() if architecture in found}
+        budget = {
+            kernel: found[architecture] for kernel, found in BUDGET.get(name, {}).items() if architecture in found
+        }
         if not check.ALL:
             assert set(kernels) == set(budget), "kernels and budget.json differ: python tests/cuda/check.py --write"
         for kernel, found in kernels.items():
