@@ -8,7 +8,7 @@ sanitize  compute-sanitizer over a few calls of every op
 bench     python -m pyxlbert.bench gpu, into bench/results/<device>.json, row by row
 prefer    python -m pyxlbert.bench.prefer, into pyxlbert/preferences.json: which of cuda and triton is faster here
 
-A part has a time of its own to end in, and what it has done by then counts: all of them end within nine minutes.  The exit
+A part has a time of its own to end in, and what it has done by then counts: all end within nine minutes.  The exit
 status is 0 where every part that was asked for ran and passed.  It is run as a file, not as a module, since the package
 is not there before it is built.
 """
