@@ -112,7 +112,9 @@ def ninja_file(output: Path) -> str:
         ]
         for source, name, more in nvcc.units(ROOT / "csrc" / "cuda"):
             objects.append(f"cuda/{name}.o")
-            options = f"{nvcc.FLAGS} {more} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
+            # Kernels of Hopper are started only where there is machine code for it.
+            hopper = "-DPYXLBERT_HOPPER" if "90a" in nvcc.wanted() else ""
+            options = f"{nvcc.FLAGS} {hopper} {more} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
             lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {options}"]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
             objects.append(f"cuda/{source.stem}.o")

@@ -23,7 +23,14 @@ FLAGS = (
 
 
 # Files that are compiled once per element type, with PYXLBERT_ELEMENT.
-BY_ELEMENT = ("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention")
+BY_ELEMENT = (
+    "attention",
+    "attention_bwd",
+    "attention_hopper",
+    "relative_attention",
+    "relative_attention_bwd",
+    "two_stream_attention",
+)
 ELEMENTS = ("float", "bfloat16", "float16")
 
 

@@ -11,6 +11,8 @@ namespace pyxlbert::cuda {
 template <class T>
 struct Kernels {
     static void attention_fwd(const Attention& a, Stream stream);
+    // False where the call or the device is not for it, and nothing has been started.
+    static bool attention_fwd_hopper(const Attention& a, Stream stream);
     static void attention_bwd(const Attention& a, Stream stream);
     static void relative_attention_fwd(const Attention& a, Stream stream);
     static void relative_attention_bwd(const Attention& a, Stream stream);

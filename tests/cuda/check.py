@@ -55,6 +55,9 @@ def units() -> dict[str, tuple[Path, str]]:
 
 def architectures_of(name: str) -> tuple[str, ...]:
     """Those that a unit is compiled for."""
+    if "hopper" in name:
+        # An empty kernel anywhere else.
+        return (FULL,)
     return (FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES
 
 
@@ -65,6 +68,8 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
         RuntimeError: it does not compile.
     """
     source, options = units()[name]
+    if architecture == FULL:
+        options += " -DPYXLBERT_HOPPER"
     few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if architecture == FULL else _ONE}"
     command = [
         *(nvcc.find().nvcc, *nvcc.FLAGS.split(), *options.split(), *few.split(), f"-I{ROOT / 'csrc'}"),
@@ -81,6 +86,9 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    if "wgmma" in done.stderr + done.stdout:
+        # ptxas says so where it cannot leave products under way.
+        raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     kernels = _resources(done.stderr + done.stdout)
     for kernel, counts in _instructions(target, architecture).items():
         kernels[kernel]["instructions"] = counts

@@ -68,13 +68,19 @@ struct Fiber {
     bool done = false;
     Meeting* waits_for = nullptr;
     std::uint32_t turn = 0;
-    // An mbarrier whose phase is still `phase`, where it waits for one: see hopper.h.
-    const std::uint32_t* phase_of = nullptr;
-    std::uint32_t phase = 0;
+    // An mbarrier whose phase is still `phase`, where it waits for one: see emulated_hopper.h.
+    const std::uint8_t* phase_of = nullptr;
+    std::uint8_t phase = 0;
     const char* at = "the start";
     int line = 0;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
+};
+
+// What four warps bring to a product that they execute together.
+struct Warpgroup {
+    Meeting meeting;
+    const void* brought[128] = {};
 };
 
 struct Warp {
@@ -84,7 +90,8 @@ struct Warp {
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Meeting barrier, named[16], warpgroup[8];
+    Meeting barrier, named[16];
+    Warpgroup warpgroups[8];
     int live = 0;
     dim3 grid, size;
     uint3 index{};
@@ -95,7 +102,7 @@ struct Block {
     unsigned char* shared = nullptr;
     std::size_t shared_bytes = 0;
     const std::function<void()>* body = nullptr;
-    // What else can happen when every fiber waits: returns whether something did.  Bulk copies of hopper.h.
+    // What else can happen when every fiber waits: returns whether something did.  Bulk copies of emulated_hopper.h.
     std::vector<std::function<void()>> pending;
 };
 
@@ -226,7 +233,7 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
     b.live = threads;
     b.barrier = Meeting();
     for (Meeting& one : b.named) one.arrived = 0;
-    for (Meeting& one : b.warpgroup) one.arrived = 0;
+    for (Warpgroup& one : b.warpgroups) one.meeting.arrived = 0;
     b.warps.resize((threads + 31) / 32);
     for (Warp& warp : b.warps)
         for (auto& one : warp.meetings) one->arrived = 0;

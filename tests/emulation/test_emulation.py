@@ -39,6 +39,13 @@ def test_right_in_both_orders(order: str) -> None:
     assert done.stdout.splitlines() == [f"{op}: right" for op in runs.OPS]
 
 
+@pytest.mark.parametrize("order", ["forwards", "reversed"])
+def test_hopper_is_right_in_both_orders(order: str) -> None:
+    done = run(build.build(), *runs.HOPPER_OPS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.HOPPER_OPS]
+
+
 class Bug(NamedTuple):
     """A line of the sources and what is wrong about another in its place."""
 
@@ -89,6 +96,17 @@ BUGS = (
     Bug("a skew written before the zeros beside it", "relative_attention", "relative_attention_bwd.bfloat16",
         "attention_bwd.cuh", "make_uint4(0, 0, 0, 0);\n                    }\n                    __syncwarp();",
         "make_uint4(0, 0, 0, 0);\n                    }"),
+    Bug("a tile that is overwritten while it is read", "attention on Hopper", "attention_hopper.bfloat16",
+        "attention_hopper.cuh", "mbarrier_wait(key_empty + stage, turn ^ 1);", "", "wrong|arrivals"),
+    Bug("a wait for the wrong phase", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
+        "mbarrier_wait(value_full + stage, turn);", "mbarrier_wait(value_full + stage, turn ^ 1);",
+        "wrong|deadlock|arrivals"),
+    Bug("too few bytes expected", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
+        "mbarrier_expect(full, rows * D * 2);", "mbarrier_expect(full, rows * D);", "wrong|deadlock"),
+    Bug("a step through a factor that is half as long", "attention on Hopper", "attention_hopper.bfloat16",
+        "attention_hopper.cuh", "k % 64 * 2), key.at(", "k % 64), key.at("),
+    Bug("values behind the keys that are not zeroed", "attention on Hopper", "attention_hopper.bfloat16",
+        "attention_hopper.cuh", "if (first_j + C::BN > s.keys) {", "if (false) {"),
 )  # fmt: skip
 
 
@@ -97,7 +115,8 @@ def test_a_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
     module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
     said = ""
     for order in ("forwards", "reversed"):
-        done = run(module, bug.op, CUDA_EMULATION_ORDER=order)
+        hopper = "1" if bug.op in runs.HOPPER_OPS else "0"
+        done = run(module, bug.op, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER=hopper)
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
         said = done.stdout if done.returncode == 0 else done.stderr
         if re.search(bug.says, said):

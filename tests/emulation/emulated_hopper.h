@@ -1,0 +1,202 @@
+// The instructions of hopper.cuh: mbarriers, tensor memory copies, wgmma.
+//
+// A copy lands as late as it may: when nobody can go on without it.  A product is computed when it is issued, so that a
+// missing wgmma_wait or fence does not show.
+#pragma once
+#include "emulation.h"
+
+namespace pyxlbert::cuda {
+
+// CUDA_EMULATION_HOPPER=1 makes the device one of sm_90a, whose kernels then take the smallest calls too.
+inline bool is_hopper() {
+    const char* wanted = std::getenv("CUDA_EMULATION_HOPPER");
+    return wanted != nullptr && std::strcmp(wanted, "1") == 0;
+}
+inline int fewest_queries() { return 1; }
+
+// [B, T, H, D] of 16-bit elements.
+struct TensorMap {
+    const unsigned char* data;
+    std::int64_t sizes[4], strides[3];
+    int rows;
+};
+
+inline TensorMap make_tensor_map(const void* data, const std::int64_t (&sizes)[4], const std::int64_t (&strides)[3],
+                                 int rows, bool) {
+    TensorMap map{static_cast<const unsigned char*>(data), {}, {}, rows};
+    std::copy(sizes, sizes + 4, map.sizes);
+    std::copy(strides, strides + 3, map.strides);
+    bool good = reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && rows >= 1 && rows <= 256;
+    for (const std::int64_t stride : strides) good = good && stride > 0 && stride * 2 % 16 == 0 && stride < (1ll << 39);
+    if (!good) throw std::runtime_error("tensor map: the driver would refuse the sizes or strides");
+    return map;
+}
+
+inline void check_shared_memory() {}
+
+// As it lies in 64 bits of shared memory.
+struct Mbarrier {
+    std::uint8_t phase, expected, pending, initialised;
+    std::int32_t bytes;
+};
+static_assert(sizeof(Mbarrier) == 8);
+constexpr std::uint8_t INITIALISED = 0x5a;
+
+inline Mbarrier& mbarrier(std::uint64_t* barrier) {
+    in_shared_memory(barrier, 8, "an mbarrier outside of shared memory");
+    Mbarrier& b = *reinterpret_cast<Mbarrier*>(barrier);
+    if (b.initialised != INITIALISED) emulation::fail("an mbarrier that nobody has initialised");
+    return b;
+}
+inline void complete(Mbarrier& b) {
+    if (b.pending == 0 && b.bytes == 0) {
+        b.phase ^= 1;
+        b.pending = b.expected;
+    }
+}
+inline void mbarrier_init(std::uint64_t* barrier, int arrivals) {
+    in_shared_memory(barrier, 8, "an mbarrier outside of shared memory");
+    const auto count = static_cast<std::uint8_t>(arrivals);
+    *reinterpret_cast<Mbarrier*>(barrier) = {0, count, count, INITIALISED, 0};
+}
+inline void mbarrier_init_done() {}
+inline void mbarrier_expect(std::uint64_t* barrier, int bytes) {
+    Mbarrier& b = mbarrier(barrier);
+    if (b.pending == 0) emulation::fail("more arrivals at an mbarrier than it was made for");
+    b.bytes += bytes;
+    --b.pending;
+    complete(b);
+}
+inline void mbarrier_arrive(std::uint64_t* barrier) { mbarrier_expect(barrier, 0); }
+inline void mbarrier_wait(std::uint64_t* barrier, int parity) {
+    Mbarrier& b = mbarrier(barrier);
+    emulation::Fiber& fiber = *emulation::block->current;
+    fiber.at = "mbarrier_wait";
+    while (b.phase == parity) {
+        fiber.phase_of = &b.phase;
+        fiber.phase = b.phase;
+        emulation::leave();
+        fiber.phase_of = nullptr;
+    }
+}
+
+// 16-byte pieces of a row of 128 bytes change places by the row's number: bits 4 to 6 of an address by bits 7 to 9.
+inline std::uintptr_t swizzled(std::uintptr_t address) { return address ^ (address >> 3 & 0x70); }
+
+inline void tma_load(void* to, const TensorMap* map, std::uint64_t* barrier, int column, int row, int head, int batch) {
+    const std::size_t bytes = static_cast<std::size_t>(map->rows) * 128;
+    in_shared_memory(to, bytes, "a tensor copy outside of shared memory");
+    if (reinterpret_cast<std::uintptr_t>(to) % 1024 != 0) emulation::fail("a tensor copy to no multiple of 1024 bytes");
+    std::memset(to, 0xff, bytes);
+    Mbarrier* b = &mbarrier(barrier);
+    // The map by value: the thread that asks may have ended.
+    emulation::block->pending.push_back([=, map = *map] {
+        for (int r = 0; r < map.rows; ++r)
+            for (int c = 0; c < 64; ++c) {
+                const std::int64_t t = row + r, d = column + c;
+                std::uint16_t x = 0;
+                if (t >= 0 && t < map.sizes[1] && d < map.sizes[3])
+                    std::memcpy(
+                        &x, map.data + (batch * map.strides[0] + t * map.strides[1] + head * map.strides[2] + d) * 2,
+                        2);
+                const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(to) + r * 128 + c * 2;
+                std::memcpy(reinterpret_cast<void*>(swizzled(at)), &x, 2);
+            }
+        b->bytes -= static_cast<std::int32_t>(bytes);
+        complete(*b);
+    });
+}
+
+inline void fence_shared_for_wgmma() {}
+inline void named_barrier(int number, int threads) {
+    emulation::arrive(emulation::block->named[number], threads, "bar.sync", number);
+}
+template <int N>
+void take_registers() {}
+template <int N>
+void give_registers() {}
+
+struct Factor {
+    std::uint64_t address;
+    std::uint64_t next;
+    Factor(const void* tile, int between) : address(reinterpret_cast<std::uint64_t>(tile)), next(between) {
+        if (address % 1024 != 0) emulation::fail("a factor of wgmma at no multiple of 1024 bytes");
+    }
+    Factor at(int bytes) const {
+        Factor moved = *this;
+        moved.address += bytes;
+        return moved;
+    }
+};
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int N>
+void wgmma_wait() {
+    emulation::Warpgroup& group = emulation::block->warpgroups[emulation::block->current->thread / 128];
+    emulation::arrive(group.meeting, 128, "wgmma_wait", 0);
+}
+
+inline std::uint16_t bits_at(std::uint64_t tile, int row, int column) {
+    const std::uintptr_t at = swizzled(tile + row * 128 + column * 2);
+    in_shared_memory(reinterpret_cast<void*>(at), 2, "a factor of wgmma outside of shared memory");
+    std::uint16_t bits;
+    std::memcpy(&bits, reinterpret_cast<void*>(at), 2);
+    return bits;
+}
+
+// The last of 128 threads multiplies for all: left(i, k) and right(k, j) give bits, d of thread t has rows of its warp.
+template <int N, class T, class Left, class Right>
+void wgmma(float (&d)[N / 8][4], const std::uint32_t* a, bool add, T kind, const char* what, Left left, Right right) {
+    struct Brought {
+        float (*d)[4];
+        const std::uint32_t* a;
+    };
+    const Brought mine{d, a};
+    const unsigned thread = emulation::block->current->thread;
+    emulation::Warpgroup& group = emulation::block->warpgroups[thread / 128];
+    group.brought[thread % 128] = &mine;
+    if (group.meeting.arrived == 127) {
+        static thread_local float l[64][16], r[16][N];
+        auto brought = [&](int t) { return static_cast<const Brought*>(group.brought[t]); };
+        for (int i = 0; i < 64; ++i)
+            for (int k = 0; k < 16; ++k) {
+                std::uint32_t bits;
+                if (a == nullptr) {
+                    bits = left(i, k);
+                } else {
+                    // Registers of the lane that has row i % 8 and columns k % 8.
+                    const int lane = i % 8 * 4 + k % 8 / 2, place = (i % 16 >= 8) + (k >= 8) * 2;
+                    bits = brought(i / 16 * 32 + lane)->a[place] >> (k % 2 * 16) & 0xffff;
+                }
+                l[i][k] = half_of(bits, 0, kind);
+            }
+        for (int k = 0; k < 16; ++k)
+            for (int j = 0; j < N; ++j) r[k][j] = half_of(right(k, j), 0, kind);
+        for (int t = 0; t < 128; ++t)
+            for (int n = 0; n < N / 8; ++n)
+                for (int e = 0; e < 4; ++e) {
+                    const int i = t / 32 * 16 + t % 32 / 4 + e / 2 * 8, j = n * 8 + t % 4 * 2 + e % 2;
+                    float sum = 0.0f;
+                    for (int k = 0; k < 16; ++k) sum += l[i][k] * r[k][j];
+                    float& x = brought(t)->d[n][e];
+                    x = add ? x + sum : sum;
+                }
+    }
+    emulation::arrive(group.meeting, 128, what, 0);
+}
+
+template <int BLOCKS, class T>
+void wgmma_shared(float (&d)[BLOCKS][4], Factor a, Factor b, bool add, T kind) {
+    wgmma<BLOCKS * 8>(
+        d, nullptr, add, kind, "wgmma", [&](int i, int k) { return bits_at(a.address, i, k); },
+        [&](int k, int j) { return bits_at(b.address, j, k); });
+}
+template <int BLOCKS, class T>
+void wgmma_registers(float (&d)[BLOCKS][4], const std::uint32_t (&a)[4], Factor b, T kind) {
+    wgmma<BLOCKS * 8>(
+        d, a, true, kind, "wgmma with registers", [](int, int) { return std::uint16_t{0}; },
+        [&](int k, int j) { return bits_at(b.address + j / 64 * b.next, k, j % 64); });
+}
+
+}  // namespace pyxlbert::cuda
