@@ -719,6 +719,7 @@ void launch_attention_bwd_of(const Attention& a, Stream stream) {
     constexpr int BN = LONG && (WIDE || RELATIVE) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
     using W = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN>;
     using S = SumTile<T, D, EXTRAS, RELATIVE>;
+    static_assert(QueriesTile<W>::SHARED <= MOST_SHARED && shared_of_keys<S>() <= MOST_SHARED);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);

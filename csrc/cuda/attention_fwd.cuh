@@ -410,8 +410,10 @@ void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
         constexpr bool WIDE = sizeof(T) == 4;
         // Masks and a second tile of queries together would not fit the registers.
         constexpr int M = RELATIVE ? STREAMS : WIDE || EXTRAS ? 1 : 2;
-        constexpr int BN = WIDE && D > 64 ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
+        // Two streams have twice the queries and bands to keep: with more keys two blocks would not share an A100's SM.
+        constexpr int BN = STREAMS == 2 || (WIDE && D > 64) ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
         using C = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN>;
+        static_assert(C::SHARED <= MOST_SHARED);
         std::int64_t windows = 1;
         for (int n = 0; n < STREAMS; ++n) {
             const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);

@@ -154,6 +154,9 @@ inline dim3 grid_of(std::int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks));
 }
 
+// Bytes of shared memory that a block may have on every device of capability 8.0, 9.0 or 10.0; others have 99 KiB.
+constexpr std::size_t MOST_SHARED = 163 * 1024;
+
 constexpr float INFINITY_ = __builtin_huge_valf();
 constexpr float NAN_ = __builtin_nanf("");
 

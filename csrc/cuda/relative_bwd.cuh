@@ -241,6 +241,7 @@ template <class T, int D, bool EXTRAS>
 void launch_relative_bwd_of(const Attention& a, Stream stream) {
     launch_attention_bwd_of<T, D, true, EXTRAS>(a, stream);
     using S = SumTile<T, D, EXTRAS, true>;
+    static_assert(shared_of_table<S>() <= MOST_SHARED);
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
     launch(attention_bwd_table<S>, grid_of(blocks * a.tables * a.heads), S::THREADS, shared_of_table<S>(), stream, a);
 }

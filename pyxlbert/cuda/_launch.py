@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def refusal_of_rows(*tensors: Tensor | None) -> str | None:
     if columns > backends.cuda_kernels.MOST_COLUMNS:
         return f"it takes rows of at most {backends.cuda_kernels.MOST_COLUMNS} elements, not {columns}"
     return refusal(*tensors)
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have on a device; where torch does not tell, what H100s have."""
+    if backends.cuda_is_emulated:
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 227 * 1024)
 
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:

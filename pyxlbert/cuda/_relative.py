@@ -8,12 +8,39 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import description, in_place, padded, statistics_of, strides, whole_vectors
-from pyxlbert.cuda._launch import address, dtype_of, launch
+from pyxlbert.cuda._attention import (
+    description,
+    in_place,
+    padded,
+    refusal_of_heads,
+    statistics_of,
+    strides,
+    whole_vectors,
+)
+from pyxlbert.cuda._launch import address, dtype_of, launch, shared_memory
 from pyxlbert.strides import int32
 
 # The gradients that streams share, in the order of the ops' results.
 SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
+
+
+# Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
+_SHARED = 150 * 1024
+
+
+def refusal_of_relative(*tensors: Tensor | None) -> str | None:
+    """The `supports` of the ops with a table: on devices with little shared memory their tiles are bounded."""
+    reason = refusal_of_heads(*tensors)
+    query = tensors[0] if tensors else None
+    if reason is not None or query is None or query.dim() == 0:
+        return reason
+    here = shared_memory(query.get_device())
+    if here < _SHARED and (query.shape[-1] > 64 or query.dtype is torch.float32):
+        return (
+            f"this device has {here // 1024} KiB of shared memory for a block, enough for 16-bit elements and head "
+            "sizes of at most 64"
+        )
+    return None
 
 
 class Shared(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pyxlbert.cuda._attention import RELATIVE_ATTENTION, refusal_of_heads
-from pyxlbert.cuda._relative import Shared, Stream, asked, backward, forward
+from pyxlbert.cuda._attention import RELATIVE_ATTENTION
+from pyxlbert.cuda._relative import Shared, Stream, asked, backward, forward, refusal_of_relative
 
-supports = refusal_of_heads
+supports = refusal_of_relative
 
 
 def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION, refusal_of_heads
-from pyxlbert.cuda._relative import SHARED, Shared, Stream, asked, backward, forward
+from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION
+from pyxlbert.cuda._relative import SHARED, Shared, Stream, asked, backward, forward, refusal_of_relative
 
-supports = refusal_of_heads
+supports = refusal_of_relative
 
 
 def two_stream_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
