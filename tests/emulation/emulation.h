@@ -93,7 +93,7 @@ struct Block {
     Meeting barrier, named[16];
     Warpgroup warpgroups[8];
     int live = 0;
-    dim3 grid, size;
+    dim3 grid;
     uint3 index{};
     uint3 thread{};  // of the fiber that runs
     void* scheduler = nullptr;
@@ -308,7 +308,6 @@ inline void run_block(dim3 grid, int threads, std::size_t shared, uint3 index, c
     static thread_local Block mine;
     block = &mine;
     mine.grid = grid;
-    mine.size = dim3(static_cast<unsigned>(threads));
     mine.index = index;
     mine.body = &body;
     prepare(mine, threads, shared);
@@ -345,7 +344,6 @@ inline void launch(dim3 grid, int threads, std::size_t shared, const std::functi
 
 #define threadIdx (emulation::block->thread)
 #define blockIdx (emulation::block->index)
-#define blockDim (emulation::block->size)
 #define gridDim (emulation::block->grid)
 #define __syncthreads() emulation::arrive(emulation::block->barrier, emulation::block->live, "__syncthreads", __LINE__)
 #define __syncthreads_or(x) emulation::any_of_block((x), __LINE__)
@@ -361,6 +359,5 @@ inline int max(int a, int b) { return a > b ? a : b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __expf(float x) { return expf(x); }
 
 #include "emulated_instructions.h"
