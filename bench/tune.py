@@ -36,8 +36,6 @@ Key, Tile = configurations.Key, configurations.Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HEADS = 12
-# Smaller head sizes that a row is for too: they are compiled, not timed.
-SMALLER = {64: (32,), 128: (80, 96)}
 Call = Callable[[], Any]
 
 
@@ -335,9 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
             calls = []
             for batch, length in shapes:
                 for make in (_attention_calls, _relative_calls):
-                    for size in (head_size, *(SMALLER.get(head_size, ()) if options.compile is not None else ())):
-                        if make is _attention_calls or size <= 128:
-                            calls += list(make(size, DTYPES[dtype], batch, length, device))
+                    if make is _attention_calls or head_size <= 128:
+                        calls += list(make(head_size, DTYPES[dtype], batch, length, device))
             for key in search.keys(calls):
                 if not key.kernel.startswith(options.kernels):
                     continue

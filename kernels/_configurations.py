@@ -39,7 +39,7 @@ class Key(NamedTuple):
         kernel: its name.
         architecture: compute capability times ten; the row holds from it up to the next one of the same kind.
         bytes: of an element.
-        head_size: the largest that the row is for.
+        head_size: the largest that the row is for; a smaller one without rows of its own takes the row too.
         extras: with a mask, a bias, ranks or dropout, which take registers of their own.
     """
 
@@ -50,7 +50,7 @@ class Key(NamedTuple):
     extras: bool
 
 
-HEAD_SIZES = (64, 128, 256)
+HEAD_SIZES = (32, 64, 96, 128, 256)
 
 TABLE: dict[Key, Tile] = {
     Key("attention_bwd_bias", 80, 4, 64, True): Tile(32, 32, 4, 1),
@@ -71,11 +71,18 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_keys", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("attention_bwd_keys", 80, 4, 256, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_keys", 80, 4, 256, True): Tile(16, 16, 8, 1),
+    Key("attention_bwd_keys", 80, 2, 32, True): Tile(32, 64, 4, 1),
+    Key("attention_bwd_keys", 90, 2, 32, True): Tile(64, 64, 8, 2),
+    Key("attention_bwd_keys", 100, 2, 32, True): Tile(64, 64, 4, 2),
     Key("attention_bwd_keys", 80, 2, 64, False): Tile(32, 64, 4, 1),
     Key("attention_bwd_keys", 90, 2, 64, False): Tile(64, 64, 4, 2),
     Key("attention_bwd_keys", 80, 2, 64, True): Tile(64, 32, 4, 1),
     Key("attention_bwd_keys", 90, 2, 64, True): Tile(32, 64, 4, 1),
     Key("attention_bwd_keys", 100, 2, 64, True): Tile(64, 64, 4, 2),
+    Key("attention_bwd_keys", 80, 2, 96, False): Tile(64, 64, 8, 1),
+    Key("attention_bwd_keys", 90, 2, 96, False): Tile(64, 64, 8, 2),
+    Key("attention_bwd_keys", 100, 2, 96, False): Tile(64, 64, 4, 2),
+    Key("attention_bwd_keys", 100, 2, 96, True): Tile(64, 64, 8, 2),
     Key("attention_bwd_keys", 80, 2, 128, False): Tile(64, 64, 8, 2),
     Key("attention_bwd_keys", 100, 2, 128, False): Tile(64, 64, 4, 2),
     Key("attention_bwd_keys", 80, 2, 128, True): Tile(32, 64, 8, 1),
@@ -147,6 +154,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys", 90, 4, 64, True): Tile(16, 16, 4, 1),
     Key("relative_bwd_keys", 80, 4, 128, False): Tile(32, 32, 8, 1),
     Key("relative_bwd_keys", 80, 4, 128, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_keys", 80, 2, 32, False): Tile(32, 32, 4, 1),
+    Key("relative_bwd_keys", 90, 2, 32, False): Tile(64, 64, 8, 1),
+    Key("relative_bwd_keys", 80, 2, 32, True): Tile(16, 32, 8, 1),
+    Key("relative_bwd_keys", 90, 2, 32, True): Tile(32, 64, 8, 1),
+    Key("relative_bwd_keys", 100, 2, 32, True): Tile(64, 64, 8, 1),
     Key("relative_bwd_keys", 80, 2, 64, False): Tile(32, 32, 4, 1),
     Key("relative_bwd_keys", 90, 2, 64, False): Tile(32, 64, 4, 1),
     Key("relative_bwd_keys", 100, 2, 64, False): Tile(64, 64, 8, 1),
@@ -174,6 +186,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries", 80, 4, 128, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries", 90, 4, 128, False): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries", 80, 2, 32, False): Tile(32, 32, 4, 1, True),
+    Key("relative_bwd_queries", 90, 2, 32, False): Tile(32, 32, 8, 1, True),
+    Key("relative_bwd_queries", 100, 2, 32, False): Tile(64, 64, 8, 1, True),
+    Key("relative_bwd_queries", 80, 2, 32, True): Tile(16, 64, 4, 1, False),
+    Key("relative_bwd_queries", 100, 2, 32, True): Tile(64, 64, 8, 1, False),
     Key("relative_bwd_queries", 80, 2, 64, False): Tile(32, 64, 8, 1, True),
     Key("relative_bwd_queries", 90, 2, 64, False): Tile(32, 64, 4, 1, False),
     Key("relative_bwd_queries", 100, 2, 64, False): Tile(64, 64, 8, 1, True),
@@ -199,6 +216,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 4, 128, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries_table", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries_table", 80, 2, 32, False): Tile(16, 64, 4, 1, True),
+    Key("relative_bwd_queries_table", 100, 2, 32, False): Tile(64, 64, 8, 1, False),
+    Key("relative_bwd_queries_table", 80, 2, 32, True): Tile(16, 64, 4, 1, False),
+    Key("relative_bwd_queries_table", 90, 2, 32, True): Tile(32, 32, 8, 1, False),
+    Key("relative_bwd_queries_table", 100, 2, 32, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 64, False): Tile(32, 64, 8, 1, True),
     Key("relative_bwd_queries_table", 100, 2, 64, False): Tile(64, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 64, True): Tile(32, 32, 8, 1, False),
@@ -247,6 +269,8 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_table", 90, 4, 64, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, False): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_table", 80, 2, 32, True): Tile(16, 32, 8, 1),
+    Key("relative_bwd_table", 90, 2, 32, True): Tile(32, 32, 8, 1),
     Key("relative_bwd_table", 80, 2, 64, False): Tile(32, 32, 4, 1),
     Key("relative_bwd_table", 90, 2, 64, False): Tile(32, 64, 4, 1),
     Key("relative_bwd_table", 100, 2, 64, False): Tile(64, 64, 8, 1),
@@ -277,6 +301,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd", 90, 4, 64, True): Tile(16, 32, 8, 1, True),
     Key("relative_fwd", 80, 4, 128, False): Tile(32, 32, 8, 1, False),
     Key("relative_fwd", 80, 4, 128, True): Tile(16, 16, 8, 1, True),
+    Key("relative_fwd", 80, 2, 32, True): Tile(64, 64, 4, 2, False),
     Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2, True),
     Key("relative_fwd", 80, 2, 64, True): Tile(32, 64, 4, 1, True),
     Key("relative_fwd", 90, 2, 64, True): Tile(64, 64, 8, 1, False),
@@ -325,10 +350,17 @@ def configuration(kernel: str, query: Tensor, extras: bool) -> Tile:
 
 @functools.cache
 def row_for(kernel: str, device: int, size: int, head_size: int, extras: bool) -> Tile:
-    """The row for a device of this architecture: the newest that is not newer."""
-    padded = next(most for most in HEAD_SIZES if head_size <= most)
-    rows = [key for key in TABLE if (key.kernel, *key[2:]) == (kernel, size, padded, extras)]
-    return TABLE[max((key for key in rows if key.architecture <= device), key=lambda key: key.architecture)]
+    """Of the rows for this head size and larger ones the smallest's; of those the newest that the device is not older
+    than.
+    """
+    rows = [
+        key
+        for key in TABLE
+        if (key.kernel, key.bytes, key.extras) == (kernel, size, extras)
+        and key.architecture <= device
+        and head_size <= key.head_size
+    ]
+    return TABLE[min(rows, key=lambda key: (key.head_size, -key.architecture))]
 
 
 @functools.cache

@@ -43,7 +43,8 @@ def test_kernels_compile(op: str) -> None:
     done = subprocess.run([*command, "--all"] if ALL else command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {line["architecture"] for line in lines} == set(SHARED)
+    wanted = {90} if op == "two_stream_attention" and not ALL else set(SHARED)
+    assert {line["architecture"] for line in lines} == wanted
     wrong = []
     for line in lines:
         architecture = line["architecture"]

@@ -57,7 +57,7 @@ def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
 def test_calls_ask_for_every_row_of_the_table() -> None:
     """In a search every kernel is met, with and without masks: what no call asks for would never be tuned."""
     search = tune.Search(90, lambda *_: 0.0, run=False)
-    for head_size in (64, 128):
+    for head_size in (32, 64, 96, 128):
         for dtype in (torch.bfloat16, torch.float32):
             calls = [
                 call
@@ -66,7 +66,9 @@ def test_calls_ask_for_every_row_of_the_table() -> None:
             ]
             met = set(search.keys(calls))
             wanted = {k for k in configurations.TABLE if (k.bytes, k.head_size) == (dtype.itemsize, head_size)}
-            assert {k._replace(architecture=90) for k in wanted} == met
+            wanted = {key._replace(architecture=90) for key in wanted}
+            # Every kernel has rows for 64 and 128; between and below them only those whose tiles spill there.
+            assert wanted == met if head_size in (64, 128) else wanted <= met
 
 
 def test_a_search_takes_the_cheapest(monkeypatch) -> None:
