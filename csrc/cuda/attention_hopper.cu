@@ -1,8 +1,9 @@
-// attention on Hopper: attention_hopper.cuh, which only 16-bit elements have.
+// attention and relative_attention on Hopper: attention_hopper.cuh, which only 16-bit elements have.
 #include "cuda/attention_hopper.cuh"
 
 #include "cuda/attention.h"
 #include "cuda/head_sizes.cuh"
+#include "cuda/relative_attention.h"
 
 namespace pyxlbert::cuda {
 
@@ -10,11 +11,23 @@ template <>
 bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const Attention& a, Stream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
-        if (has_extras(a) || !is_hopper() || !hopper_takes(a)) return false;
+        if (has_extras(a) || !is_hopper() || !hopper_takes<false>(a)) return false;
         if (a.head_size <= 64)
-            launch_attention_fwd_hopper<T, 64>(a, stream);
+            launch_attention_fwd_hopper<HopperTile<T, 64, false>>(a, stream);
         else
-            launch_attention_fwd_hopper<T, 128>(a, stream);
+            launch_attention_fwd_hopper<HopperTile<T, 128, false>>(a, stream);
+        return true;
+    } else {
+        return false;
+    }
+}
+
+template <>
+bool Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd_hopper(const Attention& a, Stream stream) {
+    using T = PYXLBERT_ELEMENT;
+    if constexpr (sizeof(T) == 2) {
+        if (has_relative_masks(a) || !is_hopper() || !hopper_takes<true>(a)) return false;
+        launch_attention_fwd_hopper<HopperTile<T, 64, true>>(a, stream);
         return true;
     } else {
         return false;

@@ -1,4 +1,5 @@
-// The forward kernel of attention on Hopper, for 16-bit elements and scores that need lengths and causality at most.
+// The forward kernel of attention and relative_attention on Hopper, for 16-bit elements and scores that need lengths,
+// causality and segments at most.
 //
 //     producer, one thread:        asks the copy engine for tiles of keys and values, STAGES ahead
 //     consumers, two of 4 warps:   64 queries each;  s = q k^T [64, BN],  running softmax,  o += p v [64, D]
@@ -10,28 +11,96 @@
 // What lies behind a sequence's keys comes with the copies too: it is masked among the scores, and zeroed among the
 // values, where zero times NaN would be NaN.
 //
+// With a table of positions its rows come in blocks of 64 too, each read by one group after the other.  64 queries meet
+// BN = 64 keys in a band of 128 rows of the table, of which the first 64 are the last ones of the tile before:
+//
+//     table block      0    1    2    3    4            tile 0:  group 0 has blocks 1 and 2, group 1 blocks 0 and 1
+//     group 0               [....|....]                 tile 1:  group 0 has blocks 2 and 3, group 1 blocks 1 and 2
+//     group 1          [....|....]
+//
+// Each warp keeps the 16 lines of its queries, of which every line is read with a shift: see attention_lines.cuh.
+//
 // Source: Shah et al., "FlashAttention-3", https://arxiv.org/abs/2407.08608, section 3.1, without its overlap of one
 // tile's softmax with the next one's product.
 #pragma once
+#include "cuda/attention_lines.cuh"
 #include "cuda/hopper.cuh"
-#include "cuda/scores.cuh"
-#include "cuda/tiles.cuh"
 
 namespace pyxlbert::cuda {
 
-template <class T_, int D_>
+template <class T_, int D_, bool RELATIVE_>
 struct HopperTile {
     using T = T_;
-    static constexpr int D = D_, BN = 128, CONSUMERS = 2, STAGES = 2;
+    static constexpr int D = D_, CONSUMERS = 2, STAGES = 2;
+    static constexpr bool RELATIVE = RELATIVE_;
+    static constexpr int BN = RELATIVE ? 64 : 128;
     static constexpr int WINDOW = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
-    static constexpr int BLOCKS = D / 64;                              // of 64 columns
-    static constexpr int QUERIES = WINDOW * D * 2, KEYS = BN * D * 2;  // bytes
-    static constexpr std::size_t SHARED = QUERIES + 2 * STAGES * KEYS + (1 + 4 * STAGES) * sizeof(std::uint64_t);
+    static constexpr int BLOCKS = D / 64;  // of 64 columns
+    // Blocks of the table that are kept: those that the groups need for one tile, and one for each that is under way.
+    static constexpr int TABLE_STAGES = CONSUMERS + STAGES;
+    using GroupBand = Band<64, 64>;
+    static constexpr int QUERIES = WINDOW * D * 2, KEYS = BN * D * 2, TABLE = 64 * D * 2;  // bytes
+    static constexpr int TABLES = RELATIVE ? TABLE_STAGES * TABLE : 0;
+    static constexpr int BANDS = RELATIVE ? CONSUMERS * 4 * GroupBand::FLOATS * static_cast<int>(sizeof(float)) : 0;
+    static constexpr int SEGMENTS = RELATIVE ? WINDOW * static_cast<int>(sizeof(float2)) : 0;
+    static constexpr int BARRIERS = 1 + 4 * STAGES + TABLE_STAGES;
+    static constexpr std::size_t SHARED =
+        QUERIES * (RELATIVE ? 2 : 1) + 2 * STAGES * KEYS + TABLES + BANDS + SEGMENTS + BARRIERS * sizeof(std::uint64_t);
+    static_assert(!RELATIVE || D == 64, "with more columns tiles and bands would not fit the shared memory");
 };
 
 struct HopperMaps {
-    TensorMap query, key, value;
+    TensorMap query, key, value, table;  // relative_attention: all but the query, which takes its biases first
 };
+
+// The queries of a group of 64 with either bias, as the copy engine would lay them out, and their products with both
+// segment embeddings; zeros where there is no query.
+template <class C>
+DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position, float2* segments, const Attention& a,
+                                 int b, int h, const Sequence& s, int first) {
+    using T = typename C::T;
+    const QueryStream& stream = a.stream[0];
+    const T* plane = plane_of<T>(stream.query, b, h, s.start);
+    const int rows = min(stream.rows, s.queries);
+    for (int n = static_cast<int>(threadIdx.x) % 128; n < 64 * 8; n += 128) {
+        const int r = n / 8, c = n % 8 * 8;
+        const bool there = first + r < rows && c < a.head_size;
+        float x[8], y[8], same = 0.0f, different = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = 0.0f;
+        if (there) load<8>(plane + (first + r) * stream.query.row + c, x);
+        if (there && a.key_segments != nullptr) {
+            float e0[8], e1[8];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) y[e] = x[e];
+            add_bias<8>(a.segment_bias, h, a.head_size, c, y);
+            const Parameter& embedding = a.segment_embedding;
+            load_any<8>(embedding.data, embedding.dtype, static_cast<std::int64_t>(h) * a.head_size + c, e0);
+            load_any<8>(embedding.data, embedding.dtype, static_cast<std::int64_t>(a.heads + h) * a.head_size + c, e1);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                same += y[e] * e0[e];
+                different += y[e] * e1[e];
+            }
+        }
+        // Eight neighbouring lanes have a query.
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) {
+            same += __shfl_xor_sync(0xffffffffu, same, offset);
+            different += __shfl_xor_sync(0xffffffffu, different, offset);
+        }
+        if (c == 0) segments[r] = make_float2(same, different);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) y[e] = x[e];
+        if (there) {
+            add_bias<8>(a.content_bias, h, a.head_size, c, x);
+            add_bias<8>(a.position_bias, h, a.head_size, c, y);
+        }
+        const int at = r * 128 + (c / 8 ^ r % 8) * 16;
+        store<8>(reinterpret_cast<T*>(content + at), x);
+        store<8>(reinterpret_cast<T*>(position + at), y);
+    }
+}
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
@@ -41,11 +110,15 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     constexpr int D = C::D, N = C::BN / 8;
     const QueryStream& stream = a.stream[0];
     unsigned char* queries = shared_memory();
-    unsigned char* keys = queries + C::QUERIES;
+    unsigned char* keys = queries + C::QUERIES * (C::RELATIVE ? 2 : 1);
     unsigned char* values = keys + C::STAGES * C::KEYS;
-    std::uint64_t* query_full = reinterpret_cast<std::uint64_t*>(values + C::STAGES * C::KEYS);
+    unsigned char* tables = values + C::STAGES * C::KEYS;
+    unsigned char* bands = tables + C::TABLES;
+    float2* segments = reinterpret_cast<float2*>(bands + C::BANDS);
+    std::uint64_t* query_full = reinterpret_cast<std::uint64_t*>(bands + C::BANDS + C::SEGMENTS);
     std::uint64_t *key_full = query_full + 1, *key_empty = key_full + C::STAGES;
     std::uint64_t *value_full = key_empty + C::STAGES, *value_empty = value_full + C::STAGES;
+    std::uint64_t* table_full = value_empty + C::STAGES;
 
     const int windows = ceil_div(stream.rows, C::WINDOW);
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
@@ -65,6 +138,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             mbarrier_init(key_empty + n, C::CONSUMERS * 4);
             mbarrier_init(value_empty + n, C::CONSUMERS * 4);
         }
+        for (int n = 0; n < C::TABLE_STAGES; ++n) mbarrier_init(table_full + n, 1);
         mbarrier_init_done();
     }
     __syncthreads();
@@ -75,18 +149,32 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         if (threadIdx.x % 128 != 0) return;
         // Packed rows are those of one long sequence.
         const int row = static_cast<int>(s.start), batch = a.cu_seqlens == nullptr ? b : 0;
-        auto ask = [&](unsigned char* to, const TensorMap* map, std::uint64_t* full, int from, int rows) {
+        auto ask = [&](unsigned char* to, const TensorMap* map, std::uint64_t* full, int from, int rows, int batch) {
             mbarrier_expect(full, rows * D * 2);
 #pragma unroll
-            for (int n = 0; n < C::BLOCKS; ++n) tma_load(to + n * rows * 128, map, full, n * 64, row + from, h, batch);
+            for (int n = 0; n < C::BLOCKS; ++n) tma_load(to + n * rows * 128, map, full, n * 64, from, h, batch);
         };
-        ask(queries, &maps.query, query_full, first, C::WINDOW);
+        // The block that had the place before is one that no group needs after the keys STAGES tiles before, which have
+        // been waited for.  Rows before the table and behind it come as zeros, and belong to queries that are not
+        // there.
+        [[maybe_unused]] auto ask_table = [&](int block) {
+            const int stage = block % C::TABLE_STAGES;
+            ask(tables + stage * C::TABLE, &maps.table, table_full + stage,
+                a.offset - first - C::WINDOW + 1 + block * 64, 64, b / max(1, a.batch / a.tables));
+        };
+        if constexpr (C::RELATIVE) {
+            if (tiles > 0)
+                for (int block = 0; block < C::CONSUMERS; ++block) ask_table(block);
+        } else {
+            ask(queries, &maps.query, query_full, row + first, C::WINDOW, batch);
+        }
         for (int t = 0; t < tiles; ++t) {
             const int stage = t % C::STAGES, turn = t / C::STAGES & 1;
             mbarrier_wait(key_empty + stage, turn ^ 1);
-            ask(keys + stage * C::KEYS, &maps.key, key_full + stage, t * C::BN, C::BN);
+            ask(keys + stage * C::KEYS, &maps.key, key_full + stage, row + t * C::BN, C::BN, batch);
+            if constexpr (C::RELATIVE) ask_table(t + C::CONSUMERS);
             mbarrier_wait(value_empty + stage, turn ^ 1);
-            ask(values + stage * C::KEYS, &maps.value, value_full + stage, t * C::BN, C::BN);
+            ask(values + stage * C::KEYS, &maps.value, value_full + stage, row + t * C::BN, C::BN, batch);
         }
         return;
     }
@@ -97,20 +185,85 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const int number = first + group * 64 + thread / 32 * 16 + lane_id() / 4;
     float o[D / 8][4], top[2] = {-INFINITY_, -INFINITY_}, weight[2] = {0.0f, 0.0f};
     clear(o);
-    mbarrier_wait(query_full, 0);
+    [[maybe_unused]] typename C::GroupBand band;
+    // d [64, 64]: products with a block of the table.
+    [[maybe_unused]] auto multiply_positions = [&](float (&d)[8][4], int block, auto meanwhile) {
+        const int stage = block % C::TABLE_STAGES;
+        const Factor position(queries + C::QUERIES + group * 64 * 128, 0), table(tables + stage * C::TABLE, 0);
+        mbarrier_wait(table_full + stage, block / C::TABLE_STAGES & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < D; k += 16) wgmma_shared(d, position.at(k * 2), table.at(k * 2), k > 0, T());
+        meanwhile();
+        wgmma_commit();
+        wgmma_wait<0>();
+    };
+    // Of this thread's two rows.
+    [[maybe_unused]] std::int32_t segment[2] = {0, 0};
+    [[maybe_unused]] float2 of_segment[2];
+    [[maybe_unused]] const std::int32_t* key_segments = nullptr;
+    if constexpr (C::RELATIVE) {
+        load_biased_swizzled<C>(queries + group * 64 * 128, queries + C::QUERIES + group * 64 * 128,
+                                segments + group * 64, a, b, h, s, first + group * 64);
+        fence_shared_for_wgmma();
+        named_barrier(1 + group, 128);
+        key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
+        if (key_segments != nullptr) {
+            const std::int32_t* query_segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                segment[half] = query_segments[min(number + half * 8, min(stream.rows, s.queries) - 1)];
+                of_segment[half] = segments[number + half * 8 - first];
+            }
+        }
+        band.line0 = reinterpret_cast<float*>(bands) + (group * 4 + thread / 32) * C::GroupBand::FLOATS;
+        if (tiles > 0) {
+            float d[8][4];
+            multiply_positions(d, C::CONSUMERS - 1 - group, [] {});
+            band.template write<8>(0, d);
+        }
+    } else {
+        mbarrier_wait(query_full, 0);
+    }
     const Factor query(queries + group * 64 * 128, 0);
     for (int t = 0; t < tiles; ++t) {
         const int stage = t % C::STAGES, turn = t / C::STAGES & 1, first_j = t * C::BN;
         float c[N][4];
         mbarrier_wait(key_full + stage, turn);
         const Factor key(keys + stage * C::KEYS, 0);
-        wgmma_fence();
+        auto multiply_content = [&] {
 #pragma unroll
-        for (int k = 0; k < D; k += 16)
-            wgmma_shared(c, query.at(k / 64 * C::WINDOW * 128 + k % 64 * 2), key.at(k / 64 * C::BN * 128 + k % 64 * 2),
-                         k > 0, T());
-        wgmma_commit();
-        wgmma_wait<0>();
+            for (int k = 0; k < D; k += 16)
+                wgmma_shared(c, query.at(k / 64 * C::WINDOW * 128 + k % 64 * 2),
+                             key.at(k / 64 * C::BN * 128 + k % 64 * 2), k > 0, T());
+        };
+        if constexpr (C::RELATIVE) {
+            float d[8][4];
+            multiply_positions(d, t + C::CONSUMERS - group, multiply_content);
+            band.template write<8>(64, d);
+            __syncwarp();
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int line = lane_id() / 4 + e / 2 * 8, shift = 63 - thread / 32 * 16 - line + t2 + (e & 1);
+#pragma unroll
+                for (int n = 0; n < N; ++n) c[n][e] += band.read(line, n * 8 + shift);
+            }
+            __syncwarp();
+            band.advance();
+            if (key_segments != nullptr)
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int kind = key_segments[min(first_j + n * 8 + t2 + (e & 1), s.extent - 1)];
+                        c[n][e] += kind != segment[e / 2] ? of_segment[e / 2].y : of_segment[e / 2].x;
+                    }
+        } else {
+            wgmma_fence();
+            multiply_content();
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
         if (lane_id() == 0) mbarrier_arrive(key_empty + stage);
 
         const bool edge = first_j + C::BN > s.keys || (a.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
@@ -163,14 +316,16 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             named_barrier(1 + group, 128);
         }
         const Factor value(tile, C::BN * 128);
+        // All of them first: registers that are written between products would hold the products up.
+        std::uint32_t p[C::BN / 16][4];
+#pragma unroll
+        for (int k = 0; k < C::BN / 16; ++k)
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+                p[k][n] = Mma<T>::pack(c[2 * k + n / 2][n % 2 * 2], c[2 * k + n / 2][n % 2 * 2 + 1]);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < C::BN / 16; ++k) {
-            const std::uint32_t p[4] = {Mma<T>::pack(c[2 * k][0], c[2 * k][1]), Mma<T>::pack(c[2 * k][2], c[2 * k][3]),
-                                        Mma<T>::pack(c[2 * k + 1][0], c[2 * k + 1][1]),
-                                        Mma<T>::pack(c[2 * k + 1][2], c[2 * k + 1][3])};
-            wgmma_registers(o, p, value.at(k * 16 * 128), T());
-        }
+        for (int k = 0; k < C::BN / 16; ++k) wgmma_registers(o, p[k], value.at(k * 16 * 128), T());
         wgmma_commit();
         wgmma_wait<0>();
         if (lane_id() == 0) mbarrier_arrive(value_empty + stage);
@@ -201,32 +356,44 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 }
 
 // Whether the copy engine takes a tensor as it lies: it knows no strides of 0, as an expanded one has.
-inline bool can_be_mapped(const Attention& a, const Heads& x, int rows) {
-    return (x.row > 0 || rows == 1) && (x.head > 0 || a.heads == 1) &&
-           (x.batch > 0 || a.batch == 1 || a.cu_seqlens != nullptr);
+inline bool can_be_mapped(const Heads& x, int batch, int rows, int heads) {
+    return (x.row > 0 || rows == 1) && (x.head > 0 || heads == 1) && (x.batch > 0 || batch == 1);
 }
 
-// Whether the kernel is for this call, on a device that has it.
-inline bool hopper_takes(const Attention& a) {
+// Whether the kernel is for this call's shapes.
+template <bool RELATIVE>
+bool hopper_takes(const Attention& a) {
     const QueryStream& stream = a.stream[0];
+    const int batch = a.cu_seqlens == nullptr ? a.batch : 1;
     // With few queries half of a block would have nothing to do.
-    return stream.rows >= fewest_queries() && a.keys > 0 && can_be_mapped(a, stream.query, stream.rows) &&
-           can_be_mapped(a, a.key, a.keys) && can_be_mapped(a, a.value, a.keys);
+    if (stream.rows < fewest_queries() || a.keys == 0 || !can_be_mapped(a.key, batch, a.keys, a.heads) ||
+        !can_be_mapped(a.value, batch, a.keys, a.heads))
+        return false;
+    if (RELATIVE)
+        return stream.positions == nullptr && a.head_size <= 64 &&
+               can_be_mapped(a.table, a.tables, a.table_rows, a.heads);
+    return can_be_mapped(stream.query, batch, stream.rows, a.heads);
 }
 
-template <class T, int D>
+template <class C>
 void launch_attention_fwd_hopper(const Attention& a, Stream stream) {
-    using C = HopperTile<T, D>;
+    using T = typename C::T;
+    const std::int64_t batch = a.cu_seqlens == nullptr ? a.batch : 1;
     const std::int64_t queries = a.cu_seqlens == nullptr ? a.queries : a.total;
     const std::int64_t keys = a.cu_seqlens == nullptr ? a.keys : a.total;
-    auto map = [&](const Heads& x, std::int64_t rows, int tile) {
-        const std::int64_t sizes[4] = {a.cu_seqlens == nullptr ? a.batch : 1, rows, a.heads, a.head_size};
+    auto map = [&](const Heads& x, std::int64_t batch, std::int64_t rows, int tile) {
+        const std::int64_t sizes[4] = {batch, rows, a.heads, a.head_size};
         // A stride that nobody walks along must be a proper one too.
-        const std::int64_t strides[3] = {sizes[0] == 1 ? 8 : x.batch, rows == 1 ? 8 : x.row, a.heads == 1 ? 8 : x.head};
-        return make_tensor_map(x.data, sizes, strides, tile, sizeof(T) == 2 && std::is_same_v<T, bfloat16>);
+        const std::int64_t strides[3] = {batch == 1 ? 8 : x.batch, rows == 1 ? 8 : x.row, a.heads == 1 ? 8 : x.head};
+        return make_tensor_map(x.data, sizes, strides, tile, std::is_same_v<T, bfloat16>);
     };
-    const HopperMaps maps = {map(a.stream[0].query, queries, C::WINDOW), map(a.key, keys, C::BN),
-                             map(a.value, keys, C::BN)};
+    HopperMaps maps{};
+    maps.key = map(a.key, batch, keys, C::BN);
+    maps.value = map(a.value, batch, keys, C::BN);
+    if constexpr (C::RELATIVE)
+        maps.table = map(a.table, a.tables, a.table_rows, 64);
+    else
+        maps.query = map(a.stream[0].query, batch, queries, C::WINDOW);
     const std::int64_t windows = ceil_div(a.stream[0].rows, C::WINDOW);
     launch(attention_fwd_hopper<C>, grid_of(windows * a.batch * a.heads), C::THREADS, C::SHARED, stream, a, maps);
 }

@@ -193,10 +193,10 @@ DEVICE const T* table_of(const Attention& a, int b, int h) {
     return plane_of<T>(a.table, b / max(1, a.batch / a.tables), h, 0);
 }
 
-// A warp's band [16, BN + 16] in shared memory.
-template <int BN>
+// A warp's band [16, BN + KEPT] in shared memory: of so many columns that a tile finds, and BN that it computes.
+template <int BN, int KEPT = 16>
 struct Band {
-    static constexpr int COLUMNS = BN + 16;
+    static constexpr int COLUMNS = BN + KEPT;
     static constexpr int STRIDE = COLUMNS + 8;
     static constexpr int FLOATS = 16 * STRIDE;
     float* line0;   // FLOATS of them

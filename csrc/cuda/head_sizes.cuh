@@ -15,6 +15,7 @@ struct Kernels {
     static bool attention_fwd_hopper(const Attention& a, Stream stream);
     static void attention_bwd(const Attention& a, Stream stream);
     static void relative_attention_fwd(const Attention& a, Stream stream);
+    static bool relative_attention_fwd_hopper(const Attention& a, Stream stream);
     static void relative_attention_bwd(const Attention& a, Stream stream);
     static void two_stream_attention_fwd(const Attention& a, Stream stream);
 };

@@ -13,12 +13,14 @@ void launch_relative_attention_bwd(const Attention& a, Stream stream);
 // How many windows of queries `parts` has, for a stream of so many rows, or for positions up to `offset`.
 std::int64_t windows_of_parts(const Attention& a, int stream);
 
-// Whether scores need more than lengths and causality.
-inline bool has_relative_extras(const Attention& a) {
-    bool extras = a.mask.data != nullptr || a.dropout.seed != nullptr || a.key_rank != nullptr ||
-                  a.key_segments != nullptr || a.uniform;
-    for (int n = 0; n < a.streams; ++n) extras = extras || a.stream[n].see_self;
-    return extras;
+// Whether scores need more than lengths, causality and segments.
+inline bool has_relative_masks(const Attention& a) {
+    bool masks = a.mask.data != nullptr || a.dropout.seed != nullptr || a.key_rank != nullptr || a.uniform;
+    for (int n = 0; n < a.streams; ++n) masks = masks || a.stream[n].see_self;
+    return masks;
 }
+
+// Whether they need more than lengths and causality.
+inline bool has_relative_extras(const Attention& a) { return a.key_segments != nullptr || has_relative_masks(a); }
 
 }  // namespace pyxlbert::cuda

@@ -86,8 +86,8 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
-    if "wgmma" in done.stderr + done.stdout:
-        # ptxas says so where it cannot leave products under way.
+    if re.search("wgmma|warpgroup", done.stderr + done.stdout):
+        # ptxas says so where it cannot leave products under way, or makes them wait for registers.
         raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     kernels = _resources(done.stderr + done.stdout)
     for kernel, counts in _instructions(target, architecture).items():

@@ -59,6 +59,25 @@ def arguments_of(op: str) -> Arguments:
         lengths = torch.tensor([330, 201], dtype=torch.int32)
         v[1, 201:] = float("nan")
         return {"query": q, "key": k, "value": v, "key_lengths": lengths}
+    if op.startswith("relative_attention on Hopper"):
+        # Three windows of 128 queries and six tiles of 64 keys, more than the table's blocks that are kept.
+        length, memory, size = 330, 70 if "memory" in op else 0, 40 if "short" in op else 64
+        q, bias, table = randn(2, length, heads, size), randn(heads, size), randn(2 * length + memory, heads, size)
+        k, v = randn(2, length + memory, heads, 2 * size).split(size, -1)
+        given = {"position_key": table, "content_bias": bias, "position_bias": randn(heads, size)}
+        if "packed" in op:
+            offsets = torch.tensor([0, 200, 201, 660], dtype=torch.int32)
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            given |= {"cu_seqlens": offsets, "max_seqlen": 459, "position_key": randn(918, heads, size)}
+        if "memory" in op:
+            given |= {"causal": True, "offset": length + memory}
+        if "segments" in op:
+            given |= {"segment_bias": randn(heads, size), "segment_embedding": randn(2, heads, size)}
+            given |= {"query_segments": numbers(2, *q.shape[:-2]), "key_segments": numbers(2, *k.shape[:-2])}
+            if "packed" not in op:
+                given["key_lengths"] = torch.tensor([330, 201], dtype=torch.int32)
+                v[1, 201:] = float("nan")
+        return {"query": q, "key": k, "value": v, **given}
     if op == "attention with everything":
         mask = torch.rand(1, 1, length, length, generator=generator) > 0.1
         more = {
@@ -101,6 +120,10 @@ HOPPER_OPS = (
     "attention on Hopper, causal",
     "attention on Hopper, packed",
     "attention on Hopper, long heads",
+    "relative_attention on Hopper, segments",
+    "relative_attention on Hopper, causal with memory",
+    "relative_attention on Hopper, packed, segments",
+    "relative_attention on Hopper, short heads",
 )
 
 

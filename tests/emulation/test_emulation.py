@@ -104,9 +104,15 @@ BUGS = (
     Bug("too few bytes expected", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
         "mbarrier_expect(full, rows * D * 2);", "mbarrier_expect(full, rows * D);", "wrong|deadlock"),
     Bug("a step through a factor that is half as long", "attention on Hopper", "attention_hopper.bfloat16",
-        "attention_hopper.cuh", "k % 64 * 2), key.at(", "k % 64), key.at("),
+        "attention_hopper.cuh", "key.at(k / 64 * C::BN * 128 + k % 64 * 2)", "key.at(k / 64 * C::BN * 128 + k % 64)"),
     Bug("values behind the keys that are not zeroed", "attention on Hopper", "attention_hopper.bfloat16",
         "attention_hopper.cuh", "if (first_j + C::BN > s.keys) {", "if (false) {"),
+    Bug("a block of the table that is overwritten while it is read", "relative_attention on Hopper, segments",
+        "attention_hopper.bfloat16", "attention_hopper.cuh",
+        "TABLE_STAGES = CONSUMERS + STAGES;", "TABLE_STAGES = CONSUMERS + STAGES - 1;", "wrong|arrivals"),
+    Bug("a band of four warps read before it is written", "relative_attention on Hopper, segments",
+        "attention_hopper.bfloat16", "attention_hopper.cuh",
+        "band.template write<8>(64, d);\n            __syncwarp();", "band.template write<8>(64, d);"),
 )  # fmt: skip
 
 
