@@ -134,6 +134,7 @@ def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int,
     mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     scale = head_size**-0.5
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
     targets = rank[:, : length // 6].contiguous()
     for query, positions in ((q, None), (q[:, : length // 6], targets)):
         kinds = torch.zeros_like(targets) if positions is not None else segments
@@ -157,7 +158,7 @@ def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int,
                 options = (
                     *(table, bias, bias, length),
                     *((bias, embedding, kinds, segments) if with_segments else (None,) * 4),
-                    *(positions, None, None, 0),
+                    *(positions, lengths if masked else None, None, 0),
                     *((rank[:, : query.shape[1]].contiguous(), rank) if ranks else (None, None)),
                     *(ranks and positions is None, mask if masked else None, False, False, scale),
                     *(0.1 if drops else 0.0, seed if drops else None),

@@ -31,7 +31,7 @@ https://arxiv.org/abs/1906.08237, section 2.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.streams import Shared
 from pyxlbert.strides import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
@@ -62,31 +63,6 @@ from ._scores import (
 # without any key averages over all of them.
 UNSEEN_RANK = tl.constexpr(2**31 - 1)
 UNIFORM_SCORE = tl.constexpr(-1e30)
-
-
-# The gradients that streams share, in the order of the op's results.
-SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
-
-
-class Shared(NamedTuple):
-    """What all streams of a call share."""
-
-    key: Tensor
-    value: Tensor
-    table: Tensor
-    offset: int
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # content, position, segment, embedding
-    key_segments: Tensor | None
-    key_lengths: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    key_rank: Tensor | None
-    mask: Tensor | None
-    causal: bool
-    uniform: bool
-    scale: float
-    dropout_p: float
-    seed: Tensor | None
 
 
 class Stream:
@@ -249,15 +225,6 @@ class Stream:
         sums = parts.view(-1, self.heads, blocks, 5, self.head_size).sum((0, 2))
         found = {"query": self.unsorted(dquery), "key": dkey, "value": dvalue, "table": dtable}
         return found | _biases(sums)
-
-
-def asked(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Gradients in the order of `tensors`, each shaped and rounded as its own; empty where it is not needed."""
-    names = [name for name in ("query", "second", *SHARED) if name in found]
-    return tuple(
-        found[name].view(tensor.shape).to(tensor.dtype) if need and tensor is not None else tensors[0].new_empty(0)
-        for name, tensor, need in zip(names, tensors, needs, strict=True)
-    )
 
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:

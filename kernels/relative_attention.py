@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pyxlbert.streams import Shared, asked
+
 from ._configurations import most_head_size
 from ._launch import refusal
-from ._relative import Shared, Stream, asked
+from ._relative import Stream
 
 # Tag of the dropout bits, as in _philox.py.
 _TAG = 2

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._relative import SHARED, Shared, Stream, asked
+from pyxlbert.streams import Shared, asked, at_targets, with_zeros
+
+from ._relative import Stream
 from .relative_attention import supports
 
 __all__ = ["supports", "two_stream_attention_bwd", "two_stream_attention_fwd"]
@@ -57,10 +59,7 @@ def two_stream_attention_bwd(
         for shared, gradient in gradients.items():
             found[shared] = found[shared] + gradient if shared in found else gradient
     tensors = (*call[:7], *call[8:10])
-    for name, tensor in zip(SHARED, tensors[2:], strict=True):
-        if name not in found and tensor is not None:
-            found[name] = torch.zeros_like(tensor)
-    return asked(found, tensors, needs)
+    return asked(with_zeros(found, tensors[2:]), tensors, needs)
 
 
 def _streams(
@@ -107,14 +106,5 @@ def _streams(
     )
     hidden = query_rank is not None or attention_mask is not None
     content = Stream(shared, content_query, query_segments, None, query_rank, hidden, False, _CONTENT)
-    segments, rank = (_at_targets(x, target_positions) for x in (query_segments, query_rank))
+    segments, rank = (at_targets(x, target_positions) for x in (query_segments, query_rank))
     return content, Stream(shared, query_query, segments, target_positions, rank, False, True, _QUERY)
-
-
-def _at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | None:
-    """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
-    if x is None or target_positions is None:
-        return x
-    if x.shape[1] == 0:
-        return x.new_zeros(target_positions.shape)
-    return x.gather(1, target_positions.clamp(min=0).long())

@@ -18,11 +18,8 @@ from pyxlbert.cuda._attention import (
     whole_vectors,
 )
 from pyxlbert.cuda._launch import address, dtype_of, launch, shared_memory
+from pyxlbert.streams import SHARED, Shared
 from pyxlbert.strides import int32
-
-# The gradients that streams share, in the order of the ops' results.
-SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
-
 
 # Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
 _SHARED = 150 * 1024
@@ -41,27 +38,6 @@ def refusal_of_relative(*tensors: Tensor | None) -> str | None:
             "sizes of at most 64"
         )
     return None
-
-
-class Shared(NamedTuple):
-    """What all streams of a call share."""
-
-    key: Tensor
-    value: Tensor
-    table: Tensor
-    offset: int
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # content, position, segment, embedding
-    key_segments: Tensor | None
-    key_lengths: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    key_rank: Tensor | None
-    mask: Tensor | None
-    causal: bool
-    uniform: bool
-    scale: float
-    dropout_p: float
-    seed: Tensor | None
 
 
 class Stream(NamedTuple):
@@ -216,11 +192,3 @@ def _shared(dkey: Tensor, dvalue: Tensor, dtable: Tensor, sums: Tensor, head_siz
     )
     found = (dkey, dvalue, dtable, content, position, segment, torch.stack([same, different]))
     return dict(zip(SHARED, found, strict=True))
-
-
-def asked(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Gradients in the order of `tensors`, each shaped and rounded as its own; empty where it is not needed."""
-    return tuple(
-        gradient.view(tensor.shape).to(tensor.dtype) if need and tensor is not None else tensors[0].new_empty(0)
-        for gradient, tensor, need in zip(found.values(), tensors, needs, strict=True)
-    )

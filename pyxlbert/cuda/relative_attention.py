@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from pyxlbert.cuda._attention import RELATIVE_ATTENTION
-from pyxlbert.cuda._relative import Shared, Stream, asked, backward, forward, refusal_of_relative
+from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
+from pyxlbert.streams import Shared, asked
 
 supports = refusal_of_relative
 

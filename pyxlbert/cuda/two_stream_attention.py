@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION
-from pyxlbert.cuda._relative import SHARED, Shared, Stream, asked, backward, forward, refusal_of_relative
+from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
+from pyxlbert.streams import Shared, asked, at_targets, with_zeros
 
 supports = refusal_of_relative
 
@@ -37,17 +38,14 @@ def two_stream_attention_bwd(
     shared, streams = _call(*call)
     given = ((dcontent, content, content_lse), (dquery, query, query_lse))
     there = [n for n in (0, 1) if given[n][0] is not None]
-    found = {name: torch.zeros_like(x) for name, x in (("content_query", call[0]), ("query_query", call[1]))}
+    found = {name: torch.zeros_like(x) for name, x in (("query", call[0]), ("second", call[1]))}
     if there:
         own, common = backward(shared, [streams[n] for n in there], [given[n] for n in there])
         for n, gradient in zip(there, own, strict=True):
-            found[("content_query", "query_query")[n]] = gradient
+            found[("query", "second")[n]] = gradient
         found |= common
     tensors = (*call[:7], *call[8:10])
-    for name, tensor in zip(SHARED, tensors[2:], strict=True):
-        if name not in found:
-            found[name] = call[0].new_empty(0) if tensor is None else torch.zeros_like(tensor)
-    return asked(found, tensors, needs)
+    return asked(with_zeros(found, tensors[2:]), tensors, needs)
 
 
 def _call(
@@ -94,14 +92,5 @@ def _call(
     )
     hidden = query_rank is not None or attention_mask is not None
     content = Stream(content_query, query_segments, None, query_rank, hidden, False, RELATIVE_ATTENTION)
-    segments, rank = (_at_targets(x, target_positions) for x in (query_segments, query_rank))
+    segments, rank = (at_targets(x, target_positions) for x in (query_segments, query_rank))
     return shared, [content, Stream(query_query, segments, target_positions, rank, False, True, QUERY_STREAM)]
-
-
-def _at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | None:
-    """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
-    if x is None or target_positions is None:
-        return x
-    if x.shape[1] == 0:
-        return x.new_zeros(target_positions.shape)
-    return x.gather(1, target_positions.clamp(min=0).long())

@@ -24,7 +24,7 @@ SPILLS = {
     (op, f"D=128 torch.float32 {kind}"): 80
     for op in ("relative_attention", "two_stream_attention")
     for kind in ("plain", "XLNet", "everything", "positions", "atomics")
-} | {("two_stream_attention", "D=128 torch.float32"): 80}
+} | {("two_stream_attention", "D=128 torch.float32"): 80, ("two_stream_attention", "D=64 torch.float32"): 8}
 ROW_OPS = {"layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"}
 
 
