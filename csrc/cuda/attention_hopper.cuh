@@ -47,6 +47,7 @@ struct HopperTile {
     static constexpr std::size_t SHARED =
         QUERIES * (RELATIVE ? 2 : 1) + 2 * STAGES * KEYS + TABLES + BANDS + SEGMENTS + BARRIERS * sizeof(std::uint64_t);
     static_assert(!RELATIVE || D == 64, "with more columns tiles and bands would not fit the shared memory");
+    static_assert(SHARED <= 227 * 1024);
 };
 
 struct HopperMaps {
