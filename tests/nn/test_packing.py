@@ -350,8 +350,9 @@ def test_a_packed_xlnet_computes_the_same(dtype: torch.dtype, targets: bool, cal
         calls.clear()
         pyxlbert.pack(model)
         found = model(ids, **given).last_hidden_state
-    assert "layer.0.rel_attn" in packed_modules(model)
-    assert calls[:6] == (BOTH if targets else CONTENT)[:6]
+    gains = _onednn._native(dtype)
+    assert ("layer.0.rel_attn" in packed_modules(model)) == gains
+    assert calls[:6] == ((BOTH if targets else CONTENT)[:6] if gains else [])
     compare.close("packed", found.float(), wanted.float(), tolerances.PACKED[dtype])
 
 
