@@ -1,5 +1,5 @@
-"""What the launchers of relative_attention and two_stream_attention share, be they Triton's or CUDA C++'s: what the
-streams of a call have in common, and its gradients by name.
+"""What launchers of relative_attention and two_stream_attention share: what the streams of a call have in common, and
+its gradients by name.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ ARROWS = {
     "streams": set(),
     "preference": set(),
     "reference": {"reference"},
-    "native": {"native", "strides", "_C"},
+    "native": {"native", "strides", "streams", "_C"},
     "kernels": {"kernels", "backends", "strides", "streams"},
     "cuda": {"cuda", "backends", "strides", "streams"},
     "ops": {"ops", "backends", "preference", "reference", "native", "kernels", "cuda", "_C"},

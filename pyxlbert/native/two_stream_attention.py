@@ -10,6 +10,7 @@ from pyxlbert import _C
 from pyxlbert.native._attention import inputs_of
 from pyxlbert.native._relative import Gradients, RelativeInputs, Rows, results_of
 from pyxlbert.native._tensors import refusal
+from pyxlbert.streams import at_targets
 
 # Tag.relative_attention and Tag.query_stream of csrc/cpu/philox.h.
 _TAGS = (2, 3)
@@ -178,12 +179,3 @@ def two_stream_attention_bwd(
         (content, content_lse, query, query_lse),
     )
     return gradients.run(_C.cpu.two_stream_attention_bwd, inputs, tuple(rows), (dcontent, dquery))
-
-
-def at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | None:
-    """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
-    if x is None or target_positions is None:
-        return x
-    if x.shape[1] == 0:
-        return x.new_zeros(target_positions.shape)
-    return x.gather(1, target_positions.clamp(min=0).long())
