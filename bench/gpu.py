@@ -16,6 +16,7 @@ is not there before it is built.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 # Seconds.
 LIMITS = {"build": 120, "test": 220, "sanitize": 60, "bench": 100, "prefer": 40}
+SETUPTOOLS = 77
 NEEDED = ("torch", "triton", "numpy", "pytest", "setuptools", "pybind11", "safetensors", "tokenizers", "transformers")
 TESTS = ("tests/ops/test_all_ops.py", "tests/kernels", "tests/gpu", "tests/models/test_bert_parity.py")
 TESTS += ("tests/models/test_xlnet_parity.py",)
@@ -40,6 +42,9 @@ def missing() -> str | None:
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         return f"{', '.join(absent)} cannot be imported by {sys.executable}"
+    found = importlib.metadata.version("setuptools")
+    if int(found.partition(".")[0]) < SETUPTOOLS:
+        return f"setuptools is {found}, wanted at least {SETUPTOOLS}, which pyproject.toml needs"
     import torch
 
     if not torch.cuda.is_available():

@@ -17,7 +17,9 @@ struct Walk {
     const void *key, *value, *table;
     std::int64_t key_stride, value_stride, table_stride;
     int head_size, readable, table_rows, high;
-    int table_first;  // the table's row for row 0 of the ring at the first key
+    int table_first;     // the table's row for row 0 of the ring at the first key
+    std::int64_t start;  // of the sequence, and whether it is wrong
+    bool wrong;
     const std::int32_t* hidden;
 };
 constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
@@ -84,6 +86,8 @@ DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, i
                     bool by_number) {
     using T = typename C::T;
     Walk w;
+    w.start = s.start;
+    w.wrong = s.wrong;
     w.key = plane_of<T>(a.key, b, h, s.start);
     w.value = plane_of<T>(a.value, b, h, s.start);
     w.key_stride = a.key.row;
@@ -183,9 +187,10 @@ DEVICE void products_of_tile(float (&s)[C::M][C::BN / 8][4], const Pieces<C>& p,
 // What a thread knows of its queries: lines l / 4 and l / 4 + 8 of each tile.
 template <class C>
 struct Lines {
-    const Place* line[C::M][2];
+    const Place* first;  // of the thread's
     const Masks* masks;
     int lowest, highest;  // numbers of the warp's queries without positions: the first, and the last
+    DEVICE const Place& line(int m, int half) const { return first[m * C::STEP + half * 8]; }
     DEVICE const Masks& of(int m) const { return masks[C::STREAMS == 2 ? m : 0]; }
 };
 
@@ -194,10 +199,7 @@ DEVICE Lines<C> lines_of(const Pieces<C>& p) {
     Lines<C> lines;
     lines.masks = p.masks;
     const Place* first = p.places + first_row_of_warp<C>();
-#pragma unroll
-    for (int m = 0; m < C::M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) lines.line[m][half] = first + m * C::STEP + lane_id() / 4 + half * 8;
+    lines.first = first + lane_id() / 4;
     lines.lowest = first->position;
     lines.highest = lines.lowest + 16 * (C::STREAMS == 2 ? 1 : C::M) - 1;
     return lines;
@@ -221,8 +223,8 @@ DEVICE bool tile_matters(const Lines<C>& lines, int first_j, bool by_number) {
                 for (int n = 0; n < C::BN / 8; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        some = some || allowed<true>(lines.of(m), *lines.line[m][half],
-                                                     first_j + n * 8 + lane_id() % 4 * 2 + e);
+                        some = some ||
+                               allowed<true>(lines.of(m), lines.line(m, half), first_j + n * 8 + lane_id() % 4 * 2 + e);
         return __any_sync(0xffffffffu, some);
     }
     return true;
@@ -243,9 +245,8 @@ DEVICE void finish(float (&s)[C::M][C::BN / 8][4], const Lines<C>& lines, int fi
                 for (int e = 0; e < 4; ++e) f(m, s[m][n][e], first_j + n * 8 + lane_id() % 4 * 2 + (e & 1), e / 2);
     };
     if (edge)
-        each([&](int m, float& x, int j, int half) {
-            x = score_of<C::EXTRAS>(lines.of(m), *lines.line[m][half], j, x);
-        });
+        each(
+            [&](int m, float& x, int j, int half) { x = score_of<C::EXTRAS>(lines.of(m), lines.line(m, half), j, x); });
     else
         each([&](int, float& x, int, int) { x = __fmul_rn(x, masks.scale); });
 }
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     const Sequence s = sequence_of(a, b);
     bool empty = true;
 #pragma unroll
-    for (int n = 0; n < C::STREAMS; ++n) empty = empty && is_empty<C::WINDOW>(a.stream[n], s, b, first);
+    for (int n = 0; n < C::STREAMS; ++n) empty = empty && is_empty<C::RELATIVE, C::WINDOW>(a.stream[n], s, b, first);
     if (empty) return;
     const bool by_number = a.stream[0].positions == nullptr;
     if (threadIdx.x < C::STREAMS) p.masks[threadIdx.x] = masks_of(a, a.stream[threadIdx.x], s, b, h);
@@ -274,8 +275,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         bool more = false;
 #pragma unroll
         for (int n = 0; n < C::STREAMS; ++n)
-            more =
-                find_places<C::WINDOW, C::THREADS>(a, a.stream[n], s, b, first, pass, p.places + n * C::WINDOW) || more;
+            more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, a.stream[n], s, b, first, pass,
+                                                                   p.places + n * C::WINDOW) ||
+                   more;
         if constexpr (C::RELATIVE)
             more = __syncthreads_or(more);
         else
@@ -351,7 +353,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                     }
                     if (C::EXTRAS && lines.of(m).drops) {
                         const std::uint32_t bits =
-                            kept_bits<N>(lines.of(m), lines.line[m][0]->number, lines.line[m][1]->number, first_j);
+                            kept_bits<N>(lines.of(m), lines.line(m, 0).number, lines.line(m, 1).number, first_j);
 #pragma unroll
                         for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -366,23 +368,21 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
             p.ring = next;
         }
         cp_async_wait<0>();
-        // Asked once more, so that it takes no registers meanwhile.
-        const Sequence again = sequence_of(a, b);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             const QueryStream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int number = lines.line[m][half]->number;
+                const int number = lines.line(m, half).number;
                 float sum = weight[m][half];
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 if (number < 0) continue;
                 // A NaN among the scores is one in the weights.
-                const bool bad = again.wrong || sum != sum, some = sum > 0.0f;
+                const bool bad = p.walk->wrong || sum != sum, some = sum > 0.0f;
                 const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
                 T* out = static_cast<T*>(stream.out) +
-                         result_row(a, b, h, again.start, stream.rows, number) * a.head_size + lane_id() % 4 * 2;
+                         result_row(a, b, h, p.walk->start, stream.rows, number) * a.head_size + lane_id() % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < D / 8; ++d) {
                     if (d * 8 >= a.head_size) break;
@@ -391,13 +391,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                                bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
                 }
                 if (lane_id() % 4 == 0)
-                    stream.lse[statistics_at(a, b, h, again.start, stream.rows) + number] =
+                    stream.lse[statistics_at(a, b, h, p.walk->start, stream.rows) + number] =
                         sum != sum ? sum
                         : some     ? top[m][half] + logf(sum)
                                    : INFINITY_;
             }
         }
-        if (!more) return;
+        if (!C::RELATIVE || !more) return;
         __syncthreads();
     }
 }

@@ -38,8 +38,9 @@ DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
 }
 
 // The queries at positions first .. first + WINDOW - 1, 16 of each 16 positions in each pass; whether this thread knows
-// of more.  Without positions of their own there is one query at each.
-template <int WINDOW, int THREADS>
+// of more.  Without positions of their own there is one query at each.  RELATIVE: there may be positions, ranks and
+// segments.
+template <bool RELATIVE, int WINDOW, int THREADS>
 DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int first, int pass,
                         Place* places) {
     const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
@@ -47,7 +48,7 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
     bool more = false;
     for (int r = static_cast<int>(threadIdx.x); r < WINDOW; r += THREADS) {
         Place place = {-1, first + r, 0, 0, 0, 0.0f, 0.0f, INFINITY_, 0.0f, 0.0f};
-        if (stream.positions == nullptr) {
+        if (!RELATIVE || stream.positions == nullptr) {
             if (first + r < min(stream.rows, s.queries)) place.number = first + r;
         } else {
             const std::int32_t* positions = stream.positions + static_cast<std::int64_t>(b) * stream.rows;
@@ -60,7 +61,7 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
             more = more || low + (pass + 1) * 16 < high;
         }
         place.mask_row = stream.mask_by_position ? place.position : place.number;
-        if (place.number >= 0) {
+        if (RELATIVE && place.number >= 0) {
             if (rank != nullptr) place.rank = rank[place.number];
             if (segments != nullptr) place.segment = segments[place.number];
         }
@@ -70,9 +71,9 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
 }
 
 // Whether no query of a stream stands at positions first .. first + WINDOW - 1; the same for all threads of a block.
-template <int WINDOW>
+template <bool RELATIVE, int WINDOW>
 DEVICE bool is_empty(const QueryStream& stream, const Sequence& s, int b, int first) {
-    if (stream.positions == nullptr) return first >= min(stream.rows, s.queries);
+    if (!RELATIVE || stream.positions == nullptr) return first >= min(stream.rows, s.queries);
     const std::int32_t* positions = stream.positions + static_cast<std::int64_t>(b) * stream.rows;
     const int at = lower_bound(positions, stream.rows, first);
     return at == stream.rows || positions[at] >= first + WINDOW;

@@ -331,13 +331,16 @@ void bind(py::module_& m) {
     m.def("dropout_add_layer_norm_bwd", &dropout_add_layer_norm_bwd);
     m.def("bias_gelu_fwd", &bias_gelu_fwd);
     m.def("bias_gelu_bwd", &bias_gelu_bwd);
-    py::class_<EmbeddingTables>(m, "EmbeddingTables").def(py::init(&embedding_tables));
+    // Types of this module alone: where tests emulate the kernels there is a second one with the same.
+    py::class_<EmbeddingTables>(m, "EmbeddingTables", py::module_local()).def(py::init(&embedding_tables));
     m.def("embedding_layer_norm_fwd", &embedding_layer_norm_fwd);
     m.def("embedding_layer_norm_bwd", &embedding_layer_norm_bwd);
     m.def("scatter", &scatter);
     m.attr("MOST_HEAD_SIZE") = MOST_HEAD_SIZE;
-    py::class_<QueryStream>(m, "QueryStream").def(py::init(&query_stream)).def("gradients", &stream_gradients);
-    py::class_<Attention>(m, "Attention")
+    py::class_<QueryStream>(m, "QueryStream", py::module_local())
+        .def(py::init(&query_stream))
+        .def("gradients", &stream_gradients);
+    py::class_<Attention>(m, "Attention", py::module_local())
         .def(py::init(&attention))
         .def("table", &attention_table)
         .def("gradients", &attention_gradients);
@@ -346,7 +349,9 @@ void bind(py::module_& m) {
     m.def("relative_attention_fwd", &launch_attention<launch_relative_attention_fwd>);
     m.def("two_stream_attention_fwd", &launch_attention<launch_two_stream_attention_fwd>);
     m.def("relative_attention_bwd", &launch_attention<launch_relative_attention_bwd>);
-    m.def("windows_of_parts", &windows_of_parts);
+    m.def("windows_of_parts", [](int dtype, int head_size, Size positions) {
+        return windows_of_parts(DType(dtype), head_size, positions);
+    });
 }
 
 }  // namespace pyxlbert::cuda

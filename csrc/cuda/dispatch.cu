@@ -23,12 +23,12 @@ void launch_two_stream_attention_fwd(const Attention& a, Stream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::two_stream_attention_fwd(a, stream); });
 }
 
-std::int64_t windows_of_parts(const Attention& a, int stream) {
+std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions) {
     std::int64_t windows = 0;
-    with_type(a.dtype, [&](auto kind) {
-        with_head_size<false>(a, [&](auto size) {
+    with_type(dtype, [&](auto kind) {
+        with_head_size<false>(head_size, [&](auto size) {
             using C = WalkTile<decltype(kind), decltype(size)::value, true, true, 1, 1, 16>;
-            windows = windows_of(a, a.stream[stream], C::WINDOW);
+            windows = ceil_div(positions, C::WINDOW);
         });
     });
     return windows;

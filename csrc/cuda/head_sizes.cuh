@@ -22,15 +22,17 @@ struct Kernels {
 
 // Calls f(integral_constant<D>) with the padded head size; PLAIN: also with those that BERT's smaller relatives have.
 template <bool PLAIN, class F>
-void with_head_size(const Attention& a, F f) {
+void with_head_size(int head_size, F f) {
     // Where time to compile counts, few sizes stand for all: the code is the same.
 #ifndef PYXLBERT_FEW_SIZES
-    if (PLAIN && a.head_size <= 32) return f(std::integral_constant<int, 32>());
+    if constexpr (PLAIN)
+        if (head_size <= 32) return f(std::integral_constant<int, 32>());
 #endif
-    if (a.head_size <= 64) return f(std::integral_constant<int, 64>());
+    if (head_size <= 64) return f(std::integral_constant<int, 64>());
 #ifndef PYXLBERT_ONE_SIZE
 #ifndef PYXLBERT_FEW_SIZES
-    if (PLAIN && a.head_size <= 96) return f(std::integral_constant<int, 96>());
+    if constexpr (PLAIN)
+        if (head_size <= 96) return f(std::integral_constant<int, 96>());
 #endif
     return f(std::integral_constant<int, 128>());
 #endif

@@ -9,7 +9,7 @@ namespace pyxlbert::cuda {
 template <>
 void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const Attention& a, Stream stream) {
     if (relative_attention_fwd_hopper(a, stream)) return;
-    with_head_size<false>(a, [&](auto size) {
+    with_head_size<false>(a.head_size, [&](auto size) {
         launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, true, 1>(a, has_relative_extras(a), stream);
     });
 }

@@ -10,8 +10,9 @@ void launch_relative_attention_fwd(const Attention& a, Stream stream);
 // Of one stream or two: delta, rest, content, position, dquery and parts of each; dkey, dvalue and dtable of both.
 void launch_relative_attention_bwd(const Attention& a, Stream stream);
 
-// How many windows of queries `parts` has, for a stream of so many rows, or for positions up to `offset`.
-std::int64_t windows_of_parts(const Attention& a, int stream);
+// How many windows of queries `parts` has for so many positions: the rows of a stream without positions of its own,
+// else offset + 1.
+std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions);
 
 // Whether scores need more than lengths, causality and segments.
 inline bool has_relative_masks(const Attention& a) {

@@ -7,7 +7,7 @@ namespace pyxlbert::cuda {
 
 template <>
 void Kernels<PYXLBERT_ELEMENT>::relative_attention_bwd(const Attention& a, Stream stream) {
-    with_head_size<false>(a, [&](auto size) {
+    with_head_size<false>(a.head_size, [&](auto size) {
         constexpr int D = decltype(size)::value;
         if (has_relative_extras(a))
             launch_relative_bwd_of<PYXLBERT_ELEMENT, D, true>(a, stream);

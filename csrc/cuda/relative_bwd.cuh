@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
                     step = {step.sequence, step.stream + 1, lowest(), 0, false};
                 else
                     step = {step.sequence + 1, 0, lowest(), 0, false};
-            } else if (is_empty<C::BM>(a.stream[step.stream], sequence_of(a, step.sequence), step.sequence,
-                                       step.window * C::BM)) {
+            } else if (is_empty<C::RELATIVE, C::BM>(a.stream[step.stream], sequence_of(a, step.sequence), step.sequence,
+                                                    step.window * C::BM)) {
                 ++step.window;
             } else {
                 break;
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
         const QueryStream& stream = a.stream[step.stream];
         const Sequence s = sequence_of(a, step.sequence);
         Place* places = all_places + buffer * C::BM;
-        const bool more =
-            find_places<C::BM, C::THREADS>(a, stream, s, step.sequence, step.window * C::BM, step.pass, places);
+        const bool more = find_places<C::RELATIVE, C::BM, C::THREADS>(a, stream, s, step.sequence, step.window * C::BM,
+                                                                      step.pass, places);
         find_statistics<C::BM, C::THREADS>(a, stream, s, step.sequence, h, places);
         return more;
     };

@@ -10,15 +10,9 @@ namespace pyxlbert::cuda {
 
 template <>
 void Kernels<PYXLBERT_ELEMENT>::two_stream_attention_fwd(const Attention& a, Stream stream) {
-    using T = PYXLBERT_ELEMENT;
-    if constexpr (sizeof(T) == 4) {
-        // Two tiles of float32 queries, whose factors are split, would not fit the registers.
-        for (int n = 0; n < a.streams; ++n) Kernels<T>::relative_attention_fwd(alone(a, n), stream);
-    } else {
-        with_head_size<false>(a, [&](auto size) {
-            launch_attention_fwd_of<T, decltype(size)::value, true, 2>(a, has_relative_extras(a), stream);
-        });
-    }
+    with_head_size<false>(a.head_size, [&](auto size) {
+        launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, true, 2>(a, has_relative_extras(a), stream);
+    });
 }
 
 }  // namespace pyxlbert::cuda

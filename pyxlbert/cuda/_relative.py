@@ -17,7 +17,7 @@ from pyxlbert.cuda._attention import (
     strides,
     whole_vectors,
 )
-from pyxlbert.cuda._launch import address, dtype_of, launch, shared_memory
+from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, shared_memory
 from pyxlbert.streams import SHARED, Shared
 from pyxlbert.strides import int32
 
@@ -59,6 +59,11 @@ class Stream(NamedTuple):
     see_self: bool
     mask_by_position: bool
     tag: int
+
+
+def _rows(shared: Shared, query: Tensor) -> int:
+    """Queries of a sequence; packed: at most."""
+    return query.shape[-3] if shared.cu_seqlens is None else shared.max_seqlen
 
 
 class _Call:
@@ -103,9 +108,8 @@ class _Call:
             numbers = int32(numbers)
         rank, segments = int32(stream.rank), int32(stream.segments)
         self.keep += [query, positions, numbers, rank, segments]
-        rows = query.shape[-3] if shared.cu_seqlens is None else shared.max_seqlen
         return backends.cuda_kernels.QueryStream(
-            *(query.data_ptr(), strides(query), rows, address(positions), address(numbers)),
+            *(query.data_ptr(), strides(query), _rows(shared, query), address(positions), address(numbers)),
             *(address(rank), address(segments), stream.see_self, stream.mask_by_position, stream.tag),
             *(out.data_ptr(), lse.data_ptr()),
         )
@@ -159,13 +163,14 @@ def backward(
         sums = torch.zeros(heads, 5, columns, device=device)
         return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
     call = _Call(shared, streams, outs, lses)
-    planned = call.build()
+    planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
     parts = []
     for n, (stream, (dout, _, _), lse) in enumerate(zip(call.streams, results, lses, strict=True)):
         dout = in_place(padded(dout, columns))
         workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
-        windows = backends.cuda_kernels.windows_of_parts(planned, n)
-        planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
+        rows = _rows(shared, streams[n].query)
+        positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
+        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions)
         parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
         delta, rest, content, position = (x.data_ptr() for x in workspace)
         stream.gradients(
@@ -173,9 +178,9 @@ def backward(
             parts[n].data_ptr(),
         )
         call.keep += [dout, workspace]
-    planned = call.build()
-    planned.gradients(dkey.data_ptr(), dvalue.data_ptr(), dtable.data_ptr(), 0, (0, 0, 0, 0))
-    launch("relative_attention_bwd", device, planned)
+    native = call.build()
+    native.gradients(dkey.data_ptr(), dvalue.data_ptr(), dtable.data_ptr(), 0, (0, 0, 0, 0))
+    launch("relative_attention_bwd", device, native)
     sums = sum(part.view(planes // heads, heads, *part.shape[1:]).sum((0, 2)) for part in parts)
     return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
 

@@ -24,8 +24,7 @@ ROWS = ("layer_norm", "dropout_add_layer_norm", "bias_gelu", "embedding_layer_no
 
 def test_every_file_has_its_budget() -> None:
     assert set(check.units()) >= set(BUDGET)
-    # In float32 both streams go through the kernels of one.
-    without = {"dispatch", "two_stream_attention.float", "attention_hopper.float"}
+    without = {"dispatch", "attention_hopper.float"}
     assert set(BUDGET) == {name for name in check.units() if not name.endswith(".float16")} - without
 
 

@@ -56,6 +56,9 @@ def arguments_of(op: str) -> Arguments:
             return {"query": q, "key": k, "value": v, "cu_seqlens": offsets, "max_seqlen": 459}
         if "causal" in op:
             return {"query": q, "key": k, "value": v, "causal": True}
+        if "expanded" in op:
+            # Strides of 0, which the copy engine does not know: the other kernel's.
+            return {"query": q, "key": k[:, :, :1].expand_as(q), "value": v}
         lengths = torch.tensor([330, 201], dtype=torch.int32)
         v[1, 201:] = float("nan")
         return {"query": q, "key": k, "value": v, "key_lengths": lengths}
@@ -74,6 +77,8 @@ def arguments_of(op: str) -> Arguments:
         if "segments" in op:
             given |= {"segment_bias": randn(heads, size), "segment_embedding": randn(2, heads, size)}
             given |= {"query_segments": numbers(2, *q.shape[:-2]), "key_segments": numbers(2, *k.shape[:-2])}
+            if "expanded" in op:
+                given["position_key"] = table[:, :1].expand_as(table)
             if "packed" not in op:
                 given["key_lengths"] = torch.tensor([330, 201], dtype=torch.int32)
                 v[1, 201:] = float("nan")
@@ -120,10 +125,12 @@ HOPPER_OPS = (
     "attention on Hopper, causal",
     "attention on Hopper, packed",
     "attention on Hopper, long heads",
+    "attention on Hopper, expanded",
     "relative_attention on Hopper, segments",
     "relative_attention on Hopper, causal with memory",
     "relative_attention on Hopper, packed, segments",
     "relative_attention on Hopper, short heads",
+    "relative_attention on Hopper, segments, expanded",
 )
 
 

@@ -1,0 +1,376 @@
+// The backward kernels of attention that walk the keys: attention_bwd.cuh's `rows` and `queries`.
+#pragma once
+#include "cuda/attention_bwd_scores.cuh"
+
+namespace pyxlbert::cuda {
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid_constant__ Attention a) {
+    using T = typename C::T;
+    constexpr int D = C::D, N = C::BN / 8;
+    const QueryStream& stream = a.stream[0];
+    Pieces<C> p;
+    const int windows = windows_of(a, stream, C::WINDOW);
+    const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
+    const int first = static_cast<int>(blockIdx.x) % windows * C::WINDOW;
+    const Sequence s = sequence_of(a, b);
+    const bool by_number = stream.positions == nullptr;
+    const std::int64_t statistics = statistics_at(a, b, h, s.start, stream.rows);
+    const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
+    if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) return;
+    if (threadIdx.x == 0) {
+        p.masks[0] = masks_of(a, stream, s, b, h);
+        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+    }
+    for (int pass = 0;; ++pass) {
+        bool more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
+        more = __syncthreads_or(more);
+        const T* dout = plane_of<T>(stream.dout, b, h, s.start);
+        const T* out = like_query<T>(a, stream, stream.out, b, h, s.start);
+        bool inexact = false;
+        for (int r = warp_id(); r < C::ROWS; r += C::WARPS) {
+            const int number = p.places[r].number;
+            if (number < 0) continue;
+            const float lse = stream.lse[statistics + number];
+            float sum = 0.0f;
+            // A row that sees nothing takes no dout, which may be anything there.
+            if (lse != INFINITY_)
+                for (int c = lane_id(); c < a.head_size; c += 32)
+                    sum += to_float(dout[number * stream.dout.row + c]) * to_float(out[number * stride + c]);
+#pragma unroll
+            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            inexact = inexact || (lse != INFINITY_ && fabsf(lse) >= 64.0f);
+            if (lane_id() == 0) {
+                stream.delta[statistics + number] = sum;
+                stream.rest[statistics + number] = 0.0f;
+                p.places[r].lse = lse;
+            }
+        }
+        const T* query = plane_of<T>(stream.query, b, h, s.start);
+        if constexpr (C::RELATIVE) {
+            load_biased<T, D, C::ROWS, C::THREADS>(p.content, p.position, a, query, stream.query.row, p.places, h);
+            if (C::EXTRAS && a.key_segments != nullptr)
+                segment_products<T, C::ROWS, C::WARPS>(a, query, stream.query.row, p.places, h);
+        }
+        inexact = __syncthreads_or(inexact);
+        if constexpr (C::RELATIVE) {
+            T* content = like_query<T>(a, stream, stream.content, b, h, s.start);
+            T* position = like_query<T>(a, stream, stream.position, b, h, s.start);
+            constexpr int EACH = 16 / sizeof(T);
+            for (int n = static_cast<int>(threadIdx.x); n < C::ROWS * (D / EACH); n += C::THREADS) {
+                const int r = n / (D / EACH), c = n % (D / EACH) * EACH, number = p.places[r].number;
+                if (number < 0 || c >= a.head_size) continue;
+                *reinterpret_cast<uint4*>(content + number * stride + c) =
+                    *reinterpret_cast<const uint4*>(p.content + r * LD<D> + c);
+                *reinterpret_cast<uint4*>(position + number * stride + c) =
+                    *reinterpret_cast<const uint4*>(p.position + r * LD<D> + c);
+            }
+        }
+        if (inexact) {
+            // Around a large lse its own rounding is large: sum exp(score - lse) once more, which is 1 but for that.
+            if constexpr (!C::RELATIVE)
+                load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size,
+                                                       false);
+            const Lines<C> lines = lines_of<C>(p);
+            const int tiles = ceil_div(p.walk->high, C::BN), row = first_row_of_warp<C>();
+            float sum[C::M][2] = {};
+            Bands<C> bands(p.bands);
+            p.ring.base = 0;
+            fetch<C>(p, p.ring, 0, false);
+            for (int t = 0; t < tiles; ++t) {
+                cp_async_wait<0>();
+                __syncthreads();
+                Ring<T, D, C::RING> next = p.ring;
+                next.move(C::BN);
+                if (t + 1 < tiles) fetch<C>(p, next, t + 1, false);
+                if (tile_matters<C>(lines, t * C::BN, by_number)) {
+                    float c[C::M][N][4];
+                    products_of_tile<C>(c, p, t, bands);
+                    finish<C>(c, lines, t * C::BN, by_number);
+#pragma unroll
+                    for (int m = 0; m < C::M; ++m)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const float lse = p.places[row + m * C::STEP + lane_id() / 4 + e / 2 * 8].lse;
+#pragma unroll
+                            for (int n = 0; n < N; ++n) sum[m][e / 2] += exp_of_difference(c[m][n][e], lse);
+                        }
+                } else {
+                    bands.skip();
+                }
+                p.ring = next;
+            }
+            cp_async_wait<0>();
+#pragma unroll
+            for (int m = 0; m < C::M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const Place& place = p.places[row + m * C::STEP + lane_id() / 4 + half * 8];
+                    float all = sum[m][half];
+                    all += __shfl_xor_sync(0xffffffffu, all, 1);
+                    all += __shfl_xor_sync(0xffffffffu, all, 2);
+                    const bool counts = place.number >= 0 && place.lse != INFINITY_ && fabsf(place.lse) >= 64.0f;
+                    if (counts && lane_id() % 4 == 0) stream.rest[statistics + place.number] = logf(all);
+                }
+        }
+        if (!C::RELATIVE || !more) return;
+        __syncthreads();
+    }
+}
+
+// Shared memory of the `queries` kernel: that of a walk, the gradients of its rows' results, and for each warp the
+// gradients of the scores as a band of the table.
+template <class C>
+struct QueriesTile {
+    using T = typename C::T;
+    static constexpr int BAND = C::BN + 16, BAND_LD = BAND + 8;
+    static constexpr std::size_t DOUT = C::ROWS * LD<C::D> * sizeof(T);
+    static constexpr std::size_t DBAND = C::RELATIVE ? C::WARPS * 16 * BAND_LD * sizeof(T) : 0;
+    static constexpr std::size_t SHARED = C::SHARED + DOUT + DBAND;
+};
+
+// The sums over all rows of a warp's tile, by column: lanes 0 .. 3 have those of columns 2 (l % 4) and 2 (l % 4) + 1.
+template <int N>
+DEVICE void sum_rows(const float (&c)[N][4], float (&sum)[N][2]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float x = c[n][e] + c[n][e + 2];
+#pragma unroll
+            for (int offset = 4; offset < 32; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+            sum[n][e] = x;
+        }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ Attention a) {
+    using T = typename C::T;
+    using Q = QueriesTile<C>;
+    constexpr int D = C::D, N = C::BN / 8;
+    const QueryStream& stream = a.stream[0];
+    Pieces<C> p;
+    T* douts = reinterpret_cast<T*>(shared_memory() + C::SHARED);
+    T* dband = reinterpret_cast<T*>(shared_memory() + C::SHARED + Q::DOUT) + warp_id() * 16 * Q::BAND_LD;
+    const int windows = windows_of(a, stream, C::WINDOW);
+    const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
+    const int window = static_cast<int>(blockIdx.x) % windows, number = a.causal ? windows - 1 - window : window;
+    const int first = number * C::WINDOW, row = warp_id() * 16, g = lane_id() / 4, t2 = lane_id() % 4 * 2;
+    const Sequence s = sequence_of(a, b);
+    const bool by_number = stream.positions == nullptr,
+               segments = C::EXTRAS && C::RELATIVE && a.key_segments != nullptr;
+    const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
+    float* parts = stream.parts == nullptr
+                       ? nullptr
+                       : stream.parts + (static_cast<std::int64_t>(plane) * windows + number) * 5 * a.head_size;
+    if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) {
+        for (int n = static_cast<int>(threadIdx.x); parts != nullptr && n < 5 * a.head_size; n += C::THREADS)
+            parts[n] = 0.0f;
+        return;
+    }
+    if (threadIdx.x == 0) {
+        p.masks[0] = masks_of(a, stream, s, b, h);
+        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+    }
+    for (int pass = 0;; ++pass) {
+        bool more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
+        find_statistics<C::ROWS, C::THREADS>(a, stream, s, b, h, p.places);
+        more = __syncthreads_or(more);
+        const T* query = plane_of<T>(stream.query, b, h, s.start);
+        if constexpr (C::RELATIVE) {
+            load_places<T, D, C::ROWS, C::THREADS>(p.content, like_query<T>(a, stream, stream.content, b, h, s.start),
+                                                   stride, p.places, a.head_size, false);
+            load_places<T, D, C::ROWS, C::THREADS>(p.position, like_query<T>(a, stream, stream.position, b, h, s.start),
+                                                   stride, p.places, a.head_size, false);
+            if (segments) {
+                segment_products<T, C::ROWS, C::WARPS>(a, query, stream.query.row, p.places, h);
+                __syncthreads();
+            }
+        } else {
+            load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size, false);
+        }
+        load_places<T, D, C::ROWS, C::THREADS>(douts, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row,
+                                               p.places, a.head_size, true);
+        const Lines<C> lines = lines_of<C>(p);
+        const int tiles = ceil_div(p.walk->high, C::BN);
+        float content[1][D / 8][4], position[1][C::RELATIVE ? D / 8 : 2][4];
+        clear(content[0]);
+        clear(position[0]);
+        // Of each row: the gradients of scores of keys of the same segment and of the other, the weight of the latter,
+        // and the sum of all gradients.
+        float same[2] = {}, different[2] = {}, other_weight[2] = {}, total[2] = {};
+        Bands<C> bands(p.bands);
+        p.ring.base = 0;
+        fetch<C>(p, p.ring, 0);
+        for (int t = 0; t < tiles; ++t) {
+            cp_async_wait<0>();
+            __syncthreads();
+            Ring<T, D, C::RING> next = p.ring;
+            next.move(C::BN);
+            if (t + 1 < tiles) fetch<C>(p, next, t + 1);
+            const int first_j = t * C::BN;
+            if (tile_matters<C>(lines, first_j, by_number)) {
+                float c[1][N][4], dp[1][N][4];
+                products_of_tile<C>(c, p, t, bands);
+                finish<C>(c, lines, first_j, by_number);
+                clear(dp[0]);
+                multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
+                const bool drops = C::EXTRAS && p.masks[0].drops;
+                const std::uint32_t kept =
+                    drops ? kept_bits<N>(p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number, first_j) : ~0u;
+                gradients_of_scores<N, false>(c[0], dp[0], p.places[row + g], p.places[row + g + 8], kept,
+                                              drops ? a.dropout.scale : 1.0f);
+                if (segments)
+#pragma unroll
+                    for (int n = 0; n < N; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) total[e / 2] += dp[0][n][e];
+                if constexpr (C::EXTRAS)
+                    clear_constants<N>(dp[0], p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number,
+                                       first_j + t2, first_j + t2);
+                multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS);
+                if (segments) {
+#pragma unroll
+                    for (int n = 0; n < N; ++n)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int j = first_j + n * 8 + t2 + (e & 1);
+                            const bool other =
+                                j < p.masks[0].extent && p.masks[0].key_segments[j] != lines.line(0, e / 2).segment;
+                            same[e / 2] += other ? 0.0f : dp[0][n][e];
+                            different[e / 2] += other ? dp[0][n][e] : 0.0f;
+                            other_weight[e / 2] += other ? c[0][n][e] : 0.0f;
+                        }
+                }
+                if constexpr (C::RELATIVE) {
+                    // The way back of the skew: each line from its own column on, zeros beside it.
+                    constexpr int EACH = 16 / sizeof(T);
+                    for (int n = lane_id(); n < 16 * Q::BAND / EACH; n += 32) {
+                        const int line = n / (Q::BAND / EACH), column = n % (Q::BAND / EACH) * EACH;
+                        *reinterpret_cast<uint4*>(dband + line * Q::BAND_LD + column) = make_uint4(0, 0, 0, 0);
+                    }
+                    __syncwarp();
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        T* at = dband + (g + half * 8) * Q::BAND_LD + 15 -
+                                (p.places[row + g + half * 8].position & 15) + t2;
+#pragma unroll
+                        for (int n = 0; n < N; ++n) {
+                            at[n * 8] = from_float<T>(dp[0][n][half * 2]);
+                            at[n * 8 + 1] = from_float<T>(dp[0][n][half * 2 + 1]);
+                        }
+                    }
+                    __syncwarp();
+                    const int y = C::WINDOW - 16 - warp_id() * 16;
+                    [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
+#pragma unroll AT_ONCE
+                    for (int u = 0; u < Q::BAND; u += Mma<T>::K) {
+                        typename Mma<T>::Left left[1];
+                        Mma<T>::load_left(left[0], dband, Q::BAND_LD, u);
+                        multiply_columns<T, D>(position, left, p.ring.at(y + u));
+                    }
+                    __syncwarp();
+                }
+            } else {
+                bands.skip();
+            }
+            p.ring = next;
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (segments) {
+#pragma unroll
+                for (int offset = 1; offset < 4; offset *= 2) {
+                    same[half] += __shfl_xor_sync(0xffffffffu, same[half], offset);
+                    different[half] += __shfl_xor_sync(0xffffffffu, different[half], offset);
+                    other_weight[half] += __shfl_xor_sync(0xffffffffu, other_weight[half], offset);
+                    total[half] += __shfl_xor_sync(0xffffffffu, total[half], offset);
+                }
+                // A row's gradients are p (dp - delta) and their sum is 0: what is found instead is the error of delta,
+                // which is a sum over rounded results, times the weights.
+                same[half] -= total[half] * (1.0f - other_weight[half]);
+                different[half] -= total[half] * other_weight[half];
+            }
+            const int line = lines.line(0, half).number;
+            T* dquery = like_query<T>(a, stream, stream.dquery, b, h, p.walk->start) + line * stride + t2;
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d) {
+                if (line < 0 || d * 8 >= a.head_size) break;
+                float pair[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    pair[e] = content[0][d][half * 2 + e];
+                    if constexpr (C::RELATIVE) pair[e] += position[0][d][half * 2 + e];
+                    if (segments) {
+                        float e0[1], e1[1];
+                        const std::int64_t at = static_cast<std::int64_t>(h) * a.head_size + d * 8 + t2 + e;
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
+                        pair[e] += same[half] * e0[0] + different[half] * e1[0];
+                    }
+                }
+                store_pair(dquery + d * 8, pair[0] * a.scale, pair[1] * a.scale);
+            }
+        }
+        if constexpr (C::RELATIVE) {
+            if (parts != nullptr) {
+                // Sums over the rows of each warp, [2, WARPS, D], and of each row what segments got, where keys were.
+                float* sums = reinterpret_cast<float*>(p.content);
+                const T* rows = plane_of<T>(stream.query, b, h, p.walk->start);
+                Place* places = p.places;
+                float sum[D / 8][2];
+#pragma unroll
+                for (int kind = 0; kind < 2; ++kind) {
+                    sum_rows(kind == 0 ? content[0] : position[0], sum);
+                    if (g == 0)
+#pragma unroll
+                        for (int d = 0; d < D / 8; ++d) {
+                            sums[(kind * C::WARPS + warp_id()) * D + d * 8 + t2] = sum[d][0];
+                            sums[(kind * C::WARPS + warp_id()) * D + d * 8 + t2 + 1] = sum[d][1];
+                        }
+                }
+                if (lane_id() % 4 == 0)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        places[row + g + half * 8].same = same[half];
+                        places[row + g + half * 8].different = different[half];
+                    }
+                __syncthreads();
+                for (int c = static_cast<int>(threadIdx.x); c < a.head_size; c += C::THREADS) {
+                    float of_content = 0.0f, of_position = 0.0f, of_same = 0.0f, of_different = 0.0f, of_segment = 0.0f;
+                    float e0[1] = {0.0f}, e1[1] = {0.0f}, bias[1] = {0.0f};
+                    for (int w = 0; w < C::WARPS; ++w) {
+                        of_content += sums[w * D + c];
+                        of_position += sums[(C::WARPS + w) * D + c];
+                    }
+                    if (segments) {
+                        const std::int64_t at = static_cast<std::int64_t>(h) * a.head_size + c;
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
+                        add_bias<1>(a.segment_bias, h, a.head_size, c, bias);
+                        for (int r = 0; r < C::ROWS; ++r) {
+                            if (places[r].number < 0) continue;
+                            const float x = to_float(rows[places[r].number * stream.query.row + c]) + bias[0];
+                            of_same += places[r].same * x;
+                            of_different += places[r].different * x;
+                            // Of a row both come to nothing together: their sums over rows have few digits left.
+                            of_segment += places[r].same * e0[0] + places[r].different * e1[0];
+                        }
+                    }
+                    const float found[5] = {of_content, of_position, of_segment, of_same, of_different};
+#pragma unroll
+                    for (int k = 0; k < 5; ++k) {
+                        float* part = parts + k * a.head_size + c;
+                        *part = (pass == 0 ? 0.0f : *part) + found[k] * a.scale;
+                    }
+                }
+            }
+        }
+        if (!C::RELATIVE || !more) return;
+        __syncthreads();
+    }
+}
+
+}  // namespace pyxlbert::cuda

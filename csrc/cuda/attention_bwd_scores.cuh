@@ -1,0 +1,62 @@
+// What the backward kernels of attention share: weights and their gradients from lse, tile by tile.
+#pragma once
+#include "cuda/attention_fwd.cuh"
+
+namespace pyxlbert::cuda {
+
+// exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `rest` is what the rounding left.
+DEVICE float weight_of(float score, const Place& place) {
+    return exp2_approx(__fmul_rn(__fsub_rn(__fsub_rn(score, place.lse), place.rest), LOG2E));
+}
+
+// What forward and `rows` have found out about the queries of some places.
+template <int ROWS, int THREADS>
+DEVICE void find_statistics(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int h,
+                            Place* places) {
+    const std::int64_t at = statistics_at(a, b, h, s.start, stream.rows);
+    for (int r = static_cast<int>(threadIdx.x); r < ROWS; r += THREADS) {
+        const int number = places[r].number;
+        if (number < 0) continue;
+        places[r].lse = stream.lse[at + number];
+        places[r].delta = stream.delta[at + number];
+        places[r].rest = stream.rest[at + number];
+    }
+}
+
+// A contiguous tensor like the query, a plane of it.
+template <class T>
+DEVICE T* like_query(const Attention& a, const QueryStream& stream, void* data, int b, int h, std::int64_t start) {
+    return static_cast<T*>(data) + result_row(a, b, h, start, stream.rows, 0) * a.head_size;
+}
+
+// Weights p, with DROPPED what dropout leaves of them, and gradients of the scores from those of the weights dp, in
+// place: c becomes p, dp becomes ds.  `kept` says by its bit 4 n + e what is left.
+template <int N, bool DROPPED>
+DEVICE void gradients_of_scores(float (&c)[N][4], float (&dp)[N][4], const Place& upper, const Place& lower,
+                                std::uint32_t kept, float scale) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const Place& place = e < 2 ? upper : lower;
+            const float p = weight_of(c[n][e], place);
+            const float factor = (kept >> (4 * n + e) & 1) != 0 ? scale : 0.0f;
+            c[n][e] = DROPPED ? p * factor : p;
+            dp[n][e] = p * (dp[n][e] * factor - place.delta);
+        }
+}
+
+// What causality hides where rows are uniform is a constant: it has no gradient.  first0 and first1 are the keys of
+// c[0][0] and c[0][2].
+template <int N>
+DEVICE void clear_constants(float (&ds)[N][4], const Masks& masks, int number0, int number1, int first0, int first1) {
+    if (!(masks.causal && masks.uniform)) return;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if ((e < 2 ? first0 : first1) + n * 8 + (e & 1) > (e < 2 ? number0 : number1) + masks.shift)
+                ds[n][e] = 0.0f;
+}
+
+}  // namespace pyxlbert::cuda
