@@ -121,7 +121,10 @@ def check_packed(
 
 def within(max_seqlen: int, total: int) -> int:
     """max_seqlen, or the number of packed rows where that is smaller: no sequence is longer than all together."""
-    return torch.sym_min(max_seqlen, total) if torch.compiler.is_compiling() else min(max_seqlen, total)
+    # Dynamo makes sym_min of min where a size is symbolic, and before torch 2.13 takes no sym_min where none is; other
+    # tracers (torch.export) would tie the graph to the smaller one.
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return torch.sym_min(max_seqlen, total) if traced else min(max_seqlen, total)
 
 
 def check_lengths(op: str, key_lengths: torch.Tensor | None, keys: int) -> None:
