@@ -15,25 +15,6 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kBlock = 256;
-constexpr std::int64_t kScoreStride = kBlock + 32;
-
-// Products of tiles.  A tile of A cannot be read transposed, so there the sums over queries are transposed,
-// dV^T = dO^T P and dK^T = Q^T dS: P and dS in pairs along the queries are tiles of B as they are.
-template <class U>
-constexpr bool kTiles = U::row_step == 16;
-
-// Queries of a tile, and what their number is rounded up to.
-template <class U>
-constexpr std::int64_t kTile = kTiles<U> ? 64 : 48;
-template <class U>
-constexpr std::int64_t kRowStep = kTiles<U> ? 32 : 2;
-
-// Strides of transposed sums and operands: odd numbers of cache lines.
-constexpr std::int64_t kSumStride = kBlock + W;
-template <class U>
-constexpr std::int64_t kPairStride = kTile<U> / 2 + W;
-
 // How the work is cut; nothing in it depends on the number of threads.
 struct Plan {
     std::int64_t planes, blocks;
@@ -89,8 +70,8 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.query_rows = round_to(in.queries, U::row_step);
     p.dquery = p.query_rows * p.columns;
     p.delta = round_to(in.queries, 16);
-    p.values = larger(kTile<U> * p.columns, kTiles<U> ? p.columns * kPairStride<U> : 0);
-    p.sums = larger((kBlock + kStripRows) * p.columns, kTiles<U> ? p.columns * kSumStride : 0);
+    p.values = values_room<U>(p.columns);
+    p.sums = sums_room<U>(p.columns);
     p.tile = kTile<U> * (2 * kScoreStride + 2 * p.unit_stride) + 2 * p.values;
     p.keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * p.sums + kScoreStride;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
@@ -342,27 +323,6 @@ struct Backward {
         }
     }
 
-    // Sums of n keys to rows of dK or dV, the packed queries being used up.
-    PYXLBERT_INLINE void store_sums(T* target, std::int64_t stride, const float* sums, std::int64_t n, float scale) {
-        const std::int64_t d = a.in.head_size;
-        if constexpr (kTiles<U>) {
-            for (std::int64_t j = 0; j < n; j += W) {
-                for (std::int64_t c = 0; c < plan.columns; c += W) {
-                    Vec block[W];
-#pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) block[i] = load(sums + (c + i) * kSumStride + j);
-                    transpose(block);
-#pragma GCC unroll 16
-                    for (int i = 0; i < W; ++i) store(q + i * plan.columns + c, block[i]);
-                }
-                for (std::int64_t i = 0; i < smaller(W, n - j); ++i)
-                    store_row(target + (j + i) * stride, q + i * plan.columns, d, scale);
-            }
-        } else {
-            for (std::int64_t j = 0; j < n; ++j) store_row(target + j * stride, sums + j * plan.columns, d, scale);
-        }
-    }
-
     // The next tile of a plane with `left` rows after this one, or the one that follows the block.
     PYXLBERT_INLINE Upcoming<T> upcoming(const T* rows, std::int64_t stride, std::int64_t left, std::int64_t steps,
                                          const Upcoming<T>& follows) const {
@@ -425,8 +385,9 @@ struct Backward {
                     __builtin_memset(dv, 0, plan.sums * sizeof(float));
                 }
             }
-            store_sums(dkey + j0 * stride, stride, dk, n, in.scale);
-            store_sums(dvalue + j0 * stride, stride, dv, n, 1.0f);
+            // The packed queries are used up.
+            store_sums<T, U>(dkey + j0 * stride, stride, dk, plan.columns, n, d, in.scale, q);
+            store_sums<T, U>(dvalue + j0 * stride, stride, dv, plan.columns, n, d, 1.0f, q);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
         }

@@ -1,4 +1,5 @@
-// The work of attention's backward on single rows: weights again from lse, the gradient of the scores, sums to results.
+// What the backward passes of attention and relative attention share: how tiles are cut, and the work on single rows:
+// weights again from lse, the gradient of the scores, sums to results.
 #pragma once
 #include "attention_rows.h"
 
@@ -6,6 +7,36 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
 PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Keys of a block.
+constexpr std::int64_t kBlock = 256;
+constexpr std::int64_t kScoreStride = kBlock + 32;
+
+// Products of tiles.  A tile of A cannot be read transposed, so there the sums over queries are transposed,
+// dV^T = dO^T P and dK^T = G^T Q: P and G in pairs along the queries are tiles of B as they are.
+template <class U>
+constexpr bool kTiles = U::row_step == 16;
+
+// Queries of a tile, and what their number is rounded up to.
+template <class U>
+constexpr std::int64_t kTile = kTiles<U> ? 64 : 48;
+template <class U>
+constexpr std::int64_t kRowStep = kTiles<U> ? 32 : 2;
+
+// Strides of transposed sums and operands: odd numbers of cache lines.
+constexpr std::int64_t kSumStride = kBlock + W;
+template <class U>
+constexpr std::int64_t kPairStride = kTile<U> / 2 + W;
+
+// Floats for a tile's rows as operands of the sums over queries, and for such a sum over a block of keys.
+template <class U>
+PYXLBERT_INLINE std::int64_t values_room(std::int64_t columns) {
+    return larger(kTile<U> * columns, kTiles<U> ? columns * kPairStride<U> : 0);
+}
+template <class U>
+PYXLBERT_INLINE std::int64_t sums_room(std::int64_t columns) {
+    return larger((kBlock + kStripRows) * columns, kTiles<U> ? columns * kSumStride : 0);
+}
 
 // A row of a gradient.  Whole cache lines go past the caches: the caller reads them long after, and to fetch lines
 // that are overwritten whole took a quarter of the time of short sequences.
@@ -31,6 +62,33 @@ PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, f
 #endif
     for (; c + W <= d; c += W) store(target + c, load(source + c) * set1(scale));
     if (c < d) store(target + c, load(source + c) * set1(scale), static_cast<int>(d - c));
+}
+
+// W rows of `columns` floats from transposed sums [columns][stride].
+PYXLBERT_INLINE void rows_of_sums(const float* sums, std::int64_t stride, std::int64_t columns, float* rows) {
+    for (std::int64_t c = 0; c < columns; c += W) {
+        Vec block[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load(sums + (c + i) * stride);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(rows + i * columns + c, block[i]);
+    }
+}
+
+// Sums of n keys to rows of dK or dV; `room` is for W rows of `columns`.
+template <class T, class U>
+PYXLBERT_INLINE void store_sums(T* target, std::int64_t stride, const float* sums, std::int64_t columns, std::int64_t n,
+                                std::int64_t d, float scale, [[maybe_unused]] float* room) {
+    if constexpr (kTiles<U>) {
+        for (std::int64_t j = 0; j < n; j += W) {
+            rows_of_sums(sums + j, kSumStride, columns, room);
+            for (std::int64_t i = 0; i < smaller(W, n - j); ++i)
+                store_row(target + (j + i) * stride, room + i * columns, d, scale);
+        }
+    } else {
+        for (std::int64_t j = 0; j < n; ++j) store_row(target + j * stride, sums + j * columns, d, scale);
+    }
 }
 
 // Makes the rows of this thread visible to whoever waits for it.

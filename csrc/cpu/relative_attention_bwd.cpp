@@ -9,7 +9,8 @@
 // row by row into a band of zeros; dr is summed in the task's own memory of a run's keys and the queries' rows.
 //
 // Where bfloat16 is multiplied in pairs, the sums over queries take P, G and G_r in pairs of rows, and the sums over
-// keys take G and G_r rounded row by row: a row of G_r is then a row of G moved by a number of bfloat16.
+// keys take G and G_r rounded row by row: a row of G_r is then a row of G moved by a number of bfloat16.  Tiles sum dK,
+// dV and dr transposed (backward_rows.h).
 //
 // Determinism: runs of key blocks and groups of sequences are cut by size alone; each has its own partial sums, added
 // in order at the end.
@@ -20,24 +21,9 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kTile = 48, kBlock = 256;
-constexpr std::int64_t kScoreStride = kBlock + 32;
 constexpr std::int64_t kSpan = 192;  // positions that rows of a tile lie apart at most
 constexpr std::int64_t kBandStride = kBlock + kSpan + 32;
 constexpr int kStreams = 2;
-
-// The unit of the products.  Tiles cannot read a transposed A, so there is no version for them, and on the processors
-// that have them pairs (VDPBF16PS) take twice as long as floats.
-template <class T>
-struct BackwardUnit {
-    using Type = typename UnitOf<T>::Type;
-};
-#if defined(__AMX_BF16__)
-template <>
-struct BackwardUnit<bf16> {
-    using Type = FloatUnit;
-};
-#endif
 
 // Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
 enum Small { content, position, segment, same_segment, other_segment, kSmall };
@@ -52,7 +38,8 @@ struct Plan {
     std::int64_t rows, last_place;
     std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
     std::int64_t dquery, table_rows;           // floats of a plane's dQ, rows of a partial dr
-    std::int64_t task;                         // floats of scratch
+    std::int64_t table_stride;                 // of a partial dr that tiles sum
+    std::int64_t values, sums, task;           // floats of scratch
 };
 
 PYXLBERT_INLINE std::int64_t first_block(const Plan& plan, std::int64_t part) {
@@ -73,17 +60,22 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
         1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
     p.rows = a.rows[0].count + a.rows[1].count;
     p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
-    p.units = ceil_divide(in.head_size, U::pair);
+    p.units = round_to(ceil_divide(in.head_size, U::pair), U::k_step);
     p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
     p.dquery = p.rows * p.columns;
     p.table_rows = ceil_divide(p.blocks, p.parts) * kBlock + p.last_place + kStripRows + 1;
-    const std::int64_t tile = kTile * (2 * kScoreStride + 2 * kBandStride + 3 * p.unit_stride + 4 * p.columns);
-    const std::int64_t keys =
-        kBlock * (2 * p.unit_stride + p.columns) + 2 * (kBlock + kStripRows) * p.columns + kScoreStride;
+    // An odd number of cache lines, and room for a vector past the last row.
+    p.table_stride = (round_to(p.table_rows + W, W) / W | 1) * W;
+    p.values = values_room<U>(p.columns);
+    p.sums = sums_room<U>(p.columns);
+    const std::int64_t tile =
+        kTile<U> * (2 * kScoreStride + 2 * kBandStride + 3 * p.unit_stride + p.columns) + 3 * p.values;
+    const std::int64_t keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * p.sums + kScoreStride;
     const std::int64_t table = round_to(kBlock + kSpan, W) * (p.unit_stride + p.columns);
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * round_to(kTile, 16) + 3 * p.columns;
-    p.task = round_to((p.parts == 1 ? p.dquery : 0) + tile + keys + table + rows, 1024) + 64;
+    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * kTile<U> + 3 * p.columns;
+    const std::int64_t dtable = kTiles<U> && a.dtable != nullptr ? p.columns * p.table_stride : 0;
+    p.task = round_to((p.parts == 1 ? p.dquery : 0) + dtable + tile + keys + table + rows, 1024) + 64;
     return p;
 }
 
@@ -122,7 +114,7 @@ struct Backward {
     Dropout dropout;
     float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
         *dout_values, *dq_tile, *k, *v, *k_values, *dk, *dv, *undropped, *table, *table_values, *delta, *log2_norm,
-        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
+        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dtable, *own_dquery;
     std::int32_t *index, *place;  // of every row of the plane, the streams one after the other
 
     // The plane.
@@ -147,24 +139,24 @@ struct Backward {
             return taken;
         };
         const std::int64_t rows = round_to(plan.rows, 16), columns = plan.columns;
-        scores = take(kTile * kScoreStride);
-        dp = take(kTile * kScoreStride);
-        band = take(kTile * kBandStride);
+        scores = take(kTile<U> * kScoreStride);
+        dp = take(kTile<U> * kScoreStride);
+        band = take(kTile<U> * kBandStride);
         // In pairs: the rows themselves, and pairs of rows.
-        dband = take(kTile * kBandStride);
-        band_pairs = dband + kTile * kDbandStride;
-        q_content = take(kTile * plan.unit_stride);
-        q_position = take(kTile * plan.unit_stride);
-        dout = take(kTile * plan.unit_stride);
-        content_values = take(kTile * columns);
-        position_values = take(kTile * columns);
-        dout_values = take(kTile * columns);
-        dq_tile = take(kTile * columns);
+        dband = take(kTile<U> * kBandStride);
+        band_pairs = dband + kTile<U> * kDbandStride;
+        q_content = take(kTile<U> * plan.unit_stride);
+        q_position = take(kTile<U> * plan.unit_stride);
+        dout = take(kTile<U> * plan.unit_stride);
+        content_values = take(plan.values);
+        position_values = take(plan.values);
+        dout_values = take(plan.values);
+        dq_tile = take(kTile<U> * columns);
         k = take(kBlock * plan.unit_stride);
         v = take(kBlock * plan.unit_stride);
         k_values = take(kBlock * columns);
-        dk = take((kBlock + kStripRows) * columns);
-        dv = take((kBlock + kStripRows) * columns);
+        dk = take(plan.sums);
+        dv = take(plan.sums);
         undropped = take(kScoreStride);
         table = take(round_to(kBlock + kSpan, W) * plan.unit_stride);
         table_values = take(round_to(kBlock + kSpan, W) * columns);
@@ -174,9 +166,10 @@ struct Backward {
         other_sum = take(rows);
         index = reinterpret_cast<std::int32_t*>(take(rows));
         place = reinterpret_cast<std::int32_t*>(take(rows));
-        same_score = take(round_to(kTile, 16));
-        other_score = take(round_to(kTile, 16));
+        same_score = take(kTile<U>);
+        other_score = take(kTile<U>);
         one_row = take(3 * columns);
+        own_dtable = take(kTiles<U> && a.dtable != nullptr ? columns * plan.table_stride : 0);
         own_dquery = scratch;
     }
 
@@ -227,7 +220,7 @@ struct Backward {
     // and S with all its terms.
     PYXLBERT_INLINE void score(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size, columns = plan.columns, stride = plan.unit_stride;
-        const std::int64_t padded = round_to(rows, U::row_step);
+        const std::int64_t padded = round_to(rows, kRowStep<U>);
         for (std::int64_t r = 0; r < rows; ++r) {
             const T* x = query_row(stream, row + r);
             load_query(x, of_head(relative.content_bias, h, d), q_content + r * stride);
@@ -250,7 +243,7 @@ struct Backward {
         const T* source =
             static_cast<const T*>(r.data) + b * relative.tables / in.batch * r.batch + h * r.head + first * r.row;
         pack_transposed<T, U>(source, r.row, present, round_to(width, W), d, table, stride);
-        pack_values<T, U>(source, r.row, present, round_to(width, U::pair), d, table_values, columns);
+        pack_values<T, U>(source, r.row, present, round_to(width, U::pair * U::k_step), d, table_values, columns);
         multiply<U, false>({q_position, stride}, {table, stride * W, W}, plan.units, nullptr, 0, {band, kBandStride},
                            padded, ceil_divide(width, W));
         const float* init = band + rows - 1;
@@ -298,7 +291,7 @@ struct Backward {
             std::int64_t rows;
             for (std::int64_t row = start[stream]; row < start[stream + 1]; row += rows) {
                 rows = 1;
-                while (rows < kTile && row + rows < start[stream + 1] && place[row + rows] - place[row] <= kSpan)
+                while (rows < kTile<U> && row + rows < start[stream + 1] && place[row + rows] - place[row] <= kSpan)
                     ++rows;
                 std::int64_t seen = n;
                 if (!relative.uniform_rows) {
@@ -349,7 +342,7 @@ struct Backward {
 
     void tile(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size, columns = plan.columns, wide = columns / W, end = round_to(n, 2 * W);
-        const std::int64_t padded = round_to(rows, U::row_step), stride = plan.unit_stride;
+        const std::int64_t padded = round_to(rows, kRowStep<U>), stride = plan.unit_stride;
         score(stream, row, rows, j0, n);
         for (std::int64_t r = 0; r < rows; ++r)
             pack_rows<T, U>(dout_row(stream, row + r), 0, 1, d, dout + r * stride, 0, stride);
@@ -377,12 +370,13 @@ struct Backward {
                 move_row(dband + r * kDbandStride, g, last - place[row + r], n, round_to(width, 2));
             }
         }
-        sum_over_queries(rows, padded, n, width,
-                         dtable == nullptr ? nullptr : dtable + (relative.offset + j0 - last - first_row) * columns);
-        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, ceil_divide(n, U::pair), nullptr, 0,
-                           {dq_tile, columns}, padded, wide);
+        sum_over_queries(rows, padded, n, width, relative.offset + j0 - last - first_row);
+        const auto steps = [](std::int64_t keys)
+                               PYXLBERT_LAMBDA { return round_to(ceil_divide(keys, U::pair), U::k_step); };
+        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, steps(n), nullptr, 0, {dq_tile, columns}, padded,
+                           wide);
         add_tile(row, rows, small + content * columns);
-        multiply<U, false>({dband, kDbandStride}, {table_values, W, columns}, ceil_divide(width, U::pair), nullptr, 0,
+        multiply<U, false>({dband, kDbandStride}, {table_values, W, columns}, steps(width), nullptr, 0,
                            {dq_tile, columns}, padded, wide);
         add_tile(row, rows, small + position * columns);
     }
@@ -414,32 +408,70 @@ struct Backward {
         __builtin_memset(to + (shift + n) * size, 0, (end - shift - n) * size);
     }
 
-    // dV, dK and dr of a tile, added to those of earlier ones; a step is a query or a pair of them.
+    // dV, dK and dr of a tile, added to those of earlier ones, dr from its row `first` on; a step is a query or a pair
+    // of them.
     PYXLBERT_INLINE void sum_over_queries([[maybe_unused]] std::int64_t rows, std::int64_t padded, std::int64_t n,
-                                          std::int64_t width, float* dr) {
-        const std::int64_t columns = plan.columns, all_keys = round_to(n, 2), all_rows = round_to(width, 2);
-        const auto sum = [&](MatrixA scores_a, const float* rows_b, std::int64_t steps, float* target,
-                             std::int64_t count) PYXLBERT_LAMBDA {
-            multiply<U, true>(scores_a, {rows_b, W, columns}, steps, target, columns, {target, columns}, count,
-                              columns / W);
-        };
-        if constexpr (U::pair == 2) {
-            const std::int64_t steps = padded / 2, stride = plan.unit_stride;
-            for (std::int64_t x = 0; x < steps; ++x) {
-                pair_rows(dout + 2 * x * stride, dout + (2 * x + 1) * stride, columns, dout_values + x * columns);
-                pair_rows(q_content + 2 * x * stride, q_content + (2 * x + 1) * stride, columns,
-                          content_values + x * columns);
-                pair_rows(q_position + 2 * x * stride, q_position + (2 * x + 1) * stride, columns,
-                          position_values + x * columns);
-            }
-            sum({scores, 2 * kScoreStride}, dout_values, steps, dv, all_keys);
-            sum({scores + kScoreStride, 2 * kScoreStride}, content_values, steps, dk, all_keys);
-            if (dr != nullptr) sum({band_pairs, kBandStride}, position_values, steps, dr, all_rows);
+                                          std::int64_t width, std::int64_t first) {
+        const std::int64_t columns = plan.columns, stride = plan.unit_stride;
+        if constexpr (kTiles<U>) {
+            const auto sum = [&](const float* rows_a, float* values, MatrixB scores_b, MatrixC target,
+                                 std::int64_t count) PYXLBERT_LAMBDA {
+                pack_columns<T, U>(reinterpret_cast<const T*>(rows_a), 2 * stride, rows, padded, in.head_size, values,
+                                   kPairStride<U>, columns);
+                multiply<U, false>({values, kPairStride<U>}, scores_b, padded / 2, target.data, target.stride, target,
+                                   columns, ceil_divide(count, W));
+            };
+            sum(dout, dout_values, {scores, W, 2 * kScoreStride}, {dv, kSumStride}, n);
+            sum(q_content, content_values, {scores + kScoreStride, W, 2 * kScoreStride}, {dk, kSumStride}, n);
+            if (dtable != nullptr)
+                sum(q_position, position_values, {band_pairs, W, kBandStride}, {own_dtable + first, plan.table_stride},
+                    width);
         } else {
-            sum({scores, kScoreStride}, dout, rows, dv, all_keys);
-            sum({dp, kScoreStride}, q_content, rows, dk, all_keys);
-            if (dr != nullptr) sum({dband, kDbandStride}, q_position, rows, dr, all_rows);
+            const std::int64_t all_keys = round_to(n, 2), all_rows = round_to(width, 2);
+            float* dr = dtable == nullptr ? nullptr : dtable + first * columns;
+            const auto sum = [&](MatrixA scores_a, const float* rows_b, std::int64_t steps, float* target,
+                                 std::int64_t count) PYXLBERT_LAMBDA {
+                multiply<U, true>(scores_a, {rows_b, W, columns}, steps, target, columns, {target, columns}, count,
+                                  columns / W);
+            };
+            if constexpr (U::pair == 2) {
+                const std::int64_t steps = padded / 2;
+                const auto pair = [&](const float* rows_a, float* values) PYXLBERT_LAMBDA {
+                    for (std::int64_t x = 0; x < steps; ++x)
+                        pair_rows(rows_a + 2 * x * stride, rows_a + (2 * x + 1) * stride, columns,
+                                  values + x * columns);
+                };
+                pair(dout, dout_values);
+                pair(q_content, content_values);
+                pair(q_position, position_values);
+                sum({scores, 2 * kScoreStride}, dout_values, steps, dv, all_keys);
+                sum({scores + kScoreStride, 2 * kScoreStride}, content_values, steps, dk, all_keys);
+                if (dr != nullptr) sum({band_pairs, kBandStride}, position_values, steps, dr, all_rows);
+            } else {
+                sum({scores, kScoreStride}, dout, rows, dv, all_keys);
+                sum({dp, kScoreStride}, q_content, rows, dk, all_keys);
+                if (dr != nullptr) sum({dband, kDbandStride}, q_position, rows, dr, all_rows);
+            }
         }
+    }
+
+    // What tiles have summed, to rows of a partial dr.
+    void store_table_sums() {
+        if (!kTiles<U> || dtable == nullptr) return;
+        for (std::int64_t row = 0; row < plan.table_rows; row += W) {
+            rows_of_sums(own_dtable + row, plan.table_stride, plan.columns, q_content);
+            __builtin_memcpy(dtable + row * plan.columns, q_content,
+                             smaller(W, plan.table_rows - row) * plan.columns * sizeof(float));
+        }
+    }
+
+    // Where a partial dr is summed, empty.
+    void clear_table_sums() {
+        if (dtable == nullptr) return;
+        if (kTiles<U>)
+            __builtin_memset(own_dtable, 0, plan.columns * plan.table_stride * sizeof(float));
+        else
+            __builtin_memset(dtable, 0, plan.table_rows * plan.columns * sizeof(float));
     }
 
     // dq_tile to dQ, and the sum of its rows to `sum`.
@@ -495,18 +527,18 @@ struct Backward {
             if (n > 0) {
                 pack_keys(j0, n);
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
-                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair), d, k_values, columns);
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair * U::k_step), d, k_values,
+                                  columns);
                 if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
-                __builtin_memset(dk, 0, round_to(n, 2) * columns * sizeof(float));
-                __builtin_memset(dv, 0, round_to(n, 2) * columns * sizeof(float));
+                const std::int64_t sums = kTiles<U> ? columns * kSumStride : round_to(n, 2) * columns;
+                __builtin_memset(dk, 0, sums * sizeof(float));
+                __builtin_memset(dv, 0, sums * sizeof(float));
                 for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
                     tile(stream, row, rows, j0, seen);
                 });
             }
-            for (std::int64_t j = 0; j < n; ++j) {
-                store_row(dkey + (j0 + j) * stride, dk + j * columns, d, in.scale);
-                store_row(dvalue + (j0 + j) * stride, dv + j * columns, d, 1.0f);
-            }
+            store_sums<T, U>(dkey + j0 * stride, stride, dk, columns, n, d, in.scale, q_content);
+            store_sums<T, U>(dvalue + j0 * stride, stride, dv, columns, n, d, 1.0f, q_content);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
         }
@@ -593,16 +625,14 @@ void backward(const RelativeAttentionBwd& a) {
 
 #pragma omp parallel num_threads(team)
     {
+        if constexpr (kTiles<U>) begin_tiles();
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
             const std::int64_t part = task % plan.parts, group = task / plan.parts % plan.groups, slice = task / sets;
             const std::int64_t table = slice / in.heads, h = slice % in.heads;
-            worker.dtable = nullptr;
-            if (a.dtable != nullptr) {
-                worker.dtable = dtables + task * one_table;
-                __builtin_memset(worker.dtable, 0, one_table * sizeof(float));
-            }
+            worker.dtable = a.dtable == nullptr ? nullptr : dtables + task * one_table;
+            worker.clear_table_sums();
             worker.first_row = a.in.offset + first_block(plan, part) * kBlock - plan.last_place;
             for (std::int64_t b = first_member(plan, table, group); b < first_member(plan, table, group + 1); ++b) {
                 const std::int64_t plane = b * in.heads + h, run = plane * plan.parts + part;
@@ -611,8 +641,10 @@ void backward(const RelativeAttentionBwd& a) {
                 worker.run(plane, part);
                 if (plan.parts == 1) worker.store_dquery(plane, worker.dquery, 1, 0);
             }
+            worker.store_table_sums();
             finish_rows();
         }
+        if constexpr (kTiles<U>) end_tiles();
         if (plan.parts > 1) {
 #pragma omp for schedule(dynamic, 1)
             for (std::int64_t plane = 0; plane < plan.planes; ++plane) {
@@ -652,13 +684,13 @@ void backward(const RelativeAttentionBwd& a) {
 void relative_attention_bwd(const RelativeAttentionBwd& a) {
 #if defined(__AMX_BF16__)
     if (a.in.in.dtype == DType::bfloat16)
-        backward<bf16, BackwardUnit<bf16>::Type>(a);
+        backward<bf16, UnitOf<bf16>::Type>(a);
     else
         avx512::relative_attention_bwd(a);
 #else
     with_element(a.in.in.dtype, [&](auto element, auto) {
         using T = decltype(element);
-        backward<T, typename BackwardUnit<T>::Type>(a);
+        backward<T, typename UnitOf<T>::Type>(a);
     });
 #endif
 }
