@@ -33,6 +33,12 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
         assert done.returncode == 2 and f"gpu: nothing was run: {reason}" in done.stderr and not done.stdout
 
 
+def test_a_setuptools_that_cannot_build_is_named(monkeypatch) -> None:
+    gpu = load("bench/gpu.py")
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "65.5.0")
+    assert gpu.missing() == "setuptools is 65.5.0, wanted at least 77, which pyproject.toml needs"
+
+
 def test_a_part_that_is_none_is_refused() -> None:
     done = command("tests")
     assert done.returncode == 2 and "PART: got 'tests', wanted one of build, test, sanitize, bench" in done.stderr
