@@ -198,7 +198,13 @@ def test_a_stopped_command_leaves_no_file(tmp_path: Path, model: Path, name: str
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     arguments = ["embed", str(tmp_path / "in.txt"), "--model", str(model), "--out", str(tmp_path / "x.npy")]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Tests that run in the background, or under nohup, ignore some signals, and so would their children.
+        preexec_fn=lambda: signal.signal(getattr(signal, name), signal.SIG_DFL),
+    )
     assert process.stdout.readline() == b"writing\n"
     assert len(written(tmp_path)) == 2
     process.send_signal(getattr(signal, name))
