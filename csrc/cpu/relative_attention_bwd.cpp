@@ -204,14 +204,6 @@ struct Backward {
         }
     }
 
-    // (q + bias), rounded where forward rounds it, as a row of units.
-    PYXLBERT_INLINE void load_query(const T* x, const float* bias, float* target) const {
-        pack_query<T, U>(x, bias, in.head_size, target, plan.unit_stride);
-        if constexpr (UnitOf<T>::Type::pair != U::pair)
-            for (std::int64_t c = 0; c < plan.columns; c += W)
-                store(target + c, widen(narrow(load(target + c), T{}), T{}));
-    }
-
     PYXLBERT_INLINE void clear_row(float* row, std::int64_t n) const {
         for (std::int64_t c = 0; c < n; c += W) store(row + c, zero());
     }
@@ -223,8 +215,8 @@ struct Backward {
         const std::int64_t padded = round_to(rows, kRowStep<U>);
         for (std::int64_t r = 0; r < rows; ++r) {
             const T* x = query_row(stream, row + r);
-            load_query(x, of_head(relative.content_bias, h, d), q_content + r * stride);
-            load_query(x, of_head(relative.position_bias, h, d), q_position + r * stride);
+            pack_query<T, U>(x, of_head(relative.content_bias, h, d), d, q_content + r * stride, stride);
+            pack_query<T, U>(x, of_head(relative.position_bias, h, d), d, q_position + r * stride, stride);
             if (relative.segment_embedding != nullptr) {
                 const float* bias = of_head(relative.segment_bias, h, d);
                 const float* same = of_head(relative.segment_embedding, h, d);

@@ -42,7 +42,7 @@ MODEL_FEW = 64
 
 # A gradient of so few elements has at least this share of the largest of all as its scale: what is zero in exact
 # arithmetic has none of its own.
-MODEL_SMALL_GRADIENT = 1e-2
+MODEL_SMALL_GRADIENT = 1e-3
 
 # A small model with packed weights against itself without, relative to the largest element: another product of the same
 # vendor, which sums in another order.
