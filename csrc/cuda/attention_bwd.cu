@@ -123,8 +123,8 @@ void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const Attention& a, Stream stream)
             using C = SumTile<T, D, true, false>;
             static_assert(shared_of_bias<C>() <= MOST_SHARED);
             const std::int64_t tiles = ceil_div(a.dbias_shape[2], C::BM) * ceil_div(a.dbias_shape[3], C::BK);
-            launch(attention_bwd_bias<C>, grid_of(tiles * a.dbias_shape[0] * a.dbias_shape[1]), C::THREADS,
-                   shared_of_bias<C>(), stream, a);
+            launch<attention_bwd_bias<C>, shared_of_bias<C>()>(grid_of(tiles * a.dbias_shape[0] * a.dbias_shape[1]),
+                                                               C::THREADS, stream, a);
         }
     });
 }

@@ -36,13 +36,13 @@ void launch_attention_bwd_of(const Attention& a, Stream stream) {
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch(attention_bwd_rows<W>, grid_of(windows * planes), W::THREADS, W::SHARED, stream, one);
+        launch<attention_bwd_rows<W>, W::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
     });
-    launch(attention_bwd_keys<S>, grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS, shared_of_keys<S>(), stream,
-           a);
+    launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS, stream,
+                                                       a);
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch(attention_bwd_queries<W>, grid_of(windows * planes), W::THREADS, QueriesTile<W>::SHARED, stream, one);
+        launch<attention_bwd_queries<W>, QueriesTile<W>::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
     });
 }
 

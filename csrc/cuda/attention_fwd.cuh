@@ -419,7 +419,7 @@ void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
             const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);
             windows = more > windows ? more : windows;
         }
-        launch(attention_fwd<C>, grid_of(windows * a.batch * a.heads), C::THREADS, C::SHARED, stream, a);
+        launch<attention_fwd<C>, C::SHARED>(grid_of(windows * a.batch * a.heads), C::THREADS, stream, a);
     };
     if (extras)
         run(std::true_type());

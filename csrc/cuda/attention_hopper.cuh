@@ -396,7 +396,7 @@ void launch_attention_fwd_hopper(const Attention& a, Stream stream) {
     else
         maps.query = map(a.stream[0].query, batch, queries, C::WINDOW);
     const std::int64_t windows = ceil_div(a.stream[0].rows, C::WINDOW);
-    launch(attention_fwd_hopper<C>, grid_of(windows * a.batch * a.heads), C::THREADS, C::SHARED, stream, a, maps);
+    launch<attention_fwd_hopper<C>, C::SHARED>(grid_of(windows * a.batch * a.heads), C::THREADS, stream, a, maps);
 }
 
 }  // namespace pyxlbert::cuda

@@ -127,7 +127,7 @@ void launch_bias_gelu_fwd(const BiasGeluFwd& a, Stream stream) {
         const bool vectors = a.columns % VEC == 0 && rows_aligned<VEC>(a.x) && aligned(a.bias.data, a.y);
         with_variant<VEC>(vectors, a.tanh, [&](auto variant) {
             using V = decltype(variant);
-            launch(bias_gelu_fwd<T, V::VEC, V::TANH>, grid_of(a.rows, EACH, a.columns, V::VEC), THREADS, 0, stream, a);
+            launch<bias_gelu_fwd<T, V::VEC, V::TANH>, 0>(grid_of(a.rows, EACH, a.columns, V::VEC), THREADS, stream, a);
         });
     });
 }
@@ -140,8 +140,8 @@ void launch_bias_gelu_bwd(const BiasGeluBwd& a, Stream stream) {
                              aligned(a.bias.data, a.dx, a.partial);
         with_variant<VEC>(vectors, a.tanh, [&](auto variant) {
             using V = decltype(variant);
-            launch(bias_gelu_bwd<T, V::VEC, V::TANH>, grid_of(a.rows, a.each, a.columns, V::VEC), THREADS, 0, stream,
-                   a);
+            launch<bias_gelu_bwd<T, V::VEC, V::TANH>, 0>(grid_of(a.rows, a.each, a.columns, V::VEC), THREADS, stream,
+                                                         a);
         });
     });
     if (a.partial != nullptr) launch_sum_parts(a.partial, a.parts, a.columns, a.dbias, stream);

@@ -39,15 +39,16 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// Starts a kernel on the current device; only what has to be said is asked of the driver, nothing is remembered.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared, Stream stream,
-            const Arguments&... arguments) {
-    if (shared > 48 * 1024)
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared)),
+// Starts a kernel with SHARED bytes of shared memory on the current device; only what has to be said is asked of the
+// driver, nothing is remembered.  Both are arguments of the template, and no copy of it is inlined, so that an object
+// file names every kernel that it starts and what it takes: tests/cuda/check.py reads it there.
+template <auto KERNEL, std::size_t SHARED, class... Arguments>
+__attribute__((noinline)) void launch(dim3 grid, int threads, Stream stream, const Arguments&... arguments) {
+    if constexpr (SHARED > 48 * 1024)
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(SHARED)),
               "shared memory");
-    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    KERNEL<<<grid, threads, SHARED, static_cast<cudaStream_t>(stream)>>>(arguments...);
     check(cudaGetLastError(), "launch");
 }
 

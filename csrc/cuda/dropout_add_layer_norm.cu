@@ -162,22 +162,21 @@ void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, Stream s
                              aligned(a.x_bias.data, a.weight.data, a.bias.data, a.y, a.copy, a.s);
         with_shape<K::VEC>(vectors, a.columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(dropout_add_layer_norm_fwd<K, S>, blocks_of(a.rows, S::ROWS), S::BLOCK, S::SHARED, stream, a,
-                   make_dropout(a.dropout_p, a.seed));
+            launch<dropout_add_layer_norm_fwd<K, S>, S::SHARED>(blocks_of(a.rows, S::ROWS), S::BLOCK, stream, a,
+                                                                make_dropout(a.dropout_p, a.seed));
         });
     });
 }
 
 void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, Stream stream) {
-    const bool sums = a.partial != nullptr || a.partial_bias != nullptr;
     with_types(a.dtype, a.residual_dtype, [&](auto kind) {
         using K = decltype(kind);
         const bool vectors = a.columns % K::VEC == 0 && rows_aligned<K::VEC>(a.dy) && rows_aligned<K::VEC>(a.dy_copy) &&
                              aligned(a.s, a.weight.data, a.dx, a.dresidual, a.partial, a.partial_bias);
         with_shape<K::VEC>(vectors, a.columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(dropout_add_layer_norm_bwd<K, S>, blocks_of(a.rows, a.each), S::BLOCK,
-                   sums ? shared_for_sums<S>(a.columns) : S::SHARED, stream, a, make_dropout(a.dropout_p, a.seed));
+            launch<dropout_add_layer_norm_bwd<K, S>, S::SHARED_FOR_SUMS>(blocks_of(a.rows, a.each), S::BLOCK, stream, a,
+                                                                         make_dropout(a.dropout_p, a.seed));
         });
     });
     if (a.partial != nullptr) {

@@ -215,8 +215,8 @@ void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, Stream stre
         const bool vectors = tables_aligned<T>(a.tables) && aligned(a.weight.data, a.bias.data, a.y, a.copy);
         with_shape<16 / sizeof(T)>(vectors, a.tables.columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(embedding_layer_norm_fwd<T, S>, blocks_of(a.tables.tokens, S::ROWS), S::BLOCK, S::SHARED, stream, a,
-                   make_dropout(a.dropout_p, a.seed));
+            launch<embedding_layer_norm_fwd<T, S>, S::SHARED>(blocks_of(a.tables.tokens, S::ROWS), S::BLOCK, stream, a,
+                                                              make_dropout(a.dropout_p, a.seed));
         });
     });
 }
@@ -230,9 +230,8 @@ void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, Stream stre
             tables_aligned<T>(a.tables) && rows_aligned<VEC>(a.dy) && aligned(a.weight.data, a.dx, a.partial);
         with_shape<VEC>(vectors, columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(embedding_layer_norm_bwd<T, S>, blocks_of(a.tables.tokens, a.each), S::BLOCK,
-                   a.partial == nullptr ? S::SHARED : shared_for_sums<S>(columns), stream, a,
-                   make_dropout(a.dropout_p, a.seed));
+            launch<embedding_layer_norm_bwd<T, S>, S::SHARED_FOR_SUMS>(blocks_of(a.tables.tokens, a.each), S::BLOCK,
+                                                                       stream, a, make_dropout(a.dropout_p, a.seed));
         });
     });
     if (a.partial != nullptr) {
@@ -248,8 +247,8 @@ void launch_scatter(const Scatter& a, Stream stream) {
             constexpr int VEC = decltype(vec)::value;
             const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens, CHUNK)),
                             static_cast<unsigned>(ceil_div(a.columns, SCATTER_THREADS * VEC)));
-            launch(add_runs<T, VEC>, grid, SCATTER_THREADS, 0, stream, a);
-            launch(join_runs<T, VEC>, grid, SCATTER_THREADS, 0, stream, a);
+            launch<add_runs<T, VEC>, 0>(grid, SCATTER_THREADS, stream, a);
+            launch<join_runs<T, VEC>, 0>(grid, SCATTER_THREADS, stream, a);
         };
         if (a.columns % 4 == 0 && aligned(a.dx, a.dtable, a.shares))
             both(std::integral_constant<int, 4>());

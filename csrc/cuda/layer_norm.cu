@@ -86,7 +86,7 @@ void launch_layer_norm_fwd(const LayerNormFwd& a, Stream stream) {
         const bool vectors = a.columns % VEC == 0 && rows_aligned<VEC>(a.x) && aligned(a.weight.data, a.bias.data, a.y);
         with_shape<VEC>(vectors, a.columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(layer_norm_fwd<T, S>, blocks_of(a.rows, S::ROWS), S::BLOCK, S::SHARED, stream, a);
+            launch<layer_norm_fwd<T, S>, S::SHARED>(blocks_of(a.rows, S::ROWS), S::BLOCK, stream, a);
         });
     });
 }
@@ -99,8 +99,7 @@ void launch_layer_norm_bwd(const LayerNormBwd& a, Stream stream) {
                              aligned(a.weight.data, a.dx, a.partial);
         with_shape<VEC>(vectors, a.columns, [&](auto shape) {
             using S = decltype(shape);
-            launch(layer_norm_bwd<T, S>, blocks_of(a.rows, a.each), S::BLOCK,
-                   a.partial == nullptr ? S::SHARED : shared_for_sums<S>(a.columns), stream, a);
+            launch<layer_norm_bwd<T, S>, S::SHARED_FOR_SUMS>(blocks_of(a.rows, a.each), S::BLOCK, stream, a);
         });
     });
     if (a.partial != nullptr) {

@@ -243,7 +243,7 @@ void launch_relative_bwd_of(const Attention& a, Stream stream) {
     using S = SumTile<T, D, EXTRAS, true>;
     static_assert(shared_of_table<S>() <= MOST_SHARED);
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
-    launch(attention_bwd_table<S>, grid_of(blocks * a.tables * a.heads), S::THREADS, shared_of_table<S>(), stream, a);
+    launch<attention_bwd_table<S>, shared_of_table<S>()>(grid_of(blocks * a.tables * a.heads), S::THREADS, stream, a);
 }
 
 }  // namespace pyxlbert::cuda

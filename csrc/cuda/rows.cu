@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(32 * GROUPS)
 void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out, Stream stream) {
     with_type(out.dtype, [&](auto kind) {
         using T = decltype(kind);
-        launch(sum_parts<T>, dim3(static_cast<unsigned>(ceil_div(columns, 32))), 32 * GROUPS,
-               32 * GROUPS * sizeof(float), stream, partial, static_cast<T*>(out.data), parts,
-               static_cast<int>(columns));
+        launch<sum_parts<T>, 32 * GROUPS * sizeof(float)>(dim3(static_cast<unsigned>(ceil_div(columns, 32))),
+                                                          32 * GROUPS, stream, partial, static_cast<T*>(out.data),
+                                                          parts, static_cast<int>(columns));
     });
 }
 

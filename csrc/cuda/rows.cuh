@@ -20,7 +20,9 @@ struct Shape {
     static constexpr int ROWS = THREADS == 32 ? 4 : 1;  // of a block at a time
     static constexpr int BLOCK = THREADS * ROWS;
     // The block's partial sums, where a row takes more than a warp.
-    static constexpr int SHARED = THREADS == 32 ? 0 : 2 * 32 * sizeof(float);
+    static constexpr std::size_t SHARED = THREADS == 32 ? 0 : 2 * 32 * sizeof(float);
+    // With what store_sum needs: a row, where several are added up.
+    static constexpr std::size_t SHARED_FOR_SUMS = ROWS == 1 ? SHARED : THREADS * VECTORS * VEC * sizeof(float);
 };
 
 // Calls f(Shape) with the shape for rows of so many columns.  VEC neighbours are taken at a time if `vectors`: every
@@ -182,13 +184,6 @@ DEVICE void store_sum(float* partial, const float (&x)[S::VECTORS][S::VEC], int 
         for (int column = static_cast<int>(threadIdx.x); column < columns; column += S::BLOCK)
             mine[column] = sums[column];
     }
-}
-
-// What store_sum needs beside SHARED, in bytes.
-template <class S>
-constexpr std::size_t shared_for_sums(std::int64_t columns) {
-    const std::size_t sums = S::ROWS == 1 ? 0 : static_cast<std::size_t>(columns) * sizeof(float);
-    return sums > static_cast<std::size_t>(S::SHARED) ? sums : S::SHARED;
 }
 
 // out [N] = the sum of partial [parts, N], in the order of the parts.

@@ -1,4 +1,5 @@
-"""Compiles the CUDA kernels without a GPU and says what became of them: registers, stack, spills, instructions.
+"""Compiles the CUDA kernels without a GPU and says what became of them: registers, stack, spills, shared memory,
+instructions.
 
     python tests/cuda/check.py --write      compiles everything again and rewrites budget.json
 
@@ -62,10 +63,11 @@ def architectures_of(name: str) -> tuple[str, ...]:
 
 
 def compiled(name: str, architecture: str) -> dict[str, Any]:
-    """By kernel: registers, stack, spills and how many there are of each of INSTRUCTIONS; PTX comes with sm_100.
+    """By kernel: registers, stack, spills, shared memory (`static`, and `shared`, what its launch asks for) and how
+    many there are of each of INSTRUCTIONS; PTX comes with sm_100.
 
     Raises:
-        RuntimeError: it does not compile.
+        RuntimeError: it does not compile, or has a kernel that it does not launch with one number of bytes.
     """
     source, options = units()[name]
     if architecture == FULL:
@@ -93,6 +95,13 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
     for kernel, counts in _instructions(target, architecture).items():
         kernels[kernel]["instructions"] = counts
     kernels = dict(zip(_readable(list(kernels)), kernels.values(), strict=True))
+    launches = _launches(target)
+    for kernel, found in kernels.items():
+        if len(launches.get(kernel, ())) != 1:
+            raise RuntimeError(
+                f"{name} for {architecture}: {kernel} is launched with {launches.get(kernel, 'nothing')}"
+            )
+        (found["shared"],) = launches[kernel]
     target.unlink()
     kept.write_text(json.dumps({"key": key, "kernels": kernels}))
     return kernels
@@ -130,7 +139,7 @@ def _resources(log: str) -> dict[str, Any]:
             kernel |= {"stack": int(match[1]), "spills": int(match[2]) + int(match[3])}
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            kernel |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
+            kernel |= {"registers": int(match[1]), "static": int(shared[1]) if shared else 0}
     return found
 
 
@@ -160,23 +169,40 @@ def _instructions(target: Path, architecture: str) -> dict[str, dict[str, int]]:
 
 def _readable(names: list[str]) -> list[str]:
     """`attention_fwd<WalkTile<__nv_bfloat16, 64, false, false, 1, 2>>` of mangled names."""
-    tool = shutil.which("c++filt")
+    done = subprocess.run([_binutils("c++filt")], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [_short(line) for line in done.stdout.splitlines()]
+
+
+def _short(name: str) -> str:
+    name = re.sub(r"pyxlbert::cuda::|\(anonymous namespace\)::|^void ", "", name).replace("> >", ">>")
+    return re.sub(r"\(pyxlbert.*|\((const )?[A-Z]\w+.*\)$|\(float const\*.*", "", name)
+
+
+def _launches(target: Path) -> dict[str, set[int]]:
+    """By kernel: the bytes of shared memory that it is started with, which the names of device.cuh's launch() hold."""
+    command = [_binutils("nm"), "--demangle", "--defined-only", str(target)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, set[int]] = {}
+    for kernel, shared in re.findall(r" void pyxlbert::cuda::launch<&\((.*)\), (\d+)ul, ", text):
+        found.setdefault(_short(kernel), set()).add(int(shared))
+    return found
+
+
+def _binutils(name: str) -> str:
+    tool = shutil.which(name)
     if tool is None:
-        raise RuntimeError("c++filt, a part of binutils, is missing")
-    text = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = []
-    for line in text.splitlines():
-        line = re.sub(r"pyxlbert::cuda::|\(anonymous namespace\)::|^void ", "", line)
-        short.append(re.sub(r"\(pyxlbert.*|\((const )?[A-Z]\w+.*\)$|\(float const\*.*", "", line.replace("> >", ">>")))
-    return short
+        raise RuntimeError(f"{name}, a part of binutils, is missing")
+    return tool
 
 
 def main() -> None:
-    budget: dict[str, dict[str, dict[str, int]]] = {}
+    budget: dict[str, dict[str, dict[str, Any]]] = {}
     for name in units():
         for architecture in architectures_of(name):
             for kernel, found in compiled(name, architecture).items():
-                budget.setdefault(name, {}).setdefault(kernel, {})[architecture] = found["registers"]
+                entry = budget.setdefault(name, {}).setdefault(kernel, {"shared": 0, "registers": {}})
+                entry["shared"] = max(entry["shared"], found["shared"])
+                entry["registers"][architecture] = found["registers"]
                 print(name, architecture, kernel, found, flush=True)
     if "--write" in sys.argv:
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")

@@ -6,10 +6,9 @@ namespace pyxlbert::cuda {
 
 using Stream = void*;
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared, Stream,
-            const Arguments&... arguments) {
-    emulation::launch(grid, threads, shared, [&] { kernel(arguments...); });
+template <auto KERNEL, std::size_t SHARED, class... Arguments>
+void launch(dim3 grid, int threads, Stream, const Arguments&... arguments) {
+    emulation::launch(grid, threads, SHARED, [&] { KERNEL(arguments...); });
 }
 
 inline unsigned char* shared_memory() { return emulation::block->shared; }
