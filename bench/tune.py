@@ -2,6 +2,7 @@
 
     python -m pyxlbert.bench.tune [--write kernels/_configurations.py]      on a GPU: the fastest of the candidates
     python -m pyxlbert.bench.tune --compile 90 [--write ...]                anywhere: the first that needs no spills
+    python -m pyxlbert.bench.tune --compile 90 --mend [--write ...]         only for those whose tile spills
 
 The table has a row per kernel, architecture, dtype's size, head size, and whether tiles have masks or dropout (`Key`).
 Rows of other architectures stay as they are; a row that says what an older architecture's does is left out.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -84,17 +86,18 @@ def candidates(kernel: str, size: int) -> list[Tile]:
     """The tiles to try for a kernel and an element of `size` bytes."""
     if kernel.startswith("attention"):
         return CANDIDATES["attention_fwd" if kernel == "attention_fwd" else "attention_bwd", size]
+    carries: tuple[bool | None, ...] = (None,)
+    if kernel in configurations.CARRYING:
+        carries = (False,) if kernel.endswith("_positions") else (True, False)
     if kernel.endswith("_positions"):
-        carry = False if kernel in configurations.CARRYING else None
-        return [tile._replace(CARRY=carry) for tile in CANDIDATES["positions", size]]
-    if size == 4:
+        found = CANDIDATES["positions", size]
+    elif size == 4:
         found = CANDIDATES["relative", 4]
     else:
         forward = kernel in ("relative_fwd", "relative_bwd_rows")
         found = CANDIDATES["relative_fwd" if forward else "relative_bwd", 2]
-    if kernel in configurations.CARRYING:
-        return [tile._replace(CARRY=carry) for tile in found for carry in (True, False)]
-    return found
+    registers = (255, None) if size == 4 else (255,)
+    return [tile._replace(CARRY=carry, maxnreg=most) for tile in found for carry in carries for most in registers]
 
 
 def _attention_calls(head_size: int, dtype: torch.dtype, batch: int, length: int, device: str) -> Iterator[Call]:
@@ -225,13 +228,13 @@ class Search:
                 call()
         return list(self.seen)
 
-    def cost(self, key: Key, tile: Tile, calls: list[Call]) -> float | None:
-        """The sum over all launches of the kernel, or None where one cannot be had."""
+    def cost(self, key: Key, tile: Tile, calls: list[Call], most: float = math.inf) -> float | None:
+        """The sum over all launches of the kernel, or None where one cannot be had or it comes to more than `most`."""
         self.wanted, self.candidate, self.costs = key, tile, []
         with self.watching():
             for call in calls:
                 call()
-                if None in self.costs:
+                if None in self.costs or sum(self.costs) > most:
                     return None
         return sum(self.costs)
 
@@ -282,7 +285,10 @@ def write_table(path: Path, table: dict[Key, Tile]) -> None:
         if older and table[max(older, key=lambda other: other.architecture)] == table[key]:
             continue
         name, *numbers = key
-        tile = ", ".join(str(value) for value in table[key] if value is not None)
+        *numbers_of_tile, maxnreg = table[key]
+        tile = ", ".join(str(value) for value in numbers_of_tile if value is not None)
+        if maxnreg != Tile._field_defaults["maxnreg"]:
+            tile += f", maxnreg={maxnreg}"
         rows.append(f'    Key("{name}", {", ".join(str(n) for n in numbers)}): Tile({tile}),\n')
     text = path.read_text(encoding="utf-8")
     new, count = re.subn(
@@ -302,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Searches, prints each row, and writes the table where it is told to."""
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", type=int, choices=ahead.ARCHITECTURES, help="no GPU: the first without spills")
+    parser.add_argument("--mend", action="store_true", help="with --compile: rows whose tile needs no spills stay")
     parser.add_argument("--kernels", default="", help="only those whose name begins with this text")
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128], choices=configurations.HEAD_SIZES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
@@ -312,6 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: got 1, wanted it unset: the interpreter has no tiles to choose")
+    if options.mend and options.compile is None:
+        parser.error("--mend: wanted --compile beside it")
     if options.compile is not None:
         architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
         ahead.compile_for(architecture)
@@ -339,9 +348,10 @@ def main(arguments: list[str] | None = None) -> int:
             for key in search.keys(calls):
                 if not key.kernel.startswith(options.kernels):
                     continue
+                before = configurations.row_for(key.kernel, architecture, key.bytes, head_size, key.extras)
                 costs: dict[Tile, float] = {}
-                for tile in candidates(key.kernel, key.bytes):
-                    cost = search.cost(key, tile, calls)
+                for tile in ([before] if options.mend else []) + candidates(key.kernel, key.bytes):
+                    cost = search.cost(key, tile, calls, min(costs.values(), default=math.inf))
                     if cost is not None:
                         costs[tile] = cost
                     if cost == 0.0 and options.compile is not None:
@@ -350,7 +360,6 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 best = min(costs, key=costs.__getitem__)
                 table[key] = best
-                before = configurations.row_for(key.kernel, architecture, key.bytes, head_size, key.extras)
                 unit = "bytes of stack" if options.compile is not None else "ms"
                 was = f"{costs[before]:.3f}" if before in costs else "?"
                 print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)

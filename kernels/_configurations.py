@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of the attention kernels, by kernel, architecture, dtype and head size.
 
-A table and not a search in the user's first call.  Its rows were found by compiling: of several tiles the first that
-needs no spills on the architecture.  None has been timed yet.
+A table and not a search in the user's first call.  Its rows were found by compiling: of several tiles one of the first
+that need no spills on the architecture.  None has been timed yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from ._launch import INTERPRETED
 class Tile(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys, the warps that share them, and how many loads are under way at once.
 
-    CARRY, where a kernel has that choice: whether one tile's products with the band are kept for the next.
+    CARRY, where a kernel has that choice: whether one tile's products with the band are kept for the next.  maxnreg:
+    the registers that a thread may have.  255 are all there are; told nothing ptxas takes what it thinks best, and
+    spills a few of them to let one more block run beside, or needs fewer and spills none.
     """
 
     BLOCK_M: int
@@ -26,10 +28,14 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     CARRY: bool | None = None
+    maxnreg: int | None = 255
 
     def constants(self) -> dict[str, int | bool]:
-        """What is given to the kernel."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        """What is given to the kernel, and to the compiler."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if torch.version.hip is not None:
+            given.pop("maxnreg", None)
+        return given
 
 
 class Key(NamedTuple):
@@ -152,8 +158,9 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys", 80, 4, 64, False): Tile(32, 32, 8, 1),
     Key("relative_bwd_keys", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys", 90, 4, 64, True): Tile(16, 16, 4, 1),
-    Key("relative_bwd_keys", 80, 4, 128, False): Tile(32, 32, 8, 1),
-    Key("relative_bwd_keys", 80, 4, 128, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_keys", 80, 4, 128, False): Tile(16, 32, 8, 1),
+    Key("relative_bwd_keys", 100, 4, 128, False): Tile(32, 32, 8, 1, maxnreg=None),
+    Key("relative_bwd_keys", 80, 4, 128, True): Tile(16, 16, 8, 1, maxnreg=None),
     Key("relative_bwd_keys", 80, 2, 32, False): Tile(32, 32, 4, 1),
     Key("relative_bwd_keys", 90, 2, 32, False): Tile(64, 64, 8, 1),
     Key("relative_bwd_keys", 80, 2, 32, True): Tile(16, 32, 8, 1),
@@ -171,7 +178,8 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys_positions", 80, 4, 64, False): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys_positions", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys_positions", 80, 4, 128, False): Tile(16, 32, 8, 1),
-    Key("relative_bwd_keys_positions", 80, 4, 128, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_keys_positions", 90, 4, 128, False): Tile(16, 32, 8, 1, maxnreg=None),
+    Key("relative_bwd_keys_positions", 80, 4, 128, True): Tile(16, 16, 8, 1, maxnreg=None),
     Key("relative_bwd_keys_positions", 80, 2, 64, False): Tile(16, 32, 4, 1),
     Key("relative_bwd_keys_positions", 90, 2, 64, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_keys_positions", 80, 2, 64, True): Tile(16, 32, 4, 1),
@@ -179,13 +187,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys_positions", 80, 2, 128, False): Tile(16, 32, 4, 1),
     Key("relative_bwd_keys_positions", 100, 2, 128, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_keys_positions", 80, 2, 128, True): Tile(16, 16, 8, 1),
-    Key("relative_bwd_queries", 80, 4, 64, False): Tile(16, 32, 4, 1, True),
-    Key("relative_bwd_queries", 90, 4, 64, False): Tile(16, 32, 4, 1, False),
-    Key("relative_bwd_queries", 100, 4, 64, False): Tile(16, 32, 4, 1, True),
+    Key("relative_bwd_queries", 80, 4, 64, False): Tile(16, 32, 8, 1, True),
+    Key("relative_bwd_queries", 90, 4, 64, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries", 80, 4, 128, False): Tile(16, 16, 8, 1, True),
-    Key("relative_bwd_queries", 90, 4, 128, False): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries", 80, 4, 128, False): Tile(16, 16, 8, 1, False, maxnreg=None),
+    Key("relative_bwd_queries", 80, 4, 128, True): Tile(16, 16, 8, 1, False, maxnreg=None),
     Key("relative_bwd_queries", 80, 2, 32, False): Tile(32, 32, 4, 1, True),
     Key("relative_bwd_queries", 90, 2, 32, False): Tile(32, 32, 8, 1, True),
     Key("relative_bwd_queries", 100, 2, 32, False): Tile(64, 64, 8, 1, True),
@@ -198,11 +204,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries", 80, 2, 128, False): Tile(32, 64, 8, 1, False),
     Key("relative_bwd_queries", 80, 2, 128, True): Tile(16, 32, 8, 1, False),
     Key("relative_bwd_queries", 90, 2, 128, True): Tile(16, 32, 4, 1, False),
-    Key("relative_bwd_queries_positions", 80, 4, 64, False): Tile(16, 16, 4, 1, False),
-    Key("relative_bwd_queries_positions", 90, 4, 64, False): Tile(16, 32, 4, 1, False),
-    Key("relative_bwd_queries_positions", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries_positions", 80, 4, 64, False): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries_positions", 80, 4, 64, True): Tile(16, 16, 8, 1, False, maxnreg=None),
     Key("relative_bwd_queries_positions", 80, 4, 128, False): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries_positions", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries_positions", 90, 4, 128, False): Tile(16, 16, 8, 1, False, maxnreg=None),
+    Key("relative_bwd_queries_positions", 80, 4, 128, True): Tile(16, 16, 8, 1, False, maxnreg=None),
     Key("relative_bwd_queries_positions", 80, 2, 64, False): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_positions", 80, 2, 64, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_positions", 80, 2, 128, False): Tile(16, 32, 4, 1, False),
@@ -211,10 +217,9 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_positions", 80, 2, 128, True): Tile(16, 32, 8, 1, False),
     Key("relative_bwd_queries_positions", 90, 2, 128, True): Tile(16, 32, 4, 1, False),
     Key("relative_bwd_queries_table", 80, 4, 64, False): Tile(16, 32, 8, 1, True),
-    Key("relative_bwd_queries_table", 90, 4, 64, False): Tile(16, 32, 8, 1, False),
-    Key("relative_bwd_queries_table", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries_table", 80, 4, 128, False): Tile(16, 16, 8, 1, True),
-    Key("relative_bwd_queries_table", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_bwd_queries_table", 90, 4, 64, False): Tile(16, 16, 8, 1, True, maxnreg=None),
+    Key("relative_bwd_queries_table", 80, 4, 64, True): Tile(16, 16, 8, 1, True),
+    Key("relative_bwd_queries_table", 90, 4, 64, True): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 32, False): Tile(16, 64, 4, 1, True),
     Key("relative_bwd_queries_table", 100, 2, 32, False): Tile(64, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 32, True): Tile(16, 64, 4, 1, False),
@@ -228,11 +233,8 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table", 100, 2, 128, False): Tile(64, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 128, True): Tile(16, 32, 8, 1, False),
     Key("relative_bwd_queries_table", 90, 2, 128, True): Tile(16, 32, 4, 1, False),
-    Key("relative_bwd_queries_table_positions", 80, 4, 64, False): Tile(16, 16, 4, 1, False),
-    Key("relative_bwd_queries_table_positions", 90, 4, 64, False): Tile(16, 32, 4, 1, False),
+    Key("relative_bwd_queries_table_positions", 80, 4, 64, False): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries_table_positions", 80, 4, 128, False): Tile(16, 16, 8, 1, False),
-    Key("relative_bwd_queries_table_positions", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 64, False): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 64, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 90, 2, 64, True): Tile(16, 32, 4, 1, False),
@@ -245,7 +247,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_rows", 90, 4, 64, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_rows", 80, 4, 128, False): Tile(32, 32, 8, 1),
     Key("relative_bwd_rows", 90, 4, 128, False): Tile(16, 16, 4, 1),
-    Key("relative_bwd_rows", 80, 4, 128, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_rows", 80, 4, 128, True): Tile(32, 32, 8, 1, maxnreg=None),
     Key("relative_bwd_rows", 80, 2, 64, False): Tile(64, 64, 4, 2),
     Key("relative_bwd_rows", 80, 2, 64, True): Tile(64, 64, 8, 1),
     Key("relative_bwd_rows", 90, 2, 64, True): Tile(64, 64, 4, 2),
@@ -261,9 +263,8 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_rows_positions", 80, 2, 64, True): Tile(16, 64, 4, 1),
     Key("relative_bwd_rows_positions", 80, 2, 128, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_rows_positions", 80, 2, 128, True): Tile(16, 64, 4, 1),
-    Key("relative_bwd_table", 80, 4, 64, False): Tile(32, 32, 8, 1),
-    Key("relative_bwd_table", 90, 4, 64, False): Tile(16, 32, 4, 1),
-    Key("relative_bwd_table", 100, 4, 64, False): Tile(16, 32, 8, 1),
+    Key("relative_bwd_table", 80, 4, 64, False): Tile(16, 32, 8, 1),
+    Key("relative_bwd_table", 90, 4, 64, False): Tile(16, 16, 4, 1),
     Key("relative_bwd_table", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_table", 90, 4, 64, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, False): Tile(16, 16, 8, 1),
@@ -294,12 +295,15 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_table_positions", 100, 2, 128, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_table_positions", 80, 2, 128, True): Tile(16, 32, 4, 1),
     Key("relative_fwd", 80, 4, 64, False): Tile(32, 32, 8, 1, True),
-    Key("relative_fwd", 90, 4, 64, False): Tile(16, 32, 4, 1, True),
-    Key("relative_fwd", 100, 4, 64, False): Tile(16, 32, 4, 1, False),
+    Key("relative_fwd", 90, 4, 64, False): Tile(32, 32, 8, 1, False, maxnreg=None),
+    Key("relative_fwd", 100, 4, 64, False): Tile(16, 32, 4, 1, False, maxnreg=None),
     Key("relative_fwd", 80, 4, 64, True): Tile(32, 32, 8, 1, True),
     Key("relative_fwd", 90, 4, 64, True): Tile(16, 32, 8, 1, True),
     Key("relative_fwd", 80, 4, 128, False): Tile(32, 32, 8, 1, False),
+    Key("relative_fwd", 90, 4, 128, False): Tile(16, 32, 8, 1, False),
     Key("relative_fwd", 80, 4, 128, True): Tile(16, 16, 8, 1, True),
+    Key("relative_fwd", 90, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_fwd", 100, 4, 128, True): Tile(16, 16, 8, 1, False, maxnreg=None),
     Key("relative_fwd", 80, 2, 32, True): Tile(64, 64, 4, 2, False),
     Key("relative_fwd", 90, 2, 32, True): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 32, True): Tile(64, 64, 8, 1, True),
@@ -318,15 +322,15 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd_positions", 80, 4, 64, True): Tile(16, 32, 8, 1, False),
     Key("relative_fwd_positions", 80, 4, 128, False): Tile(16, 32, 8, 1, False),
     Key("relative_fwd_positions", 80, 4, 128, True): Tile(16, 16, 8, 1, False),
+    Key("relative_fwd_positions", 90, 4, 128, True): Tile(16, 16, 8, 1, False, maxnreg=None),
     Key("relative_fwd_positions", 80, 2, 64, False): Tile(16, 64, 4, 1, False),
     Key("relative_fwd_positions", 80, 2, 64, True): Tile(16, 64, 4, 1, False),
     Key("relative_fwd_positions", 80, 2, 128, False): Tile(16, 64, 4, 1, False),
     Key("relative_fwd_positions", 80, 2, 128, True): Tile(16, 64, 4, 1, False),
 }
 
-# How kernels of scores are compiled: no fused multiply-add (see _scores.py), and all registers that a thread can have;
-# without being told so ptxas spills a few of them to let one more block run beside.
-COMPILE_OPTIONS = {"enable_fp_fusion": False} | ({"maxnreg": 255} if torch.version.hip is None else {})
+# How kernels of scores are compiled: no fused multiply-add (see _scores.py).
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 # In the interpreter the sizes of tests are a few tiles of these.  The band of a relative tile is two blocks of keys, so
 # that it has at least as many keys as queries.

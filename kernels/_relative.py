@@ -45,6 +45,7 @@ from pyxlbert.strides import int32
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
 from ._philox import dropout_numbers, keep, keep_each
+from ._products import add_product, row_products, row_products_of_two
 from ._scores import (
     INFINITY,
     LN2,
@@ -206,8 +207,9 @@ class Stream:
             *(*saved, *rows_of(dkey), *rows_of(dvalue)),
             **options,
         )
-        # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.
-        atomic = backends.atomics_allowed()
+        # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.  For
+        # that much at once long rows of float32 would not fit a thread's registers.
+        atomic = backends.atomics_allowed() and (self.query.element_size() == 2 or self.head_size <= 64)
         options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
         blocks = triton.cdiv(self.queries, options["BLOCK_M"])
         parts = torch.empty(self.planes, blocks, 5, self.head_size, dtype=torch.float32, device=device)
@@ -295,7 +297,7 @@ def products(
 ):
     """`[BLOCK_M, BLOCK_N]`: every line of x times rows first .. first + BLOCK_N - 1 of a matrix."""
     rows = load_seen(base, first, count, stride, rank, BLOCK_N, D, BLOCK_D)
-    return tl.dot(x, tl.trans(rows), input_precision=PRECISION)
+    return row_products(x, rows, None, PRECISION)
 
 
 @triton.jit
@@ -323,15 +325,14 @@ def skewed(
     if TWO:
         low = load_seen(base, first, count, stride, rank, BLOCK_N, D, BLOCK_D)
         high = load_seen(base, first + BLOCK_N, count, stride, rank, BLOCK_N, D, BLOCK_D)
-        left = tl.dot(x, tl.trans(low), input_precision=PRECISION)
-        right = tl.dot(x, tl.trans(high), input_precision=PRECISION)
+        left, right = row_products_of_two(x, low, high, PRECISION)
         return rotated(tl.where(n >= shift[:, None], left, right), shift, BLOCK_M, BLOCK_N)
     else:
         tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         m = tl.arange(0, BLOCK_M)[:, None]
         for start in range(0, spread + BLOCK_N, BLOCK_N):
             block = load_seen(base, first + start, count, stride, rank, BLOCK_N, D, BLOCK_D)
-            band = swizzled(tl.dot(x, tl.trans(block), input_precision=PRECISION), BLOCK_M, BLOCK_N)
+            band = swizzled(row_products(x, block, None, PRECISION), BLOCK_M, BLOCK_N)
             c = n + shift[:, None] - start
             inside = (c >= 0) & (c < BLOCK_N)
             at = tl.reshape(place(m, tl.where(inside, c, 0), BLOCK_N), (BLOCK_M * BLOCK_N,))
@@ -715,7 +716,7 @@ def _fwd(
                         place_part, table, offset + first_j - top, table_rows, table_t, None, moved, top - bottom,
                         TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = row_products(content, k, s, PRECISION)
                 s = finished(
                     s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
                     segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
@@ -893,7 +894,7 @@ def _bwd_rows(
                         place_part, table, offset + first_j - top, table_rows, table_t, None, top - position,
                         top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                    s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                    s = row_products(content, k, s, PRECISION)
                     s = finished(
                         s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
                         segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
@@ -1052,26 +1053,26 @@ def _bwd_keys(
                     place_part, table, offset + first_j - top, table_rows, table_t, None, top - position, top - bottom,
                     TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = row_products(content, k, s, PRECISION)
                 s = finished(
                     s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
                     segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
                     queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
                 )  # fmt: skip
                 p = exp((s - statistic[:, None]) - more[:, None])
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = row_products(do, v, None, PRECISION)
                 dropped = p
                 if seed is not None:
                     block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
                     kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
                     dropped = tl.where(kept, p * keep_scale, 0.0)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
-                dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
+                dv = add_product(tl.trans(dropped.to(do.dtype)), do, dv, PRECISION)
                 g = p * (dp - product[:, None])
                 if CAUSAL and UNIFORM:
                     # Such a score is a constant.
                     g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
-                dk = tl.dot(tl.trans(g.to(q.dtype)), content, dk, input_precision=PRECISION)
+                dk = add_product(tl.trans(g.to(q.dtype)), content, dk, PRECISION)
         dkey += b * dkey_b + start * dkey_t + h * dkey_h
         dvalue += b * dvalue_b + start * dvalue_t + h * dvalue_h
         store_rows(dkey, dk * scale, first_j, extent, dkey_t, BLOCK_N, D, BLOCK_D)
@@ -1170,6 +1171,10 @@ def _bwd_queries(
     TWO: tl.constexpr = positions is None
     ROLLED: tl.constexpr = CARRY and positions is None
     SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
+    # Long rows of float32 do not leave room for everything: where that spilled, `do` is loaded again for each tile.
+    LONG: tl.constexpr = PRECISION == "ieee" and query.dtype.element_ty == tl.float32 and D > 64
+    RELOAD: tl.constexpr = LONG and ((positions is None) or SPARSE or (seed is not None))
+    PIECES: tl.constexpr = 2 if positions is None else 4
     # Where a row without any key averages over all of them, all of them are read.
     readable = keys
     hidden = key_rank
@@ -1185,6 +1190,9 @@ def _bwd_queries(
         mask += b * mask_b + h * mask_h
     group = b // per_table
     table += group * table_g + h * table_h
+    dtable_t = heads * D
+    if dtable is not None:
+        dtable += group * table_rows * dtable_t + h * D
     query += b * query_b + start * query_t + h * query_h
     key += b * key_b + start * key_t + h * key_h
     value += b * value_b + start * value_t + h * value_h
@@ -1216,9 +1224,9 @@ def _bwd_queries(
         statistic = tl.load(lse + row, mask=row < queries, other=INFINITY)
         product = tl.load(delta + row, mask=row < queries, other=0.0)
         more = tl.load(rest + row, mask=row < queries, other=0.0)
-        do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
-        do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
-        wide = q.to(tl.float32)
+        if not RELOAD:
+            do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
+            do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
         moved = top - position
         if ROLLED:
             # Of the tile before: the upper block of its band, and its gradients that belong there.
@@ -1254,7 +1262,7 @@ def _bwd_queries(
                         place_part, table, offset + first_j - top, table_rows, table_t, None, moved, top - bottom,
                         TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tl.dot(content, tl.trans(k), s, input_precision=PRECISION)
+                s = row_products(content, k, s, PRECISION, PIECES)
                 s = finished(
                     s, number[:, None], j[None, :], there[:, None], same[:, None], different[:, None],
                     segment, key_segments, rank, key_rank, mask, mask_i, mask_j, mask_row[:, None],
@@ -1262,15 +1270,18 @@ def _bwd_queries(
                 )  # fmt: skip
                 p = exp((s - statistic[:, None]) - more[:, None])
                 v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if RELOAD:
+                    do = load_rows(dout, first_i, queries, dout_t, BLOCK_M, D, BLOCK_D)
+                    do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
+                dp = row_products(do, v, None, PRECISION, PIECES)
                 if seed is not None:
                     block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
                     kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 g = p * (dp - product[:, None]) * scale
-                if key_segments is not None:
-                    g_total += tl.sum(g, 1)
                 if CAUSAL and UNIFORM:
+                    if key_segments is not None:
+                        g_total += tl.sum(g, 1)
                     # Such a score is a constant.
                     g = tl.where(j[None, :] <= number[:, None] + shift, g, 0.0)
                 if key_segments is not None:
@@ -1278,19 +1289,19 @@ def _bwd_queries(
                     g_same += tl.sum(tl.where(segment != kind, 0.0, g), 1)
                     g_different += tl.sum(tl.where(segment != kind, g, 0.0), 1)
                     other_weight += tl.sum(tl.where(segment != kind, p, 0.0), 1)
-                dq_content = tl.dot(g.to(q.dtype), k, dq_content, input_precision=PRECISION)
+                dq_content = add_product(g.to(q.dtype), k, dq_content, PRECISION)
                 if ROLLED:
                     if SPARSE and band_at != first_j:
                         dq_position = add_chunk(
                             dq_position, carried, dtable, place_part, table, offset + band_at - top, table_rows,
-                            table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                            table_t, dtable_t, PRECISION, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                         carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     back = rotated(g, -moved, BLOCK_M, BLOCK_N)
                     inside = tl.arange(0, BLOCK_N)[None, :] >= moved[:, None]
                     dq_position = add_chunk(
                         dq_position, tl.where(inside, back, carried), dtable, place_part, table, offset + first_j - top,
-                        table_rows, table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                        table_rows, table_t, dtable_t, PRECISION, D, BLOCK_D, BLOCK_N,
                     )  # fmt: skip
                     carried = tl.where(inside, 0.0, back)
                     band_at = first_j + BLOCK_N
@@ -1299,26 +1310,28 @@ def _bwd_queries(
                     inside = tl.arange(0, BLOCK_N)[None, :] >= moved[:, None]
                     dq_position = add_chunk(
                         dq_position, tl.where(inside, back, 0.0), dtable, place_part, table, offset + first_j - top,
-                        table_rows, table_t, heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                        table_rows, table_t, dtable_t, PRECISION, D, BLOCK_D, BLOCK_N,
                     )  # fmt: skip
                     dq_position = add_chunk(
                         dq_position, tl.where(inside, 0.0, back), dtable, place_part, table,
-                        offset + first_j - top + BLOCK_N, table_rows, table_t, heads, h, group,
+                        offset + first_j - top + BLOCK_N, table_rows, table_t, dtable_t,
                         PRECISION, D, BLOCK_D, BLOCK_N,
                     )  # fmt: skip
                 else:
                     dq_position = add_band(
-                        dq_position, g, dtable, place_part, table, offset + first_j - top, table_rows, table_t, heads,
-                        h, group, moved, top - bottom, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                        dq_position, g, dtable, place_part, table, offset + first_j - top, table_rows, table_t,
+                        dtable_t, moved, top - bottom, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
         if ROLLED:
             dq_position = add_chunk(
                 dq_position, carried, dtable, place_part, table, offset + band_at - top, table_rows, table_t,
-                heads, h, group, PRECISION, D, BLOCK_D, BLOCK_N,
+                dtable_t, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         if key_segments is not None:
             # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a
             # sum over rounded results, times the weights.
+            if not (CAUSAL and UNIFORM):
+                g_total = g_same + g_different
             g_same -= g_total * (1.0 - other_weight)
             g_different -= g_total * other_weight
         same_vector = load_vector(segment_embedding, h, D, BLOCK_D)[None, :]
@@ -1326,6 +1339,10 @@ def _bwd_queries(
         dq_segment = g_same[:, None] * same_vector + g_different[:, None] * other_vector
         dquery += b * dquery_b + start * dquery_t + h * dquery_h
         store_rows(dquery, dq_content + dq_position + dq_segment, first_i, queries, dquery_t, BLOCK_M, D, BLOCK_D)
+        if query_segments is not None:
+            # Loaded again, as registers are short in the loop.
+            wide = load_rows(query, first_i, queries, query_t, BLOCK_M, D, BLOCK_D).to(tl.float32)
+            wide = tl.where(there[:, None], wide, 0.0)
     # Blocks behind a packed sequence add zeros.
     d = tl.arange(0, BLOCK_D)
     asks = wide + load_vector(segment_bias, h, D, BLOCK_D)[None, :]
@@ -1349,9 +1366,7 @@ def add_chunk(
     first,
     table_rows,
     table_t,
-    heads,
-    h,
-    group,
+    dtable_t,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -1360,14 +1375,15 @@ def add_chunk(
     """acc plus a block of gradients in the band's order times rows first .. of the table, and its part of a dtable."""
     chunk = chunk.to(table.dtype.element_ty)
     rows = load_seen(table, first, table_rows, table_t, None, BLOCK_N, D, BLOCK_D)
+    acc = add_product(chunk, rows, acc, PRECISION)
     if dtable is not None:
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
         inside = ((first + n >= 0) & (first + n < table_rows))[:, None] & (d < D)[None, :]
         part = tl.dot(tl.trans(chunk), place_part, input_precision=PRECISION)
-        at = dtable + (((group * table_rows + first + n[:, None]) * heads + h) * D + d[None, :])
-        tl.atomic_add(at, part, mask=inside, sem="relaxed")
-    return tl.dot(chunk, rows, acc, input_precision=PRECISION)
+        row = tl.cast(first + n, tl.int64) * dtable_t
+        tl.atomic_add(dtable + row[:, None] + d[None, :], part, mask=inside, sem="relaxed")
+    return acc
 
 
 @triton.jit
@@ -1380,9 +1396,7 @@ def add_band(
     first,
     table_rows,
     table_t,
-    heads,
-    h,
-    group,
+    dtable_t,
     shift,
     spread,
     PRECISION: tl.constexpr,
@@ -1401,7 +1415,7 @@ def add_band(
         at = tl.reshape(place(m, tl.where(inside, n, 0), BLOCK_N), (BLOCK_M * BLOCK_N,))
         band = tl.where(inside, tl.reshape(tl.gather(flat, at, 0), (BLOCK_M, BLOCK_N)), 0.0)
         acc = add_chunk(
-            acc, band, dtable, place_part, table, first + start, table_rows, table_t, heads, h, group,
+            acc, band, dtable, place_part, table, first + start, table_rows, table_t, dtable_t,
             PRECISION, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     return acc
@@ -1551,7 +1565,7 @@ def _bwd_table(
                     content, key + (b * key_b + start * key_t + h * key_h), first_j, readable, key_t, hidden, moved,
                     top - bottom, TWO, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                s = tl.dot(place_part, tl.trans(r), s, input_precision=PRECISION)
+                s = row_products(place_part, r, s, PRECISION)
                 s = finished(
                     s, number[:, None], j, there[:, None], same[:, None], different[:, None],
                     segment, own_segments, rank, own_rank, own_mask, mask_i, mask_j, mask_row[:, None],

@@ -185,9 +185,9 @@ def allow_atomics() -> Iterator[None]:
     """Inside the block a backward pass on a GPU may add up gradients by floating-point atomics where that is faster.
 
     Their last bits then differ from run to run.  Today it is the gradient of `position_key` of `relative_attention` and
-    `two_stream_attention` on backend "triton", which otherwise has a kernel of its own.  What counts is when backward
-    runs, not forward; blocks nest, one holds for the whole process, and none does anything while
-    `torch.use_deterministic_algorithms(True)` holds.
+    `two_stream_attention` on backend "triton", in 16 bits or with head sizes up to 64, which otherwise has a kernel of
+    its own.  What counts is when backward runs, not forward; blocks nest, one holds for the whole process, and none
+    does anything while `torch.use_deterministic_algorithms(True)` holds.
     """
     global _atomics
     with _lock:

@@ -1,8 +1,10 @@
 """Triton's interpreter, mended: bfloat16 as numbers, not as bits, rounded to nearest even; loops to a run-time bound.
 
 It keeps bfloat16 as uint16.  Its products multiply those bits, its casts truncate, and arithmetic works on the bits too
-(triton 3.6.0 to 3.9.0); with NumPy 2.4 a loop to a run-time number fails (3.6.0).  Private names are patched here, and
-tests/kernels/test_interpreter.py fails where one of the mends is no longer needed or no longer enough.
+(triton 3.6.0 to 3.9.0); with NumPy 2.4 a loop to a run-time number fails (3.6.0).  And half of its time goes by without
+need (3.6.0): every call of a device function patches the whole language again, every tensor makes its shape anew.
+Private names are patched here, and tests/kernels/test_interpreter.py fails where one of the mends is no longer needed
+or no longer enough.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ original = {
     "create_fp_to_fp": Builder.create_fp_to_fp,
     "binary_op": Builder.binary_op,
     "_patch_lang_tensor": interpreter._patch_lang_tensor,
+    "_patch_lang": interpreter._patch_lang,
+    "_get_np_dtype": interpreter._get_np_dtype,
+    "block_type": tl.block_type.__init__,
+    "tensor": tl.tensor.__init__,
 }
 _ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.maximum, np.minimum)
 
@@ -81,6 +87,59 @@ def patch_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
 
+#: The modules, by their globals, whose language is patched while a kernel runs.
+_patched: set[int] = set()
+
+
+def patch_lang(function: Any) -> Any:
+    module = id(function.__globals__)
+    if module in _patched:
+        return interpreter._LangPatchScope()
+    scope = original["_patch_lang"](function)
+    _patched.add(module)
+    restore = scope.restore
+
+    def restore_all() -> None:
+        # The kernel's own; device functions leave theirs behind.
+        _patched.clear()
+        restore()
+
+    scope.restore = restore_all
+    return scope
+
+
+#: By shape: the shape of a type, its number of elements, how it is printed.
+_shapes: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+#: By the identity of a type's shape, which is kept: that, and a tensor's shape and number of elements.
+_tensors: dict[int, tuple[Any, Any, Any]] = {}
+_dtypes: dict[str, np.dtype] = {}
+
+
+def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    key = tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape)
+    if key not in _shapes:
+        original["block_type"](self, element_ty, shape)
+        _shapes[key] = self.shape, self.numel, str(self.shape)
+    self.shape, self.numel, text = _shapes[key]
+    self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
+
+
+def tensor(self: Any, handle: Any, type: Any) -> None:
+    shape = type.shape if type.is_block() else None
+    if id(shape) not in _tensors:
+        original["tensor"](self, handle, type)
+        _tensors[id(shape)] = shape, self.shape, self.numel
+    _, self.shape, self.numel = _tensors[id(shape)]
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+
+
+def get_np_dtype(dtype: Any) -> np.dtype:
+    scalar = dtype.scalar
+    if scalar.name not in _dtypes:
+        _dtypes[scalar.name] = original["_get_np_dtype"](scalar)
+    return _dtypes[scalar.name]
+
+
 def apply() -> None:
     """Mends the interpreter of this process; before the first launch."""
     Builder.create_dot, Builder.cast_impl, Builder.binary_op = create_dot, cast_impl, binary_op
@@ -88,3 +147,5 @@ def apply() -> None:
     if not hasattr(Builder, "get_bf16"):
         Builder.get_bf16 = lambda self, value: Handle(to_bits(np.array([value], np.float32)), tl.bfloat16)
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor

@@ -17,14 +17,6 @@ from pyxlbert.ops._define import OPS
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.implementations)
-# Bytes of stack that are allowed, by op and case; triton 3.6.0.
-SPILLS = {
-    # ptxas keeps single values on the stack where all 255 registers of a thread are taken; no tile is smaller than
-    # 16 x 16.
-    (op, f"D=128 torch.float32 {kind}"): 80
-    for op in ("relative_attention", "two_stream_attention")
-    for kind in ("plain", "XLNet", "everything", "positions", "atomics")
-} | {("two_stream_attention", "D=128 torch.float32"): 80, ("two_stream_attention", "D=64 torch.float32"): 8}
 ROW_OPS = {"layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"}
 
 
@@ -49,8 +41,7 @@ def test_kernels_compile(op: str) -> None:
     for line in lines:
         architecture = line["architecture"]
         named = {name: line.get(name) for name in ("architecture", "kernel", "case", "BLOCK_M", "BLOCK_N", "num_warps")}
-        allowed = SPILLS.get((op, line["case"]), 0)
-        if line["stack"] > allowed or line["local"] or (line["local_accesses"] and not allowed):
+        if line["stack"] or line["local"] or line["local_accesses"]:
             wrong.append(f"spills: {line['stack']} bytes in {named}")
         if line["shared"] > SHARED[architecture]:
             wrong.append(f"shared memory: {line['shared']} bytes in {named}")

@@ -10,8 +10,11 @@ TABLE, Key = configurations.TABLE, configurations.Key
 
 def test_every_call_has_a_tile() -> None:
     for kernel in {key.kernel for key in TABLE}:
-        most = configurations.most_head_size(kernel)
         for size in (2, 4):
+            most = configurations.most_head_size(kernel)
+            if kernel.startswith("relative_bwd_queries_table") and size == 4:
+                # Rows longer than that never come here: see `backward` of kernels/_relative.py.
+                most = 64
             for head_size in (1, 16, 32, 64, 80, 96, 128, 256):
                 for extras in (False, True) if kernel != "attention_bwd_bias" else (True,):
                     for device in (80, 86, 89, 90, 100, 120):

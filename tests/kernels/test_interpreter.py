@@ -97,6 +97,60 @@ both[(1,)](x, y, left, right)
 print("right" if torch.equal(left, right.t()) else "wrong")
 """
 
+# A kernel that calls a device function, or adds a tensor, 40 times is to do no more of something than one that does it
+# twice; what is counted stands before.
+REPEATED = """
+@triton.jit
+def plus_one(x):
+    return x + 1.0
+
+@triton.jit
+def repeated(y, count: tl.constexpr):
+    i = tl.arange(0, 16)
+    x = tl.zeros((16,), tl.float32)
+    for _ in tl.static_range(count):
+        x = plus_one(x)
+    tl.store(y + i, x)
+
+def counted(count):
+    global calls
+    calls = 0
+    y = torch.zeros(16)
+    repeated[(1,)](y, count)
+    assert (y == count).all() and tl.core.is_builtin(tl.arange)
+    return calls
+
+counted(2)
+print("right" if counted(2) == counted(40) else "wrong")
+"""
+PATCHES = (
+    """
+from triton.runtime import interpreter
+calls, before = 0, interpreter._patch_builtin
+
+def patch(*arguments):
+    global calls
+    calls += 1
+    before(*arguments)
+
+interpreter._patch_builtin = patch
+"""
+    + REPEATED
+)
+SHAPES = (
+    """
+calls, before = 0, tl.tuple.__init__
+
+def init(*arguments):
+    global calls
+    calls += 1
+    before(*arguments)
+
+tl.tuple.__init__ = init
+"""
+    + REPEATED
+)
+
 
 def run(code: str, mended: bool) -> str:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -119,7 +173,11 @@ def _file(program: str) -> str:
     return file.name
 
 
-@pytest.mark.parametrize("code", [DOT, CAST, LOOP, SUMMATION], ids=["dot", "cast", "loop", "summation"])
+@pytest.mark.parametrize(
+    "code",
+    [DOT, CAST, LOOP, SUMMATION, PATCHES, SHAPES],
+    ids=["dot", "cast", "loop", "summation", "patches", "shapes"],
+)
 def test_mended_it_is_right(code: str) -> None:
     assert run(code, mended=True) == "right"
 
@@ -128,7 +186,11 @@ def test_mended_it_refuses_arithmetic_on_bfloat16() -> None:
     assert run(ARITHMETIC, mended=True) == "refused"
 
 
-@pytest.mark.parametrize("code", [DOT, CAST, LOOP, ARITHMETIC], ids=["dot", "cast", "loop", "arithmetic"])
+@pytest.mark.parametrize(
+    "code",
+    [DOT, CAST, LOOP, ARITHMETIC, PATCHES, SHAPES],
+    ids=["dot", "cast", "loop", "arithmetic", "patches", "shapes"],
+)
 def test_each_mend_is_still_needed(code: str) -> None:
     """Where one is not, Triton was mended: take it out of tests/interpreter.py."""
     assert run(code, mended=False) != "right"

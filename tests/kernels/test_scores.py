@@ -134,21 +134,30 @@ def test_attention_in_tiles_of_other_sizes(tile: configurations.Tile, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("tile", "kind"),
+    ("tile", "kind", "head_size", "dropout_p"),
     [
-        ("16x16", "plain, carried"),
-        ("16x16", "ranks"),
-        ("16x64", "ranks, carried"),
-        ("16x64", "positions"),
-        ("64x64", "plain"),
-        ("64x64", "ranks, carried"),
+        ("16x16", "plain, carried", 16, 0.2),
+        ("16x16", "ranks", 16, 0.2),
+        ("16x64", "ranks, carried", 16, 0.2),
+        ("16x64", "positions", 16, 0.2),
+        ("64x64", "plain", 16, 0.2),
+        ("64x64", "ranks, carried", 16, 0.2),
+        # Long rows of float32, which are multiplied in pieces.
+        ("16x16", "plain", 80, 0.0),
+        ("16x16", "plain, carried", 128, 0.2),
+        ("16x16", "ranks", 96, 0.0),
+        ("16x16", "positions", 96, 0.2),
+        ("16x16", "places", 72, 0.0),
     ],
 )
-def test_relative_attention_in_tiles_of_other_sizes(tile: str, kind: str, monkeypatch) -> None:
+def test_relative_attention_in_tiles_of_other_sizes(
+    tile: str, kind: str, head_size: int, dropout_p: float, monkeypatch
+) -> None:
     use_tile(monkeypatch, TILES[tile], "carried" in kind)
     t = TILES[tile].BLOCK_N + 11
-    q, k, v, table, given = problem(kind, t)
-    given |= {"content_bias": randn(1, 16, seed=4), "position_bias": randn(1, 16, seed=5), "dropout_p": 0.2, "seed": 5}
+    q, k, v, table, given = problem(kind, t, head_size)
+    biases = {name: randn(1, head_size, seed=4 + i) for i, name in enumerate(("content_bias", "position_bias"))}
+    given |= biases | {"dropout_p": dropout_p, "seed": 5}
 
     def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **options) -> Tensor:
         return pyxlbert.relative_attention(q, k, v, table, **given, **options)
@@ -156,15 +165,17 @@ def test_relative_attention_in_tiles_of_other_sizes(tile: str, kind: str, monkey
     agree(gradients(call, [q, k, v, table]), gradients(call, [q, k, v, table], backend="torch"))
 
 
-def problem(kind: str, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-    """Query, key, value, table and options: ranks, positions or a table a sequence, as `kind` says."""
-    q, k, v = (randn(2, t, 1, 16, seed=i) for i in range(3))
-    table = randn(*((2,) if kind == "tables" else ()), 2 * t, 1, 16, seed=3)
+def problem(kind: str, t: int, head_size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+    """Query, key, value, table and options: ranks, places of the queries, both ("positions") or a table a sequence, as
+    `kind` says.
+    """
+    q, k, v = (randn(2, t, 1, head_size, seed=i) for i in range(3))
+    table = randn(*((2,) if kind == "tables" else ()), 2 * t, 1, head_size, seed=3)
     given = {}
     order = torch.stack([torch.randperm(t, generator=torch.Generator().manual_seed(i)) for i in range(2)]).int()
     if "ranks" in kind or kind == "positions":
         given |= {"query_rank": order.to(DEVICE), "key_rank": order.to(DEVICE)}
-    if kind == "positions":
+    if kind in ("positions", "places"):
         given |= {"query_positions": order.to(DEVICE), "offset": t}
     return q, k, v, table, given
 
@@ -202,6 +213,17 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
     agree(found, usual)
     for place, (one, other) in enumerate(zip(same, usual, strict=True)):
         compare.same_bits(f"result {place}", one, other)
+
+
+@pytest.mark.parametrize(("dtype", "by_atomics"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_long_rows_of_float32_leave_the_table_to_its_kernel(dtype: torch.dtype, by_atomics: bool, monkeypatch) -> None:
+    launched = []
+    monkeypatch.setattr(relative, "launch", lambda kernel, *arguments, **options: launched.append(kernel))
+    q, k, v, table, given = problem("plain", 24, 72)
+    q, k, v, table = (x.to(dtype).requires_grad_() for x in (q, k, v, table))
+    with pyxlbert.allow_atomics():
+        pyxlbert.relative_attention(q, k, v, table, **given, backend="triton").sum().backward()
+    assert (relative._bwd_table in launched) == (not by_atomics)
 
 
 def test_atomics_of_two_stream_attention() -> None:

@@ -29,13 +29,14 @@ def test_the_table_is_what_the_search_would_write(tmp_path) -> None:
 def test_rows_that_say_what_an_older_architecture_says_are_left_out(tmp_path) -> None:
     path = tmp_path / "table.py"
     path.write_text("TABLE: dict[Key, Tile] = {\n    old\n}\nrest\n", encoding="utf-8")
-    one, other = tune.Tile(64, 64, 4, 2), tune.Tile(32, 64, 4, 1, False)
-    keys = [tune.Key("relative_fwd", architecture, 2, 64, False) for architecture in (80, 90, 100)]
-    tune.write_table(path, dict(zip(keys, (one, one, other), strict=True)))
+    one, other, third = tune.Tile(64, 64, 4, 2), tune.Tile(32, 64, 4, 1, False), tune.Tile(64, 64, 4, 2, maxnreg=None)
+    keys = [tune.Key("relative_fwd", architecture, 2, 64, False) for architecture in (80, 90, 100, 120)]
+    tune.write_table(path, dict(zip(keys, (one, one, other, third), strict=True)))
     assert path.read_text(encoding="utf-8") == (
         "TABLE: dict[Key, Tile] = {\n"
         '    Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2),\n'
         '    Key("relative_fwd", 100, 2, 64, False): Tile(32, 64, 4, 1, False),\n'
+        '    Key("relative_fwd", 120, 2, 64, False): Tile(64, 64, 4, 2, maxnreg=None),\n'
         "}\nrest\n"
     )
     path.write_text("nothing\n", encoding="utf-8")
@@ -85,6 +86,40 @@ def test_a_search_takes_the_cheapest(monkeypatch) -> None:
     for tile, cost in costs.items():
         wanted = None if tile.num_stages == 3 else 3 * cost
         assert search.cost(key, tile, calls) == wanted
+    # One that has cost more than the best so far is not measured to its end.
+    tile = max(costs, key=costs.__getitem__)._replace(num_stages=2)
+    costs[tile] = 5.0
+    assert search.cost(key, tile, calls, most=15.0) == 15.0 and len(search.costs) == 3
+    assert search.cost(key, tile, calls, most=9.0) is None and len(search.costs) == 2
+
+
+@pytest.mark.parametrize("mend", [True, False], ids=["mend", "anew"])
+def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, capsys, tmp_path) -> None:
+    """Of two kernels of the table one is said to spill, at its tile alone."""
+    size, extras = (4, 64), (False, True)
+    spilling, other = (tune.Key("relative_bwd_rows", 90, *size, extra) for extra in extras)
+    before = {key: configurations.row_for(key.kernel, 90, *size, key.extras) for key in (spilling, other)}
+    candidates = tune.candidates(spilling.kernel, 4)
+    assert len({*before.values(), candidates[0]}) == 3
+
+    def judge(kernel, grid, arguments, options) -> float:
+        return 8.0 if tune.Tile(*(options.get(name) for name in tune.Tile._fields)) == before[spilling] else 0.0
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tune, "compiled", lambda architecture: judge)
+    monkeypatch.setattr(tune.ahead, "compile_for", lambda architecture: None)
+    path = tmp_path / "table.py"
+    shutil.copy(SOURCE, path)
+    options = ["--compile", "90", "--kernels", "relative_bwd_rows", "--head-sizes", "64", "--dtypes", "float32"]
+    assert tune.main([*options, *(["--mend"] if mend else []), "--write", str(path)]) == 0
+    rows = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows[str(tuple(spilling))].startswith(str(tuple(candidates[0])))
+    assert rows[str(tuple(other))].startswith(str(tuple(before[other] if mend else candidates[0])))
+    written = ", ".join(str(n) for n in candidates[0][:4])
+    assert f'    Key("relative_bwd_rows", 90, 4, 64, False): Tile({written}),\n' in path.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        tune.main(["--mend"])
+    assert "--mend: wanted --compile beside it" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_what_to_do() -> None:
