@@ -321,6 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET: got 1, wanted it unset: the interpreter has no tiles to choose")
     if options.mend and options.compile is None:
         parser.error("--mend: wanted --compile beside it")
+    if options.write is not None and not options.write.is_file():
+        # Known before the search, not after it.
+        parser.error(f"--write: got {options.write}, which is no file, wanted the one whose table is rewritten")
     if options.compile is not None:
         architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
         ahead.compile_for(architecture)

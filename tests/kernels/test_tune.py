@@ -117,9 +117,22 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     assert rows[str(tuple(other))].startswith(str(tuple(before[other] if mend else candidates[0])))
     written = ", ".join(str(n) for n in candidates[0][:4])
     assert f'    Key("relative_bwd_rows", 90, 4, 64, False): Tile({written}),\n' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mend"], "--mend: wanted --compile beside it"),
+        (["--compile", "90", "--write", "nowhere/table.py"], "--write: got nowhere/table.py, which is no file"),
+        (["--compile", "91"], "argument --compile: invalid choice: 91"),
+    ],
+)
+def test_wrong_options_are_named_before_the_search(arguments: list[str], message: str, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tune.ahead, "compile_for", lambda architecture: pytest.fail("the search began"))
     with pytest.raises(SystemExit):
-        tune.main(["--mend"])
-    assert "--mend: wanted --compile beside it" in capsys.readouterr().err
+        tune.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_what_to_do() -> None:
