@@ -1498,8 +1498,6 @@ def _bwd_table(
     r = load_seen(table, first_p, table_rows, table_t, None, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     n = tl.arange(0, BLOCK_N)[None, :]
-    all_queries = queries
-    all_keys = keys
     shift = keys - queries
     blocks = tl.cdiv(queries, BLOCK_M)
     for step in range(0, per_table * blocks):
@@ -1507,20 +1505,21 @@ def _bwd_table(
         first_i = step % blocks * BLOCK_M
         b = tl.cast(sequence_number, tl.int64)
         plane = sequence_number * heads + tl.program_id(1) % heads
-        start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, all_queries, all_keys, total, all_queries)
-        extent = all_keys
-        at_i = b * all_queries
-        at_j = b * all_keys
+        # Names of their own: a size that is 1 is a constant, which a loop may not assign.
+        start, rows, length, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+        extent = keys
+        at_i = b * queries
+        at_j = b * keys
         if cu_seqlens is not None:
-            extent = keys
+            extent = length
             at_i = start
             at_j = start
-        readable = keys
+        readable = length
         if UNIFORM:
             readable = extent
-        number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
+        number, position, there, top, bottom = lines(first_i, at_i, rows, positions, numbers, BLOCK_M)
         first_j = first_p - offset + bottom
-        if (first_i < queries) & (first_j < readable) & (first_j + BLOCK_N + (top - bottom) > 0):
+        if (first_i < rows) & (first_j < readable) & (first_j + BLOCK_N + (top - bottom) > 0):
             own_rank = key_rank
             if key_rank is not None:
                 own_rank = key_rank + at_j
@@ -1533,32 +1532,32 @@ def _bwd_table(
             own_mask = mask
             if mask is not None:
                 own_mask = mask + (b * mask_b + h * mask_h)
-            rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
+            rank, highest = load_ranks(query_rank, at_i, first_i, rows, there, BLOCK_M)
             mask_row = number
             if BY_POSITION:
                 mask_row = position
             row = first_i + tl.arange(0, BLOCK_M)
             statistics = b * lse_b + h * lse_h + start + row
-            statistic = tl.load(lse + statistics, mask=row < queries, other=INFINITY)
+            statistic = tl.load(lse + statistics, mask=row < rows, other=INFINITY)
             moved = position - bottom
             j = first_j + n + moved[:, None]
             live = True
             if SPARSE:
                 live = some_seen(
                     first_i, first_j, number[:, None], j, there[:, None], rank, highest,
-                    own_rank, own_mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    own_rank, own_mask, mask_i, mask_j, mask_row[:, None], length, extent, shift,
                     statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             if live:
                 q, content, place_part, same, different, segment = prepared(
-                    query + (b * query_b + start * query_t + h * query_h), first_i, queries, query_t, there, at_i, h,
+                    query + (b * query_b + start * query_t + h * query_h), first_i, rows, query_t, there, at_i, h,
                     heads, content_bias, position_bias, segment_bias, segment_embedding, query_segments,
                     D, BLOCK_D, BLOCK_M,
                 )  # fmt: skip
-                product = tl.load(delta + statistics, mask=row < queries, other=0.0)
-                more = tl.load(rest + statistics, mask=row < queries, other=0.0)
+                product = tl.load(delta + statistics, mask=row < rows, other=0.0)
+                more = tl.load(rest + statistics, mask=row < rows, other=0.0)
                 do = load_rows(
-                    dout + (b * dout_b + start * dout_t + h * dout_h), first_i, queries, dout_t, BLOCK_M, D, BLOCK_D
+                    dout + (b * dout_b + start * dout_t + h * dout_h), first_i, rows, dout_t, BLOCK_M, D, BLOCK_D
                 )
                 do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
                 s = skewed(
@@ -1569,7 +1568,7 @@ def _bwd_table(
                 s = finished(
                     s, number[:, None], j, there[:, None], same[:, None], different[:, None],
                     segment, own_segments, rank, own_rank, own_mask, mask_i, mask_j, mask_row[:, None],
-                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                    rows, length, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
                 )  # fmt: skip
                 p = exp((s - statistic[:, None]) - more[:, None])
                 dp = skewed(
