@@ -39,8 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.streams import Shared
-from pyxlbert.strides import int32
+from pyxlbert.launch.relative import Shared
+from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch

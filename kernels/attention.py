@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import int32
+from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
 from ._launch import launch, refusal

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import rows
+from pyxlbert.launch.rows import rows
 
 from ._launch import launch, refusal_of_rows
 from ._rows import partial_sums, parts_of, sum_parts, tile_of

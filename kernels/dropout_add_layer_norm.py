@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import empty_statistics, row_statistics, rows
+from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
 
 from ._launch import launch, refusal_of_rows
 from ._philox import DROPOUT_ADD_LAYER_NORM, dropout_numbers, keep

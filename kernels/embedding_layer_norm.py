@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import row_statistics, rows
+from pyxlbert.launch.rows import row_statistics, rows
 
 from ._launch import launch, refusal_of_rows
 from ._philox import EMBEDDING_LAYER_NORM, dropout_numbers

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import empty_statistics, row_statistics, rows
+from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
 
 from ._launch import launch, refusal_of_rows
 from ._plan import kind_of, remember, run

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyxlbert.streams import Shared, asked
+from pyxlbert.launch.relative import Shared, asked
 
 from ._configurations import most_head_size
 from ._launch import refusal

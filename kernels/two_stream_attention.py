@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.streams import Shared, asked, at_targets, with_zeros
+from pyxlbert.launch.relative import Shared, asked, at_targets, with_zeros
 
 from ._relative import Stream
 from .relative_attention import supports

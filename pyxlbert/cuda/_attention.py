@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, refusal
-from pyxlbert.strides import int32
+from pyxlbert.launch.rows import int32
 
 # Tags of the dropout bits: enum Tag of csrc/cuda/arguments.h.
 ATTENTION, RELATIVE_ATTENTION, QUERY_STREAM = 1, 2, 3

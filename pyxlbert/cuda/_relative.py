@@ -18,8 +18,8 @@ from pyxlbert.cuda._attention import (
     whole_vectors,
 )
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, shared_memory
-from pyxlbert.streams import SHARED, Shared
-from pyxlbert.strides import int32
+from pyxlbert.launch.relative import SHARED, Shared
+from pyxlbert.launch.rows import int32
 
 # Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
 _SHARED = 150 * 1024

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, partial_sums, parts_of, refusal
-from pyxlbert.strides import rows
+from pyxlbert.launch.rows import rows
 
 supports = refusal
 

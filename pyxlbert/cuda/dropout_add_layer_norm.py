@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, partial_sums, parts_of, refusal_of_rows
-from pyxlbert.strides import empty_statistics, row_statistics, rows
+from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
 
 supports = refusal_of_rows
 

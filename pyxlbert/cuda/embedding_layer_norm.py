@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, partial_sums, parts_of, refusal_of_rows
-from pyxlbert.strides import row_statistics, rows
+from pyxlbert.launch.rows import row_statistics, rows
 
 supports = refusal_of_rows
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyxlbert.cuda._attention import RELATIVE_ATTENTION
 from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
-from pyxlbert.streams import Shared, asked
+from pyxlbert.launch.relative import Shared, asked
 
 supports = refusal_of_relative
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION
 from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
-from pyxlbert.streams import Shared, asked, at_targets, with_zeros
+from pyxlbert.launch.relative import Shared, asked, at_targets, with_zeros
 
 supports = refusal_of_relative
 

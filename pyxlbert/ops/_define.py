@@ -7,19 +7,16 @@ resolved in plain Python outside the op and travels as a static string.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from pyxlbert import backends, preference
+from pyxlbert import backends
+from pyxlbert.backends.choice import Choice
 
 _library = torch.library.Library("pyxlbert", "DEF")
-
-OPS: dict[str, Op] = {}
 
 # Types of arguments in which nobody but the implementation has a say; a subclass of Tensor may want to see the call.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
@@ -27,28 +24,19 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 _OPTIONAL_TENSOR = torch._C.OptionalType(torch._C.TensorType.get())
 
 
-class Op:
+class Op(Choice):
     """One name, its backends and its two directions.
 
     Args:
         name: the op's name on every floor.
-        implementations: module path per backend; the module holds `<name>_fwd`, `<name>_bwd` with the
-            schema's arguments less the backend, and `supports(*tensors) -> None | sentence`.
+        backends: the names of the backends that have it.
         ids_first: the first argument holds ids, which do not decide the backend.
     """
 
-    def __init__(self, name: str, implementations: dict[str, str], *, ids_first: bool = False) -> None:
-        self.name = name
-        self.ids_first = ids_first
-        self.implementations = implementations
-        self._modules: dict[str, ModuleType] = {}
-        for backend in ("torch", "cpu"):
-            if backend in implementations and backends.unavailable(backend) is None:
-                self._module(backend)
-        self._native = self._modules["cpu"].supports if "cpu" in self._modules else None
+    def __init__(self, name: str, backends: tuple[str, ...], *, ids_first: bool = False) -> None:
+        super().__init__(name, backends, ids_first=ids_first)
         # What torch calls, by direction and dispatch key.
         self.runners: dict[str, dict[str, Callable[..., Any]]] = {}
-        OPS[name] = self
 
     def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Marks the op's public function: what torch.func asks of it and it cannot do is refused before anything else.
@@ -83,7 +71,7 @@ class Op:
 
         class Implementations(dict[str, Callable[..., Any]]):
             def __missing__(self, backend: str) -> Callable[..., Any]:
-                self[backend] = getattr(op._module(backend), function)
+                self[backend] = getattr(op.module(backend), function)
                 return self[backend]
 
         implementations = Implementations()
@@ -131,82 +119,6 @@ class Op:
             return on_cuda(*arguments)
 
         return call
-
-    def resolve(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
-        """The backend to run: the named one, the default of `use_backend`, or the first that supports the tensors.
-
-        Args:
-            backend: what the caller named, or None.
-            tensors: the ones that decide, checked before to be on one device; a parameter that must have
-                x's dtype or float32 need not be here.
-
-        Raises:
-            ValueError: the name is unknown.
-            RuntimeError: the named backend is not here, or does not take these inputs.
-        """
-        if backend is not None and not (isinstance(backend, str) and backend in backends.NAMES):
-            raise ValueError(f"{self.name}: backend: got {backend!r}, wanted one of {', '.join(backends.NAMES)}")
-        asked = backend if backend is not None else backends.default_backend()
-        if asked is None:
-            # The usual call first, without a look at the tables.
-            native = self._native
-            if native is not None and tensors[0].is_cpu and native(*tensors) is None:  # type: ignore[union-attr]
-                return "cpu"
-            for name in self._order(tensors[0]):
-                if self.refusal(name, *tensors) is None:
-                    return name
-            raise RuntimeError(f"{self.name}: no backend takes these inputs:\n{self.explain(*tensors)}")
-        reason = self.refusal(asked, *tensors)
-        if reason is not None:
-            raise RuntimeError(f"{self.name}: backend {asked!r} is unavailable: {reason}")
-        return asked
-
-    def refusal(self, backend: str, *tensors: torch.Tensor | None) -> str | None:
-        """Why `backend` cannot run this op on these tensors, or None."""
-        module = self._modules.get(backend)
-        if module is None:
-            reason = backends.unavailable(backend)
-            if reason is not None:
-                return reason
-            if backend not in self.implementations:
-                return f"{self.name} has no {backend} kernel"
-            module = self._module(backend)
-        return module.supports(*tensors)
-
-    def explain(self, *tensors: torch.Tensor | None) -> str:
-        """One line per backend: taken, possible, or why not."""
-        device = tensors[0].device.type  # type: ignore[union-attr]
-        order = self._order(tensors[0])
-        asked = backends.default_backend()
-        lines, taken = [f"{self.name} on {device}:"], False
-        for name in (*order, *(name for name in backends.NAMES if name not in order)):
-            reason = self.refusal(name, *tensors)
-            if name == asked:
-                lines.append(f"  {name}: {'taken, as use_backend names it' if reason is None else reason}")
-                if reason is not None:
-                    lines[-1] += "; use_backend names it, so a call without backend= raises this"
-                continue
-            if reason is None and name not in order:
-                reason = f"not for {device} tensors"
-            if reason is None and not taken and asked is None:
-                why = f", {preference.reason(self.name, tensors[0])}" if name in order[:2] and device == "cuda" else ""
-                lines.append(f"  {name}: taken{why}")
-                taken = True
-            else:
-                lines.append(f"  {name}: {reason or 'possible'}")
-        return "\n".join(lines)
-
-    def _order(self, tensor: torch.Tensor | None) -> tuple[str, ...]:
-        """The backends for a call that this tensor decides, the first that supports it is taken."""
-        device = tensor.device.type  # type: ignore[union-attr]
-        if device == "cuda" and "cuda" in self.implementations:
-            return (*preference.order(self.name, tensor), "torch")
-        return backends.PREFERENCE.get(device, ("torch",))
-
-    def _module(self, backend: str) -> ModuleType:
-        if backend not in self._modules:
-            self._modules[backend] = importlib.import_module(self.implementations[backend])
-        return self._modules[backend]
 
 
 def _watched() -> bool:

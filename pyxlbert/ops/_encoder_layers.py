@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.native import _onednn
-from pyxlbert.native._tensors import DTYPE
+from pyxlbert.cpu import _onednn
+from pyxlbert.cpu._tensors import DTYPE
 from pyxlbert.ops._define import watched
 from pyxlbert.ops.attention import check_values
 
 try:
     from pyxlbert import _C
-    from pyxlbert.native._attention import longest
+    from pyxlbert.cpu._attention import longest
 except ImportError:  # backend "cpu" is not here
     _C = None  # type: ignore[assignment]
 

@@ -11,19 +11,12 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check, _scores
+from pyxlbert import checks
+from pyxlbert.ops import _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op(
-    "attention",
-    {
-        "torch": "pyxlbert.reference.attention",
-        "cpu": "pyxlbert.native.attention",
-        "triton": "pyxlbert.kernels.attention",
-        "cuda": "pyxlbert.cuda.attention",
-    },
-)
+OP = Op("attention", ("torch", "cpu", "triton", "cuda"))
 
 
 def _fwd_fake(
@@ -291,7 +284,7 @@ def arguments_of(
 ) -> tuple[Any, ...]:
     """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
     scale = _scores.check_scale("attention", scale)
-    _check.flag("attention", "causal", causal)
+    checks.flag("attention", "causal", causal)
     max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
     dropout_p, seed = dropout_of("attention", dropout_p, seed, query.device)
     device = query.device.type
@@ -350,8 +343,8 @@ def _check_arguments(
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
     _scores.check_masks(op, key_lengths, attention_mask, query, key.shape[1])
     if bias is not None:
-        _check.tensor(op, "bias", bias)
-        _check.floating(op, "bias", bias)
-        _check.floating_like(op, "bias", bias, query, parameter=True)
+        checks.tensor(op, "bias", bias)
+        checks.floating(op, "bias", bias)
+        checks.floating_like(op, "bias", bias, query, parameter=True)
         _scores.check_scores(op, "bias", bias, query, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     return None

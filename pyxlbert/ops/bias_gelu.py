@@ -10,18 +10,10 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 
-OP = Op(
-    "bias_gelu",
-    {
-        "torch": "pyxlbert.reference.bias_gelu",
-        "cpu": "pyxlbert.native.bias_gelu",
-        "triton": "pyxlbert.kernels.bias_gelu",
-        "cuda": "pyxlbert.cuda.bias_gelu",
-    },
-)
+OP = Op("bias_gelu", ("torch", "cpu", "triton", "cuda"))
 
 
 def _fwd_fake(x: torch.Tensor, bias: torch.Tensor | None, approximate: str, backend: str) -> torch.Tensor:
@@ -98,7 +90,7 @@ def bias_gelu(
         ValueError: a shape or a device is wrong, or `approximate` is neither of the two.
         RuntimeError: the named backend cannot run here.
     """
-    usual = _check.usual_rows(x) if bias is None else _check.usual_rows(x, bias)
+    usual = checks.usual_rows(x) if bias is None else checks.usual_rows(x, bias)
     if not (usual and approximate in ("none", "tanh")):
         _check_arguments(x, bias, approximate)
     backend = OP.resolve(backend, x)
@@ -109,6 +101,6 @@ def bias_gelu(
 
 def _check_arguments(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> None:
     op = "bias_gelu"
-    _check.rows(op, x, **({} if bias is None else {"bias": bias}))
+    checks.rows(op, x, **({} if bias is None else {"bias": bias}))
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate: got {approximate!r}, wanted 'none' or 'tanh'")

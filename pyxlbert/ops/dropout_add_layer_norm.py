@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op(
-    "dropout_add_layer_norm",
-    {
-        "torch": "pyxlbert.reference.dropout_add_layer_norm",
-        "cpu": "pyxlbert.native.dropout_add_layer_norm",
-        "triton": "pyxlbert.kernels.dropout_add_layer_norm",
-        "cuda": "pyxlbert.cuda.dropout_add_layer_norm",
-    },
-)
+OP = Op("dropout_add_layer_norm", ("torch", "cpu", "triton", "cuda"))
 
-_COPIES = (torch.float32, *_check.LOW_PRECISION)
+_COPIES = (torch.float32, *checks.LOW_PRECISION)
 
 
 def _fwd_fake(
@@ -195,7 +187,7 @@ def dropout_add_layer_norm(
         ValueError: a shape, a device, eps, dropout_p or the seed is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    usual = _check.usual_rows(x, weight, bias) if x_bias is None else _check.usual_rows(x, weight, bias, x_bias)
+    usual = checks.usual_rows(x, weight, bias) if x_bias is None else checks.usual_rows(x, weight, bias, x_bias)
     if not (
         usual
         and isinstance(residual, Tensor)
@@ -250,11 +242,11 @@ def _check_arguments(
 ) -> float:
     """eps as a float."""
     op = "dropout_add_layer_norm"
-    _check.rows(op, x, weight=weight, bias=bias, **({} if x_bias is None else {"x_bias": x_bias}))
-    _check.tensor(op, "residual", residual)
-    _check.same_device(op, "residual", residual, "x", x)
-    _check.parameter_dtype(op, "residual", residual, x)
-    _check.shape(op, "residual", residual, tuple(x.shape), "x's")
-    eps = _check.positive(op, "eps", eps)
-    _check.output_dtype(op, "copy_dtype", copy_dtype, x)
+    checks.rows(op, x, weight=weight, bias=bias, **({} if x_bias is None else {"x_bias": x_bias}))
+    checks.tensor(op, "residual", residual)
+    checks.same_device(op, "residual", residual, "x", x)
+    checks.parameter_dtype(op, "residual", residual, x)
+    checks.shape(op, "residual", residual, tuple(x.shape), "x's")
+    eps = checks.non_negative(op, "eps", eps)
+    checks.output_dtype(op, "copy_dtype", copy_dtype, x)
     return eps

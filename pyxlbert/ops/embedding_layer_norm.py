@@ -10,20 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op(
-    "embedding_layer_norm",
-    {
-        "torch": "pyxlbert.reference.embedding_layer_norm",
-        "cpu": "pyxlbert.native.embedding_layer_norm",
-        "triton": "pyxlbert.kernels.embedding_layer_norm",
-        "cuda": "pyxlbert.cuda.embedding_layer_norm",
-    },
-    ids_first=True,
-)
+OP = Op("embedding_layer_norm", ("torch", "cpu", "triton", "cuda"), ids_first=True)
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -258,14 +249,14 @@ def embedding_layer_norm(
     """
     op = "embedding_layer_norm"
     _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
-    eps = _check.positive(op, "eps", eps)
+    eps = checks.non_negative(op, "eps", eps)
     skip = -1
     if padding_idx is not None:
-        skip = _check.integer(op, "padding_idx", padding_idx)
+        skip = checks.integer(op, "padding_idx", padding_idx)
         if not 0 <= skip < word.shape[0]:
             raise ValueError(f"{op}: padding_idx: got {skip}, wanted a row of word, 0 to {word.shape[0] - 1}")
-    _check.output_dtype(op, "out_dtype", out_dtype, word)
-    _check.output_dtype(op, "copy_dtype", copy_dtype, word)
+    checks.output_dtype(op, "out_dtype", out_dtype, word)
+    checks.output_dtype(op, "copy_dtype", copy_dtype, word)
     dropout_p, seed = dropout_of(op, dropout_p, seed, word.device)
     backend = OP.resolve(backend, word)
     tensors = (input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
@@ -288,37 +279,37 @@ def _check_arguments(
     position_ids: Tensor | None,
 ) -> None:
     op = "embedding_layer_norm"
-    _check.tensor(op, "input_ids", input_ids)
-    _check.dtype(op, "input_ids", input_ids, *_INTEGERS)
+    checks.tensor(op, "input_ids", input_ids)
+    checks.dtype(op, "input_ids", input_ids, *_INTEGERS)
     if input_ids.dim() == 0:
         raise ValueError(f"{op}: input_ids: got a scalar, wanted [B, T] or [total]")
-    _check.tensor(op, "word", word)
-    _check.floating(op, "word", word)
+    checks.tensor(op, "word", word)
+    checks.floating(op, "word", word)
     if word.dim() != 2:
         raise ValueError(f"{op}: word: got shape {list(word.shape)}, wanted [V, N]")
     n = word.shape[1]
-    _check.same_device(op, "input_ids", input_ids, "word", word)
+    checks.same_device(op, "input_ids", input_ids, "word", word)
     for name, table in (("token_type", token_type), ("position", position)):
         if table is None:
             continue
-        _check.tensor(op, name, table)
-        _check.same_device(op, name, table, "word", word)
-        _check.dtype(op, name, table, word.dtype)
+        checks.tensor(op, name, table)
+        checks.same_device(op, name, table, "word", word)
+        checks.dtype(op, name, table, word.dtype)
         if table.dim() != 2 or table.shape[1] != n or table.shape[0] == 0:
             raise ValueError(f"{op}: {name}: got shape {list(table.shape)}, wanted [rows, {n}] with at least one row")
     for name, value in (("weight", weight), ("bias", bias)):
-        _check.tensor(op, name, value)
-        _check.same_device(op, name, value, "word", word)
-        _check.parameter_dtype(op, name, value, word)
-        _check.shape(op, name, value, (n,), "N, the columns of word")
+        checks.tensor(op, name, value)
+        checks.same_device(op, name, value, "word", word)
+        checks.parameter_dtype(op, name, value, word)
+        checks.shape(op, name, value, (n,), "N, the columns of word")
     for name, ids, table in (("token_type_ids", token_type_ids, token_type), ("position_ids", position_ids, position)):
         if ids is None:
             continue
-        _check.tensor(op, name, ids)
-        _check.dtype(op, name, ids, *_INTEGERS)
-        _check.same_device(op, name, ids, "word", word)
+        checks.tensor(op, name, ids)
+        checks.dtype(op, name, ids, *_INTEGERS)
+        checks.same_device(op, name, ids, "word", word)
         if table is None:
-            raise ValueError(f"{op}: {name}: got {_check.describe(ids)} without a table {name.removesuffix('_ids')}")
+            raise ValueError(f"{op}: {name}: got {checks.describe(ids)} without a table {name.removesuffix('_ids')}")
         _check_broadcast(name, ids, input_ids)
     if position is not None and position_ids is None:
         if input_ids.dim() == 1:

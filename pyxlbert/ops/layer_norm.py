@@ -10,18 +10,10 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 
-OP = Op(
-    "layer_norm",
-    {
-        "torch": "pyxlbert.reference.layer_norm",
-        "cpu": "pyxlbert.native.layer_norm",
-        "triton": "pyxlbert.kernels.layer_norm",
-        "cuda": "pyxlbert.cuda.layer_norm",
-    },
-)
+OP = Op("layer_norm", ("torch", "cpu", "triton", "cuda"))
 
 
 def _fwd_fake(
@@ -114,7 +106,7 @@ def layer_norm(
         ValueError: a shape, a device or eps is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    if not (_check.usual_rows(x, weight, bias) and type(eps) is float and eps >= 0.0):
+    if not (checks.usual_rows(x, weight, bias) and type(eps) is float and eps >= 0.0):
         eps = _check_arguments(x, weight, bias, eps)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
@@ -124,5 +116,5 @@ def layer_norm(
 
 def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> float:
     """eps as a float."""
-    _check.rows("layer_norm", x, weight=weight, bias=bias)
-    return _check.positive("layer_norm", "eps", eps)
+    checks.rows("layer_norm", x, weight=weight, bias=bias)
+    return checks.non_negative("layer_norm", "eps", eps)

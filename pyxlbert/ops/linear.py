@@ -1,6 +1,6 @@
 """linear: y = x weightᵀ + bias, left to the vendor's matrix product unless the rows are few.
 
-On CPU that is oneDNN or MKL (`pyxlbert/native/_onednn.py` says which, and why) or for few rows `csrc/cpu/linear.cpp`,
+On CPU that is oneDNN or MKL (`pyxlbert/cpu/_onednn.py` says which, and why) or for few rows `csrc/cpu/linear.cpp`,
 in backend "torch" whatever `torch.nn.functional.linear` calls.
 
 Source: the dense layers of BERT, Devlin et al., https://arxiv.org/abs/1810.04805.
@@ -15,7 +15,7 @@ import torch
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
-OP = Op("linear", {"torch": "pyxlbert.reference.linear", "cpu": "pyxlbert.native._onednn"})
+OP = Op("linear", ("torch", "cpu"))
 
 
 def _fwd_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:

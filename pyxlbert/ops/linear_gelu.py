@@ -16,7 +16,7 @@ import torch
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._linear import prepare, requires_grad
 
-OP = Op("linear_gelu", {"torch": "pyxlbert.reference.linear_gelu", "cpu": "pyxlbert.native._onednn"})
+OP = Op("linear_gelu", ("torch", "cpu"))
 
 
 def _fwd_fake(

@@ -14,19 +14,12 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check, _relative, _scores
+from pyxlbert import checks
+from pyxlbert.ops import _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op(
-    "relative_attention",
-    {
-        "torch": "pyxlbert.reference.relative_attention",
-        "cpu": "pyxlbert.native.relative_attention",
-        "triton": "pyxlbert.kernels.relative_attention",
-        "cuda": "pyxlbert.cuda.relative_attention",
-    },
-)
+OP = Op("relative_attention", ("torch", "cpu", "triton", "cuda"))
 
 # Forward's arguments, and backward's after dout, out and lse.
 _ARGUMENTS = (
@@ -330,8 +323,8 @@ def arguments_of(
     """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
     op = "relative_attention"
     scale = _scores.check_scale(op, scale)
-    _check.flag(op, "causal", causal)
-    _check.flag(op, "see_self", see_self)
+    checks.flag(op, "causal", causal)
+    checks.flag(op, "see_self", see_self)
     _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
     uniform = _relative.uniform_rows(op, masked_rows)
     if cu_seqlens is None:

@@ -12,19 +12,12 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops import _check, _relative, _scores
+from pyxlbert import checks
+from pyxlbert.ops import _relative, _scores
 from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
 from pyxlbert.ops._dropout import dropout_of
 
-OP = Op(
-    "two_stream_attention",
-    {
-        "torch": "pyxlbert.reference.two_stream_attention",
-        "cpu": "pyxlbert.native.two_stream_attention",
-        "triton": "pyxlbert.kernels.two_stream_attention",
-        "cuda": "pyxlbert.cuda.two_stream_attention",
-    },
-)
+OP = Op("two_stream_attention", ("torch", "cpu", "triton", "cuda"))
 
 # Forward's arguments, and backward's after the outputs and their gradients.
 _ARGUMENTS = (
@@ -347,7 +340,7 @@ def arguments_of(
     targets = rows if target_positions is None else query_query.shape[1]
     wanted = (batch, targets, heads, head_size)
     letters = "content_query's shape, without target_positions" if target_positions is None else "B, M, H, D"
-    _check.shape(op, "query_query", query_query, wanted, letters)
+    checks.shape(op, "query_query", query_query, wanted, letters)
     _relative.check_numbers(
         op, "target_positions", target_positions, content_query, first, (batch, targets), "B, M", torch.int32
     )

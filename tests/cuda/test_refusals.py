@@ -7,7 +7,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cuda") is not None, reason=str(backends.unavailable("cuda")))
 DEVICE = "cpu" if backends.cuda_is_emulated else "cuda"

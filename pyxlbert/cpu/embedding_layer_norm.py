@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, row_statistics
-from pyxlbert.strides import rows
+from pyxlbert.cpu._tensors import DTYPE, refusal, row_statistics
+from pyxlbert.launch.rows import rows
 
 
 def supports(*tensors: Tensor | None) -> str | None:

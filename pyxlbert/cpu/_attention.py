@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE
-from pyxlbert.strides import int32
+from pyxlbert.cpu._tensors import DTYPE
+from pyxlbert.launch.rows import int32
 
 
 def inputs_of(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._attention import address, in_place, strides
-from pyxlbert.strides import int32
+from pyxlbert.cpu._attention import address, in_place, strides
+from pyxlbert.launch.rows import int32
 
 
 def results_of(query: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

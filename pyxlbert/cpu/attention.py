@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._attention import in_place, inputs_of, strides
-from pyxlbert.native._tensors import refusal
+from pyxlbert.cpu._attention import in_place, inputs_of, strides
+from pyxlbert.cpu._tensors import refusal
 
 
 def supports(*tensors: Tensor | None) -> str | None:

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._attention import inputs_of
-from pyxlbert.native._relative import Gradients, RelativeInputs, Rows, results_of
-from pyxlbert.native._tensors import refusal
-from pyxlbert.streams import at_targets
+from pyxlbert.cpu._attention import inputs_of
+from pyxlbert.cpu._relative import Gradients, RelativeInputs, Rows, results_of
+from pyxlbert.cpu._tensors import refusal
+from pyxlbert.launch.relative import at_targets
 
 # Tag.relative_attention and Tag.query_stream of csrc/cpu/philox.h.
 _TAGS = (2, 3)

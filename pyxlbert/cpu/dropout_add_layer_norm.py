@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal, row_statistics
-from pyxlbert.strides import empty_statistics, rows
+from pyxlbert.cpu._tensors import DTYPE, refusal, row_statistics
+from pyxlbert.launch.rows import empty_statistics, rows
 
 supports = refusal
 

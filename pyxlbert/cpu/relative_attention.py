@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.native._attention import inputs_of, longest
-from pyxlbert.native._relative import Gradients, RelativeInputs, Rows, results_of
-from pyxlbert.native._tensors import refusal
+from pyxlbert.cpu._attention import inputs_of, longest
+from pyxlbert.cpu._relative import Gradients, RelativeInputs, Rows, results_of
+from pyxlbert.cpu._tensors import refusal
 
 # Tag.relative_attention of csrc/cpu/philox.h.
 _TAG = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pyxlbert import _C
-from pyxlbert.native._tensors import DTYPE, refusal
-from pyxlbert.strides import rows
+from pyxlbert.cpu._tensors import DTYPE, refusal
+from pyxlbert.launch.rows import rows
 
 supports = refusal
 
