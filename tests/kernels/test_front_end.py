@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 
 
-@pytest.mark.parametrize("op", sorted(name for name, op in OPS.items() if "triton" in op.implementations))
+@pytest.mark.parametrize("op", sorted(name for name, op in OPS.items() if "triton" in op.backends))
 def test_the_front_end_takes_every_kind_of_launch(op: str) -> None:
     """None, 1 and multiples of 16 among the arguments each make a kernel of their own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
