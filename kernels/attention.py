@@ -32,8 +32,10 @@ from ._scores import (
     LN2,
     Broadcast,
     Rows,
+    block_and_plane,
     broadcast_of,
     exp,
+    grid_of,
     kept,
     load_rows,
     load_scores,
@@ -85,7 +87,7 @@ def attention_fwd(
         query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
     )
     tile = configuration("attention_fwd", query, call.extras)
-    grid = (triton.cdiv(call.queries, tile.BLOCK_M), call.planes)
+    grid = grid_of(call.queries, tile.BLOCK_M, call.planes)
     arguments = (*call.arguments(), *rows_of(out), lse, *strides_of_statistics(lse))
     options = call.options(tile)
     compiled = launch(_fwd, grid, query.device, *arguments, **options)
@@ -126,7 +128,7 @@ def attention_bwd(
     tile = configuration("attention_bwd_rows", query, call.extras)
     launch(
         _bwd_rows,
-        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
+        grid_of(call.queries, tile.BLOCK_M, call.planes),
         query.device,
         *(*saved, *rows_of(out)),
         **call.options(tile),
@@ -135,7 +137,7 @@ def attention_bwd(
     tile = configuration("attention_bwd_keys", query, call.extras)
     launch(
         _bwd_keys,
-        (triton.cdiv(call.keys, tile.BLOCK_N), call.planes),
+        grid_of(call.keys, tile.BLOCK_N, call.planes),
         query.device,
         *(*saved, *dkey, *dvalue),
         **call.options(tile),
@@ -143,7 +145,7 @@ def attention_bwd(
     tile = configuration("attention_bwd_queries", query, call.extras)
     launch(
         _bwd_queries,
-        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
+        grid_of(call.queries, tile.BLOCK_M, call.planes),
         query.device,
         *(*saved, *dquery),
         **call.options(tile),
@@ -154,7 +156,7 @@ def attention_bwd(
         across = triton.cdiv(shape[3], tile.BLOCK_N)
         launch(
             _bwd_bias,
-            (triton.cdiv(shape[2], tile.BLOCK_M) * across, shape[0] * shape[1]),
+            (shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * across,),
             query.device,
             *(*saved, dbias, *shape, call.planes // heads_of(query), across),
             **call.options(tile),
@@ -389,10 +391,10 @@ def _fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -497,10 +499,10 @@ def _bwd_rows(
     whose scores are finfo.min throughout): of such rows the weights are summed again, and the logarithm of their sum is
     what is left to subtract.  A row that sees nothing takes no dout, which may be anything there.
     """
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -602,10 +604,10 @@ def _bwd_keys(
     BLOCK_N: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_N keys.  Tiles are transposed, `[BLOCK_N, BLOCK_M]`, so that both products take them."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(keys, BLOCK_N)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_j = tl.program_id(0) * BLOCK_N
+    first_j = block * BLOCK_N
     shift = keys - queries
     extent = keys
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
@@ -718,10 +720,10 @@ def _bwd_queries(
     BLOCK_N: tl.constexpr,
 ):
     """dquery of BLOCK_M queries."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -826,10 +828,12 @@ def _bwd_bias(
     BLOCK_N: tl.constexpr,
 ):
     """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
-    at_i = tl.program_id(0) // across * BLOCK_M
     at_j = tl.program_id(0) % across * BLOCK_N
-    at_b = tl.program_id(1) // size_h
-    at_h = tl.program_id(1) % size_h
+    down = tl.cdiv(size_i, BLOCK_M)
+    at_i = tl.program_id(0) // across % down * BLOCK_M
+    at_plane = tl.program_id(0) // (across * down)
+    at_b = at_plane // size_h
+    at_h = at_plane % size_h
     shift = keys - queries
     # How many of each there are to add up: 1 where the bias has that dimension.
     sequences = tl.where(size_b == batch, 1, batch)
