@@ -10,6 +10,16 @@
 #define PYXLBERT_SM90A 1
 #endif
 
+namespace pyxlbert::cuda {
+
+// Registers that a thread starts with where a block of so many threads has a multiprocessor to itself, of 65,536 in
+// portions of 8.  They are all that the block ever has: its groups of four warps may pass them on, by give_registers
+// and take_registers.
+template <int THREADS>
+constexpr int STARTING_REGISTERS = 65536 / THREADS / 8 * 8;
+
+}  // namespace pyxlbert::cuda
+
 #ifdef PYXLBERT_EMULATE
 #include "emulated_hopper.h"
 #else
@@ -116,6 +126,8 @@ DEVICE void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Executed by a group of four warps: afterwards each of its threads has N registers, a multiple of 8.  take_registers
+// waits until others have given enough.
 template <int N>
 DEVICE void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
