@@ -40,6 +40,7 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.launch.relative import Shared
+from pyxlbert.launch.relative import Stream as Queries
 from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
@@ -69,31 +70,13 @@ UNIFORM_SCORE = tl.constexpr(-1e30)
 
 
 class Stream:
-    """The queries of one stream, sorted by position where they have any.
+    """The queries of one stream as the kernels take them, sorted by position if they have any."""
 
-    Args:
-        query: `[B, T, H, D]` or packed.
-        segments, rank: int32 `[B, T]` or packed, or None.
-        positions: int32 `[B, T]`, -1 for a row without one; None: a row's own number.
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
-    """
-
-    def __init__(
-        self,
-        shared: Shared,
-        query: Tensor,
-        segments: Tensor | None,
-        positions: Tensor | None,
-        rank: Tensor | None,
-        see_self: bool,
-        mask_by_position: bool,
-        tag: int,
-    ) -> None:
-        self.shared, self.see_self, self.mask_by_position, self.tag = shared, see_self, mask_by_position, tag
+    def __init__(self, shared: Shared, stream: Queries) -> None:
+        query, self.shared, self.tag = stream.query, shared, stream.tag
+        self.see_self, self.mask_by_position = stream.see_self, stream.mask_by_position
         self.order: Tensor | None = None
-        positions, segments, rank = int32(positions), int32(segments), int32(rank)
+        positions, segments, rank = int32(stream.positions), int32(stream.segments), int32(stream.rank)
         if positions is not None:
             self.order = positions.argsort(dim=1, stable=True)
             positions, segments, rank = (
@@ -113,7 +96,7 @@ class Stream:
         self.batch, self.total = batch, total
         self.planes, self.tables, self.table_rows = batch * self.heads, tables, table.shape[-3]
         table_rows = rows_of(table)
-        mask = broadcast_of(shared.mask)
+        mask = broadcast_of(shared.attention_mask)
         seed = None if shared.dropout_p == 0.0 else shared.seed
         self.extras = mask.tensor is not None or seed is not None or rank is not None
         self._arguments = (
@@ -143,7 +126,7 @@ class Stream:
         return {
             "CAUSAL": self.shared.causal,
             "SEE_SELF": self.see_self,
-            "UNIFORM": self.shared.uniform,
+            "UNIFORM": self.shared.uniform_rows,
             "BY_POSITION": self.mask_by_position,
             "TAG": self.tag,
             "PRECISION": precision_of(self.query.dtype),
