@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ ARROWS = {
     "integrations": {"integrations", "models", "nn", "ops", "backends"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
 }
+
+# Folders of the package and the names they are installed under.
+FOLDERS = {"pyxlbert": "pyxlbert", "kernels": "pyxlbert.kernels", "bench": "pyxlbert.bench"}
+
+# Pairs of modules that import each other, which nothing new may do.
+CIRCLES = {("pyxlbert.backends", "pyxlbert.ops._define")}
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
@@ -120,6 +127,75 @@ def test_import_arrows(room: str) -> None:
             if target in rooms and target not in ARROWS[room] | {room}:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name; a package is its `__init__`."""
+    found = {}
+    for folder, name in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = (name, *path.relative_to(ROOT / folder).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imported_modules(code: str, module: str, known: set[str], is_package: bool = False) -> set[str]:
+    """The modules among `known` that a module's code imports anywhere: in functions and under TYPE_CHECKING too."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join((*parents, *([node.module] if node.module else ())))
+            # A name of a package may be a module of it.
+            found |= {name if (name := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return found & known - {module}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next and the last the first, the first again at the end; or nothing."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither two directly nor several in turn, wherever in a file the import stands."""
+    files = modules()
+    known = {*files, "pyxlbert._C"}
+    arrows = {
+        name: imported_modules(text_of(path), name, known, path.name == "__init__.py") for name, path in files.items()
+    }
+    pairs = {(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows[b]}
+    assert pairs == CIRCLES
+    for a, b in CIRCLES:
+        # What is known is cut, so that nothing longer hides behind it.
+        arrows[a].discard(b)
+    assert not circle(arrows)
+
+
+def test_an_import_is_seen_wherever_it_stands() -> None:
+    known = {"pyxlbert", "pyxlbert.a", "pyxlbert.a.b", "pyxlbert.a.c", "pyxlbert._C"}
+    for code, wanted in (
+        ("import pyxlbert.a.c", {"pyxlbert.a.c"}),
+        ("from pyxlbert.a import c", {"pyxlbert.a.c"}),
+        ("from pyxlbert.a import Name", {"pyxlbert.a"}),
+        ("from pyxlbert import _C", {"pyxlbert._C"}),
+        ("from . import c", {"pyxlbert.a.c"}),
+        ("from .c import Name", {"pyxlbert.a.c"}),
+        ("from .. import a", {"pyxlbert.a"}),
+        ("def f():\n    from pyxlbert.a.c import Name", {"pyxlbert.a.c"}),
+        ("if TYPE_CHECKING:\n    from pyxlbert.a.c import Name", {"pyxlbert.a.c"}),
+        ("import torch\nfrom pyxlbert.a.b import Own", set()),
+    ):
+        assert imported_modules(code, "pyxlbert.a.b", known) == wanted, code
+    assert imported_modules("from .c import Name", "pyxlbert.a", known, is_package=True) == {"pyxlbert.a.c"}
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) in (list("abca"), list("bcab"), list("cabc"))
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 # Where the modules of a backend live.

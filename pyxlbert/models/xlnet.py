@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pyxlbert.models import generation
 from pyxlbert.models.config import ModelConfig
+from pyxlbert.models.generation import Generates
 from pyxlbert.models.inputs import (
     check_choices,
     check_classes,
@@ -46,7 +46,11 @@ from pyxlbert.models.outputs import (
 )
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.nn import (
+    HIDDEN_RANK,
+    MEMORY_RANK,
+    PADDING_RANK,
     DropoutAddLayerNorm,
+    LastTable,
     LayerNorm,
     Linear,
     LinearActivation,
@@ -56,18 +60,11 @@ from pyxlbert.nn import (
     activation_kind,
     has_values,
     rows_and_stream,
-    sizes_are_fixed,
 )
 
 ATTENTION_TYPES = ("bi", "uni")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 MASKED_ROWS = ("zero", "uniform")
-# Above every rank a query has, and never read.
-HIDDEN_RANK = 2**31 - 1
-# Above every rank a query has too, but a row of the content stream with it sees itself: padding whose own row is read.
-PADDING_RANK = 2**31 - 2
-# Below every rank a query has: memories are seen by all.
-MEMORY_RANK = -(2**31)
 # What is taken from the logits of places that cannot be an answer; float16 cannot hold the larger one.
 MASKED_LOGIT = {torch.float16: 65500.0}
 MASKED_LOGIT_ELSE = 1e30
@@ -191,53 +188,6 @@ class XLNetConfig(ModelConfig):
     def num_attention_heads(self) -> int:
         """`n_head`."""
         return self.n_head
-
-
-def relative_positions(
-    queries: int, keys: int, config: XLNetConfig, causal: bool = False, device: torch.device | str | None = None
-) -> Tensor:
-    """Sines and cosines of the distances from `keys` down to 1 - `queries`, to 0 where later keys are never seen.
-
-    Returns:
-        ``[R, E]``, or with `bi_data` ``[2, R, E]``, the second for the half of the batch that reads backwards; float32.
-    """
-    # float32 all the way, as in the models that were trained.
-    frequencies = 1 / torch.pow(10000, torch.arange(0, config.d_model, 2, device=device).float() / config.d_model)
-    distances = torch.arange(keys, -1 if causal else -queries, -1, device=device).float()
-    if config.bi_data:
-        distances = torch.stack([distances, -distances])
-    if config.clamp_len > 0:
-        distances = distances.clamp(-config.clamp_len, config.clamp_len)
-    angles = distances[..., None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class LastTable:
-    """The table of distances that was made last: calls of one shape need the same.
-
-    Threads may share one, since what is kept is replaced as a whole. A copied or unpickled one is empty.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[tuple, Tensor] | None = None
-
-    def get(
-        self, queries: int, keys: int, config: XLNetConfig, causal: bool, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """`relative_positions` in a dtype, to be read only."""
-        if sizes_are_fixed():
-            return relative_positions(queries, keys, config, causal, device).to(dtype)
-        key = (queries, keys, causal, device, dtype, config.d_model, config.clamp_len, config.bi_data)
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            # A table made in inference mode could take no part in training later.
-            with torch.inference_mode(False):
-                kept = (key, relative_positions(queries, keys, config, causal, device).to(dtype))
-            self._kept = kept
-        return kept[1]
-
-    def __reduce__(self) -> tuple[type[LastTable], tuple[()]]:
-        return LastTable, ()
 
 
 class XLNetRelativeAttention(RelativeAttention):
@@ -801,7 +751,16 @@ class XLNetModel(XLNetPreTrainedModel):
 
     def _positions(self, queries: int, keys: int, causal: bool, batch: int, device: torch.device) -> Tensor:
         """``[R, E]``, ``[2, R, E]`` or, where dropout makes each sequence's its own, ``[B, R, E]``."""
-        table = self.distances.get(queries, keys, self.config, causal, device, self.word_embedding.weight.dtype)
+        table = self.distances.get(
+            queries,
+            keys,
+            self.config.d_model,
+            clamp=self.config.clamp_len,
+            backwards=self.config.bi_data,
+            causal=causal,
+            device=device,
+            dtype=self.word_embedding.weight.dtype,
+        )
         if not self.training or self.dropout.p == 0:
             return table
         if table.dim() == 3:
@@ -845,7 +804,7 @@ def _one_hot_positions(mapping: Tensor) -> Tensor | None:
     return torch.where(count == 1, ones.to(torch.uint8).argmax(2), -1).int()
 
 
-class XLNetLMHeadModel(XLNetPreTrainedModel):
+class XLNetLMHeadModel(XLNetPreTrainedModel, Generates):
     """The encoder with logits over the vocabulary; the decoder's weight is the word embeddings'."""
 
     def __init__(self, config: XLNetConfig) -> None:
@@ -932,62 +891,6 @@ class XLNetLMHeadModel(XLNetPreTrainedModel):
             loss, layout.restore(logits), encoded.mems, encoded.hidden_states, encoded.attentions
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_token_ids: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        use_mems: bool | None = None,
-        left_to_right: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue texts, token by token, with no gradients.
-
-        Args:
-            input_ids: ``[B, T]``, the prompts, those shorter than the longest padded on the left.
-            attention_mask: ``[B, T]`` of 1 (token) and 0 (padding on the left): each text is then continued as if it
-                were alone. Without it padding is text.
-            max_new_tokens: how many tokens to add at most.
-            do_sample: draw tokens instead of taking the best.
-            temperature, top_k, top_p: of drawing: logits are divided by the temperature, then cut to the `top_k` best,
-                then to the fewest that together have the probability `top_p`. Only together with `do_sample`.
-            stop_token_ids: a text that has got one of these is finished; the configuration's `eos_token_id` by default.
-            pad_token_id: what follows in a finished text while others go on; the configuration's by default.
-            use_mems: whether states of earlier tokens are kept as memories, or the whole text is computed at every
-                step; the configuration's `use_mems_eval` by default. In both every token sees all others that are
-                computed with it, as in `transformers`.
-            left_to_right: no token sees a later one and keys and values are kept, so that a step computes the products
-                of its own token alone; attention still reads all keys, so that a step's cost grows slowly with the
-                text. Not together with `use_mems`.
-            generator: the source of chance.
-
-        Returns:
-            int64 ``[B, T + n]``, the prompts and what follows.
-
-        Raises:
-            ValueError: an argument has a wrong shape or value, or no effect beside another; the message names it.
-            TypeError: an argument has a wrong type or dtype.
-        """
-        return generation.generate(
-            self,
-            input_ids,
-            attention_mask,
-            max_new_tokens,
-            generation.Sampling(do_sample, temperature, top_k, top_p),
-            stop_token_ids,
-            pad_token_id,
-            use_mems,
-            left_to_right,
-            generator,
-        )
 
 
 _SUMMARY_ACTIVATIONS = {
