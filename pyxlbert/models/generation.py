@@ -159,7 +159,7 @@ class LeftToRight:
     """
 
     def __init__(self, model: Generates, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
-        config, encoder = model.config, model.transformer
+        config, encoder = model.config, model.base_model
         if config.same_length and config.attn_type == "uni":
             raise ValueError("left_to_right: got True with same_length, whose window moves; wanted False")
         self.model, self.length, self.prompt = model, 0, prompt
@@ -185,12 +185,12 @@ class LeftToRight:
 
     def logits(self, ids: Tensor) -> Tensor:
         """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""
-        encoder = self.model.transformer
+        encoder = self.model.base_model
         new = ids[:, self.length :]
         batch, count = new.shape
         last = self.length + count
         stream_dtype, product_dtype, copy_dtype = encoder.dtypes()
-        words = torch.cat([encoder.word_embedding(new), encoder.mask_emb.expand(batch, 1, -1)], dim=1)
+        words = torch.cat([encoder.word_embedding(new), encoder.mask_emb.expand(batch, 1, -1)], dim=1)  # [B, T + 1, E]
         words = encoder.dropout(words)
         x, residual = words.to(product_dtype), words.to(stream_dtype)
         # A token sees those before it and itself; the target stands behind the last and sees it.
@@ -207,13 +207,13 @@ class LeftToRight:
         )
         for index, layer in enumerate(encoder.layer):
             attention = layer.rel_attn
-            key, value = attention.project(x[:, :count], "kv")
-            key, value = self._cached(index, key, value)
-            table = self.tables[index][..., begin : begin + count + 1 + last, :, :]
-            mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)
+            key, value = attention.project(x[:, :count], "kv")  # [B, T, H, D]
+            key, value = self._cached(index, key, value)  # [B, Tk, H, D]
+            table = self.tables[index][..., begin : begin + count + 1 + last, :, :]  # [R, H, D] or [2, R, H, D]
+            mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)  # [B, T + 1, H, D]
             x, residual = layer.finish(attention.back(mixed), (x, residual), copy_dtype)
         self.length = last
-        target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))
+        target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))  # [B, E]
         return self.model.lm_loss(target)
 
     def _cached(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,13 +276,13 @@ class Generates:
 
     Attributes:
         config: an XLNet's.
-        transformer: its encoder.
+        base_model: its encoder.
         lm_loss: its decoder.
         device: the parameters'.
     """
 
     config: Any
-    transformer: nn.Module
+    base_model: nn.Module
     lm_loss: nn.Module
     device: torch.device
 
