@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -42,6 +43,20 @@ FOLDERS = {"pyxlbert": "pyxlbert", "kernels": "pyxlbert.kernels", "bench": "pyxl
 
 # Pairs of modules that import each other, which nothing new may do.
 CIRCLES = {("pyxlbert.backends", "pyxlbert.ops._define")}
+
+# What one reader can hold.
+MOST_PARAMETERS, MOST_LINES = 15, 800
+
+# How many functions of a room have more parameters, and how many files more lines. The numbers only fall.
+LONG_SIGNATURES = {
+    "kernels": 23,
+    "pyxlbert/cuda": 4,
+    "pyxlbert/native": 5,
+    "pyxlbert/ops": 7,
+    "pyxlbert/reference": 4,
+    "pyxlbert/testing": 4,
+}
+LONG_FILES = {"kernels": 2}
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
@@ -242,6 +257,66 @@ def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, 
     ):
         path.write_text(code)
         assert room in {name.split(".")[1] for name in imports(path)}, code
+
+
+def room_of(path: Path) -> str:
+    """``kernels`` or ``pyxlbert/ops``: the folder of the tree, of the package's the folder or file in it."""
+    return "/".join(path.relative_to(ROOT).parts[: 2 if path.is_relative_to(PACKAGE) else 1])
+
+
+def long_signatures(code: str, public: set[str]) -> list[str]:
+    """Functions with too many parameters, lambdas too; those that are `public` are left out, as ``C.f`` in a class."""
+    found = []
+
+    def walk(node: ast.AST, owner: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                name = owner + getattr(child, "name", "<lambda>")
+                given = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
+                count = len(given) - (given[0].arg in ("self", "cls") if given else 0)
+                if count > MOST_PARAMETERS and name not in public:
+                    found.append(f"{name} has {count}")
+            walk(child, f"{child.name}." if isinstance(child, ast.ClassDef) else owner)
+
+    walk(ast.parse(code), "")
+    return found
+
+
+def public_signatures(path: Path) -> set[str]:
+    """What callers and editors read: an op's function, and a module's `__init__` and `forward`."""
+    if path.parent == PACKAGE / "ops":
+        return {path.stem}
+    if path.parent not in (PACKAGE / "models", PACKAGE / "nn"):
+        return set()
+    classes = [node.name for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, ast.ClassDef)]
+    return {f"{name}.{method}" for name in classes for method in ("__init__", "forward")}
+
+
+def test_signatures_are_short() -> None:
+    many = ", ".join(f"p{i}" for i in range(MOST_PARAMETERS + 1))
+    code = (
+        f"def f({many}): pass\ndef g({many[4:]}): pass\nclass C:\n    def f(self, {many}): pass\nh = lambda {many}: 0"
+    )
+    assert long_signatures(code, set()) == ["f has 16", "C.f has 16", "<lambda> has 16"]
+    assert long_signatures(code, {"f", "C.f"}) == ["<lambda> has 16"]
+    found = [
+        (room_of(path), f"{path.relative_to(ROOT)}: {name}")
+        for folder in (*FOLDERS, "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in long_signatures(text_of(path), public_signatures(path))
+    ]
+    assert Counter(room for room, _ in found) == LONG_SIGNATURES, "\n".join(text for _, text in found)
+
+
+def test_files_are_short() -> None:
+    found = [
+        (room_of(path), f"{path.relative_to(ROOT)} has {lines}")
+        for folder in (*FOLDERS, "tests", "csrc")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+        and (lines := len(text_of(path).splitlines())) > MOST_LINES
+    ]
+    assert Counter(room for room, _ in found) == LONG_FILES, "\n".join(text for _, text in found)
 
 
 def test_no_assert_on_user_input() -> None:
