@@ -19,13 +19,6 @@
 
 namespace pyxlbert::cuda {
 
-// Calls f with each stream that has rows alone: gradients of queries are its own.
-template <class F>
-void for_each_stream(const Attention& a, F f) {
-    for (int n = 0; n < a.streams; ++n)
-        if (a.stream[n].rows > 0) f(alone(a, n));
-}
-
 template <class T, int D, bool RELATIVE, bool EXTRAS>
 void launch_attention_bwd_of(const Attention& a, Stream stream) {
     constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
@@ -42,7 +35,8 @@ void launch_attention_bwd_of(const Attention& a, Stream stream) {
                                                        a);
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch<attention_bwd_queries<W>, QueriesTile<W>::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
+        using Q = QueriesTile<W>;
+        launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);
     });
 }
 

@@ -17,10 +17,11 @@ struct Walk {
     const void *key, *value, *table;
     std::int64_t key_stride, value_stride, table_stride;
     int head_size, readable, table_rows, high;
-    int table_first;     // the table's row for row 0 of the ring at the first key
-    std::int64_t start;  // of the sequence, and whether it is wrong
-    bool wrong;
+    int table_first;  // the table's row for row 0 of the ring at the first key
     const std::int32_t* hidden;
+    Sequence sequence;  // and which it is, which head, and the first position of the window
+    int b, h, first;
+    int column;  // from which on a block has columns of the result, where it has a share of them
 };
 constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
 
@@ -86,8 +87,11 @@ DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, i
                     bool by_number) {
     using T = typename C::T;
     Walk w;
-    w.start = s.start;
-    w.wrong = s.wrong;
+    w.sequence = s;
+    w.b = b;
+    w.h = h;
+    w.first = first;
+    w.column = 0;
     w.key = plane_of<T>(a.key, b, h, s.start);
     w.value = plane_of<T>(a.value, b, h, s.start);
     w.key_stride = a.key.row;
@@ -379,10 +383,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 if (number < 0) continue;
                 // A NaN among the scores is one in the weights.
-                const bool bad = p.walk->wrong || sum != sum, some = sum > 0.0f;
+                const bool bad = p.walk->sequence.wrong || sum != sum, some = sum > 0.0f;
                 const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
                 T* out = static_cast<T*>(stream.out) +
-                         result_row(a, b, h, p.walk->start, stream.rows, number) * a.head_size + lane_id() % 4 * 2;
+                         result_row(a, b, h, p.walk->sequence.start, stream.rows, number) * a.head_size +
+                         lane_id() % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < D / 8; ++d) {
                     if (d * 8 >= a.head_size) break;
@@ -391,7 +396,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                                bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
                 }
                 if (lane_id() % 4 == 0)
-                    stream.lse[statistics_at(a, b, h, p.walk->start, stream.rows) + number] =
+                    stream.lse[statistics_at(a, b, h, p.walk->sequence.start, stream.rows) + number] =
                         sum != sum ? sum
                         : some     ? top[m][half] + logf(sum)
                                    : INFINITY_;

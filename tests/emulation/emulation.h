@@ -51,7 +51,7 @@ struct Meeting {
     int arrived = 0;
     std::uint32_t turn = 0;
     const char* what = "";
-    alignas(16) unsigned char slot[2][32][32] = {};
+    alignas(16) unsigned char slot[2][32][48] = {};
     float result[2][16][8] = {};
 };
 
