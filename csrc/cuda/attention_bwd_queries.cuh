@@ -4,6 +4,15 @@
 
 namespace pyxlbert::cuda {
 
+// Tiles of the backward kernels that walk the keys.
+template <class T, int D, bool EXTRAS, bool RELATIVE, bool SMALL>
+struct BackwardTileOf {
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
+    static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
+    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN, WARPS>;
+};
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid_constant__ Attention a) {
     using T = typename C::T;

@@ -27,6 +27,9 @@ def refusal(*tensors: Tensor | None) -> str | None:
             return f"it takes {device.upper()} tensors{emulated}, not {tensor.device.type}"
         if tensor.dtype is torch.float64:
             return "it computes in float32; float64 runs on backend 'torch'"
+        reason = refusal_of_device(tensor.device.index or 0)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -39,11 +42,14 @@ def refusal_of_rows(*tensors: Tensor | None) -> str | None:
 
 
 @functools.cache
-def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a block may have on a device; where torch does not tell, what H100s have."""
-    if backends.cuda_is_emulated:
-        return 227 * 1024
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 227 * 1024)
+def refusal_of_device(device: int) -> str | None:
+    """Why the CUDA kernels cannot run on a device, or None: its driver, its capability, its shared memory."""
+    return backends.cuda_kernels.probe(device) or None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a device, which the sizes of tiles follow."""
+    return backends.cuda_kernels.shared_memory(device.index or 0)
 
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:

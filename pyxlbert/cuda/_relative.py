@@ -12,7 +12,6 @@ from pyxlbert.cuda._attention import (
     description,
     in_place,
     padded,
-    refusal_of_heads,
     statistics_of,
     strides,
     whole_vectors,
@@ -20,24 +19,6 @@ from pyxlbert.cuda._attention import (
 from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, shared_memory
 from pyxlbert.streams import SHARED, Shared
 from pyxlbert.strides import int32
-
-# Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
-_SHARED = 150 * 1024
-
-
-def refusal_of_relative(*tensors: Tensor | None) -> str | None:
-    """The `supports` of the ops with a table: on devices with little shared memory their tiles are bounded."""
-    reason = refusal_of_heads(*tensors)
-    query = tensors[0] if tensors else None
-    if reason is not None or query is None or query.dim() == 0:
-        return reason
-    here = shared_memory(query.get_device())
-    if here < _SHARED and (query.shape[-1] > 64 or query.dtype is torch.float32):
-        return (
-            f"this device has {here // 1024} KiB of shared memory for a block, enough for 16-bit elements and head "
-            "sizes of at most 64"
-        )
-    return None
 
 
 class Stream(NamedTuple):
@@ -170,7 +151,7 @@ def backward(
         workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
         rows = _rows(shared, streams[n].query)
         positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
-        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions)
+        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions, shared_memory(device))
         parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
         delta, rest, content, position = (x.data_ptr() for x in workspace)
         stream.gradients(

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pyxlbert.cuda._attention import RELATIVE_ATTENTION
-from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
+from pyxlbert.cuda._attention import RELATIVE_ATTENTION, refusal_of_heads
+from pyxlbert.cuda._relative import Stream, backward, forward
 from pyxlbert.streams import Shared, asked
 
-supports = refusal_of_relative
+supports = refusal_of_heads
 
 
 def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:

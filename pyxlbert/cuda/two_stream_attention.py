@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION
-from pyxlbert.cuda._relative import Stream, backward, forward, refusal_of_relative
+from pyxlbert.cuda._attention import QUERY_STREAM, RELATIVE_ATTENTION, refusal_of_heads
+from pyxlbert.cuda._relative import Stream, backward, forward
 from pyxlbert.streams import Shared, asked, at_targets, with_zeros
 
-supports = refusal_of_relative
+supports = refusal_of_heads
 
 
 def two_stream_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

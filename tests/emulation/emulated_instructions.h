@@ -5,6 +5,7 @@
 namespace pyxlbert::cuda {
 
 using Stream = void*;
+using emulation::most_shared;
 
 template <auto KERNEL, std::size_t SHARED, class... Arguments>
 void launch(dim3 grid, int threads, Stream, const Arguments&... arguments) {
