@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
+from pyxlbert.backends.presence import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyxlbert"
 
 # Which rooms of the package a room may import from; ops' own helpers count as ops.
 ARROWS = {
-    # explain() looks an op up by name, inside the function; the module is imported to say why it is missing.
-    "backends": {"ops", "_C"},
+    "checks": set(),
     "files": set(),
-    "strides": set(),
-    "streams": set(),
-    "preference": set(),
+    # Imported to say why it is missing.
+    "backends": {"backends", "checks", "_C"},
+    "launch": {"launch"},
     "reference": {"reference"},
-    "native": {"native", "strides", "streams", "_C"},
-    "kernels": {"kernels", "backends", "strides", "streams"},
-    "cuda": {"cuda", "backends", "strides", "streams"},
-    "ops": {"ops", "backends", "preference", "reference", "native", "kernels", "cuda", "_C"},
+    "cpu": {"cpu", "launch", "_C"},
+    "kernels": {"kernels", "backends", "launch"},
+    "cuda": {"cuda", "backends", "launch"},
+    "ops": {"ops", "checks", "backends", "launch", "reference", "cpu", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "backends"},
     "models": {"models", "nn", "ops", "backends", "files"},
     "text": {"text", "models", "nn", "ops", "backends", "files"},
@@ -91,11 +91,11 @@ def test_an_op_has_its_file_on_every_floor(op: str) -> None:
     if op not in VENDOR_OPS:
         floors = {
             "torch": [f"pyxlbert/reference/{op}.py"],
-            "cpu": [f"pyxlbert/native/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cpu/{op}.h"],
+            "cpu": [f"pyxlbert/cpu/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cpu/{op}.h"],
             "triton": [f"kernels/{op}.py"],
             "cuda": [f"pyxlbert/cuda/{op}.py", f"csrc/cuda/{op}.cu", f"csrc/cuda/{op}.h"],
         }
-        for backend in OPS[op].implementations:
+        for backend in OPS[op].backends:
             wanted += floors[backend]
     missing = [path for path in wanted if not (ROOT / path).exists()]
     assert not missing
@@ -122,10 +122,6 @@ def test_import_arrows(room: str) -> None:
     assert not wrong
 
 
-# Where the modules of a backend live.
-ROOMS = {"torch": "reference", "cpu": "native", "triton": "kernels", "cuda": "cuda"}
-
-
 def test_contributing_names_every_room_and_its_arrows() -> None:
     rows = re.findall(r"^\| (`.+?) \|.+\| (.+?) \|$", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     said = {room: arrows for names, arrows in rows for room in re.findall(r"`(?:pyxlbert/)?(\w+)(?:/|\.py)`", names)}
@@ -133,7 +129,7 @@ def test_contributing_names_every_room_and_its_arrows() -> None:
     assert here <= set(said), here - set(said)
     for room in here & set(ARROWS):
         named = set(re.findall(r"\w+", said[room]))
-        if said[room] == "the nine above":
+        if said[room] == "those above":
             continue
         wanted = {"module" if arrow == "_C" else arrow for arrow in ARROWS[room] - {room}}
         assert wanted == named & {*ARROWS, "module"}, room
@@ -141,12 +137,9 @@ def test_contributing_names_every_room_and_its_arrows() -> None:
 
 def test_backends_never_import_each_other() -> None:
     """What an op names as a backend lives in its room, which imports no other: at most what holds for all backends."""
-    for op in OPS.values():
-        for backend, module in op.implementations.items():
-            assert module.split(".")[1] == ROOMS[backend], module
-    for room in set(ROOMS.values()):
+    for room in (backend.room.removeprefix("pyxlbert.") for backend in BACKENDS.values()):
         for path in (ROOT / "kernels" if room == "kernels" else PACKAGE / room).glob("*.py"):
-            others = {n.split(".")[1] for n in imports(path)} - {room, "_C", "backends", "strides", "streams"}
+            others = {n.split(".")[1] for n in imports(path)} - {room, "_C", "backends", "launch"}
             assert not others, path
 
 
@@ -161,7 +154,7 @@ def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, 
         ("import pyxlbert", "nn"),
         ("import pyxlbert as p", "backends"),
         ("from .. import ops", "ops"),
-        ("from ..ops._define import OPS", "ops"),
+        ("from ..ops._define import Op", "ops"),
         ("from pyxlbert import _C", "_C"),
     ):
         path.write_text(code)

@@ -56,8 +56,12 @@ inline TensorMap make_tensor_map(const void* data, const std::int64_t (&sizes)[4
     // Asked of the driver, so that the module does not depend on its library.
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
           "tensor map");
+#else  // older toolkits have the function that asks for their own version alone
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result), "tensor map");
+#endif
     if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("tensor map: the driver cannot make one");
     // Innermost first: D, T, H, B.
     const cuuint64_t size[4] = {static_cast<cuuint64_t>(sizes[3]), static_cast<cuuint64_t>(sizes[1]),

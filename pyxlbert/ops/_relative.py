@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 
 MASKED_ROWS = ("zero", "uniform")
 
@@ -18,7 +18,7 @@ def uniform_rows(op: str, masked_rows: str) -> bool:
 
 def check_offset(op: str, offset: int, least: int, letters: str) -> int:
     """`offset` as an int of at least `least`, so that no row lies before the table."""
-    offset = _check.integer(op, "offset", offset)
+    offset = checks.integer(op, "offset", offset)
     if offset < max(least, 0):
         raise ValueError(f"{op}: offset: got {offset}, wanted at least {max(least, 0)} ({letters})")
     return offset
@@ -29,10 +29,10 @@ def check_table(
 ) -> None:
     """The table is `[R, H, D]` or `[G, R, H, D]`, R at least `needed`, G dividing the batch."""
     name = "position_key"
-    _check.tensor(op, name, position_key)
-    _check.floating(op, name, position_key)
-    _check.same_device(op, name, position_key, first, query)
-    _check.floating_like(op, name, position_key, query, parameter=True)
+    checks.tensor(op, name, position_key)
+    checks.floating(op, name, position_key)
+    checks.same_device(op, name, position_key, first, query)
+    checks.floating_like(op, name, position_key, query, parameter=True)
     shape = list(position_key.shape)
     if len(shape) not in (3, 4):
         raise ValueError(f"{op}: {name}: got shape {shape}, wanted [R, H, D] or [G, R, H, D]")
@@ -67,11 +67,11 @@ def check_biases(
     ):
         if tensor is None:
             continue
-        _check.tensor(op, name, tensor)
-        _check.floating(op, name, tensor)
-        _check.same_device(op, name, tensor, first, query)
-        _check.floating_like(op, name, tensor, query, parameter=True)
-        _check.shape(op, name, tensor, wanted, letters)
+        checks.tensor(op, name, tensor)
+        checks.floating(op, name, tensor)
+        checks.same_device(op, name, tensor, first, query)
+        checks.floating_like(op, name, tensor, query, parameter=True)
+        checks.shape(op, name, tensor, wanted, letters)
     if segment_bias is not None and segment_embedding is None:
         raise ValueError(f"{op}: segment_bias: got it without segment_embedding, wanted both or neither")
 
@@ -128,10 +128,10 @@ def check_numbers(
     """`tensor`, if there is one, holds integers in exactly this shape."""
     if tensor is None:
         return
-    _check.tensor(op, name, tensor)
-    _check.dtype(op, name, tensor, *dtypes)
-    _check.same_device(op, name, tensor, first, query)
-    _check.shape(op, name, tensor, shape, letters)
+    checks.tensor(op, name, tensor)
+    checks.dtype(op, name, tensor, *dtypes)
+    checks.same_device(op, name, tensor, first, query)
+    checks.shape(op, name, tensor, shape, letters)
 
 
 def check_positions(op: str, name: str, positions: torch.Tensor | None, most: int, letters: str) -> None:
@@ -167,20 +167,3 @@ def lower(
         *(x.to(dtype) for x in activations),
         *(x if x is None or x.dtype is torch.float32 else x.to(dtype) for x in parameters),
     )
-
-
-def gradients(needs: list[bool], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """A fake backward's results: shaped as their tensors where needed, else empty."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else first.new_empty(0)
-        for need, tensor in zip(needs, tensors, strict=True)
-    )
-
-
-def lse_like(query: torch.Tensor) -> torch.Tensor:
-    """A fake lse: `[B, H, T]`, packed `[H, total]`, float32 or float64."""
-    *first, rows, heads, _ = query.shape
-    return query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))

@@ -8,7 +8,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, as_tuple, to_float64

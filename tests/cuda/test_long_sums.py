@@ -32,7 +32,7 @@ def gradients(op: str, given: dict[str, torch.Tensor], backend: str) -> dict[str
     leaves = {name: x.to(device, dtype).requires_grad_() for name, x in given.items()}
     out = getattr(pyxlbert, op)(**leaves, backend=backend)
     found = torch.autograd.grad(out, list(leaves.values()), torch.full_like(out, 1 / 3))
-    return {"out": out} | dict(zip(leaves, found, strict=True))
+    return {"out": out.detach()} | dict(zip(leaves, found, strict=True))
 
 
 def check(op: str, given: dict[str, torch.Tensor], *names: str) -> None:

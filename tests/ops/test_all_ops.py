@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, as_tuple, to_float64
@@ -57,7 +57,7 @@ def runners_of(spec: Spec) -> list[str]:
     candidates = FAST if spec.vendor else RUNNERS
     if "cpu/amx" in candidates and not spec.tiles:
         candidates = [runner for runner in candidates if runner != "cpu/avx512_bf16"]
-    return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].implementations]
+    return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].backends]
 
 
 def device_of(runner: str) -> torch.device:
@@ -67,7 +67,7 @@ def device_of(runner: str) -> torch.device:
 
 def best(spec: Spec) -> str:
     """The backend that a caller on the CPU gets."""
-    return "cpu" if "cpu" in OPS[spec.name].implementations else "torch"
+    return "cpu" if "cpu" in OPS[spec.name].backends else "torch"
 
 
 @contextlib.contextmanager
@@ -225,7 +225,7 @@ def test_reference_in_float64(spec: Spec, case: Case) -> None:
         (spec, forward, backward)
         for spec in SPECS.values()
         for forward, backward in permutations(FAST, 2)
-        if all(runner.partition("/")[0] in OPS[spec.name].implementations for runner in (forward, backward))
+        if all(runner.partition("/")[0] in OPS[spec.name].backends for runner in (forward, backward))
         and device_of(forward) == device_of(backward)
     ],
     ids=_ids,
@@ -262,7 +262,7 @@ def test_deterministic_for_any_number_of_threads(spec: Spec, case: Case) -> None
 @pytest.mark.parametrize("spec", SPECS.values(), ids=_ids)
 def test_deterministic_on_a_gpu(spec: Spec, runner: str) -> None:
     """The same bits twice; in the interpreter, where programs run one after the other, for one case."""
-    if runner not in OPS[spec.name].implementations:
+    if runner not in OPS[spec.name].backends:
         assert spec.vendor, "every op but the vendors' products has a kernel on every backend"
         return
     for case in [case for case in spec.cases if case.small][: 1 if runner in SLOWEST else None]:
@@ -278,7 +278,7 @@ def test_deterministic_on_a_gpu(spec: Spec, runner: str) -> None:
 def test_bad_input(spec: Spec, bad: Bad) -> None:
     """The same exception with the same text on every backend; it names the argument, what came, what was wanted."""
     texts = set()
-    for runner in (None, *OPS[spec.name].implementations):
+    for runner in (None, *OPS[spec.name].backends):
         arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
         with pytest.raises(bad.error) as caught:
             spec.function(**arguments)
@@ -426,7 +426,7 @@ def test_backward_checks_values_again(op: str, case: str, argument: str, backend
 def _opchecks() -> Iterator[tuple[Spec, Case, torch.dtype, str]]:
     """Every small case on every backend, in one dtype each, in turn."""
     for number, (spec, case) in enumerate((spec, case) for spec, case in _grid() if case.small):
-        for place, backend in enumerate(OPS[spec.name].implementations):
+        for place, backend in enumerate(OPS[spec.name].backends):
             if backend in SLOW and number % 8 and not ALL:
                 continue
             yield spec, case, spec.dtypes[(number + place) % len(spec.dtypes)], backend
@@ -679,7 +679,7 @@ def test_debug_checks_watch_the_values_on_a_gpu(direction: str) -> None:
     q = torch.randn(2, 3, 1, 8)
     lengths, rest = torch.tensor([3, 4], dtype=torch.int32), (None, 0, None, None, False, 1.0, 0.0, None)
     out, lse = op.runners["fwd"]["CUDA"](q, q, q, lengths, *rest, "torch")
-    call = {"fwd": (q, q, q, lengths, *rest), "bwd": (q, q, q, q, out, lse, lengths, *rest, False)}[direction]
+    call = {"fwd": (q, q, q, lengths, *rest), "bwd": (q, out, lse, q, q, q, lengths, *rest, False)}[direction]
     op.runners[direction]["CUDA"](*call, "torch")
     with pyxlbert.debug_checks():
         with pyxlbert.debug_checks():
