@@ -59,14 +59,13 @@ class _Rows:
 
 def forward(kernel: Callable[..., None], shared: Shared, streams: list[Stream]) -> tuple[Tensor, ...]:
     """out and lse of each stream, by one call of the native `kernel`."""
-    found: list[Tensor] = []
-    for stream in streams:
-        found += [torch.empty_like(stream.query, memory_format=torch.contiguous_format), lse_of(stream.query)]
-    if any(lse.numel() for lse in found[1::2]):
+    outs = [torch.empty_like(stream.query, memory_format=torch.contiguous_format) for stream in streams]
+    lses = [lse_of(stream.query) for stream in streams]
+    if lses[0].numel() or lses[-1].numel():
         inputs = _Inputs(streams[0].query, shared)
-        rows = [_Rows(s, shared, *found[2 * n : 2 * n + 2]) for n, s in enumerate(streams)]
-        kernel(inputs.native, *_pair([x.native for x in rows], _C.cpu.QueryRows()))
-    return tuple(found)
+        rows = [_Rows(streams[n], shared, outs[n], lses[n]) for n in range(len(streams))]
+        kernel(inputs.native, rows[0].native, rows[1].native if len(rows) > 1 else _C.cpu.QueryRows())
+    return (outs[0], lses[0]) if len(streams) == 1 else (outs[0], lses[0], outs[1], lses[1])
 
 
 def backward(

@@ -103,9 +103,16 @@ def gradients_in_order(
     names = (*("query", "second")[: len(queries)], *SHARED)
     tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
     return tuple(
-        found[name].view(tensor.shape).to(tensor.dtype) if need and tensor is not None else queries[0].new_empty(0)
+        _like(found[name], tensor) if need and tensor is not None else queries[0].new_empty(0)
         for name, tensor, need in zip(names, tensors, needs, strict=True)
     )
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    # A view or a cast that changes nothing takes as long as a small kernel's launch.
+    if gradient.dim() != tensor.dim():
+        gradient = gradient.view(tensor.shape)
+    return gradient if gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
 
 
 def with_zeros(found: dict[str, Tensor], shared: Shared) -> dict[str, Tensor]:

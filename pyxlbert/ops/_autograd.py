@@ -50,11 +50,12 @@ def keep(ctx: Any, call: Any, *results: torch.Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.results = len(results)
     ctx.others = [None if isinstance(x, torch.Tensor) else x for x in call]
-    ctx.save_for_backward(*results, *(x if isinstance(x, torch.Tensor) else None for x in call))
+    ctx.save_for_backward(*results, *[x if isinstance(x, torch.Tensor) else None for x in call])
 
 
 def kept(ctx: Any, record: Any) -> tuple[tuple[torch.Tensor, ...], Any]:
     """What `keep` kept: the results, and the call, whose class is `record`."""
     saved = ctx.saved_tensors
-    fields = [x if x is not None else other for x, other in zip(saved[ctx.results :], ctx.others, strict=True)]
-    return saved[: ctx.results], record(*fields)
+    results, tensors = saved[: ctx.results], saved[ctx.results :]
+    fields = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
+    return results, record(*fields)

@@ -170,8 +170,12 @@ def attention(
         backend,
     )
     call = call_of(given)
-    trained = (call.query, call.key, call.value, call.bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+    if torch.is_grad_enabled() and (
+        call.query.requires_grad
+        or call.key.requires_grad
+        or call.value.requires_grad
+        or (call.bias is not None and call.bias.requires_grad)
+    ):
         return apply(_Attention, *call, backward_backend(call.backend))[0]
     return _fwd(call)[0]
 
@@ -201,18 +205,22 @@ def call_of(given: Given) -> Any:
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(given.backend, query)
-    settled = given._replace(
-        query=query,
-        key=key,
-        value=value,
-        max_seqlen=max_seqlen,
-        bias=bias,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        backend=backend,
+    # By place: a record made of names takes longer than all of the checks.
+    return Forward(
+        query,
+        key,
+        value,
+        given.key_lengths,
+        given.cu_seqlens,
+        max_seqlen,
+        given.attention_mask,
+        bias,
+        given.causal,
+        scale,
+        dropout_p,
+        seed,
+        backend,
     )
-    return Forward(**settled._asdict())
 
 
 def _check_arguments(given: Given) -> int | None:
