@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import lengths, models, on_gpu, ops, relative, report, two_stream
+from pyxlbert.bench import apart, lengths, models, on_gpu, ops, relative, report, two_stream
+from pyxlbert.bench.report import Row
 
 # By the device that they run on.
 SUITES = {"cpu": ("ops", "attention", "relative", "two_stream", "lengths", "models", "text"), "cuda": ("gpu",)}
@@ -32,15 +33,34 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return lengths.races()
     if suite == "models":
         return models.races()
-    if suite == "gpu":
-        return on_gpu.races()
     from pyxlbert.bench import text
 
     return text.races(options.data, options.model)
 
 
+def _rows(suite: str, options: argparse.Namespace) -> Iterator[tuple[Row | None, dict[str, object] | None]]:
+    """Every race's row, or None where an answer was wrong, and the device of it where another process ran it."""
+    if options.device == "cuda":
+        for found in apart.run(on_gpu.races, "cuda", only=options.only, end=options.end):
+            yield found.row, found.device
+        return
+    for race in _races(suite, options):
+        if options.only and options.only not in str(race):
+            continue
+        if time.monotonic() > options.end:
+            print(f"NOT TIMED, no time left: {race}", file=sys.stderr)
+            continue
+        try:
+            row = race.run()
+        except AssertionError as error:
+            print(f"NOT TIMED, wrong answer: {error}", file=sys.stderr)
+            yield None, None
+        else:
+            yield row, None
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the suites; 1 when a race's answers were wrong."""
+    """Runs the suites; 1 where one of ours was wrong or did not run."""
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench", description=__doc__)
     parser.add_argument("suites", nargs="*", help=f"of {', '.join(SUITES['cpu'])}; by default ops and models")
     parser.add_argument("--device", default="cpu", choices=SUITES, help="cuda: the GPU that is here, suite gpu")
@@ -71,23 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
     shown = [*suites, *(["--only", f"'{options.only}'"] if options.only else [])]
     shown += ["--keep-pages"] if options.keep_pages else []
     shown += ["--device", options.device] if options.device != "cpu" else []
-    wrong, end = 0, time.monotonic() + options.seconds
-    if options.device == "cuda":
-        with torch.device("cuda"):
-            print(on_gpu.describe(), flush=True)
+    wrong = 0
+    options.end = time.monotonic() + options.seconds
     for suite in suites:
-        for race in _races(suite, options):
-            if options.only and options.only not in str(race):
-                continue
-            if time.monotonic() > end:
-                print(f"NOT TIMED, no time left: {race}", file=sys.stderr)
-                continue
-            try:
-                row = race.run() if options.device == "cpu" else race.run(options.device)
-            except (ops.WrongAnswer, AssertionError) as error:
-                print(f"NOT TIMED, wrong answer: {error}", file=sys.stderr)
+        for row, device in _rows(suite, options):
+            if row is None:
                 wrong += 1
                 continue
+            wrong += bool(row.faults)
             if options.keep_pages:
                 row.case += ", pages kept"
             print(row.line(), flush=True)
@@ -95,8 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(row.details(), flush=True)
             if options.out is not None:
                 # One by one: a suite may last an hour.
-                with torch.device(options.device):
-                    report.write(options.out, [row], "python -m pyxlbert.bench " + " ".join(shown))
+                report.write(options.out, [row], "python -m pyxlbert.bench " + " ".join(shown), device)
     if options.picture is not None:
         lengths.draw(options.out, options.picture)
     return 1 if wrong else 0

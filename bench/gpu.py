@@ -16,11 +16,13 @@ is not there before it is built.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 # Seconds.
 LIMITS = {"build": 120, "test": 220, "sanitize": 60, "bench": 100, "prefer": 40}
+# Of its time, what a command has to end in when it is interrupted.
+GRACE = 8.0
 SETUPTOOLS = 77
 NEEDED = ("torch", "triton", "numpy", "pytest", "setuptools", "pybind11", "safetensors", "tokenizers", "transformers")
 TESTS = tuple(f"tests/ops/test_{subject}.py" for subject in ("parity", "contract", "compile", "choice"))
@@ -64,13 +68,28 @@ def environment() -> dict[str, str]:
 
 
 def run(command: Sequence[str], limit: float, **variables: str) -> str:
-    """Runs a command; says "passed" or why it did not."""
+    """Runs a command; says "passed" or why it did not.  Shortly before its limit it is interrupted, then ended."""
     print("$", " ".join(command), flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment() | variables, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment() | variables, timeout=limit, check=False)
+        status = process.wait(limit - min(GRACE, limit / 4))
     except subprocess.TimeoutExpired:
         return f"did not end within {limit:.0f} s"
-    return "passed" if done.returncode == 0 else f"exit status {done.returncode}"
+    finally:
+        _end(process, min(GRACE, limit / 4))
+    return "passed" if status == 0 else f"exit status {status}"
+
+
+def _end(process: subprocess.Popen, grace: float) -> None:
+    """Lets a command that still runs say what it has found, as pytest does, and leaves none of its processes behind."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        # Its session is its own: workers that hold the device are in it.
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def build(limit: float) -> str:

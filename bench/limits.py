@@ -10,6 +10,11 @@ from pyxlbert.bench.timer import race_on
 from pyxlbert.cpu import _onednn
 
 
+def cache_size(device: str) -> int:
+    """Bytes of a GPU's second-level cache; 0 on the CPU, whose races may find their inputs there, as a model does."""
+    return 0 if device == "cpu" else torch.cuda.get_device_properties().L2_cache_size
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read and written together, of a copy much larger than the caches, on torch's default device."""
     return _copy_bandwidth(torch.get_default_device().type)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pyxlbert.bench import limits
-from pyxlbert.bench.ops import Call, Race
+from pyxlbert.bench.ops import Built, Call, Race, lazily, some_heads
 
 import pyxlbert
 
@@ -43,6 +43,11 @@ class Problem:
         """Seconds at the machine's GEMM rate: three products forward; backward repeats two and makes six more."""
         product = 2 * self.batch * self.heads * self.length**2 * self.head_size
         return (11 if self.backward else 3) * product / limits.gemm_rate(self.dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of q, k and v."""
+        return 3 * self.batch * self.length * self.heads * self.head_size * self.dtype.itemsize
 
     def contestants(self) -> tuple[str, ...]:
         """Ours first.  "pyxlbert attention" is ours without a position term, whose FLOPs are two thirds."""
@@ -80,16 +85,38 @@ class Problem:
 
         return run
 
-    def build(self) -> tuple[Call, dict[str, Call], Call | None]:
+    def build(self) -> Built:
         """See `Race`."""
         inputs = self.inputs()
         ours, *peers = self.contestants()
-        truth = self.call("einsum, gather, SDPA", inputs, torch.float64) if self.length <= 512 else None
-        return self.call(ours, inputs), {name: self.call(name, inputs) for name in peers}, truth
+        part = some_heads(self.length, self.heads)
+
+        def exact() -> list[torch.Tensor]:
+            return [part(x).to(self.dtype).double() for x in inputs]
+
+        def truth() -> Any:
+            return self.call("einsum, gather, SDPA", exact(), torch.float64)()
+
+        def alone() -> Any:
+            qkv, *_, cotangent = exact()
+            qkv.requires_grad_(self.backward)
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv.unbind(2))).transpose(1, 2)
+            return (out.detach(), *torch.autograd.grad(out, qkv, cotangent)) if self.backward else out
+
+        def later(name: str) -> Call:
+            return lazily(lambda: self.call(name, inputs))
+
+        return Built(
+            later(ours),
+            {name: later(name) for name in peers},
+            truth,
+            {"pyxlbert attention": alone},
+            part,
+        )
 
     def race(self) -> Race:
         rounds = 5 if self.length >= 2048 else 9
-        return Race("relative_attention", self.case, self.dtype, self.build, self.limit, rounds)
+        return Race("relative_attention", self.case, self.dtype, self.build, self.bytes, self.limit, rounds)
 
 
 def _ours(qkv: torch.Tensor, r: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

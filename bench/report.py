@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
+import re
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,15 +13,20 @@ import torch
 from pyxlbert.bench.timer import Timing
 
 import pyxlbert
+from pyxlbert import files
 
 # Nothing else of a machine or an environment is written: no host name, no paths, no user.
 DEVICE_FIELDS = ("gpu", "processor", "level", "threads", "copy_bandwidth", "gemm_float32", "gemm_bfloat16")
 VERSIONS = ("pyxlbert", "torch", "triton", "transformers", "onnxruntime", "openvino", "numpy")
 
+# The name under which a row says what kept a race from being run at all.
+RACE = "the race"
+_REFUSED = re.compile(r"backend '\w+' is unavailable: ")
+
 
 def is_peer(name: str) -> bool:
     """Whether a contestant is another library's way to the same result, and not given a part of it."""
-    return not name.startswith("pyxlbert") and not name.endswith(" given")
+    return not name.startswith("pyxlbert") and not name.endswith(" given") and name != RACE
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Row:
         timings: of every contestant; ours is called "pyxlbert".
         limit: seconds that the machine's measured limit allows, where it is known.
         note: what a reader must know, such as "less work".
-        failed: what did not run, and why.
+        failed: what has no time, and why: it did not run, or its answer was wrong.
         memory: bytes of every contestant's peak above inputs and results, where it was measured.
     """
 
@@ -50,8 +54,15 @@ class Row:
     memory: dict[str, int] = field(default_factory=dict)
 
     @property
-    def ours(self) -> Timing:
-        return self.timings["pyxlbert"]
+    def ours(self) -> Timing | None:
+        """None where it did not run or was wrong."""
+        return self.timings.get("pyxlbert")
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """What is wrong with ours, or with the race itself, by name; a named backend may refuse."""
+        refused = {name for name, why in self.failed.items() if name != "pyxlbert" and _REFUSED.search(why)}
+        return {name: why for name, why in self.failed.items() if not is_peer(name) and name not in refused}
 
     @property
     def best_peer(self) -> tuple[str, Timing] | None:
@@ -59,12 +70,14 @@ class Row:
         return min(peers.items(), key=lambda item: item[1].median) if peers else None
 
     def line(self) -> str:
-        peer = self.best_peer
-        parts = [f"{self.subject:24} {self.case:28} {self.dtype:9} {_time(self.ours.median):>10}"]
+        peer, ours = self.best_peer, self.ours
+        shown = "no time" if ours is None else _time(ours.median)
+        parts = [f"{self.subject:24} {self.case:28} {self.dtype:9} {shown:>10}"]
         if peer is not None:
-            parts.append(f"{peer[0]:>14} {_time(peer[1].median):>10} {peer[1].median / self.ours.median:6.2f}x")
-        if self.limit is not None:
-            parts.append(f"{self.limit / self.ours.median:5.0%} of limit")
+            ratio = "" if ours is None else f" {peer[1].median / ours.median:6.2f}x"
+            parts.append(f"{peer[0]:>14} {_time(peer[1].median):>10}{ratio}")
+        if self.limit is not None and ours is not None:
+            parts.append(f"{self.limit / ours.median:5.0%} of limit")
         return "  ".join(parts) + (f"  ({self.note})" if self.note else "")
 
     def details(self) -> str:
@@ -73,9 +86,9 @@ class Row:
         for name, t in sorted(self.timings.items(), key=lambda item: item[1].median):
             quartiles = f"[{_time(t.lower)}, {_time(t.upper)}]"
             memory = f"{self.memory[name] / 1e6:10.0f} MB" if name in self.memory else ""
-            ratio = t.median / self.ours.median
-            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {ratio:5.2f}x{memory}")
-        return "\n".join(lines + [f"    {name:22} did not run: {why}" for name, why in self.failed.items()])
+            ratio = "" if self.ours is None else f"{t.median / self.ours.median:5.2f}x"
+            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {ratio}{memory}")
+        return "\n".join(lines + [f"    {name:22} no time: {why}" for name, why in self.failed.items()])
 
 
 def _time(seconds: float) -> str:
@@ -124,13 +137,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, rows: list[Row], command: str) -> None:
+def write(path: Path, rows: list[Row], command: str, description: dict[str, object] | None = None) -> None:
     """Writes the results whole or not at all; rows of the same race in an older file are replaced where they stand.
+
+    Args:
+        path: the JSON file.
+        rows: to add to it.
+        command: that they come from.
+        description: what `device` gave where they ran; by default it is asked here.
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: the older file is not JSON.
     """
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    old = files.read_optional_json(path).get("rows", [])
     found = {(r["subject"], r["case"], r["dtype"]): r for r in old}
     found |= {
         (r.subject, r.case, r.dtype): {
@@ -146,19 +166,11 @@ def write(path: Path, rows: list[Row], command: str) -> None:
         }
         for r in rows
     }
-    description = device()
+    description = device() if description is None else description
     document = {
         "device": {name: description[name] for name in DEVICE_FIELDS if name in description},
         "versions": versions(),
         "rows": list(found.values()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with files.whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -19,12 +19,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     head += ["ours MB", "best peer MB"] if memory else []
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for row in rows:
-        ours = row["timings"]["pyxlbert"]["median"]
+        # None: it has no time, and `failed` says why.
+        ours = row["timings"].get("pyxlbert", {}).get("median")
         peers = {name: t["median"] for name, t in row["timings"].items() if is_peer(name)}
         best = min(peers, key=peers.__getitem__) if peers else None
         cells = [row["case"], row["dtype"]]
         cells += [_ms(row["timings"][name]["median"]) if name in row["timings"] else "" for name in names]
-        cells += [f"{peers[best] / ours:.2f}" if best else "", f"{row['limit'] / ours:.0%}" if row["limit"] else ""]
+        cells += [f"{peers[best] / ours:.2f}" if best and ours else ""]
+        cells += [f"{row['limit'] / ours:.0%}" if row["limit"] and ours else ""]
         if memory:
             cells += [_mb(row["memory"].get(name)) for name in ("pyxlbert", best)]
         lines.append(" | ".join(cells))

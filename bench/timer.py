@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 Contestants = dict[str, Callable[[], object]]
+# The same contestants on several copies of the inputs, or on one.
+Copies = Contestants | Sequence[Contestants]
+
+
+Tell = Callable[[str], None]
+
+
+def nobody(name: str) -> None:
+    """A `Tell` that nobody hears."""
+
+
+class Failed(RuntimeError):
+    """A contestant raised; the cause is its error.
+
+    Attributes:
+        name: the contestant's.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Inside of it an error is this contestant's.
+
+    Raises:
+        Failed: from any error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise Failed(name) from error
+
+
+def copies_for(size: int, cache: int) -> int:
+    """How many copies of inputs of `size` bytes are more than twice a cache of `cache` bytes; one without a cache."""
+    return 1 + 2 * cache // size if cache else 1
+
+
+class _Turns:
+    """Every call, whoever's it is, takes the next copy: none finds in the cache what the call before it has read."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = [copies] if isinstance(copies, dict) else list(copies)
+        self._place = itertools.count()
+        self.copies = len(self._copies)
+        self.names = list(self._copies[0])
+
+    def call(self, name: str) -> None:
+        self._copies[next(self._place) % len(self._copies)][name]()
 
 
 @dataclass(frozen=True)
@@ -21,79 +75,96 @@ class Timing:
     rounds: int
 
 
-def race(contestants: Contestants, *, rounds: int = 11, least: float = 0.02, seed: int = 0) -> dict[str, Timing]:
+def race(
+    contestants: Copies, *, rounds: int = 11, least: float = 0.02, seed: int = 0, tell: Tell = nobody
+) -> dict[str, Timing]:
     """Times every contestant in every round.
 
     A machine that slows down for some seconds slows all of them, so the ratios hold where the
     absolute numbers do not.  The order is shuffled: whoever runs after a heavy one finds cold caches.
 
     Args:
-        contestants: name to a call without arguments.
+        contestants: name to a call without arguments, once or for each copy of the inputs.
         rounds: samples of each.
         least: seconds that a sample should last; short calls are repeated inside it.
         seed: of the order.
+        tell: is told whose turn it is, outside of what is timed.
 
     Returns:
         the timing of each contestant.
+
+    Raises:
+        Failed: a contestant raised.
     """
-    repeats = {}
-    for name, call in contestants.items():
-        seconds = _time(call)
-        if seconds < 50 * least:  # the first call may have made something that the next ones find
-            seconds = _time(call)
+    turns, repeats = _Turns(contestants), {}
+    for name in turns.names:
+        tell(name)
+        with running(name):
+            seconds = _time(turns, name)
+            if seconds < 50 * least:  # the first call may have made something that the next ones find
+                seconds = _time(turns, name)
         repeats[name] = max(1, round(least / max(seconds, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in turns.names}
+    order = list(turns.names)
     shuffle = random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            call = contestants[name]
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
+            tell(name)
+            with running(name):
+                samples[name].append(_time(turns, name, repeats[name]))
     return {name: _timing(values, rounds) for name, values in samples.items()}
 
 
-def race_on(device: str, contestants: Contestants, *, rounds: int = 11) -> dict[str, Timing]:
+def race_on(device: str, contestants: Copies, *, rounds: int = 11, tell: Tell = nobody) -> dict[str, Timing]:
     """`race` where the calls' tensors are: "cpu", or "cuda" with the GPU's own clock."""
-    return race(contestants, rounds=rounds) if device == "cpu" else race_on_gpu(contestants, rounds=rounds)
+    timer = race if device == "cpu" else race_on_gpu
+    return timer(contestants, rounds=rounds, tell=tell)
 
 
-def race_on_gpu(contestants: Contestants, *, rounds: int = 51, seed: int = 0) -> dict[str, Timing]:
+def race_on_gpu(contestants: Copies, *, rounds: int = 51, seed: int = 0, tell: Tell = nobody) -> dict[str, Timing]:
     """Times every contestant in every round by events on the GPU's stream, in a new order every round.
 
     The GPU first waits a moment, in which the host gets ahead: then there are no gaps between a call's kernels, as in a
-    model that keeps the device busy.  Inputs are to be larger than the L2 cache, or what is timed is the cache.
+    model that keeps the device busy.  All copies of the inputs together are to be larger than the L2 cache, or what is
+    timed is the cache: see `copies_for`.
 
     Args:
-        contestants: name to a call without arguments.
+        contestants: name to a call without arguments, once or for each copy of the inputs.
         rounds: samples of each.
         seed: of the order.
+        tell: is told whose turn it is, outside of what is timed.
 
     Returns:
         the timing of each contestant.
+
+    Raises:
+        Failed: a contestant raised.
     """
     import torch
 
-    for call in contestants.values():
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    turns = _Turns(contestants)
+    for name in turns.names:
+        tell(name)
+        with running(name):
+            for _ in range(max(3, turns.copies)):
+                turns.call(name)
+            torch.cuda.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in turns.names}
+    order = list(turns.names)
     shuffle = random.Random(seed)
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
-            start.record()
-            contestants[name]()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) / 1e3)
+            tell(name)
+            with running(name):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
+                start.record()
+                turns.call(name)
+                end.record()
+                end.synchronize()
+                samples[name].append(start.elapsed_time(end) / 1e3)
     return {name: _timing(values, rounds) for name, values in samples.items()}
 
 
@@ -102,7 +173,8 @@ def _timing(samples: list[float], rounds: int) -> Timing:
     return Timing(median, lower, upper, rounds)
 
 
-def _time(call: Callable[[], object]) -> float:
+def _time(turns: _Turns, name: str, repeats: int = 1) -> float:
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        turns.call(name)
+    return (time.perf_counter() - start) / repeats

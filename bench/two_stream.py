@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pyxlbert.bench import limits
-from pyxlbert.bench.ops import Call, Race
+from pyxlbert.bench.ops import Built, Call, Race
 
 import pyxlbert
 
@@ -20,7 +20,7 @@ def two_stream_attention(batch: int, length: int, targets: int, dtype: torch.dty
     """
     b, t, m, h, d = batch, length, targets, 12, 64
 
-    def build() -> tuple[Call, dict[str, Call], None]:
+    def build() -> Built:
         ranks = torch.stack([torch.randperm(t) for _ in range(b)]).int()
         positions = ranks.argsort(1)[:, t - m :].sort(1).values.int()
         target_ranks = ranks.gather(1, positions.long())
@@ -82,7 +82,7 @@ def two_stream_attention(batch: int, length: int, targets: int, dtype: torch.dty
                 lambda: (content(), whole()), (cotangents[0],) * 2, [qkv, every, table, content_bias, position_bias]
             ),
         }
-        return call(together, cotangents, leaves), peers, None
+        return Built(call(together, cotangents, leaves), peers, None)
 
     kind = " forward+backward" if backward else ""
     # A random permutation hides half of the pairs, but hardly ever a whole tile.
@@ -92,6 +92,7 @@ def two_stream_attention(batch: int, length: int, targets: int, dtype: torch.dty
         f"{b}x{t}x{h}x{d} M={m}{kind}",
         dtype,
         build,
+        3 * b * t * h * d * dtype.itemsize,
         lambda: products / limits.gemm_rate(dtype),
         rounds=9,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,40 @@ def test_a_command_that_fails_or_does_not_end_is_no_success(monkeypatch) -> None
     for result, status in (("passed", 0), ("exit status 1", 1)):
         monkeypatch.setitem(gpu.PARTS, "build", lambda limit, result=result: result)
         assert gpu.main(["build"]) == status
+
+
+def alive(process: str) -> bool:
+    """One that was ended may wait for its parent to hear of it."""
+    try:
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_at_its_limit_a_command_is_interrupted_and_leaves_no_process(stubborn: bool, tmp_path) -> None:
+    """Interrupted it still writes what it has; its worker, which does not listen, is ended too."""
+    gpu = load("bench/gpu.py")
+    child, said = tmp_path / "child", tmp_path / "said"
+    script = tmp_path / "command.py"
+    script.write_text(f"""
+import signal, subprocess, sys, time
+from pathlib import Path
+ignore = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
+Path({str(child)!r}).write_text(str(subprocess.Popen([sys.executable, "-S", "-c", ignore]).pid))
+if {stubborn}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    Path({str(said)!r}).write_text("two failed")
+""")
+    assert gpu.run([sys.executable, "-S", str(script)], 8) == "did not end within 8 s"
+    assert said.exists() != stubborn
+    deadline = time.monotonic() + 20
+    while alive(child.read_text()):
+        assert time.monotonic() < deadline, "its worker is still there"
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() and importlib.util.find_spec("triton") is None, reason="no triton")

@@ -1,0 +1,72 @@
+"""The measurement behind `measured.json`, without a GPU: answers, the table as it grows, faults that cost one size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pyxlbert.bench import ops, prefer
+from pyxlbert.bench.apart import Found
+from pyxlbert.bench.timer import Timing
+
+from pyxlbert.backends import measured
+
+TIME = Timing(1e-3, 9e-4, 2e-3, 5)
+OPS = {(p.op, p.head_size) for p in prefer.problems() if p.head_size != 128}
+
+
+@pytest.mark.parametrize(("op", "head_size"), sorted(OPS))
+def test_every_problem_is_checked(op: str, head_size: int, monkeypatch) -> None:
+    """Kernels run here in Triton's interpreter and in the emulation, or refuse; what is changed is not timed."""
+    monkeypatch.setattr(prefer, "VOCABULARY", 50)
+    monkeypatch.setattr(prefer, "WIDTH", 64)
+    monkeypatch.setattr(ops, "race_on", lambda device, copies, **options: {name: TIME for name in copies[0]})
+    problem = prefer.Problem(op, 8, torch.float32, head_size)
+    row = problem.race().run()
+    assert "torch" in row.timings and not row.faults
+    assert {*row.timings, *row.failed} == {"torch", "pyxlbert cuda", "pyxlbert triton"}
+    # In place of both, the CPU's: right, and then wrong.
+    monkeypatch.setattr(measured, "USUAL", ("cpu", "torch"))
+    assert set(problem.race().run().timings) == {"torch", "pyxlbert cpu", "pyxlbert torch"}
+    forward = prefer.Problem._scores if head_size else prefer.Problem._rows
+
+    def changed(self):
+        leaves, function = forward(self)
+
+        def wrong(*inputs):
+            out = function(*inputs)
+            return out if inputs[0].dtype is torch.float64 else 1.5 * out
+
+        return leaves, wrong
+
+    monkeypatch.setattr(prefer.Problem, forward.__name__, changed)
+    assert not problem.race().run().timings
+
+
+def test_sizes_are_written_as_they_come(tmp_path) -> None:
+    path = tmp_path / "measured.json"
+    old = {"key": measured.Key("attention", "bfloat16", 64, "8.0")._asdict(), "times": [[1, 2.0, 3.0]]}
+    path.write_text(json.dumps([old]))
+    given = [prefer.Problem("attention", size, torch.bfloat16, 64) for size in (128, 2048, 16384)]
+    names = ("pyxlbert cuda", "pyxlbert triton")
+    lines = []
+
+    def found():
+        for place, problem in enumerate(given):
+            timings = {name: TIME for name in names[: 1 if place == 1 else 2]}
+            failed = {} if place != 1 else {"pyxlbert triton": "wrong answer: 1"}
+            yield Found(problem.race().row(timings, failed), {"capability": "9.0"})
+            lines.append(json.loads(path.read_text()))
+
+    times, wrong = prefer.collect(found(), given, path)
+    key = measured.Key("attention", "bfloat16", 64, "9.0")
+    assert wrong == 1 and times == {key: [(128 * 768, 1e-3, 1e-3), (16384 * 768, 1e-3, 1e-3)]}
+    assert [len(line[1]["times"]) for line in lines] == [1, 1, 2]
+    assert all(line[0] == old and line[1]["key"] == key._asdict() for line in lines)
+
+
+def test_the_keys_are_those_that_a_call_asks_for() -> None:
+    for problem in prefer.problems():
+        tensor = torch.empty(3, problem.head_size or 768, dtype=problem.dtype, device="meta")
+        assert problem.key("9.0") == measured.key_of(problem.op, tensor, "9.0")
