@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from small_xlnet import FLOAT32, IDS, MASK, REAL, SMALL, Calls, build
 
 from pyxlbert.models import (
+    XLNetForMultipleChoice,
     XLNetForQuestionAnswering,
     XLNetForSequenceClassification,
 )
@@ -69,9 +72,65 @@ def test_packed_input_is_the_padded_one_without_the_padding() -> None:
 
 @pytest.mark.parametrize("kind", ["last", "first", "mean"])
 def test_a_summary_of_tokens_needs_no_padding(kind: str, monkeypatch) -> None:
-    model, calls = build(XLNetForSequenceClassification, summary_type=kind), Calls(monkeypatch)
-    model(IDS, MASK, use_mems=False)
-    assert (calls.made[0][2]["cu_seqlens"] is not None) == (kind == "last")
+    for at_padding in (False, True):
+        model = build(XLNetForSequenceClassification, summary_type=kind, summary_at_padding=at_padding)
+        calls = Calls(monkeypatch)
+        model(IDS, MASK, use_mems=False)
+        assert (calls.made[0][2]["cu_seqlens"] is not None) == (not at_padding or kind == "last")
+
+
+def summarized(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    """What a head makes of each row's summary, ``[B, ...]``; a row is the only choice where it takes choices."""
+    if isinstance(model, XLNetForMultipleChoice | transformers.XLNetForMultipleChoice):
+        ids, mask = (None if x is None else x.view(-1, 1, x.shape[-1]) for x in (ids, mask))
+    output = model(ids, attention_mask=mask, **options)
+    return output.cls_logits if "cls_logits" in output else output.logits
+
+
+SUMMARIZING = (XLNetForSequenceClassification, XLNetForMultipleChoice, XLNetForQuestionAnswering)
+SUMMARIES = [(head, kind) for head in SUMMARIZING[:2] for kind in ("last", "first", "mean", "cls_index")]
+SUMMARIES += [(XLNetForQuestionAnswering, "last")]
+
+
+@pytest.mark.parametrize("use_mems", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("head", "kind"), SUMMARIES)
+def test_padding_is_in_no_summary(head: type, kind: str, side: str, use_mems: bool) -> None:
+    """A row has the summary that it has alone, on whichever side the batch is padded."""
+    model, mask = build(head, summary_type=kind), MASK if side == "left" else MASK.flip(1)
+    found = summarized(model, IDS, mask, use_mems=use_mems)
+    for row, tokens in enumerate(mask.bool()):
+        alone = summarized(model, IDS[row : row + 1, tokens], None, use_mems=use_mems)
+        compare.close(f"row {row}", found[row : row + 1], alone, FLOAT32)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("head", "kind"), SUMMARIES)
+def test_a_summary_at_padding_is_that_of_transformers(head: type, kind: str, side: str) -> None:
+    mask = MASK if side == "left" else MASK.flip(1)
+    config = transformers.XLNetConfig(**SMALL, summary_type=kind)
+    theirs = getattr(transformers, head.__name__)(config).eval()
+    read_by_both = (side, kind) in (("left", "last"), ("left", "cls_index"), ("right", "first"))
+    told = {"p_mask": 1 - mask} if head is XLNetForQuestionAnswering else {}
+    for at_padding in (True, False):
+        ours = build(head, summary_type=kind, summary_at_padding=at_padding)
+        theirs.load_state_dict(ours.state_dict())
+        with torch.no_grad():
+            found, wanted = summarized(ours, IDS, mask), summarized(theirs, IDS, mask, **told)
+        if at_padding or read_by_both:
+            compare.close("summary", found, wanted, FLOAT32)
+        else:
+            assert float((found - wanted).abs().max()) > 0.01 * float(wanted.abs().max())
+
+
+def test_a_row_of_padding_alone_has_a_summary_of_zeros() -> None:
+    mask = MASK.clone()
+    mask[1] = 0
+    for kind in ("last", "first", "mean"):
+        model = build(XLNetForSequenceClassification, summary_type=kind)
+        nothing = model.logits_proj(model.sequence_summary.activation(model.sequence_summary.summary(torch.zeros(24))))
+        for use_mems in (False, True):
+            compare.close(kind, model(IDS, mask, use_mems=use_mems).logits[1], nothing, FLOAT32)
 
 
 def test_a_search_for_answers_leaves_padding_out_as_p_mask_does() -> None:
