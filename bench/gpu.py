@@ -6,7 +6,7 @@ build     the package and its native module with CUDA kernels for this GPU, into
 test      the op, kernel and model tests, of which every backend that runs here takes part
 sanitize  compute-sanitizer over a few calls of every op
 bench     python -m pyxlbert.bench gpu, into bench/results/<device>.json, row by row
-prefer    python -m pyxlbert.bench.prefer, into pyxlbert/preferences.json: which of cuda and triton is faster here
+prefer    python -m pyxlbert.bench.prefer, into pyxlbert/backends/measured.json: which of cuda and triton is faster here
 
 A part has a time of its own to end in, and what it has done by then counts: all end within nine minutes.  The exit
 status is 0 where every part that was asked for ran and passed.  It is run as a file, not as a module, since the package
@@ -121,7 +121,7 @@ def bench(limit: float) -> str:
 
 
 def prefer(limit: float) -> str:
-    command = [sys.executable, "-m", "pyxlbert.bench.prefer", "--write", "pyxlbert/preferences.json"]
+    command = [sys.executable, "-m", "pyxlbert.bench.prefer", "--write", "pyxlbert/backends/measured.json"]
     return run([*command, "--seconds", f"{limit - 15:.0f}"], limit)
 
 

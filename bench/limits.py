@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from pyxlbert.bench.timer import race_on
 
-from pyxlbert.native import _onednn
+from pyxlbert.cpu import _onednn
 
 
 def copy_bandwidth() -> float:

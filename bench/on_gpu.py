@@ -17,7 +17,7 @@ from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Timing, race_on_gpu
 
 import pyxlbert
-from pyxlbert import preference
+from pyxlbert.backends import measured
 
 TOKENS = 16384
 ROUNDS = 51
@@ -201,7 +201,7 @@ def with_backends(race: Race) -> Race:
 
             return call
 
-        return ours, peers | {f"pyxlbert {name}": on(name) for name in preference.USUAL}, truth
+        return ours, peers | {f"pyxlbert {name}": on(name) for name in measured.USUAL}, truth
 
     return replace(race, build=build)
 

@@ -1,6 +1,6 @@
-"""Times backends "cuda" and "triton" on the GPU that is here, for the table of `pyxlbert.preference`.
+"""Times backends "cuda" and "triton" on the GPU that is here, for the table of `pyxlbert.backends.measured`.
 
-    python -m pyxlbert.bench.prefer [--write pyxlbert/preferences.json] [--seconds 60]
+    python -m pyxlbert.bench.prefer [--write pyxlbert/backends/measured.json] [--seconds 60]
 
 Rows of other compute capabilities stay as they are.
 """
@@ -19,8 +19,8 @@ import torch
 from pyxlbert.bench.timer import race_on_gpu
 
 import pyxlbert
-from pyxlbert import backends, preference
-from pyxlbert.ops._define import OPS
+from pyxlbert import backends
+from pyxlbert.backends import OPS, measured
 
 DTYPES = (torch.bfloat16, torch.float32)
 # Rows of ops on rows, and tokens of attention, in sequences of up to 2048.
@@ -69,24 +69,24 @@ def _timed(call: Callable[[], torch.Tensor]) -> dict[str, float]:
 
         return run
 
-    timings = race_on_gpu({name: on(name) for name in preference.USUAL}, rounds=11)
+    timings = race_on_gpu({name: on(name) for name in measured.USUAL}, rounds=11)
     return {name: timing.median for name, timing in timings.items()}
 
 
 def measure(seconds: float) -> list[dict[str, Any]]:
-    """Rows of preferences.json for this device, as many as there is time for; a key is measured at every size."""
+    """Rows of measured.json for this device, as many as there is time for; a key is measured at every size."""
     capability = ".".join(str(number) for number in torch.cuda.get_device_capability())
     end = time.monotonic() + seconds
     rows = []
     for dtype in DTYPES:
         for make in (lambda n: _rows(n, dtype), lambda n: _scores(n, 64, dtype), lambda n: _scores(n, 128, dtype)):  # noqa: B023
-            found: dict[preference.Key, list[tuple[int, float, float]]] = {}
+            found: dict[measured.Key, list[tuple[int, float, float]]] = {}
             for n in SIZES:
                 for op, tensor, call in make(n):
-                    if any(OPS[op].refusal(name, tensor) for name in preference.USUAL):
+                    if any(OPS[op].refusal(name, tensor) for name in measured.USUAL):
                         continue
                     times = _timed(call)
-                    key = preference.key_of(op, tensor, capability)
+                    key = measured.key_of(op, tensor, capability)
                     found.setdefault(key, []).append((tensor.numel(), times["cuda"], times["triton"]))
                     print(f"{tuple(key)} {tensor.numel()}: {times}", flush=True)
                 if time.monotonic() > end:
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="the JSON file whose rows are replaced")
     parser.add_argument("--seconds", type=float, default=60.0, help="begin no further group of ops after so long")
     options = parser.parse_args(arguments)
-    for name in preference.USUAL:
+    for name in measured.USUAL:
         reason = backends.unavailable(name)
         if reason is not None or backends.cuda_is_emulated or not torch.cuda.is_available():
             print(f"prefer: nothing was timed: backend {name!r} has no GPU here ({reason})", file=sys.stderr)

@@ -13,7 +13,7 @@ struct f16 {
     std::uint16_t bits;
 };
 
-// Element type of a tensor as Python passes it; the order is pyxlbert.native's.
+// Element type of a tensor as Python passes it; the order is pyxlbert.cpu's.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 }  // namespace pyxlbert

@@ -39,8 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.streams import Shared
-from pyxlbert.strides import int32
+from pyxlbert.launch.relative import Shared
+from pyxlbert.launch.relative import Stream as Queries
+from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
@@ -49,8 +50,10 @@ from ._products import add_product, row_products, row_products_of_two
 from ._scores import (
     INFINITY,
     LN2,
+    block_and_plane,
     broadcast_of,
     exp,
+    grid_of,
     load_rows,
     precision_of,
     rows_of,
@@ -67,31 +70,13 @@ UNIFORM_SCORE = tl.constexpr(-1e30)
 
 
 class Stream:
-    """The queries of one stream, sorted by position where they have any.
+    """The queries of one stream as the kernels take them, sorted by position if they have any."""
 
-    Args:
-        query: `[B, T, H, D]` or packed.
-        segments, rank: int32 `[B, T]` or packed, or None.
-        positions: int32 `[B, T]`, -1 for a row without one; None: a row's own number.
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
-    """
-
-    def __init__(
-        self,
-        shared: Shared,
-        query: Tensor,
-        segments: Tensor | None,
-        positions: Tensor | None,
-        rank: Tensor | None,
-        see_self: bool,
-        mask_by_position: bool,
-        tag: int,
-    ) -> None:
-        self.shared, self.see_self, self.mask_by_position, self.tag = shared, see_self, mask_by_position, tag
+    def __init__(self, shared: Shared, stream: Queries) -> None:
+        query, self.shared, self.tag = stream.query, shared, stream.tag
+        self.see_self, self.mask_by_position = stream.see_self, stream.mask_by_position
         self.order: Tensor | None = None
-        positions, segments, rank = int32(positions), int32(segments), int32(rank)
+        positions, segments, rank = int32(stream.positions), int32(stream.segments), int32(stream.rank)
         if positions is not None:
             self.order = positions.argsort(dim=1, stable=True)
             positions, segments, rank = (
@@ -111,7 +96,7 @@ class Stream:
         self.batch, self.total = batch, total
         self.planes, self.tables, self.table_rows = batch * self.heads, tables, table.shape[-3]
         table_rows = rows_of(table)
-        mask = broadcast_of(shared.mask)
+        mask = broadcast_of(shared.attention_mask)
         seed = None if shared.dropout_p == 0.0 else shared.seed
         self.extras = mask.tensor is not None or seed is not None or rank is not None
         self._arguments = (
@@ -141,7 +126,7 @@ class Stream:
         return {
             "CAUSAL": self.shared.causal,
             "SEE_SELF": self.see_self,
-            "UNIFORM": self.shared.uniform,
+            "UNIFORM": self.shared.uniform_rows,
             "BY_POSITION": self.mask_by_position,
             "TAG": self.tag,
             "PRECISION": precision_of(self.query.dtype),
@@ -161,7 +146,7 @@ class Stream:
         options = self.options("relative_fwd")
         launch(
             _fwd,
-            (triton.cdiv(self.queries, options["BLOCK_M"]), self.planes),
+            grid_of(self.queries, options["BLOCK_M"], self.planes),
             out.device,
             *(*self._arguments, *rows_of(out), lse, *strides_of_statistics(lse)),
             **options,
@@ -194,7 +179,7 @@ class Stream:
         options = self.options("relative_bwd_rows")
         launch(
             _bwd_rows,
-            (triton.cdiv(self.queries, options["BLOCK_M"]), self.planes),
+            grid_of(self.queries, options["BLOCK_M"], self.planes),
             device,
             *(*saved, *rows_of(self.sorted(out))),
             **options,
@@ -202,7 +187,7 @@ class Stream:
         options = self.options("relative_bwd_keys")
         launch(
             _bwd_keys,
-            (triton.cdiv(self.keys, options["BLOCK_N"]), self.planes),
+            grid_of(self.keys, options["BLOCK_N"], self.planes),
             device,
             *(*saved, *rows_of(dkey), *rows_of(dvalue)),
             **options,
@@ -214,12 +199,12 @@ class Stream:
         blocks = triton.cdiv(self.queries, options["BLOCK_M"])
         parts = torch.empty(self.planes, blocks, 5, self.head_size, dtype=torch.float32, device=device)
         added = dtable.zero_() if atomic else None
-        launch(_bwd_queries, (blocks, self.planes), device, *(*saved, *rows_of(dquery), parts, added), **options)
+        launch(_bwd_queries, (blocks * self.planes,), device, *(*saved, *rows_of(dquery), parts, added), **options)
         if not atomic:
             options = self.options("relative_bwd_table")
             launch(
                 _bwd_table,
-                (triton.cdiv(self.table_rows, options["BLOCK_N"]), self.tables * self.heads),
+                grid_of(self.table_rows, options["BLOCK_N"], self.tables * self.heads),
                 device,
                 *(*saved, dtable),
                 **options,
@@ -635,7 +620,7 @@ def _fwd(
     CARRY: tl.constexpr,
 ):
     """The running softmax over the keys of BLOCK_M queries."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
     shift = keys - queries
@@ -667,7 +652,7 @@ def _fwd(
     query += b * query_b + start * query_t + h * query_h
     key += b * key_b + start * key_t + h * key_h
     value += b * value_b + start * value_t + h * value_h
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     if first_i < queries:
         number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
         _q, content, place_part, same, different, segment = prepared(
@@ -729,8 +714,8 @@ def _fwd(
                 less = exp(largest - level)
                 weight = weight * less + tl.sum(p, 1)
                 if seed is not None:
-                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    four = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), four, number[:, None], plane, TAG, threshold)
                     p = tl.where(kept, p, 0.0)
                 v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
                 acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
@@ -819,7 +804,7 @@ def _bwd_rows(
     BLOCK_N: tl.constexpr,
 ):
     """delta and rest of every row: see `_bwd_rows` of attention."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
     shift = keys - queries
@@ -854,7 +839,7 @@ def _bwd_rows(
     delta += b * lse_b + h * lse_h + start
     rest += b * lse_b + h * lse_h + start
     dout += b * dout_b + start * dout_t + h * dout_h
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     if first_i < queries:
         row = first_i + tl.arange(0, BLOCK_M)
         statistic = tl.load(lse + row, mask=row < queries, other=INFINITY)
@@ -979,7 +964,7 @@ def _bwd_keys(
     BLOCK_N: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_N keys."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(keys, BLOCK_N)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
     shift = keys - queries
@@ -1014,7 +999,7 @@ def _bwd_keys(
     delta += b * lse_b + h * lse_h + start
     rest += b * lse_b + h * lse_h + start
     dout += b * dout_b + start * dout_t + h * dout_h
-    first_j = tl.program_id(0) * BLOCK_N
+    first_j = block * BLOCK_N
     if first_j < extent:
         v = load_seen(value, first_j, readable, value_t, hidden, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -1063,8 +1048,8 @@ def _bwd_keys(
                 dp = row_products(do, v, None, PRECISION)
                 dropped = p
                 if seed is not None:
-                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    four = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), four, number[:, None], plane, TAG, threshold)
                     dropped = tl.where(kept, p * keep_scale, 0.0)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 dv = add_product(tl.trans(dropped.to(do.dtype)), do, dv, PRECISION)
@@ -1156,7 +1141,7 @@ def _bwd_queries(
 
     With a dtable also what they add to the gradient of the table, by atomics.
     """
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
     shift = keys - queries
@@ -1200,8 +1185,7 @@ def _bwd_queries(
     delta += b * lse_b + h * lse_h + start
     rest += b * lse_b + h * lse_h + start
     dout += b * dout_b + start * dout_t + h * dout_h
-    block_i = tl.program_id(0)
-    first_i = block_i * BLOCK_M
+    first_i = block * BLOCK_M
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     g_same = tl.zeros((BLOCK_M,), tl.float32)
@@ -1275,8 +1259,8 @@ def _bwd_queries(
                     do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
                 dp = row_products(do, v, None, PRECISION, PIECES)
                 if seed is not None:
-                    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-                    kept = keep(tl.load(seed), block, number[:, None], plane, TAG, threshold)
+                    four = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+                    kept = keep(tl.load(seed), four, number[:, None], plane, TAG, threshold)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
                 g = p * (dp - product[:, None]) * scale
                 if CAUSAL and UNIFORM:
@@ -1346,7 +1330,7 @@ def _bwd_queries(
     # Blocks behind a packed sequence add zeros.
     d = tl.arange(0, BLOCK_D)
     asks = wide + load_vector(segment_bias, h, D, BLOCK_D)[None, :]
-    parts += (plane.to(tl.int64) * tl.num_programs(0) + block_i) * (5 * D) + d
+    parts += tl.program_id(0).to(tl.int64) * (5 * D) + d
     tl.store(parts, tl.sum(dq_content, 0), mask=d < D)
     tl.store(parts + D, tl.sum(dq_position, 0), mask=d < D)
     total_same = tl.sum(g_same, 0) * load_vector(segment_embedding, h, D, BLOCK_D)
@@ -1489,38 +1473,38 @@ def _bwd_table(
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of BLOCK_N rows of the table, laid out by table row: element (m, n) is of the key at distance n."""
-    first_p = tl.program_id(0) * BLOCK_N
-    group = tl.program_id(1) // heads
-    h = (tl.program_id(1) % heads).to(tl.int64)
+    block, table_plane = block_and_plane(table_rows, BLOCK_N)
+    first_p = block * BLOCK_N
+    group = table_plane // heads
+    h = (table_plane % heads).to(tl.int64)
     TWO: tl.constexpr = positions is None
     SPARSE: tl.constexpr = (key_rank is not None) or (mask is not None)
     table += group.to(tl.int64) * table_g + h * table_h
     r = load_seen(table, first_p, table_rows, table_t, None, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     n = tl.arange(0, BLOCK_N)[None, :]
-    all_queries = queries
-    all_keys = keys
     shift = keys - queries
     blocks = tl.cdiv(queries, BLOCK_M)
     for step in range(0, per_table * blocks):
         sequence_number = group * per_table + step // blocks
         first_i = step % blocks * BLOCK_M
         b = tl.cast(sequence_number, tl.int64)
-        plane = sequence_number * heads + tl.program_id(1) % heads
-        start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, all_queries, all_keys, total, all_queries)
-        extent = all_keys
-        at_i = b * all_queries
-        at_j = b * all_keys
+        plane = sequence_number * heads + table_plane % heads
+        # Names of their own: a size that is 1 is a constant, which a loop may not assign.
+        start, rows, length, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
+        extent = keys
+        at_i = b * queries
+        at_j = b * keys
         if cu_seqlens is not None:
-            extent = keys
+            extent = length
             at_i = start
             at_j = start
-        readable = keys
+        readable = length
         if UNIFORM:
             readable = extent
-        number, position, there, top, bottom = lines(first_i, at_i, queries, positions, numbers, BLOCK_M)
+        number, position, there, top, bottom = lines(first_i, at_i, rows, positions, numbers, BLOCK_M)
         first_j = first_p - offset + bottom
-        if (first_i < queries) & (first_j < readable) & (first_j + BLOCK_N + (top - bottom) > 0):
+        if (first_i < rows) & (first_j < readable) & (first_j + BLOCK_N + (top - bottom) > 0):
             own_rank = key_rank
             if key_rank is not None:
                 own_rank = key_rank + at_j
@@ -1533,32 +1517,32 @@ def _bwd_table(
             own_mask = mask
             if mask is not None:
                 own_mask = mask + (b * mask_b + h * mask_h)
-            rank, highest = load_ranks(query_rank, at_i, first_i, queries, there, BLOCK_M)
+            rank, highest = load_ranks(query_rank, at_i, first_i, rows, there, BLOCK_M)
             mask_row = number
             if BY_POSITION:
                 mask_row = position
             row = first_i + tl.arange(0, BLOCK_M)
             statistics = b * lse_b + h * lse_h + start + row
-            statistic = tl.load(lse + statistics, mask=row < queries, other=INFINITY)
+            statistic = tl.load(lse + statistics, mask=row < rows, other=INFINITY)
             moved = position - bottom
             j = first_j + n + moved[:, None]
             live = True
             if SPARSE:
                 live = some_seen(
                     first_i, first_j, number[:, None], j, there[:, None], rank, highest,
-                    own_rank, own_mask, mask_i, mask_j, mask_row[:, None], keys, extent, shift,
+                    own_rank, own_mask, mask_i, mask_j, mask_row[:, None], length, extent, shift,
                     statistic > 0.5 * UNIFORM_SCORE, CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             if live:
                 q, content, place_part, same, different, segment = prepared(
-                    query + (b * query_b + start * query_t + h * query_h), first_i, queries, query_t, there, at_i, h,
+                    query + (b * query_b + start * query_t + h * query_h), first_i, rows, query_t, there, at_i, h,
                     heads, content_bias, position_bias, segment_bias, segment_embedding, query_segments,
                     D, BLOCK_D, BLOCK_M,
                 )  # fmt: skip
-                product = tl.load(delta + statistics, mask=row < queries, other=0.0)
-                more = tl.load(rest + statistics, mask=row < queries, other=0.0)
+                product = tl.load(delta + statistics, mask=row < rows, other=0.0)
+                more = tl.load(rest + statistics, mask=row < rows, other=0.0)
                 do = load_rows(
-                    dout + (b * dout_b + start * dout_t + h * dout_h), first_i, queries, dout_t, BLOCK_M, D, BLOCK_D
+                    dout + (b * dout_b + start * dout_t + h * dout_h), first_i, rows, dout_t, BLOCK_M, D, BLOCK_D
                 )
                 do = tl.where((statistic != INFINITY)[:, None], do, 0.0).to(q.dtype)
                 s = skewed(
@@ -1569,7 +1553,7 @@ def _bwd_table(
                 s = finished(
                     s, number[:, None], j, there[:, None], same[:, None], different[:, None],
                     segment, own_segments, rank, own_rank, own_mask, mask_i, mask_j, mask_row[:, None],
-                    queries, keys, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
+                    rows, length, extent, shift, scale, CAUSAL, SEE_SELF, UNIFORM,
                 )  # fmt: skip
                 p = exp((s - statistic[:, None]) - more[:, None])
                 dp = skewed(

@@ -74,6 +74,22 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def grid_of(rows: int, block: int, planes: int) -> tuple[int]:
+    """The grid of kernels that begin with `block_and_plane`."""
+    return (triton.cdiv(rows, block) * planes,)
+
+
+@triton.jit
+def block_and_plane(rows, BLOCK: tl.constexpr):
+    """Which block of so many rows, and which plane (a sequence's head), this program is for.
+
+    Programs are on the grid's first axis, which takes 2^31 - 1 where the others end at 65,535; those of one plane
+    follow each other, so that they find its keys in the cache.
+    """
+    blocks = tl.cdiv(rows, BLOCK)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
 @triton.jit
 def sequence(cu_seqlens, key_lengths, b, queries, keys, total, most):
     """Sequence b: its first row, its queries and keys, and whether the numbers that say so are wrong.

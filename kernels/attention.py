@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.strides import int32
+from pyxlbert.launch.attention import lse_of
+from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
 from ._launch import launch, refusal
@@ -32,8 +33,10 @@ from ._scores import (
     LN2,
     Broadcast,
     Rows,
+    block_and_plane,
     broadcast_of,
     exp,
+    grid_of,
     kept,
     load_rows,
     load_scores,
@@ -56,108 +59,78 @@ def supports(*tensors: Tensor | None) -> str | None:
     return refusal(*tensors)
 
 
-def attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """out, shaped as query, and lse `[B, H, Tq]` (packed: `[H, total]`) in float32."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    *first, rows, heads, _ = query.shape
-    lse = torch.empty((*first, heads, rows), dtype=torch.float32, device=query.device)
+    query = call.query
+    out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), lse_of(query)
     if lse.numel() == 0:
         return out, lse
     device, precision = query.get_device(), precision_of(query.dtype)
-    tensors = (query, key, value, key_lengths, cu_seqlens, attention_mask, bias, seed, out, lse)
-    kind = kind_of(device, tensors[:8], "attention", max_seqlen, causal, scale, dropout_p, precision)
+    tensors = (
+        *(query, call.key, call.value, call.key_lengths, call.cu_seqlens, call.attention_mask, call.bias, call.seed),
+        *(out, lse),
+    )
+    numbers = (call.max_seqlen, call.causal, call.scale, call.dropout_p, precision)
+    kind = kind_of(device, tensors[:8], "attention", *numbers)
     if run(kind, device, tensors):
         return out, lse
-    call = _Call.of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
-    )
-    tile = configuration("attention_fwd", query, call.extras)
-    grid = (triton.cdiv(call.queries, tile.BLOCK_M), call.planes)
-    arguments = (*call.arguments(), *rows_of(out), lse, *strides_of_statistics(lse))
-    options = call.options(tile)
+    inputs = _Inputs.of(call)
+    tile = configuration("attention_fwd", query, inputs.extras)
+    grid = grid_of(inputs.queries, tile.BLOCK_M, inputs.planes)
+    arguments = (*inputs.arguments(), *rows_of(out), lse, *strides_of_statistics(lse))
+    options = inputs.options(tile)
     compiled = launch(_fwd, grid, query.device, *arguments, **options)
     remember(kind, tensors, _fwd, compiled, grid, arguments, options)
     return out, lse
 
 
-def attention_bwd(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape (empty unless `needs_bias`)."""
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    wanted = bias is not None and needs_bias
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
-    if lse.numel() == 0 or key.numel() == 0:
+    query = call.query
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, call.key, call.value))
+    wanted = call.bias is not None and call.needs_bias
+    dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
+    if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
-    call = _Call.of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
-    )
-    lse = lse.contiguous()
+    inputs = _Inputs.of(call)
+    lse = call.lse.contiguous()
     delta, rest = torch.empty_like(lse), torch.empty_like(lse)
-    saved = (*call.arguments(), *rows_of(dout), lse, delta, rest, *strides_of_statistics(lse))
-    tile = configuration("attention_bwd_rows", query, call.extras)
+    saved = (*inputs.arguments(), *rows_of(call.dout), lse, delta, rest, *strides_of_statistics(lse))
+    tile = configuration("attention_bwd_rows", query, inputs.extras)
     launch(
         _bwd_rows,
-        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
+        grid_of(inputs.queries, tile.BLOCK_M, inputs.planes),
         query.device,
-        *(*saved, *rows_of(out)),
-        **call.options(tile),
+        *(*saved, *rows_of(call.out)),
+        **inputs.options(tile),
     )
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
-    tile = configuration("attention_bwd_keys", query, call.extras)
+    tile = configuration("attention_bwd_keys", query, inputs.extras)
     launch(
         _bwd_keys,
-        (triton.cdiv(call.keys, tile.BLOCK_N), call.planes),
+        grid_of(inputs.keys, tile.BLOCK_N, inputs.planes),
         query.device,
         *(*saved, *dkey, *dvalue),
-        **call.options(tile),
+        **inputs.options(tile),
     )
-    tile = configuration("attention_bwd_queries", query, call.extras)
+    tile = configuration("attention_bwd_queries", query, inputs.extras)
     launch(
         _bwd_queries,
-        (triton.cdiv(call.queries, tile.BLOCK_M), call.planes),
+        grid_of(inputs.queries, tile.BLOCK_M, inputs.planes),
         query.device,
         *(*saved, *dquery),
-        **call.options(tile),
+        **inputs.options(tile),
     )
     if wanted:
-        tile = configuration("attention_bwd_bias", query, call.extras)
+        tile = configuration("attention_bwd_bias", query, inputs.extras)
         shape = dbias.shape
         across = triton.cdiv(shape[3], tile.BLOCK_N)
         launch(
             _bwd_bias,
-            (triton.cdiv(shape[2], tile.BLOCK_M) * across, shape[0] * shape[1]),
+            (shape[0] * shape[1] * triton.cdiv(shape[2], tile.BLOCK_M) * across,),
             query.device,
-            *(*saved, dbias, *shape, call.planes // heads_of(query), across),
-            **call.options(tile),
+            *(*saved, dbias, *shape, inputs.planes // heads_of(query), across),
+            **inputs.options(tile),
         )
     return *gradients, dbias
 
@@ -167,7 +140,7 @@ def heads_of(query: Tensor) -> int:
     return query.shape[-2]
 
 
-class _Call(NamedTuple):
+class _Inputs(NamedTuple):
     """One call, as the kernels take it."""
 
     query: Rows
@@ -188,41 +161,29 @@ class _Call(NamedTuple):
     seed: Tensor | None
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int,
-        attention_mask: Tensor | None,
-        bias: Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> _Call:
-        heads = heads_of(query)
-        if cu_seqlens is None:
-            batch, queries, keys, total = query.shape[0], query.shape[1], key.shape[1], 0
+    def of(cls, call: Any) -> _Inputs:
+        """Of a call, forward or backward."""
+        query, heads = call.query, heads_of(call.query)
+        if call.cu_seqlens is None:
+            batch, queries, keys, total = query.shape[0], query.shape[1], call.key.shape[1], 0
         else:
-            batch, queries, keys, total = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen, query.shape[0]
+            batch, queries, keys = call.cu_seqlens.shape[0] - 1, call.max_seqlen, call.max_seqlen
+            total = query.shape[0]
         return cls(
-            *(rows_of(x) for x in (query, key, value)),
-            int32(key_lengths),
-            int32(cu_seqlens),
-            broadcast_of(attention_mask),
-            broadcast_of(bias),
+            *(rows_of(x) for x in (query, call.key, call.value)),
+            int32(call.key_lengths),
+            int32(call.cu_seqlens),
+            broadcast_of(call.attention_mask),
+            broadcast_of(call.bias),
             heads,
             queries,
             keys,
             total,
             batch * heads,
-            causal,
-            scale,
-            dropout_p,
-            None if dropout_p == 0.0 else seed,
+            call.causal,
+            call.scale,
+            call.dropout_p,
+            None if call.dropout_p == 0.0 else call.seed,
         )
 
     def arguments(self) -> tuple[Any, ...]:
@@ -389,10 +350,10 @@ def _fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -497,10 +458,10 @@ def _bwd_rows(
     whose scores are finfo.min throughout): of such rows the weights are summed again, and the logarithm of their sum is
     what is left to subtract.  A row that sees nothing takes no dout, which may be anything there.
     """
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -602,10 +563,10 @@ def _bwd_keys(
     BLOCK_N: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_N keys.  Tiles are transposed, `[BLOCK_N, BLOCK_M]`, so that both products take them."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(keys, BLOCK_N)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_j = tl.program_id(0) * BLOCK_N
+    first_j = block * BLOCK_N
     shift = keys - queries
     extent = keys
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
@@ -718,10 +679,10 @@ def _bwd_queries(
     BLOCK_N: tl.constexpr,
 ):
     """dquery of BLOCK_M queries."""
-    plane = tl.program_id(1)
+    block, plane = block_and_plane(queries, BLOCK_M)
     b = (plane // heads).to(tl.int64)
     h = (plane % heads).to(tl.int64)
-    first_i = tl.program_id(0) * BLOCK_M
+    first_i = block * BLOCK_M
     shift = keys - queries
     start, queries, keys, _wrong = sequence(cu_seqlens, key_lengths, b, queries, keys, total, queries)
     if first_i < queries:
@@ -826,10 +787,12 @@ def _bwd_bias(
     BLOCK_N: tl.constexpr,
 ):
     """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
-    at_i = tl.program_id(0) // across * BLOCK_M
     at_j = tl.program_id(0) % across * BLOCK_N
-    at_b = tl.program_id(1) // size_h
-    at_h = tl.program_id(1) % size_h
+    down = tl.cdiv(size_i, BLOCK_M)
+    at_i = tl.program_id(0) // across % down * BLOCK_M
+    at_plane = tl.program_id(0) // (across * down)
+    at_b = at_plane // size_h
+    at_h = at_plane % size_h
     shift = keys - queries
     # How many of each there are to add up: 1 where the bias has that dimension.
     sequences = tl.where(size_b == batch, 1, batch)

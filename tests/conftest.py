@@ -27,7 +27,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 import pyxlbert  # noqa: E402
 from pyxlbert import backends  # noqa: E402
-from pyxlbert.ops._define import OPS  # noqa: E402
+from pyxlbert.backends import OPS  # noqa: E402
 
 # The CUDA kernels run in their emulation, on CPU tensors too; this says why where they do not.
 NO_EMULATION: str | None = None
@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             ran = {runner: n for (name, runner), n in counts.items() if name == op and runner.split("/")[0] == backend}
             if ran:
                 text = ", ".join(f"{runner} {n}" for runner, n in sorted(ran.items()))
-            elif backend not in OPS[op].implementations:
+            elif backend not in OPS[op].backends:
                 text = backends.unavailable(backend) or "no kernel"
             else:
                 text = backends.unavailable(backend) or "deselected"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 
 
 def dropout_of(
@@ -25,16 +25,16 @@ def dropout_of(
         TypeError: the seed is neither an int nor an int64 tensor, or dropout_p no number.
         ValueError: dropout_p is outside [0, 1]; the seed has more than one element, another device, or too many bits.
     """
-    dropout_p = _check.probability(op, "dropout_p", dropout_p)
+    dropout_p = checks.probability(op, "dropout_p", dropout_p)
     if isinstance(seed, torch.Tensor):
-        _check.tensor(op, "seed", seed)
-        _check.dtype(op, "seed", seed, torch.int64)
+        checks.tensor(op, "seed", seed)
+        checks.dtype(op, "seed", seed, torch.int64)
         if seed.numel() != 1:
             raise ValueError(f"{op}: seed: got shape {list(seed.shape)}, wanted one element")
         if seed.device != device:
             raise ValueError(f"{op}: seed: got device {seed.device}, wanted {device}")
     elif seed is not None:
-        seed = _check.integer(op, "seed", seed, "an int64 tensor, an int or None")
+        seed = checks.integer(op, "seed", seed, "an int64 tensor, an int or None")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{op}: seed: got {seed}, wanted a 64-bit signed integer")
     if dropout_p == 0.0:

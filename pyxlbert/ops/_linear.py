@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyxlbert.native import _onednn as onednn
-from pyxlbert.ops import _check
+from pyxlbert import checks
+from pyxlbert.cpu import _onednn as onednn
 
 __all__ = ["onednn", "prepare", "requires_grad"]
 
@@ -21,19 +21,19 @@ def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     if _usual(x, weight, bias):
         return x, weight, bias
     parameters = (("weight", weight),) if bias is None else (("weight", weight), ("bias", bias))
-    _check.tensor(op, "x", x)
-    _check.floating(op, "x", x)
+    checks.tensor(op, "x", x)
+    checks.floating(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x: got a scalar, wanted at least one dimension")
     for name, value in parameters:
-        _check.tensor(op, name, value)
-        _check.same_device(op, name, value, "x", x)
-        _check.floating(op, name, value)
+        checks.tensor(op, name, value)
+        checks.same_device(op, name, value, "x", x)
+        checks.floating(op, name, value)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         wanted = f"wanted [N, {x.shape[-1]}] (K, the last dimension of x)"
         raise ValueError(f"{op}: weight: got shape {list(weight.shape)}, {wanted}")
     if bias is not None:
-        _check.shape(op, "bias", bias, (weight.shape[0],), "N, the rows of weight")
+        checks.shape(op, "bias", bias, (weight.shape[0],), "N, the rows of weight")
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         # As torch's own linear: float64 is left alone.
@@ -44,7 +44,7 @@ def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
     if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                _check.parameter_dtype(op, name, value, x)
+                checks.parameter_dtype(op, name, value, x)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return x, weight, bias
@@ -69,7 +69,7 @@ def _usual(x: object, weight: object, bias: object) -> bool:
     try:
         dtype, device, last, shape = x.dtype, x.device, x.shape[-1:], weight.shape
         return (
-            dtype in _check.FLOATING
+            dtype in checks.FLOATING
             and weight.dtype is dtype
             and weight.device == device
             and len(shape) == 2

@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from pyxlbert.ops import _check
+from pyxlbert import checks
 
 
 def check_scale(op: str, scale: float | None) -> float | None:
     """`scale` as a finite float, or None."""
     if scale is None:
         return None
-    found = _check.number(op, "scale", scale, "a finite number")
+    found = checks.number(op, "scale", scale, "a finite number")
     if not -math.inf < found < math.inf:  # a compiler has no isfinite for a number that it does not know
         raise ValueError(f"{op}: scale: got {scale}, wanted a finite number")
     return found
@@ -33,21 +33,21 @@ def check_query_key_value(
     if query.shape[-1] == 0:
         raise ValueError(f"{op}: {name}: got shape {list(query.shape)}, wanted a head size of at least 1")
     if packed:
-        _check.shape(op, "key", key, tuple(query.shape), f"{name}'s shape, packed")
-        _check.shape(op, "value", value, tuple(query.shape), f"{name}'s shape, packed")
+        checks.shape(op, "key", key, tuple(query.shape), f"{name}'s shape, packed")
+        checks.shape(op, "value", value, tuple(query.shape), f"{name}'s shape, packed")
         return
     batch, _, heads, head_size = query.shape
     wanted = (batch, key.shape[1], heads, head_size)
-    _check.shape(op, "key", key, wanted, f"B, Tk, H, D with {name}'s B, H and D")
-    _check.shape(op, "value", value, wanted, "key's shape")
+    checks.shape(op, "key", key, wanted, f"B, Tk, H, D with {name}'s B, H and D")
+    checks.shape(op, "value", value, wanted, "key's shape")
 
 
 def check_rows(op: str, label: str, tensor: torch.Tensor, query: torch.Tensor, packed: bool, name: str) -> None:
     """`tensor` is a floating `[B, T, H, D]` (packed: `[total, H, D]`) of the dtype and on the device of the query."""
-    _check.tensor(op, label, tensor)
-    _check.floating(op, label, tensor)
-    _check.same_device(op, label, tensor, name, query)
-    _check.floating_like(op, label, tensor, query)
+    checks.tensor(op, label, tensor)
+    checks.floating(op, label, tensor)
+    checks.same_device(op, label, tensor, name, query)
+    checks.floating_like(op, label, tensor, query)
     wanted, letters = (3, "[total, H, D], packed") if packed else (4, "[B, T, H, D]")
     if tensor.dim() != wanted:
         raise ValueError(f"{op}: {label}: got shape {list(tensor.shape)}, wanted {wanted} dimensions {letters}")
@@ -57,7 +57,7 @@ def check_scores(
     op: str, name: str, tensor: torch.Tensor, query: torch.Tensor, scores: tuple[int, ...], first: str = "query"
 ) -> None:
     """`tensor` is 4-D and broadcasts to `[B, H, Tq, Tk]`."""
-    _check.same_device(op, name, tensor, first, query)
+    checks.same_device(op, name, tensor, first, query)
     if tensor.dim() != 4:
         hint = "; give key_lengths for a mask of padding" if tensor.dim() == 2 else ""
         raise ValueError(
@@ -80,13 +80,13 @@ def check_masks(
 ) -> None:
     """key_lengths is integer `[B]`, attention_mask boolean and 4-D."""
     if key_lengths is not None:
-        _check.tensor(op, "key_lengths", key_lengths)
-        _check.dtype(op, "key_lengths", key_lengths, torch.int32, torch.int64)
-        _check.same_device(op, "key_lengths", key_lengths, first, query)
-        _check.shape(op, "key_lengths", key_lengths, (query.shape[0],), "B")
+        checks.tensor(op, "key_lengths", key_lengths)
+        checks.dtype(op, "key_lengths", key_lengths, torch.int32, torch.int64)
+        checks.same_device(op, "key_lengths", key_lengths, first, query)
+        checks.shape(op, "key_lengths", key_lengths, (query.shape[0],), "B")
     if attention_mask is not None:
-        _check.tensor(op, "attention_mask", attention_mask)
-        _check.dtype(op, "attention_mask", attention_mask, torch.bool)
+        checks.tensor(op, "attention_mask", attention_mask)
+        checks.dtype(op, "attention_mask", attention_mask, torch.bool)
         scores = (query.shape[0], query.shape[2], query.shape[1], keys)
         check_scores(op, "attention_mask", attention_mask, query, scores, first)
 
@@ -103,17 +103,17 @@ def check_packed(
     Returns:
         max_seqlen as an int, if there is one.
     """
-    _check.tensor(op, "cu_seqlens", cu_seqlens)
-    _check.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
-    _check.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
+    checks.tensor(op, "cu_seqlens", cu_seqlens)
+    checks.dtype(op, "cu_seqlens", cu_seqlens, torch.int32)
+    checks.same_device(op, "cu_seqlens", cu_seqlens, "query", query)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{op}: cu_seqlens: got shape {list(cu_seqlens.shape)}, wanted [B + 1]")
     for name, other in others.items():
         if other is not None:
-            raise ValueError(f"{op}: {name}: got {_check.describe(other)} beside cu_seqlens, wanted None")
+            raise ValueError(f"{op}: {name}: got {checks.describe(other)} beside cu_seqlens, wanted None")
     if max_seqlen is None:
         return None
-    max_seqlen = _check.integer(op, "max_seqlen", max_seqlen)
+    max_seqlen = checks.integer(op, "max_seqlen", max_seqlen)
     if max_seqlen < 0:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least 0")
     return max_seqlen
@@ -155,3 +155,20 @@ def check_offsets(op: str, cu_seqlens: torch.Tensor | None, total: int, max_seql
         longest = max(longest, length)
     if longest > max_seqlen:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least {longest}, the longest sequence")
+
+
+def gradients(needs: list[bool], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """A fake backward's results: shaped as their tensors where needed, else empty."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else first.new_empty(0)
+        for need, tensor in zip(needs, tensors, strict=True)
+    )
+
+
+def lse_like(query: torch.Tensor) -> torch.Tensor:
+    """A fake lse: `[B, H, T]`, packed `[H, total]`, float32 or float64."""
+    *first, rows, heads, _ = query.shape
+    return query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))

@@ -10,40 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.ops import _check
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert import checks
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
-OP = Op(
-    "embedding_layer_norm",
-    {
-        "torch": "pyxlbert.reference.embedding_layer_norm",
-        "cpu": "pyxlbert.native.embedding_layer_norm",
-        "triton": "pyxlbert.kernels.embedding_layer_norm",
-        "cuda": "pyxlbert.cuda.embedding_layer_norm",
-    },
-    ids_first=True,
-)
+OP = Op("embedding_layer_norm", ("torch", "cpu", "triton", "cuda"), ids_first=True)
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def _check_values(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    *_: Any,
-) -> None:
+def _check_values(call: Any) -> None:
     """Every id is a row of its table."""
     for name, ids, table, of in (
-        ("input_ids", input_ids, word, "word"),
-        ("token_type_ids", token_type_ids, token_type, "token_type"),
-        ("position_ids", position_ids, position, "position"),
+        ("input_ids", call.input_ids, call.word, "word"),
+        ("token_type_ids", call.token_type_ids, call.token_type, "token_type"),
+        ("position_ids", call.position_ids, call.position, "position"),
     ):
         if ids is None or table is None or ids.numel() == 0:
             continue
@@ -57,83 +40,48 @@ def _check_values(
         )
 
 
-def _check_values_again(dy: Tensor, *arguments: Any) -> None:
-    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    _check_values(*arguments)
+def _fwd_fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    word = call.word
+    shape = (*call.input_ids.shape, word.shape[-1])
+    statistics = word.new_empty(call.input_ids.shape, dtype=torch.promote_types(word.dtype, torch.float32))
+    copy = word.new_empty(shape if call.copy_dtype is not None else (0,), dtype=call.copy_dtype or call.out_dtype)
+    return word.new_empty(shape, dtype=call.out_dtype), copy, statistics, torch.empty_like(statistics)
 
 
-def _fwd_fake(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    copy_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (*input_ids.shape, word.shape[-1])
-    statistics = word.new_empty(input_ids.shape, dtype=torch.promote_types(word.dtype, torch.float32))
-    copy = word.new_empty(shape if copy_dtype is not None else (0,), dtype=copy_dtype or out_dtype)
-    return word.new_empty(shape, dtype=out_dtype), copy, statistics, torch.empty_like(statistics)
-
-
-def _bwd_fake(
-    dy: Tensor,
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    padding_idx: int,
-    needs_word: bool,
-    needs_token_type: bool,
-    needs_position: bool,
-    needs_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _bwd_fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def table(given: Tensor | None, needed: bool) -> Tensor:
-        return word.new_empty(0) if given is None or not needed else given.new_empty(given.shape)
+        return call.word.new_empty(0) if given is None or not needed else given.new_empty(given.shape)
 
-    n = word.shape[-1] if needs_parameters else 0
+    n = call.word.shape[-1] if call.needs_parameters else 0
     return (
-        table(word, needs_word),
-        table(token_type, needs_token_type),
-        table(position, needs_position),
-        weight.new_empty(n),
-        bias.new_empty(n),
+        table(call.word, call.needs_word),
+        table(call.token_type, call.needs_token_type),
+        table(call.position, call.needs_position),
+        call.weight.new_empty(n),
+        call.bias.new_empty(n),
     )
 
 
-_fwd = OP.define(
+_TABLES = (
+    "Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids, Tensor? position_ids"
+)
+
+Forward, _fwd = OP.define(
     "fwd",
-    "(Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids, Tensor? position_ids, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype,"
-    " ScalarType? copy_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_TABLES}, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype, ScalarType? copy_dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _check_values,
 )
-_bwd = OP.define(
+# Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
+Backward, _bwd = OP.define(
     "bwd",
-    "(Tensor dy, Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids, Tensor? position_ids, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed,"
-    " int padding_idx, bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, {_TABLES}, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, int padding_idx,"
+    " bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _check_values_again,
+    _check_values,
 )
 
 
@@ -141,35 +89,18 @@ class _EmbeddingLayerNorm(OpFunction):
     op = "embedding_layer_norm"
 
     @staticmethod
-    def forward(
-        input_ids: Tensor,
-        word: Tensor,
-        token_type: Tensor | None,
-        position: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        eps: float,
-        out_dtype: torch.dtype,
-        copy_dtype: torch.dtype | None,
-        padding_idx: int,
-        backend: str,
-        backward: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tables = (word, token_type, position, weight, bias, token_type_ids, position_ids)
-        return _fwd(input_ids, *tables, dropout_p, seed, eps, out_dtype, copy_dtype, backend)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _fwd(Forward(*arguments[:-2]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.dropout_p, seed, _, _, copy_dtype, ctx.padding_idx, _, ctx.backend = inputs
+        *call, ctx.padding_idx, ctx.backend = inputs
+        call = Forward(*call)
         _, copy, mean, rstd = output
-        ctx.has_copy = copy_dtype is not None
-        ctx.mark_non_differentiable(mean, rstd, *(() if copy_dtype is not None else (copy,)))
+        ctx.dropout_p, ctx.has_copy = call.dropout_p, call.copy_dtype is not None
+        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_copy else (copy,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, seed, mean, rstd)
+        ctx.save_for_backward(*call[:8], mean, rstd, call.seed)
 
     @staticmethod
     @single_backward("embedding_layer_norm")
@@ -182,22 +113,11 @@ class _EmbeddingLayerNorm(OpFunction):
             dy = dcopy
         elif dcopy is not None:
             dy = dy + dcopy.to(dy.dtype)
-        *tensors, seed, mean, rstd = ctx.saved_tensors
+        *saved, seed = ctx.saved_tensors
         _, needs_word, needs_type, needs_position, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dword, dtype, dposition, dweight, dbias = _bwd(
-            dy,
-            *tensors,
-            mean,
-            rstd,
-            ctx.dropout_p,
-            seed,
-            ctx.padding_idx,
-            needs_word,
-            needs_type,
-            needs_position,
-            needs_weight or needs_bias,
-            ctx.backend,
-        )
+        needs = (needs_word, needs_type, needs_position, needs_weight or needs_bias)
+        call = Backward(dy, *saved, ctx.dropout_p, seed, ctx.padding_idx, *needs, ctx.backend)
+        dword, dtype, dposition, dweight, dbias = _bwd(call)
         return (
             None,
             dword if needs_word else None,
@@ -258,22 +178,22 @@ def embedding_layer_norm(
     """
     op = "embedding_layer_norm"
     _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
-    eps = _check.positive(op, "eps", eps)
+    eps = checks.non_negative(op, "eps", eps)
     skip = -1
     if padding_idx is not None:
-        skip = _check.integer(op, "padding_idx", padding_idx)
+        skip = checks.integer(op, "padding_idx", padding_idx)
         if not 0 <= skip < word.shape[0]:
             raise ValueError(f"{op}: padding_idx: got {skip}, wanted a row of word, 0 to {word.shape[0] - 1}")
-    _check.output_dtype(op, "out_dtype", out_dtype, word)
-    _check.output_dtype(op, "copy_dtype", copy_dtype, word)
+    checks.output_dtype(op, "out_dtype", out_dtype, word)
+    checks.output_dtype(op, "copy_dtype", copy_dtype, word)
     dropout_p, seed = dropout_of(op, dropout_p, seed, word.device)
     backend = OP.resolve(backend, word)
     tensors = (input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
-    options = (dropout_p, seed, eps, out_dtype or word.dtype, copy_dtype)
+    call = Forward(*tensors, dropout_p, seed, eps, out_dtype or word.dtype, copy_dtype, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, copy, *_ = apply(_EmbeddingLayerNorm, *tensors, *options, skip, backend, backward_backend(backend))
+        y, copy, *_ = apply(_EmbeddingLayerNorm, *call, skip, backward_backend(backend))
     else:
-        y, copy, *_ = _fwd(*tensors, *options, backend)
+        y, copy, *_ = _fwd(call)
     return y if copy_dtype is None else (y, copy)
 
 
@@ -288,37 +208,37 @@ def _check_arguments(
     position_ids: Tensor | None,
 ) -> None:
     op = "embedding_layer_norm"
-    _check.tensor(op, "input_ids", input_ids)
-    _check.dtype(op, "input_ids", input_ids, *_INTEGERS)
+    checks.tensor(op, "input_ids", input_ids)
+    checks.dtype(op, "input_ids", input_ids, *_INTEGERS)
     if input_ids.dim() == 0:
         raise ValueError(f"{op}: input_ids: got a scalar, wanted [B, T] or [total]")
-    _check.tensor(op, "word", word)
-    _check.floating(op, "word", word)
+    checks.tensor(op, "word", word)
+    checks.floating(op, "word", word)
     if word.dim() != 2:
         raise ValueError(f"{op}: word: got shape {list(word.shape)}, wanted [V, N]")
     n = word.shape[1]
-    _check.same_device(op, "input_ids", input_ids, "word", word)
+    checks.same_device(op, "input_ids", input_ids, "word", word)
     for name, table in (("token_type", token_type), ("position", position)):
         if table is None:
             continue
-        _check.tensor(op, name, table)
-        _check.same_device(op, name, table, "word", word)
-        _check.dtype(op, name, table, word.dtype)
+        checks.tensor(op, name, table)
+        checks.same_device(op, name, table, "word", word)
+        checks.dtype(op, name, table, word.dtype)
         if table.dim() != 2 or table.shape[1] != n or table.shape[0] == 0:
             raise ValueError(f"{op}: {name}: got shape {list(table.shape)}, wanted [rows, {n}] with at least one row")
     for name, value in (("weight", weight), ("bias", bias)):
-        _check.tensor(op, name, value)
-        _check.same_device(op, name, value, "word", word)
-        _check.parameter_dtype(op, name, value, word)
-        _check.shape(op, name, value, (n,), "N, the columns of word")
+        checks.tensor(op, name, value)
+        checks.same_device(op, name, value, "word", word)
+        checks.parameter_dtype(op, name, value, word)
+        checks.shape(op, name, value, (n,), "N, the columns of word")
     for name, ids, table in (("token_type_ids", token_type_ids, token_type), ("position_ids", position_ids, position)):
         if ids is None:
             continue
-        _check.tensor(op, name, ids)
-        _check.dtype(op, name, ids, *_INTEGERS)
-        _check.same_device(op, name, ids, "word", word)
+        checks.tensor(op, name, ids)
+        checks.dtype(op, name, ids, *_INTEGERS)
+        checks.same_device(op, name, ids, "word", word)
         if table is None:
-            raise ValueError(f"{op}: {name}: got {_check.describe(ids)} without a table {name.removesuffix('_ids')}")
+            raise ValueError(f"{op}: {name}: got {checks.describe(ids)} without a table {name.removesuffix('_ids')}")
         _check_broadcast(name, ids, input_ids)
     if position is not None and position_ids is None:
         if input_ids.dim() == 1:

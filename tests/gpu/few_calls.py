@@ -12,7 +12,7 @@ import torch
 
 import pyxlbert  # noqa: F401
 from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import as_tuple, to_float64
@@ -28,7 +28,7 @@ def main() -> int:
             print(f"{backend}: {backends.unavailable(backend)}")
             continue
         for name, spec in SPECS.items():
-            if backend not in OPS[name].implementations:
+            if backend not in OPS[name].backends:
                 continue
             cases = [case for case in spec.cases if case.small and case.gradients][:CASES]
             # In CUDA C++ 16-bit products are other instructions.

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from pyxlbert.bench.ahead import SHARED
 
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
-TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.implementations)
+TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 ROW_OPS = {"layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"}
 
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from small_bert import FLOAT32, GRADIENT, IDS, MASK, REAL, build, gradients
 
-import pyxlbert.native
+import pyxlbert.cpu
 import pyxlbert.nn.self_attention
 from pyxlbert import models
-from pyxlbert.backends import _C
+from pyxlbert.backends.native import _C
+from pyxlbert.cpu import _onednn
 from pyxlbert.models import (
     BertForMaskedLM,
     BertForPreTraining,
 )
-from pyxlbert.native import _onednn
 from pyxlbert.ops import _encoder_layers
 from pyxlbert.testing import compare
 
@@ -98,8 +98,8 @@ def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> 
     ids, mask = IDS.repeat(size, 1), MASK.repeat(size, 1)
     if packed:
         pyxlbert.pack(model)
-        monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)  # as for large ones
-    monkeypatch.setattr(pyxlbert.native.linear, "most_rows", lambda *_: 32)
+        monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: False)  # as for large ones
+    monkeypatch.setattr(pyxlbert.cpu._few_rows, "most_rows", lambda *_: 32)
     with torch.no_grad():
         model(ids, mask)  # the first call tries the products out
     rows: list[int] = []
@@ -132,7 +132,7 @@ def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> 
         return real(x, *arguments)
 
     counting = Counting()
-    for module in (_encoder_layers, pyxlbert.native._attention, pyxlbert.native.linear):
+    for module in (_encoder_layers, pyxlbert.cpu._attention, pyxlbert.cpu._few_rows):
         monkeypatch.setattr(module, "_C", counting)
     monkeypatch.setattr(_onednn, "product", product)
     with torch.no_grad():

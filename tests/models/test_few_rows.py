@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import pyxlbert
+from pyxlbert.backends import native
 from pyxlbert.models import BertConfig, BertModel
 from pyxlbert.models.bert import BertEncoder
 from pyxlbert.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    pyxlbert.backends._C is None or pyxlbert.backends._C.level() == "portable", reason="few rows have no kernel here"
+    native._C is None or native._C.level() == "portable", reason="few rows have no kernel here"
 )
 SIZES = {
     "hidden_size": 48,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyxlbert
-from pyxlbert.native import _onednn
+from pyxlbert.cpu import _onednn
 from pyxlbert.nn.packing import Packable
 from pyxlbert.testing import compare, tolerances
 
@@ -60,7 +60,7 @@ class Model(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def always_faster(monkeypatch):
     """The rules would leave such small products to torch, and such few rows to the kernel that reads plain weights."""
-    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)
+    monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: False)
     monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
 
 

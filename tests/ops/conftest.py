@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pyxlbert import backends
+from pyxlbert.backends import native
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def ledger(record_property):
 def poisoned(monkeypatch):
     """Inside `with poisoned():` every tensor that torch.empty and friends hand out is full of NaN, and so is
     the scratch memory of the native kernels."""
-    native = backends._C
+    module = native._C
 
     def poison(function):
         def make(*args, **kwargs):
@@ -45,12 +45,12 @@ def poisoned(monkeypatch):
                 (torch.Tensor, "new_empty"),
             ):
                 patch.setattr(owner, name, poison(getattr(owner, name)))
-            if native is not None:
-                native.poison_workspaces(True)
+            if module is not None:
+                module.poison_workspaces(True)
             try:
                 yield
             finally:
-                if native is not None:
-                    native.poison_workspaces(False)
+                if module is not None:
+                    module.poison_workspaces(False)
 
     return block

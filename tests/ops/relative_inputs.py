@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pyxlbert import relative_attention
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 
-BACKENDS = list(OPS["relative_attention"].implementations)
+BACKENDS = list(OPS["relative_attention"].backends)
 UNSEEN = 2**31 - 1
 
 

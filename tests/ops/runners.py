@@ -15,7 +15,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, as_tuple, to_float64
@@ -51,7 +51,7 @@ def runners_of(spec: Spec) -> list[str]:
     candidates = FAST if spec.vendor else RUNNERS
     if "cpu/amx" in candidates and not spec.tiles:
         candidates = [runner for runner in candidates if runner != "cpu/avx512_bf16"]
-    return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].implementations]
+    return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].backends]
 
 
 def device_of(runner: str) -> torch.device:
@@ -61,7 +61,7 @@ def device_of(runner: str) -> torch.device:
 
 def best(spec: Spec) -> str:
     """The backend that a caller on the CPU gets."""
-    return "cpu" if "cpu" in OPS[spec.name].implementations else "torch"
+    return "cpu" if "cpu" in OPS[spec.name].backends else "torch"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from runners import (
 from torch.utils.checkpoint import checkpoint
 
 import pyxlbert
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Case, Spec, as_tuple
@@ -30,7 +30,7 @@ from pyxlbert.testing.specs._spec import Case, Spec, as_tuple
 def _opchecks() -> Iterator[tuple[Spec, Case, torch.dtype, str]]:
     """Every small case on every backend, in one dtype each, in turn."""
     for number, (spec, case) in enumerate((spec, case) for spec, case in grid() if case.small):
-        for place, backend in enumerate(OPS[spec.name].implementations):
+        for place, backend in enumerate(OPS[spec.name].backends):
             if backend in SLOW and number % 8 and not ALL:
                 continue
             yield spec, case, spec.dtypes[(number + place) % len(spec.dtypes)], backend

@@ -19,7 +19,7 @@ from runners import (
     with_gradients,
 )
 
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Bad, Spec, as_tuple, to_float64
@@ -29,7 +29,7 @@ from pyxlbert.testing.specs._spec import Bad, Spec, as_tuple, to_float64
 def test_bad_input(spec: Spec, bad: Bad) -> None:
     """The same exception with the same text on every backend; it names the argument, what came, what was wanted."""
     texts = set()
-    for runner in (None, *OPS[spec.name].implementations):
+    for runner in (None, *OPS[spec.name].backends):
         arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
         with pytest.raises(bad.error) as caught:
             spec.function(**arguments)

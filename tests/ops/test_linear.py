@@ -11,8 +11,8 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.native import _onednn
-from pyxlbert.native import linear as native
+from pyxlbert.backends import native
+from pyxlbert.cpu import _few_rows, _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import to_float64
@@ -68,7 +68,7 @@ def test_the_first_call_may_be_a_traced_or_an_autocast_one() -> None:
     """The probe computes with real tensors in its own dtype even when a compiler or autocast watches the caller."""
     code = """
 import torch, pyxlbert
-from pyxlbert.native import _onednn
+from pyxlbert.cpu import _onednn
 x, weight = torch.randn(3, 24), torch.randn(32, 24)
 class Model(torch.nn.Module):
     def forward(self, x):
@@ -106,8 +106,8 @@ def test_threads_share_one_probe(monkeypatch, fresh_probe) -> None:
 def test_either_choice_of_vendor_is_right(monkeypatch, case, mkl: bool) -> None:
     """The choice follows the processor and the size; here each side of it runs at every size, forward and backward."""
     monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
-    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: mkl)
-    monkeypatch.setattr(_onednn, "_torch_goes_back", lambda *tensors: mkl or any_empty(*tensors))
+    monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: mkl)
+    monkeypatch.setattr(_onednn, "torch_goes_back", lambda *tensors: mkl or any_empty(*tensors))
     check(case, torch.float32)
 
 
@@ -145,13 +145,13 @@ def check(case, dtype: torch.dtype) -> None:
         compare.within_budget(f"{case.id} {name}", value, plain[name], truth[name], terms=terms)
 
 
-@pytest.fixture(params=backends._C.levels())
+@pytest.fixture(params=native._C.levels())
 def level(request):
     """Each instruction-set level in turn."""
-    before = backends._C.level()
-    backends._C.set_level(request.param)
+    before = native._C.level()
+    native._C.set_level(request.param)
     yield request.param
-    backends._C.set_level(before)
+    native._C.set_level(before)
 
 
 # Rows of x in every group that the kernel sums at once, columns and an inner dimension that end within a vector.
@@ -166,12 +166,12 @@ def test_few_rows(level: str, m: int, n: int, k: int, dtype: torch.dtype, approx
     spec = SPECS["linear" if approximate is None else "linear_gelu"]
     options = {} if approximate is None else {"approximate": approximate}
     wide = dict(zip(("x", "weight", "bias"), (t.double() for t in given), strict=True))
-    ours = native.linear_fwd(x, weight, bias, approximate)
+    ours = _few_rows.linear_fwd(x, weight, bias, approximate)
     terms = SPECS["linear"].terms("out 0", wide, (ours,))
     compare.within_budget("few rows", ours, spec.plain(*given, **options), spec.plain(**wide, **options), terms=terms)
     without = spec.plain(wide["x"], wide["weight"], **options)
     plain = spec.plain(x, weight, **options)
-    compare.within_budget("no bias", native.linear_fwd(x, weight, None, approximate), plain, without, terms=terms)
+    compare.within_budget("no bias", _few_rows.linear_fwd(x, weight, None, approximate), plain, without, terms=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,7 +182,7 @@ def test_few_rows_have_the_same_bits_for_any_number_of_threads(level: str, dtype
         found = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(native.linear_fwd(x, weight, bias, "none"))
+            found.append(_few_rows.linear_fwd(x, weight, bias, "none"))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -193,18 +193,18 @@ def test_few_rows_are_read_where_they_lie() -> None:
     wide = torch.full((9, 3, 100), float("nan"))
     x, weight, bias = arguments(m=9, k=40)
     wide[:, 1, 30:70] = x
-    right = native.linear_fwd(x, weight, bias, None)
-    compare.same_bits("view", native.linear_fwd(wide[:, 1, 30:70], weight, bias, None), right)
+    right = _few_rows.linear_fwd(x, weight, bias, None)
+    compare.same_bits("view", _few_rows.linear_fwd(wide[:, 1, 30:70], weight, bias, None), right)
     spread = torch.full((32, 7), float("nan"))
     spread[:, 3] = bias
-    compare.same_bits("strided bias", native.linear_fwd(x, weight, spread[:, 3], None), right)
+    compare.same_bits("strided bias", _few_rows.linear_fwd(x, weight, spread[:, 3], None), right)
 
 
 def test_many_rows_are_left_to_the_vendor(monkeypatch) -> None:
     rows = []
-    right = native.linear_fwd
-    monkeypatch.setattr(native, "linear_fwd", lambda x, *rest: rows.append(len(x)) or right(x, *rest))
-    most = native.most_rows(torch.float32, True)
+    right = _few_rows.linear_fwd
+    monkeypatch.setattr(_few_rows, "linear_fwd", lambda x, *rest: rows.append(len(x)) or right(x, *rest))
+    most = _few_rows.most_rows(torch.float32, True)
     for m in (most, most + 1):
         pyxlbert.linear(*arguments(m=m))
         pyxlbert.linear_gelu(*arguments(m=m))
@@ -288,4 +288,4 @@ def test_only_the_asked_gradients_are_computed_and_only_their_tensors_kept(neede
 def test_sizes_past_two_to_the_31st_are_counted_right() -> None:
     """The rule multiplies rows, columns and the inner dimension; nothing is allocated for it."""
     x = torch.empty(1, dtype=torch.float32).expand(1 << 20, 1 << 12)
-    assert _onednn._torch_is_faster(x, 1 << 14, saves=True) is _onednn._mkl_at_full_speed()
+    assert _onednn.torch_is_faster(x, 1 << 14, saves=True) is _onednn._mkl_at_full_speed()

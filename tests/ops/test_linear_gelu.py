@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyxlbert
-from pyxlbert.native import _onednn
+from pyxlbert.cpu import _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
 
@@ -22,7 +22,7 @@ def arguments(dtype: torch.dtype, m: int = 24, n: int = 96, k: int = 64) -> list
 def test_epilogue_and_separate_pass_are_both_right(monkeypatch, dtype, approximate: str, epilogue: bool) -> None:
     """Whichever the rule would choose for this processor."""
     monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
-    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: not epilogue)
+    monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: not epilogue)
     plain = SPECS["linear_gelu"].plain
     given = arguments(dtype)
     ours = pyxlbert.linear_gelu(*given, approximate=approximate, backend="cpu")
@@ -35,7 +35,7 @@ def test_epilogue_and_separate_pass_are_both_right(monkeypatch, dtype, approxima
 
 def test_inference_in_low_precision_rounds_once(monkeypatch) -> None:
     """gelu's argument is not rounded on its way: the error is half of what two passes have, or less."""
-    monkeypatch.setattr(_onednn, "_torch_is_faster", lambda *_, **__: False)
+    monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: False)
     given = arguments(torch.bfloat16, m=200)
     truth = SPECS["linear_gelu"].plain(*(t.double() for t in given))
     fused = pyxlbert.linear_gelu(*given, backend="cpu")

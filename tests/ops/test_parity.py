@@ -28,7 +28,7 @@ from runners import (
 )
 
 import pyxlbert
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Case, Spec, to_float64
@@ -88,7 +88,7 @@ def test_reference_in_float64(spec: Spec, case: Case) -> None:
         (spec, forward, backward)
         for spec in SPECS.values()
         for forward, backward in permutations(FAST, 2)
-        if all(runner.partition("/")[0] in OPS[spec.name].implementations for runner in (forward, backward))
+        if all(runner.partition("/")[0] in OPS[spec.name].backends for runner in (forward, backward))
         and device_of(forward) == device_of(backward)
     ],
     ids=ids_of,
@@ -125,7 +125,7 @@ def test_deterministic_for_any_number_of_threads(spec: Spec, case: Case) -> None
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_deterministic_on_a_gpu(spec: Spec, runner: str) -> None:
     """The same bits twice; in the interpreter, where programs run one after the other, for one case."""
-    if runner not in OPS[spec.name].implementations:
+    if runner not in OPS[spec.name].backends:
         assert spec.vendor, "every op but the vendors' products has a kernel on every backend"
         return
     for case in [case for case in spec.cases if case.small][: 1 if runner in SLOWEST else None]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from pyxlbert import relative_attention, two_stream_attention
-from pyxlbert.ops._define import OPS
+from pyxlbert.backends import OPS
 from pyxlbert.reference import relative_attention as reference
 from pyxlbert.reference.philox import Tag, keep_scores
 from pyxlbert.testing import compare, tolerances
 
-BACKENDS = list(OPS["two_stream_attention"].implementations)
+BACKENDS = list(OPS["two_stream_attention"].backends)
 
 
 def generator(seed: int = 0) -> torch.Generator:

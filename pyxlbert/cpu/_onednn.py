@@ -6,7 +6,7 @@ rule, reads a strided bias out of bounds, does not take float64, and refuses an 
 that ends here.  A probe, once per dtype, compares it with `torch.nn.functional.linear`; where it is missing or
 wrong, backend "cpu" does not take the dtype and says so in `pyxlbert.backends.explain("linear", x)`.
 
-Which product runs is a rule, not a measurement: see `few_rows`, for a kernel of ours, and `_torch_is_faster`.
+Which product runs is a rule, not a measurement: see `few_rows`, for a kernel of ours, and `torch_is_faster`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyxlbert.native._tensors import refusal
+from pyxlbert.cpu._tensors import refusal
 
 try:
-    from pyxlbert.native import linear as native
+    from pyxlbert.cpu import _few_rows
 except ImportError:  # it is not built, and backend "cpu" then takes no call
-    native = None  # type: ignore[assignment]
+    _few_rows = None  # type: ignore[assignment]
 
 # The attribute and the algorithm that `_linear_pointwise` wants, per activation.
 _EPILOGUES = {None: ("none", ""), "none": ("gelu", "none"), "tanh": ("gelu", "tanh")}
@@ -54,55 +54,6 @@ def probe(dtype: torch.dtype) -> str | None:
 probe._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `pyxlbert.reference.linear.linear_fwd`."""
-    if x.numel() == 0 or weight.numel() == 0:
-        return F.linear(x, weight, bias)
-    if few_rows(x) and weight.is_contiguous():
-        return native.linear_fwd(x, weight, bias, None)
-    if _torch_is_faster(x, weight.shape[0]):
-        return F.linear(x, weight, bias)
-    return product(x, weight, bias)
-
-
-def linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pyxlbert.reference.linear.linear_bwd`."""
-    multiply = _torch_product if _torch_goes_back(dy, x, weight) else product
-    rows = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
-    dx = dweight = dbias = None
-    if weight is not None:
-        dx = multiply(rows, weight.t(), None).view(*dy.shape[:-1], weight.shape[1])
-    if x is not None:
-        dweight = multiply(rows.t(), x.reshape(rows.shape[0], x.shape[-1]).t(), None)
-    if needs_bias:
-        dbias = rows.sum(0)
-    return tuple(dy.new_empty(0) if one is None else one for one in (dx, dweight, dbias))  # type: ignore[return-value]
-
-
-def linear_gelu_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
-) -> tuple[Tensor, Tensor]:
-    """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
-    empty = x.numel() == 0 or weight.numel() == 0
-    if not needs_preactivation and not empty and few_rows(x) and weight.is_contiguous():
-        return native.linear_fwd(x, weight, bias, approximate), x.new_empty(0)
-    if needs_preactivation or empty or _torch_is_faster(x, weight.shape[0], saves=True):
-        preactivation = linear_fwd(x, weight, bias)
-        if needs_preactivation:
-            return F.gelu(preactivation, approximate=approximate), preactivation
-        # In place: a second result of this size would cost more for its fresh pages than for its values.
-        return torch.ops.aten.gelu_.default(preactivation, approximate=approximate), x.new_empty(0)
-    return product(x, weight, bias, approximate), x.new_empty(0)
-
-
-def linear_gelu_bwd(
-    dy: Tensor, preactivation: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool, approximate: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pyxlbert.reference.linear_gelu.linear_gelu_bwd`."""
-    dpreactivation = torch.ops.aten.gelu_backward(dy, preactivation, approximate=approximate)
-    return linear_bwd(dpreactivation, x, weight, needs_bias)
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None = None) -> Tensor:
     """activation(x weightᵀ + bias) by oneDNN; no dimension may be 0.
 
@@ -125,7 +76,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | N
     return _linear_pointwise(x, weight, bias, attribute, [], algorithm)
 
 
-def _torch_product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
+def torch_product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
     return x @ weight.t()
 
 
@@ -141,12 +92,12 @@ def reorder(weight: Tensor) -> Tensor | None:
 
 def reordered_is_faster(x: Tensor, n: int) -> bool:
     """Whether a reordered weight of N rows beats the plain one for this x `[..., K]`."""
-    return x.numel() != 0 and n != 0 and not few_rows(x) and not _torch_is_faster(x, n, saves=True)
+    return x.numel() != 0 and n != 0 and not few_rows(x) and not torch_is_faster(x, n, saves=True)
 
 
 def few_rows(x: Tensor) -> bool:
     """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
-    return native is not None and x.numel() <= native.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
+    return _few_rows is not None and x.numel() <= _few_rows.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 
 
 def _linear_pointwise(*arguments: object) -> Tensor:
@@ -157,7 +108,7 @@ def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
 
 
-def _torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
+def torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
     """Whether torch's own linear beats the private op for x `[..., K]` and N columns out; no dimension is 0.
 
     A rule from measurements (docs/ops/linear.md), not a measurement at run time: a call of the private op costs some
@@ -175,7 +126,7 @@ def _torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
     return rows == 1 and _native(x.dtype) and (x.dtype is torch.float16 or products < 1 << 16)
 
 
-def _torch_goes_back(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> bool:
+def torch_goes_back(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> bool:
     """Whether torch's own products are as fast for the gradient: everywhere but in float32 where MKL is slow."""
     sizes = [one.numel() for one in (dy, x, weight) if one is not None]
     if len(sizes) == 1 or 0 in sizes:

@@ -1,6 +1,6 @@
 """Which of backends "cuda" and "triton" an op takes on a GPU: the one that was faster there, by a measured table.
 
-`preferences.json` beside this file is written by `python -m pyxlbert.bench.prefer` on a GPU: of each op, dtype, head
+`measured.json` beside this file is written by `python -m pyxlbert.bench.prefer` on a GPU: of each op, dtype, head
 size and compute capability the times of both at a few sizes, forward and backward together.
 """
 
@@ -71,7 +71,7 @@ def choose(times: list[tuple[int, float, float]]) -> Choice:
 @functools.cache
 def table() -> dict[Key, Choice]:
     """The measured table of this installation."""
-    path = Path(__file__).with_name("preferences.json")
+    path = Path(__file__).with_name("measured.json")
     rows = json.loads(path.read_text(encoding="utf-8"))
     return {Key(**row["key"]): choose([tuple(one) for one in row["times"]]) for row in rows}
 

@@ -10,9 +10,9 @@ import torch
 from pyxlbert.bench import prefer
 
 import pyxlbert
-from pyxlbert import preference
-from pyxlbert.ops._define import OPS
-from pyxlbert.preference import Choice, Key
+from pyxlbert.backends import OPS
+from pyxlbert.backends import measured as table_of
+from pyxlbert.backends.measured import Choice, Key
 
 KEY = Key("attention", "bfloat16", 64, "9.0")
 
@@ -33,8 +33,8 @@ class OnGpu:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Key, Choice]:
     table: dict[Key, Choice] = {}
-    monkeypatch.setattr(preference, "table", lambda: table)
-    monkeypatch.setattr(preference, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(table_of, "table", lambda: table)
+    monkeypatch.setattr(table_of, "_capability", lambda device: "9.0")
     return table
 
 
@@ -50,7 +50,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Key, Choice]:
     ],
 )
 def test_the_threshold_that_loses_least(times: list[tuple[int, float, float]], wanted: Choice) -> None:
-    assert preference.choose(times) == wanted
+    assert table_of.choose(times) == wanted
 
 
 def test_the_faster_one_comes_first(measured) -> None:
@@ -68,20 +68,20 @@ def test_the_faster_one_comes_first(measured) -> None:
 
 def test_the_reason_is_said(measured) -> None:
     measured[KEY] = Choice(1000, "triton", "cuda")
-    assert preference.reason("attention", OnGpu(1, 2, 2, 64)) == (
+    assert table_of.reason("attention", OnGpu(1, 2, 2, 64)) == (
         "measured faster below 1000 elements on compute capability 9.0"
     )
-    assert preference.reason("attention", OnGpu(1, 99, 2, 64)).startswith("measured faster from 1000 elements")
-    assert "not measured against triton" in preference.reason("layer_norm", OnGpu(4, 64))
+    assert table_of.reason("attention", OnGpu(1, 99, 2, 64)).startswith("measured faster from 1000 elements")
+    assert "not measured against triton" in table_of.reason("layer_norm", OnGpu(4, 64))
 
 
 def test_the_table_that_is_shipped_names_ops_and_backends() -> None:
-    for key, choice in preference.table().items():
-        assert key.op in OPS and {choice.small, choice.large} <= set(preference.USUAL)
+    for key, choice in table_of.table().items():
+        assert key.op in OPS and {choice.small, choice.large} <= set(table_of.USUAL)
 
 
 def test_the_tool_keeps_rows_of_other_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "preferences.json"
+    path = tmp_path / "measured.json"
 
     def row(capability: str, cuda: float) -> dict:
         return {"key": KEY._replace(capability=capability)._asdict(), "times": [[10, cuda, 1.0]]}

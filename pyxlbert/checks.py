@@ -215,7 +215,7 @@ def probability(op: str, name: str, value: object) -> float:
     return found
 
 
-def positive(op: str, name: str, value: object) -> float:
+def non_negative(op: str, name: str, value: object) -> float:
     """`value` as a float of at least 0.
 
     Raises:

@@ -1,0 +1,32 @@
+"""Every kind of launch that the suite makes is one that Triton's front end takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyxlbert.backends import OPS
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
+
+
+@pytest.mark.parametrize("op", sorted(name for name, op in OPS.items() if "triton" in op.backends))
+def test_the_front_end_takes_every_kind_of_launch(op: str) -> None:
+    """None, 1 and multiples of 16 among the arguments each make a kernel of their own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
+    command = [sys.executable, str(Path(__file__).parent / "front_end.py"), op]
+    done = subprocess.run([*command, "--all"] if ALL else command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["failures"], "\n".join(found["failures"])
+    # A kernel that no case launches would never be looked at: rows have a forward and a backward, scores more.
+    launched = {kernel.rpartition(".")[2] for kernel in found["kinds"]}
+    assert {"_fwd", "_bwd"} <= launched or {"_fwd", "_bwd_rows", "_bwd_keys", "_bwd_queries"} <= launched
+    assert "attention" not in op or all(n >= 10 for n in found["kinds"].values()), found["kinds"]
