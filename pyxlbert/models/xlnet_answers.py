@@ -163,7 +163,8 @@ class XLNetForQuestionAnswering(XLNetHead):
         Args:
             start_positions, end_positions: ``[B]``, places in the row.
             is_impossible: ``[B]``, 1 where there is no answer.
-            cls_index: ``[B]``, the place of the classification token; by default the last place.
+            cls_index: ``[B]``, the place of the classification token; by default the row's last token, with
+                ``config.summary_at_padding`` its last place.
             p_mask: ``[B, T]``, 1 where an answer cannot be. Padding is such a place always.
 
         Returns:
@@ -173,9 +174,8 @@ class XLNetForQuestionAnswering(XLNetHead):
             (probabilities, in spite of their names) and `cls_logits` ``[B]``.
         """
         rows = (input_ids, attention_mask, mems, perm_mask, target_mapping, token_type_ids, input_mask, inputs_embeds)
-        given = XLNetInputs(
-            *rows, use_mems, output_attentions, output_hidden_states, reads="last" if cls_index is None else None
-        )
+        reads = "last" if cls_index is None and self.config.summary_at_padding else None
+        given = XLNetInputs(*rows, use_mems, output_attentions, output_hidden_states, reads=reads)
         encoded = self._encode(given)
         layout = encoded.layout
         batch, length = layout.batch, layout.length
@@ -205,7 +205,13 @@ class XLNetForQuestionAnswering(XLNetHead):
                 loss = loss + F.binary_cross_entropy_with_logits(class_logits, wanted) / 2
             output = BeamQuestionAnsweringOutput(loss, None, None, None, None, None, *rest)
         else:
-            output = BeamQuestionAnsweringOutput(None, *self._search(hidden, start_logits, cls_index, p_mask), *rest)
+            *found, start_states = self._search(hidden, start_logits, p_mask)
+            if cls_index is not None:
+                class_states = _states_at(hidden, cls_index)  # [B, E]
+            else:
+                class_states = hidden[:, -1] if reads else layout.last(encoded.last_hidden_state)  # [B, E]
+            class_logits = self.answer_class(start_states, class_states)  # [B]
+            output = BeamQuestionAnsweringOutput(None, *found, class_logits, *rest)
         return self._returned(output, return_dict)
 
     @staticmethod
@@ -215,9 +221,8 @@ class XLNetForQuestionAnswering(XLNetHead):
         check_range(name, places, 0, length - 1)
         return places.reshape(-1).long()
 
-    def _search(
-        self, hidden: Tensor, start_logits: Tensor, cls_index: Tensor | None, p_mask: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _search(self, hidden: Tensor, start_logits: Tensor, p_mask: Tensor | None) -> tuple[Tensor, ...]:
+        """The best starts, their best ends, and the start's expected state ``[B, E]``."""
         batch, length, width = hidden.shape
         for name, count in (("start_n_top", self.start_n_top), ("end_n_top", self.end_n_top)):
             if count > length:
@@ -232,15 +237,8 @@ class XLNetForQuestionAnswering(XLNetHead):
             None if p_mask is None else p_mask[..., None],
         )  # [B, T, S]
         end_top, end_index = torch.softmax(end_logits, dim=1).topk(self.end_n_top, dim=1)  # [B, N, S]
-        expected_start = torch.einsum("bte,bt->be", hidden, start_probabilities)  # [B, E]
-        class_states = hidden[:, -1] if cls_index is None else _states_at(hidden, cls_index)  # [B, E]
-        return (
-            start_top,
-            start_index,
-            end_top.reshape(batch, -1),
-            end_index.reshape(batch, -1),
-            self.answer_class(expected_start, class_states),
-        )
+        expected = torch.einsum("bte,bt->be", hidden, start_probabilities)  # [B, E]
+        return start_top, start_index, end_top.reshape(batch, -1), end_index.reshape(batch, -1), expected
 
 
 def _states_at(hidden: Tensor, places: Tensor) -> Tensor:

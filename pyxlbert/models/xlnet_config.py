@@ -25,6 +25,8 @@ class XLNetConfig(ModelConfig):
         residual_in_fp32: in bfloat16 and float16 models, keep the residual stream between the layers in float32.
         masked_rows: what a row of the query stream gives that may see nothing: ``"zero"``, or ``"uniform"``, the
             average over all keys, as in `transformers`.
+        summary_at_padding: True takes a row's summary from the places that `transformers` takes, padding or not: the
+            row's last place, its first, or all. By default it is taken from the row's tokens.
 
     Raises:
         ValueError: a field cannot be honoured; the message names it.
@@ -74,6 +76,7 @@ class XLNetConfig(ModelConfig):
     tie_word_embeddings: bool = True
     residual_in_fp32: bool = True
     masked_rows: str = "zero"
+    summary_at_padding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -127,13 +127,16 @@ _SUMMARY_ACTIVATIONS = {
 class XLNetSequenceSummary(nn.Module):
     """One vector a sequence: a place of it or the mean of all, a projection and an activation.
 
-    The places are those that `transformers` takes, padding or not: the last place of the row, its first, or all.
+    The places are the last token of the row, its first, or all. With ``config.summary_at_padding`` they are those that
+    `transformers` takes, padding or not.
     """
 
     def __init__(self, config: XLNetConfig) -> None:
         super().__init__()
         # Without a place of its own, the classification token is the last.
-        self.reads = "last" if config.summary_type == "cls_index" else config.summary_type
+        self.place = "last" if config.summary_type == "cls_index" else config.summary_type
+        # What is read beside the tokens.
+        self.reads = self.place if config.summary_at_padding else None
         self.summary = Linear(config.d_model, config.d_model) if config.summary_use_proj else nn.Identity()
         name = config.summary_activation
         self.activation = (
@@ -145,12 +148,11 @@ class XLNetSequenceSummary(nn.Module):
     def forward(self, encoded: PackedRecurrentOutput) -> Tensor:
         """Returns ``[B, E]``."""
         rows, layout = encoded.last_hidden_state, encoded.layout  # [B, T, E], packed [total, E]
-        if layout.packed:
-            # Padding was left out because it is not at the place that is read.
-            places = layout.cu_seqlens[1:] - 1 if self.reads == "last" else layout.cu_seqlens[:-1]  # [B]
-            chosen = rows.index_select(0, places)  # [B, E]
+        if self.reads is None or layout.packed:
+            # With `reads`, padding was left out because it is not at the place that is read.
+            chosen = getattr(layout, self.place)(rows)  # [B, E]
         else:
-            chosen = rows.mean(dim=1) if self.reads == "mean" else rows[:, -1 if self.reads == "last" else 0]
+            chosen = rows.mean(dim=1) if self.place == "mean" else rows[:, -1 if self.place == "last" else 0]  # [B, E]
         x = self.summary(self.first_dropout(chosen))  # [B, E]
         return self.last_dropout(x if self.activation is None else self.activation(x))
 

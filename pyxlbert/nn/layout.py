@@ -239,6 +239,36 @@ class TokenLayout:
             return torch.where(self.token_mask.any(dim=1)[:, None], found, empty)
         return rows[:, 0]
 
+    def last(self, rows: Tensor) -> Tensor:
+        """The last token's row of every sequence, ``[B, E]``; zeros for a sequence without tokens."""
+        empty = rows.new_zeros(self.batch, rows.shape[-1])
+        if self.packed:
+            if rows.shape[0] == 0:
+                return empty
+            found = rows.index_select(0, (self.cu_seqlens[1:] - 1).clamp(min=0))
+            return torch.where((self.cu_seqlens.diff() > 0)[:, None], found, empty)
+        if self.length == 0:
+            return empty
+        if self.token_mask is not None:
+            place = self.length - 1 - self.token_mask.flip(1).to(torch.uint8).argmax(dim=1)  # [B]
+            found = rows[torch.arange(self.batch, device=rows.device), place]
+            return torch.where(self.token_mask.any(dim=1)[:, None], found, empty)
+        return rows[:, -1]
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """The mean of every sequence's tokens, ``[B, E]``; zeros for a sequence without tokens.
+
+        Raises:
+            ValueError: the rows came packed, which have no padded shape to be put back in.
+        """
+        if self.length is None:
+            raise ValueError("mean: got rows that came packed, wanted a padded batch")
+        tokens = self.tokens(rows.device)  # [B, T]
+        if tokens is None:
+            return rows.mean(dim=1) if self.length else rows.new_zeros(self.batch, rows.shape[-1])
+        total = self.restore(rows).sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))  # [B, E]
+        return (total / tokens.sum(dim=1, keepdim=True).clamp(min=1)).to(rows.dtype)
+
     def labels(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
         """Labels ``[B, T]`` in the order of the rows; those on padding are ignored."""
         if self.token_mask is not None:

@@ -130,7 +130,8 @@ def pair_of_models(case: dict[str, Any], index: int, rows: int, g: torch.Generat
             for layer in layers[1:]:
                 for name in ("r_r_bias", "r_s_bias", "r_w_bias"):
                     getattr(layer.rel_attn, name).copy_(getattr(layers[0].rel_attn, name))
-    ours = getattr(models, case["head"])(models.XLNetConfig(**fields, masked_rows=case["masked_rows"]))
+    own = {"masked_rows": case["masked_rows"], "summary_at_padding": True}
+    ours = getattr(models, case["head"])(models.XLNetConfig(**fields, **own))
     ours.load_state_dict(theirs.state_dict())
     if case["checkpointing"]:
         ours.gradient_checkpointing_enable()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyxlbert.nn import TokenLayout
+from pyxlbert.testing import compare, tolerances
 
 pytestmark = pytest.mark.quick
 
@@ -48,6 +49,35 @@ def test_first_and_positions() -> None:
     gap = TokenLayout.from_cu_seqlens(torch.tensor([0, 0, 2, 2, 3]).int(), 3)
     assert gap.positions("cpu", 3).tolist() == [0, 1, 0]
     assert torch.equal(gap.first(x[0])[[0, 2]], torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kept", ["left out", "masked"])
+def test_one_row_of_every_sequence(mask: torch.Tensor, kept: str) -> None:
+    """Its first, its last and the mean of its tokens, whatever stands at padding; zeros where it has none."""
+    batch, length = mask.shape
+    layout = TokenLayout.from_mask(mask, batch, length)
+    x = torch.randn(batch, length, 5)
+    rows = layout.take(x)
+    if kept == "masked":
+        layout = TokenLayout(batch, length, token_mask=mask.bool())
+        rows = torch.where(mask[..., None] == 1, x, torch.nan)
+    for name in ("first", "last", "mean"):
+        found = getattr(layout, name)(rows)
+        assert found.shape == (batch, 5)
+        for row, one in enumerate(found):
+            tokens = x[row, mask[row].bool()]
+            there = {"first": tokens[:1], "last": tokens[-1:], "mean": tokens}[name]
+            wanted = there.double().mean(0) if len(tokens) else torch.zeros(5)
+            compare.close(name, one, wanted.float(), tolerances.SUMMATION_ORDER)
+
+
+def test_rows_that_came_packed_have_ends_and_no_mean() -> None:
+    layout = TokenLayout.from_cu_seqlens(torch.tensor([0, 0, 2, 2, 3]).int(), 3)
+    x = torch.randn(3, 5)
+    assert torch.equal(layout.last(x), torch.stack([torch.zeros(5), x[1], torch.zeros(5), x[2]]))
+    with pytest.raises(ValueError, match="mean: got rows that came packed"):
+        layout.mean(x)
 
 
 def test_labels_on_padding_are_ignored() -> None:

@@ -1,0 +1,89 @@
+"""XLNet's attention weights, checkpointing, dropout on distances, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_xlnet import (
+    FLOAT32,
+    GRADIENT,
+    IDS,
+    KEY_RANK,
+    MAPPING,
+    MASK,
+    PERM_MASK,
+    POSITIONS,
+    QUERY_RANK,
+    REAL,
+    Calls,
+    build,
+    gradients,
+)
+
+from pyxlbert.testing import compare
+
+
+def test_weights_agree_with_what_is_computed_without_them() -> None:
+    model = build()
+    given = {"attention_mask": MASK, "perm_mask": PERM_MASK, "target_mapping": MAPPING, "token_type_ids": IDS % 2}
+    with_weights = model(IDS, **given, output_attentions=True)
+    compare.close("states", with_weights[0], model(IDS, **given)[0], FLOAT32)
+    assert [[tuple(w.shape) for w in layer] for layer in with_weights.attentions] == [[(4, 3, 7, 7)] * 2] * 2
+    given |= {"target_positions": POSITIONS}
+    del given["target_mapping"]
+    by_position = model(IDS, **given, output_attentions=True)
+    assert [[tuple(w.shape) for w in layer] for layer in by_position.attentions] == [[(4, 3, 7, 7), (4, 3, 2, 7)]] * 2
+    compare.close("states", by_position[0], with_weights[0], FLOAT32)
+
+
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("masked_rows", ["zero", "uniform"])
+def test_weights_of_a_training_step_are_those_that_it_used(two: bool, masked_rows: str) -> None:
+    """With dropout and with queries that may attend nothing: the same seed drops the same weights, shown or not."""
+    given = {"query_rank": QUERY_RANK, "key_rank": KEY_RANK} | ({"target_positions": POSITIONS} if two else {})
+    found = []
+    for weights in (False, True):
+        model = build(dropout=0.4, masked_rows=masked_rows).train()
+        torch.manual_seed(3)
+        # With memories padding is computed too, and with all states every layer's both streams: the same draws.
+        output = model(IDS, MASK, **given, use_mems=True, output_hidden_states=True, output_attentions=weights)
+        output[0].square().sum().backward()
+        states = output[0] if two else output[0] * REAL[..., None]
+        found.append((states.detach(), gradients(model)))
+    assert all(w.isfinite().all() for layer in output.attentions for w in (layer if two else (layer,)))
+    compare.close("states", found[1][0], found[0][0], FLOAT32)
+    compare.close("gradients", found[1][1], found[0][1], GRADIENT)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    model = build(n_layer=3, dropout=0.3).train()
+    given = {"perm_mask": PERM_MASK, "target_mapping": MAPPING, "token_type_ids": IDS % 2}
+
+    def once() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        y = model(IDS, MASK, **given).last_hidden_state
+        y.square().sum().backward()
+        return y, gradients(model)
+
+    y, dy = once()
+    model.gradient_checkpointing_enable()
+    z, dz = once()
+    compare.same_bits("states", y, z)
+    compare.same_bits("gradients", dy, dz)
+
+
+def test_dropout_on_distances_is_each_sequences_own(monkeypatch) -> None:
+    calls = Calls(monkeypatch)
+    build(dropout=0.2).train()(IDS)
+    build(dropout=0.2, bi_data=True).train()(IDS)
+    assert [tuple(tensors[3].shape) for _, tensors, _ in calls.made] == [(4, 14, 3, 8)] * 4
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_compiles_whole(two: bool) -> None:
+    model = build()
+    given = {"query_rank": QUERY_RANK, "key_rank": KEY_RANK, "target_positions": POSITIONS} if two else {}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compare.close("states", compiled(IDS, MASK, **given)[0], model(IDS, MASK, **given)[0], FLOAT32)
