@@ -1,5 +1,5 @@
-// Attention, forward: the loops of attention_forward.h without a relative term.
-#include "attention_forward.h"
+// Attention, forward: the loops of attention_fwd.h without a relative term.
+#include "attention_fwd.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 

@@ -37,7 +37,7 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     const AttentionInputs& in = a.in;
     Plan p;
     p.planes = in.batch * in.heads;
-    p.blocks = ceil_divide(in.keys, kBlock);
+    p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
     p.slices = p.planes;
     p.members = p.groups = 1;
     p.sums_bias = p.fills_bias = false;
@@ -64,16 +64,16 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
     p.in_place = p.bias_partials == 1 && in.bias_dtype == DType::float32;
 
-    p.units = round_to(ceil_divide(in.head_size, U::pair), U::k_step);
+    p.units = round_to(ceil_divide(in.head_size, U::PAIR), U::K_STEP);
     p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
-    p.query_rows = round_to(in.queries, U::row_step);
+    p.query_rows = round_to(in.queries, U::ROW_STEP);
     p.dquery = p.query_rows * p.columns;
     p.delta = round_to(in.queries, 16);
     p.values = values_room<U>(p.columns);
     p.sums = sums_room<U>(p.columns);
-    p.tile = kTile<U> * (2 * kScoreStride + 2 * p.unit_stride) + 2 * p.values;
-    p.keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * p.sums + kScoreStride;
+    p.tile = TILE<U> * (2 * SCORE_STRIDE + 2 * p.unit_stride) + 2 * p.values;
+    p.keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + 2 * p.sums + SCORE_STRIDE;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
     return p;
 }
@@ -135,18 +135,18 @@ struct Backward {
         };
         delta = take(p.delta);
         log2_norm = take(p.delta);
-        scores = take(kTile<U> * kScoreStride);
-        dp = take(kTile<U> * kScoreStride);
-        q = take(kTile<U> * p.unit_stride);
-        dout = take(kTile<U> * p.unit_stride);
+        scores = take(TILE<U> * SCORE_STRIDE);
+        dp = take(TILE<U> * SCORE_STRIDE);
+        q = take(TILE<U> * p.unit_stride);
+        dout = take(TILE<U> * p.unit_stride);
         q_values = take(p.values);
         dout_values = take(p.values);
-        k = take(kBlock * p.unit_stride);
-        v = take(kBlock * p.unit_stride);
-        k_values = take(kBlock * p.columns);
+        k = take(BACKWARD_BLOCK * p.unit_stride);
+        v = take(BACKWARD_BLOCK * p.unit_stride);
+        k_values = take(BACKWARD_BLOCK * p.columns);
         dk = take(p.sums);
         dv = take(p.sums);
-        undropped = take(kScoreStride);
+        undropped = take(SCORE_STRIDE);
         own_dquery = scratch;
     }
 
@@ -173,7 +173,7 @@ struct Backward {
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
         const std::int64_t stride = plan.unit_stride;
         pack_rows<T, U>(source, row_stride, rows, a.in.head_size, target, stride, stride);
-        for (std::int64_t u = rows * stride; u < round_to(rows, kRowStep<U>) * stride; u += W)
+        for (std::int64_t u = rows * stride; u < round_to(rows, ROW_STEP<U>) * stride; u += W)
             store(target + u, zero());
     }
 
@@ -186,7 +186,7 @@ struct Backward {
     PYXLBERT_INLINE void multiply_keys(const float* rows_a, const float* keys_b, float* target, std::int64_t padded,
                                        std::int64_t n) {
         multiply<U, false>({rows_a, plan.unit_stride}, {keys_b, plan.unit_stride * W, W}, plan.units, nullptr, 0,
-                           {target, kScoreStride}, padded, ceil_divide(n, W));
+                           {target, SCORE_STRIDE}, padded, ceil_divide(n, W));
     }
 
     // See inexact_lse.
@@ -198,15 +198,15 @@ struct Backward {
             any |= inexact_lse(lse[i]);
         }
         if (!any) return;
-        for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
-            const std::int64_t n = smaller(kBlock, p.keys - j0);
+        for (std::int64_t j0 = 0; j0 < p.keys; j0 += BACKWARD_BLOCK) {
+            const std::int64_t n = smaller(BACKWARD_BLOCK, p.keys - j0);
             pack_keys(p, j0, n);
-            for (std::int64_t q0 = 0; q0 < p.queries; q0 += kTile<U>) {
-                const std::int64_t rows = smaller(kTile<U>, p.queries - q0);
+            for (std::int64_t q0 = 0; q0 < p.queries; q0 += TILE<U>) {
+                const std::int64_t rows = smaller(TILE<U>, p.queries - q0);
                 pack_queries(p.q + q0 * p.q_stride, p.q_stride, rows, q);
-                multiply_keys(q, k, scores, round_to(rows, kRowStep<U>), n);
+                multiply_keys(q, k, scores, round_to(rows, ROW_STEP<U>), n);
                 for (std::int64_t r = 0; r < rows; ++r) {
-                    float* s = scores + r * kScoreStride;
+                    float* s = scores + r * SCORE_STRIDE;
                     const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
                     if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
                     const Exponent exponent = exponent_of(p, q0 + r);
@@ -253,33 +253,33 @@ struct Backward {
     void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery) {
         const Plane<T>& p = block.p;
         const std::int64_t j0 = block.j0, n = block.n, d = a.in.head_size;
-        const std::int64_t padded = round_to(rows, kRowStep<U>), end = round_to(n, 2 * W);
+        const std::int64_t padded = round_to(rows, ROW_STEP<U>), end = round_to(n, 2 * W);
         const T *q_source = p.q + q0 * p.q_stride, *dout_source = block.dout + q0 * a.dout.row;
         if (block.sums_delta) sum_rows(p, block.dout, block.h, q0, rows);
         pack_queries(q_source, p.q_stride, rows, q);
         pack_queries(dout_source, a.dout.row, rows, dout);
-        if constexpr (kTiles<U>) {
-            pack_columns<T, U>(q_source, p.q_stride, rows, padded, d, q_values, kPairStride<U>, plan.columns);
-            pack_columns<T, U>(dout_source, a.dout.row, rows, padded, d, dout_values, kPairStride<U>, plan.columns);
-        } else if constexpr (U::pair == 2) {
+        if constexpr (TILES<U>) {
+            pack_columns<T, U>(q_source, p.q_stride, rows, padded, d, q_values, PAIR_STRIDE<U>, plan.columns);
+            pack_columns<T, U>(dout_source, a.dout.row, rows, padded, d, dout_values, PAIR_STRIDE<U>, plan.columns);
+        } else if constexpr (U::PAIR == 2) {
             pack_values<T, U>(q_source, p.q_stride, rows, padded, d, q_values, plan.columns);
             pack_values<T, U>(dout_source, a.dout.row, rows, padded, d, dout_values, plan.columns);
         }
         multiply_keys(q, k, scores, padded, n);
         multiply_keys(dout, v, dp, padded, n);
-        const std::int64_t left = p.queries - q0 - kTile<U>;
-        const Upcoming<T> next_q = upcoming(q_source + kTile<U> * p.q_stride, p.q_stride, left, rows, block.q);
+        const std::int64_t left = p.queries - q0 - TILE<U>;
+        const Upcoming<T> next_q = upcoming(q_source + TILE<U> * p.q_stride, p.q_stride, left, rows, block.q);
         const Upcoming<T> next_dout =
-            upcoming(dout_source + kTile<U> * a.dout.row, a.dout.row, left, rows, block.dout_rows);
+            upcoming(dout_source + TILE<U> * a.dout.row, a.dout.row, left, rows, block.dout_rows);
         for (std::int64_t r = 0; r < padded; ++r) {
-            float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
+            float *s = scores + r * SCORE_STRIDE, *g = dp + r * SCORE_STRIDE;
             if (r < rows) {
                 next_q.fetch(r, d);
                 next_dout.fetch(r, d);
                 const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
                 if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
                 differentiate(exponent_of(p, q0 + r), dropout, p.plane, delta[q0 + r], s, g, undropped, q0 + r, j0,
-                              visible, end, p.keys <= kBlock);
+                              visible, end, p.keys <= BACKWARD_BLOCK);
                 block.k.fetch(q0 - block.first + r, d);
                 block.v.fetch(q0 - block.first + r, d);
                 if (a.dbias != nullptr) add_bias_gradient(block, g, q0 + r);
@@ -287,38 +287,38 @@ struct Backward {
                 fill_from(s, 0, end, 0.0f);
                 fill_from(g, 0, end, 0.0f);
             }
-            if (U::pair == 2 && r % 2 != 0) interleave(s - kScoreStride, g - kScoreStride, kScoreStride, end);
+            if (U::PAIR == 2 && r % 2 != 0) interleave(s - SCORE_STRIDE, g - SCORE_STRIDE, SCORE_STRIDE, end);
         }
-        sum_over_queries(padded / U::pair, n, q0 == block.first);
+        sum_over_queries(padded / U::PAIR, n, q0 == block.first);
         float* dq = dquery + q0 * plan.columns;
-        multiply<U, false>({dp, kScoreStride}, {k_values, W, plan.columns},
-                           round_to(ceil_divide(n, U::pair), U::k_step), dq, plan.columns, {dq, plan.columns},
-                           round_to(rows, U::row_step), plan.columns / W);
+        multiply<U, false>({dp, SCORE_STRIDE}, {k_values, W, plan.columns},
+                           round_to(ceil_divide(n, U::PAIR), U::K_STEP), dq, plan.columns, {dq, plan.columns},
+                           round_to(rows, U::ROW_STEP), plan.columns / W);
     }
 
     // dV and dK of the key block, from P, dS and the packed queries of a tile, added to those of earlier tiles; a step
     // is a query or a pair of queries.
     PYXLBERT_INLINE void sum_over_queries(std::int64_t steps, std::int64_t n, bool first) {
         const std::int64_t columns = plan.columns;
-        if constexpr (kTiles<U>) {
+        if constexpr (TILES<U>) {
             const auto sum = [&](const float* rows_a, const float* scores_b, float* target) PYXLBERT_LAMBDA {
-                multiply<U, false>({rows_a, kPairStride<U>}, {scores_b, W, 2 * kScoreStride}, steps,
-                                   first ? nullptr : target, kSumStride, {target, kSumStride}, columns,
+                multiply<U, false>({rows_a, PAIR_STRIDE<U>}, {scores_b, W, 2 * SCORE_STRIDE}, steps,
+                                   first ? nullptr : target, SUM_STRIDE, {target, SUM_STRIDE}, columns,
                                    ceil_divide(n, W));
             };
             sum(dout_values, scores, dv);
-            sum(q_values, scores + kScoreStride, dk);
+            sum(q_values, scores + SCORE_STRIDE, dk);
         } else {
             const auto sum = [&](MatrixA scores_a, const float* rows_b, float* target) PYXLBERT_LAMBDA {
                 multiply<U, true>(scores_a, {rows_b, W, columns}, steps, first ? nullptr : target, columns,
                                   {target, columns}, round_to(n, 2), columns / W);
             };
-            if constexpr (U::pair == 2) {
-                sum({scores, 2 * kScoreStride}, dout_values, dv);
-                sum({scores + kScoreStride, 2 * kScoreStride}, q_values, dk);
+            if constexpr (U::PAIR == 2) {
+                sum({scores, 2 * SCORE_STRIDE}, dout_values, dv);
+                sum({scores + SCORE_STRIDE, 2 * SCORE_STRIDE}, q_values, dk);
             } else {
-                sum({scores, kScoreStride}, dout, dv);
-                sum({dp, kScoreStride}, q, dk);
+                sum({scores, SCORE_STRIDE}, dout, dv);
+                sum({dp, SCORE_STRIDE}, q, dk);
             }
         }
     }
@@ -327,14 +327,14 @@ struct Backward {
     PYXLBERT_INLINE Upcoming<T> upcoming(const T* rows, std::int64_t stride, std::int64_t left, std::int64_t steps,
                                          const Upcoming<T>& follows) const {
         Upcoming<T> next = follows;
-        if (left > 0) next = {rows, stride, smaller(left, kTile<U>), 0};
+        if (left > 0) next = {rows, stride, smaller(left, TILE<U>), 0};
         next.each = ceil_divide(next.n, steps);
         return next;
     }
 
     // The keys from j0 on and the first queries of a plane: what is read after this block.
     PYXLBERT_INLINE void follow(Block<T>& block, const Plane<T>& p, const T* dout_rows, std::int64_t j0) const {
-        const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0)), first = smaller(kTile<U>, p.queries);
+        const std::int64_t n = larger(0, smaller(BACKWARD_BLOCK, p.keys - j0)), first = smaller(TILE<U>, p.queries);
         const std::int64_t steps = block.p.queries - block.first;
         if (steps <= 0) return;
         block.k = {p.k + j0 * p.k_stride, p.k_stride, n, ceil_divide(n, steps)};
@@ -351,35 +351,35 @@ struct Backward {
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
         const T* dout_rows = dout_of(p, b, h);
-        __builtin_memset(dquery, 0, round_to(p.queries, U::row_step) * plan.columns * sizeof(float));
+        __builtin_memset(dquery, 0, round_to(p.queries, U::ROW_STEP) * plan.columns * sizeof(float));
         normalise(p);
         const std::int64_t stride = in.heads * d;
         T* dkey = static_cast<T*>(a.dkey) + p.k_first * stride + h * d;
         T* dvalue = static_cast<T*>(a.dvalue) + p.k_first * stride + h * d;
         const std::int64_t begin = plan.blocks * part / plan.parts, finish = plan.blocks * (part + 1) / plan.parts;
         for (std::int64_t index = begin; index < finish; ++index) {
-            const std::int64_t j0 = index * kBlock, all = smaller(kBlock, p.all_keys - j0);
+            const std::int64_t j0 = index * BACKWARD_BLOCK, all = smaller(BACKWARD_BLOCK, p.all_keys - j0);
             if (all <= 0) break;
-            const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
+            const std::int64_t n = larger(0, smaller(BACKWARD_BLOCK, p.keys - j0));
             if (n > 0) {
                 pack_keys(p, j0, n);
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
-                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair * U::k_step), d, k_values,
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   plan.columns);
                 // Causal: query i meets this block from i = j0 - diagonal on.
-                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / kTile<U> * kTile<U> : 0;
+                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
                 // The first block of a run meets all queries that the others meet.
                 Block<T> block = {
-                    p,           dout_rows, h,  j0, n, first, p.keys > kBlock && index == begin, bias_partial,
+                    p,           dout_rows, h,  j0, n, first, p.keys > BACKWARD_BLOCK && index == begin, bias_partial,
                     begins_bias, {},        {}, {}, {}};
-                if (index + 1 < finish && j0 + kBlock < p.keys) {
-                    follow(block, p, dout_rows, j0 + kBlock);
+                if (index + 1 < finish && j0 + BACKWARD_BLOCK < p.keys) {
+                    follow(block, p, dout_rows, j0 + BACKWARD_BLOCK);
                 } else if (next >= 0) {
                     const Plane<T> other = plane_of<T>(in, next / in.heads, next % in.heads);
                     follow(block, other, dout_of(other, next / in.heads, next % in.heads), 0);
                 }
-                for (std::int64_t q0 = first; q0 < p.queries; q0 += kTile<U>)
-                    tile(block, q0, smaller(kTile<U>, p.queries - q0), dquery);
+                for (std::int64_t q0 = first; q0 < p.queries; q0 += TILE<U>)
+                    tile(block, q0, smaller(TILE<U>, p.queries - q0), dquery);
                 if (first >= p.queries) {
                     __builtin_memset(dk, 0, plan.sums * sizeof(float));
                     __builtin_memset(dv, 0, plan.sums * sizeof(float));
@@ -444,7 +444,7 @@ void backward(const AttentionBwd& a) {
 #pragma omp parallel num_threads(team)
     {
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
-        if constexpr (kTiles<U>) begin_tiles();
+        if constexpr (TILES<U>) begin_tiles();
         if (a.dbias != nullptr && !plan.fills_bias) {
             // Keys that no query sees get no gradient, and nobody else writes there.
             char* target = static_cast<char*>(plan.sums_bias ? static_cast<void*>(partials) : a.dbias);
@@ -483,7 +483,7 @@ void backward(const AttentionBwd& a) {
             }
         }
         finish_rows();
-        if constexpr (kTiles<U>) end_tiles();
+        if constexpr (TILES<U>) end_tiles();
         if (plan.parts > 1) {
 #pragma omp for schedule(dynamic, 1)
             for (std::int64_t plane = 0; plane < plan.planes; ++plane)

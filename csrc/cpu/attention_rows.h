@@ -10,8 +10,8 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kInfinity = __builtin_inff();
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float INFINITY_ = __builtin_inff();
 
 PYXLBERT_INLINE int thread_index() { return omp_get_thread_num(); }
 
@@ -33,7 +33,7 @@ PYXLBERT_INLINE Vec first_else(Vec v, int n, Vec other) {
 
 // 2^x for x <= 0, exactly 0 for -inf; NaN stays.  Degree 5 on [0, 1): relative error 7.5e-8; degree 3,
 // enough for weights that are rounded to bfloat16 next: 7.5e-5.
-template <int kDegree>
+template <int DEGREE>
 PYXLBERT_INLINE Vec exp2_nonpositive(Vec x) {
 #if defined(__AVX512F__)
     const Vec f = _mm512_reduce_ps(x, 1);  // x - floor(x)
@@ -48,7 +48,7 @@ PYXLBERT_INLINE Vec exp2_nonpositive(Vec x) {
     const Vec f = x - whole;
 #endif
     Vec p;
-    if constexpr (kDegree == 5) {
+    if constexpr (DEGREE == 5) {
         p = set1(1.8775767e-3f);
         p = fma(p, f, set1(8.9893401e-3f));
         p = fma(p, f, set1(5.5826318e-2f));
@@ -217,7 +217,7 @@ PYXLBERT_INLINE void add_terms(const AttentionInputs& a, const Plane<T>& p, floa
         else
             add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.scale);
     }
-    if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n, -kInfinity);
+    if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n, -INFINITY_);
 }
 
 // s[n .. end - 1] = x; end - n may be anything, and end is a multiple of W.

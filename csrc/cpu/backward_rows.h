@@ -9,33 +9,33 @@ namespace {
 PYXLBERT_INLINE std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Keys of a block.
-constexpr std::int64_t kBlock = 256;
-constexpr std::int64_t kScoreStride = kBlock + 32;
+constexpr std::int64_t BACKWARD_BLOCK = 256;
+constexpr std::int64_t SCORE_STRIDE = BACKWARD_BLOCK + 32;
 
 // Products of tiles.  A tile of A cannot be read transposed, so there the sums over queries are transposed,
 // dV^T = dO^T P and dK^T = G^T Q: P and G in pairs along the queries are tiles of B as they are.
 template <class U>
-constexpr bool kTiles = U::row_step == 16;
+constexpr bool TILES = U::ROW_STEP == 16;
 
 // Queries of a tile, and what their number is rounded up to.
 template <class U>
-constexpr std::int64_t kTile = kTiles<U> ? 64 : 48;
+constexpr std::int64_t TILE = TILES<U> ? 64 : 48;
 template <class U>
-constexpr std::int64_t kRowStep = kTiles<U> ? 32 : 2;
+constexpr std::int64_t ROW_STEP = TILES<U> ? 32 : 2;
 
 // Strides of transposed sums and operands: odd numbers of cache lines.
-constexpr std::int64_t kSumStride = kBlock + W;
+constexpr std::int64_t SUM_STRIDE = BACKWARD_BLOCK + W;
 template <class U>
-constexpr std::int64_t kPairStride = kTile<U> / 2 + W;
+constexpr std::int64_t PAIR_STRIDE = TILE<U> / 2 + W;
 
 // Floats for a tile's rows as operands of the sums over queries, and for such a sum over a block of keys.
 template <class U>
 PYXLBERT_INLINE std::int64_t values_room(std::int64_t columns) {
-    return larger(kTile<U> * columns, kTiles<U> ? columns * kPairStride<U> : 0);
+    return larger(TILE<U> * columns, TILES<U> ? columns * PAIR_STRIDE<U> : 0);
 }
 template <class U>
 PYXLBERT_INLINE std::int64_t sums_room(std::int64_t columns) {
-    return larger((kBlock + kStripRows) * columns, kTiles<U> ? columns * kSumStride : 0);
+    return larger((BACKWARD_BLOCK + STRIP_ROWS) * columns, TILES<U> ? columns * SUM_STRIDE : 0);
 }
 
 // A row of a gradient.  Whole cache lines go past the caches: the caller reads them long after, and to fetch lines
@@ -51,7 +51,7 @@ PYXLBERT_INLINE void store_row(T* target, const float* source, std::int64_t d, f
                 _mm512_stream_ps(target + c, load(source + c) * set1(scale));
             }
 #if defined(__AVX512BF16__)
-        if constexpr (UnitOf<T>::Type::pair == 2)
+        if constexpr (UnitOf<T>::Type::PAIR == 2)
             for (; c + 2 * W <= d; c += 2 * W) {
                 watch_store(target + c, 2 * W);
                 _mm512_stream_si512(reinterpret_cast<__m512i*>(target + c),
@@ -80,9 +80,9 @@ PYXLBERT_INLINE void rows_of_sums(const float* sums, std::int64_t stride, std::i
 template <class T, class U>
 PYXLBERT_INLINE void store_sums(T* target, std::int64_t stride, const float* sums, std::int64_t columns, std::int64_t n,
                                 std::int64_t d, float scale, [[maybe_unused]] float* room) {
-    if constexpr (kTiles<U>) {
+    if constexpr (TILES<U>) {
         for (std::int64_t j = 0; j < n; j += W) {
-            rows_of_sums(sums + j, kSumStride, columns, room);
+            rows_of_sums(sums + j, SUM_STRIDE, columns, room);
             for (std::int64_t i = 0; i < smaller(W, n - j); ++i)
                 store_row(target + (j + i) * stride, room + i * columns, d, scale);
         }
@@ -120,10 +120,10 @@ PYXLBERT_INLINE void interleave([[maybe_unused]] float* weights, [[maybe_unused]
                                 [[maybe_unused]] std::int64_t stride, [[maybe_unused]] std::int64_t end) {
 #if defined(__AVX512BF16__)
     // Lane j of the result takes elements j and j + 16: two rows side by side to pairs.
-    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+    alignas(64) static constexpr std::uint16_t ORDER[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i shuffle = _mm512_load_si512(order);
+    const __m512i shuffle = _mm512_load_si512(ORDER);
     const auto write = [](float* target, __m512i bits) PYXLBERT_LAMBDA { _mm512_storeu_si512(target, bits); };
     float *s0 = weights, *s1 = s0 + stride, *g0 = gradients, *g1 = g0 + stride;
     for (std::int64_t j = 0; j < end; j += 2 * W) {
@@ -157,7 +157,7 @@ struct Exponent {
 
     // Elements j .. of the row, zero from n on.
     PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
-        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(kLog2e), log2_norm));
+        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(LOG2E), log2_norm));
         return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
     }
 };
@@ -167,7 +167,7 @@ struct Exponent {
 // out.
 PYXLBERT_INLINE bool inexact_lse(float lse) {
     const float size = lse < 0.0f ? -lse : lse;
-    return size >= 64.0f && size < kInfinity;
+    return size >= 64.0f && size < INFINITY_;
 }
 
 // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds all

@@ -8,7 +8,7 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
 // Columns of one task of the forward pass: long single rows are shared out too.
-constexpr std::int64_t column_block = 4096;
+constexpr std::int64_t COLUMN_BLOCK = 4096;
 
 template <class T, class Gelu>
 void forward(const BiasGeluFwd& a) {
@@ -16,15 +16,15 @@ void forward(const BiasGeluFwd& a) {
     const float* bias = nullptr;
     if (a.bias != nullptr)
         bias = as_float(a.bias, a.bias_dtype, n, static_cast<float*>(workspace(Slot::shared, padded * sizeof(float))));
-    const std::int64_t blocks = (n + column_block - 1) / column_block;
+    const std::int64_t blocks = (n + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 
 #pragma omp parallel for collapse(2) schedule(static) num_threads(team(a.threads, a.rows * n * 4))
     for (std::int64_t i = 0; i < a.rows; ++i) {
         for (std::int64_t block = 0; block < blocks; ++block) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             T* y = static_cast<T*>(a.y) + i * n;
-            std::int64_t j = block * column_block;
-            const std::int64_t end = j + column_block < n ? j + column_block : n;
+            std::int64_t j = block * COLUMN_BLOCK;
+            const std::int64_t end = j + COLUMN_BLOCK < n ? j + COLUMN_BLOCK : n;
             for (; j + W <= end; j += W) {
                 const Vec z = load(x + j);
                 store(y + j, Gelu::value(bias != nullptr ? z + load(bias + j) : z));

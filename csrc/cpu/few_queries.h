@@ -6,37 +6,37 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-// s[j] = (kAdd: s[j] +) q . row j, of n rows of d elements; q is zero from d to the next vector.
-template <bool kAdd, class T>
+// s[j] = (ADD: s[j] +) q . row j, of n rows of d elements; q is zero from d to the next vector.
+template <bool ADD, class T>
 PYXLBERT_INLINE void multiply_rows(const float* q, const T* rows, std::int64_t stride, std::int64_t n, std::int64_t d,
                                    float* s) {
     // Four rows at once: the sums over a vector's lanes wait for each other less.
-    constexpr int kRows = 4;
+    constexpr int ROWS = 4;
     const std::int64_t whole = d / W * W;
     const int left = static_cast<int>(d - whole);
     std::int64_t j = 0;
-    for (; j + kRows <= n; j += kRows) {
+    for (; j + ROWS <= n; j += ROWS) {
         const T* row = rows + j * stride;
-        Vec sum[kRows] = {zero(), zero(), zero(), zero()};
+        Vec sum[ROWS] = {zero(), zero(), zero(), zero()};
         for (std::int64_t c = 0; c < whole; c += W) {
             const Vec x = load(q + c);
 #pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r) sum[r] = fma(x, load(row + r * stride + c), sum[r]);
+            for (int r = 0; r < ROWS; ++r) sum[r] = fma(x, load(row + r * stride + c), sum[r]);
         }
         if (left > 0) {
             const Vec x = load(q + whole);
 #pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r) sum[r] = fma(x, load(row + r * stride + whole, left), sum[r]);
+            for (int r = 0; r < ROWS; ++r) sum[r] = fma(x, load(row + r * stride + whole, left), sum[r]);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) s[j + r] = (kAdd ? s[j + r] : 0.0f) + reduce_add(sum[r]);
+        for (int r = 0; r < ROWS; ++r) s[j + r] = (ADD ? s[j + r] : 0.0f) + reduce_add(sum[r]);
     }
     for (; j < n; ++j) {
         const T* row = rows + j * stride;
         Vec sum = zero();
         for (std::int64_t c = 0; c < whole; c += W) sum = fma(load(q + c), load(row + c), sum);
         if (left > 0) sum = fma(load(q + whole), load(row + whole, left), sum);
-        s[j] = (kAdd ? s[j] : 0.0f) + reduce_add(sum);
+        s[j] = (ADD ? s[j] : 0.0f) + reduce_add(sum);
     }
 }
 
@@ -44,12 +44,12 @@ PYXLBERT_INLINE void multiply_rows(const float* q, const T* rows, std::int64_t s
 template <class T>
 PYXLBERT_INLINE void add_weighted_rows(const float* w, const T* rows, std::int64_t stride, std::int64_t n,
                                        std::int64_t d, float factor, float* out) {
-    constexpr int kVectors = 4;
-    for (std::int64_t c0 = 0; c0 < d; c0 += kVectors * W) {
-        const bool whole = c0 + kVectors * W <= d;
-        Vec sum[kVectors];
+    constexpr int VECTORS = 4;
+    for (std::int64_t c0 = 0; c0 < d; c0 += VECTORS * W) {
+        const bool whole = c0 + VECTORS * W <= d;
+        Vec sum[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
+        for (int v = 0; v < VECTORS; ++v)
             sum[v] = factor == 0.0f || c0 + v * W >= d ? zero() : load(out + c0 + v * W) * set1(factor);
         for (std::int64_t j = 0; j < n; ++j) {
             if (w[j] == 0.0f) continue;
@@ -57,13 +57,13 @@ PYXLBERT_INLINE void add_weighted_rows(const float* w, const T* rows, std::int64
             const Vec x = set1(w[j]);
             if (whole) {
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sum[v] = fma(x, load(row + v * W), sum[v]);
+                for (int v = 0; v < VECTORS; ++v) sum[v] = fma(x, load(row + v * W), sum[v]);
             } else {
                 for (int v = 0; c0 + v * W < d; ++v)
                     sum[v] = fma(x, load(row + v * W, static_cast<int>(d - c0 - v * W)), sum[v]);
             }
         }
-        for (int v = 0; v < kVectors && c0 + v * W < d; ++v) store(out + c0 + v * W, sum[v]);
+        for (int v = 0; v < VECTORS && c0 + v * W < d; ++v) store(out + c0 + v * W, sum[v]);
     }
 }
 

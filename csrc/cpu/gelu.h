@@ -13,14 +13,14 @@ namespace {
 struct Erf {
     // From here on Q is near the smallest normal number; numbers below it take a hundred times as long, and an infinite
     // z must not meet them in a product.
-    static constexpr float far = 12.9f;
+    static constexpr float FAR = 12.9f;
     static PYXLBERT_INLINE Vec value(Vec z) {
-        const Vec a = min(set1(far), absolute(z));
+        const Vec a = min(set1(FAR), absolute(z));
         Vec density;
         return max(zero(), z) - a * normal_tail(a, density);
     }
     static PYXLBERT_INLINE Vec slope(Vec z) {
-        const Vec a = min(set1(far), absolute(z));
+        const Vec a = min(set1(FAR), absolute(z));
         Vec density;
         const Vec tail = normal_tail(a, density);
         // Phi + z phi on the positive side; the negative side is one less that.
@@ -32,7 +32,7 @@ struct Erf {
 
 struct Tanh {
     // The same for s and 1 - s.
-    static constexpr float far = 10.0f;
+    static constexpr float FAR = 10.0f;
     // e^(-2u) and s = 1 / (1 + e^(-2u)) of a bounded z.
     static PYXLBERT_INLINE Vec gate(Vec z, Vec& e) {
         const Vec cube = fma(z * z * set1(0.044715f), z, z);
@@ -41,11 +41,11 @@ struct Tanh {
     }
     static PYXLBERT_INLINE Vec value(Vec z) {
         Vec e;
-        const Vec s = gate(clamp(z, -far, far), e);
-        return max(set1(-far), z) * s;
+        const Vec s = gate(clamp(z, -FAR, FAR), e);
+        return max(set1(-FAR), z) * s;
     }
     static PYXLBERT_INLINE Vec slope(Vec z) {
-        const Vec bounded = clamp(z, -far, far);
+        const Vec bounded = clamp(z, -FAR, FAR);
         Vec e;
         const Vec s = gate(bounded, e);
         const Vec twice_du = fma(bounded * bounded, set1(0.214064126f), set1(1.59576912f));

@@ -18,24 +18,24 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kStripRows = 6, kStripVectors = 4;  // 24 of 32 registers hold C
+constexpr int STRIP_ROWS = 6, STRIP_VECTORS = 4;  // 24 of 32 registers hold C
 #else
-constexpr int kStripRows = 6, kStripVectors = 2;  // 12 of 16
+constexpr int STRIP_ROWS = 6, STRIP_VECTORS = 2;  // 12 of 16
 #endif
 
 constexpr PYXLBERT_INLINE std::int64_t round_to(std::int64_t n, std::int64_t step) {
     return (n + step - 1) / step * step;
 }
 
-// row_step and k_step: the products of this unit take multiples of so many rows of A and C, and steps of K.
+// ROW_STEP and K_STEP: the products of this unit take multiples of so many rows of A and C, and steps of K.
 struct FloatUnit {
-    static constexpr int pair = 1, row_step = 2, k_step = 1;
+    static constexpr int PAIR = 1, ROW_STEP = 2, K_STEP = 1;
     static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct Bf16PairUnit {
-    static constexpr int pair = 2, row_step = 2, k_step = 1;
+    static constexpr int PAIR = 2, ROW_STEP = 2, K_STEP = 1;
     static PYXLBERT_INLINE Vec multiply_add(Vec c, Vec a, Vec b) {
         return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
@@ -45,7 +45,7 @@ struct Bf16PairUnit {
 #if defined(__AMX_BF16__)
 // The same pairs through tiles of 16 rows x 16 units: a sub-panel of B already is one.
 struct Bf16TileUnit {
-    static constexpr int pair = 2, row_step = 16, k_step = 16;
+    static constexpr int PAIR = 2, ROW_STEP = 16, K_STEP = 16;
 };
 #endif
 
@@ -79,7 +79,7 @@ struct MatrixC {
     std::int64_t stride;
 };
 
-template <class U, bool kTransposed, int R, int N>
+template <class U, bool TRANSPOSED, int R, int N>
 PYXLBERT_INLINE void micro_kernel(const float* a, std::int64_t a_stride, const float* b, std::int64_t vector_stride,
                                   std::int64_t k_stride, std::int64_t k_steps, const float* init,
                                   std::int64_t init_stride, float* c, std::int64_t c_stride) {
@@ -101,11 +101,11 @@ PYXLBERT_INLINE void micro_kernel(const float* a, std::int64_t a_stride, const f
         for (int n = 0; n < N; ++n) row[n] = load(b + n * vector_stride);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const Vec x = set1(kTransposed ? a[r] : a[r * a_stride]);
+            const Vec x = set1(TRANSPOSED ? a[r] : a[r * a_stride]);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) sum[r][n] = U::multiply_add(sum[r][n], x, row[n]);
         }
-        a += kTransposed ? a_stride : 1;
+        a += TRANSPOSED ? a_stride : 1;
         b += k_stride;
     }
 #pragma GCC unroll 8
@@ -115,54 +115,54 @@ PYXLBERT_INLINE void micro_kernel(const float* a, std::int64_t a_stride, const f
 }
 
 // All strips of rows against N vectors of B, which stay in the first-level cache.
-template <class U, bool kTransposed, int N>
+template <class U, bool TRANSPOSED, int N>
 __attribute__((noinline)) void strips(MatrixA a, const float* b, std::int64_t vector_stride, std::int64_t k_stride,
                                       std::int64_t k_steps, const float* init, std::int64_t init_stride, MatrixC c,
                                       std::int64_t rows) {
-    for (std::int64_t r = 0; r < rows; r += kStripRows) {
-        const float* ar = a.data + (kTransposed ? r : r * a.stride);
+    for (std::int64_t r = 0; r < rows; r += STRIP_ROWS) {
+        const float* ar = a.data + (TRANSPOSED ? r : r * a.stride);
         const float* ir = init == nullptr ? nullptr : init + r * init_stride;
         float* cr = c.data + r * c.stride;
         const std::int64_t left = rows - r;
         if (left > 4)
-            micro_kernel<U, kTransposed, 6, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
-                                               c.stride);
+            micro_kernel<U, TRANSPOSED, 6, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                              c.stride);
         else if (left > 2)
-            micro_kernel<U, kTransposed, 4, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
-                                               c.stride);
+            micro_kernel<U, TRANSPOSED, 4, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                              c.stride);
         else
-            micro_kernel<U, kTransposed, 2, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
-                                               c.stride);
+            micro_kernel<U, TRANSPOSED, 2, N>(ar, a.stride, b, vector_stride, k_stride, k_steps, ir, init_stride, cr,
+                                              c.stride);
     }
 }
 
 // All vectors of B, as many at a time as registers hold.
-template <class U, bool kTransposed>
+template <class U, bool TRANSPOSED>
 PYXLBERT_INLINE void multiply_vectors(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init,
                                       std::int64_t init_stride, MatrixC c, std::int64_t rows, std::int64_t vectors) {
     for (std::int64_t n = 0; n < vectors;) {
         const std::int64_t left = vectors - n;
         // Five vectors as three and two: a lone vector leaves half of the multipliers idle.
-        const int take = left > kStripVectors + 1    ? kStripVectors
-                         : left == kStripVectors + 1 ? (kStripVectors + 2) / 2
+        const int take = left > STRIP_VECTORS + 1    ? STRIP_VECTORS
+                         : left == STRIP_VECTORS + 1 ? (STRIP_VECTORS + 2) / 2
                                                      : static_cast<int>(left);
         const float* bn = b.data + n * b.vector_stride;
         const float* in = init == nullptr ? nullptr : init + n * W;
         const MatrixC cn = {c.data + n * W, c.stride};
         switch (take) {
             case 1:
-                strips<U, kTransposed, 1>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                strips<U, TRANSPOSED, 1>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
                 break;
             case 2:
-                strips<U, kTransposed, 2>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                strips<U, TRANSPOSED, 2>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
                 break;
             case 3:
-                if constexpr (kStripVectors > 2)
-                    strips<U, kTransposed, 3>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                if constexpr (STRIP_VECTORS > 2)
+                    strips<U, TRANSPOSED, 3>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
                 break;
             default:
-                if constexpr (kStripVectors > 3)
-                    strips<U, kTransposed, 4>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
+                if constexpr (STRIP_VECTORS > 3)
+                    strips<U, TRANSPOSED, 4>(a, bn, b.vector_stride, b.k_stride, k_steps, in, init_stride, cn, rows);
         }
         n += take;
     }
@@ -187,42 +187,42 @@ PYXLBERT_INLINE void end_tiles() {}
 #if defined(__AMX_BF16__)
 
 // 32 or 16 rows against two vectors or one.  Tiles 0 to 3 are C, 4 and 5 rows of A, 6 and 7 vectors of B.
-template <bool kTwoRows, bool kTwoVectors>
+template <bool TWO_ROWS, bool TWO_VECTORS>
 PYXLBERT_INLINE void tile_kernel(const float* a, std::int64_t a_stride, const float* b, std::int64_t vector_stride,
                                  std::int64_t k_stride, std::int64_t k_steps, const float* init,
                                  std::int64_t init_stride, float* c, std::int64_t c_stride) {
     const std::int64_t init_bytes = init_stride * 4, a_bytes = a_stride * 4, b_bytes = k_stride * 4;
     if (init == nullptr) {
         _tile_zero(0);
-        if (kTwoVectors) _tile_zero(1);
-        if (kTwoRows) _tile_zero(2);
-        if (kTwoRows && kTwoVectors) _tile_zero(3);
+        if (TWO_VECTORS) _tile_zero(1);
+        if (TWO_ROWS) _tile_zero(2);
+        if (TWO_ROWS && TWO_VECTORS) _tile_zero(3);
     } else {
         const float* second = init + 16 * init_stride;
         _tile_loadd(0, init, init_bytes);
-        if (kTwoVectors) _tile_loadd(1, init + W, init_bytes);
-        if (kTwoRows) _tile_loadd(2, second, init_bytes);
-        if (kTwoRows && kTwoVectors) _tile_loadd(3, second + W, init_bytes);
+        if (TWO_VECTORS) _tile_loadd(1, init + W, init_bytes);
+        if (TWO_ROWS) _tile_loadd(2, second, init_bytes);
+        if (TWO_ROWS && TWO_VECTORS) _tile_loadd(3, second + W, init_bytes);
     }
     for (std::int64_t k = 0; k < k_steps; k += 16, a += 16, b += 16 * k_stride) {
         _tile_loadd(6, b, b_bytes);
         _tile_loadd(4, a, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        if (kTwoVectors) {
+        if (TWO_VECTORS) {
             _tile_loadd(7, b + vector_stride, b_bytes);
             _tile_dpbf16ps(1, 4, 7);
         }
-        if (kTwoRows) {
+        if (TWO_ROWS) {
             _tile_loadd(5, a + 16 * a_stride, a_bytes);
             _tile_dpbf16ps(2, 5, 6);
-            if (kTwoVectors) _tile_dpbf16ps(3, 5, 7);
+            if (TWO_VECTORS) _tile_dpbf16ps(3, 5, 7);
         }
     }
     const std::int64_t c_bytes = c_stride * 4;
     _tile_stored(0, c, c_bytes);
-    if (kTwoVectors) _tile_stored(1, c + W, c_bytes);
-    if (kTwoRows) _tile_stored(2, c + 16 * c_stride, c_bytes);
-    if (kTwoRows && kTwoVectors) _tile_stored(3, c + 16 * c_stride + W, c_bytes);
+    if (TWO_VECTORS) _tile_stored(1, c + W, c_bytes);
+    if (TWO_ROWS) _tile_stored(2, c + 16 * c_stride, c_bytes);
+    if (TWO_ROWS && TWO_VECTORS) _tile_stored(3, c + 16 * c_stride + W, c_bytes);
 }
 
 __attribute__((noinline)) void multiply_tiles(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init,
@@ -248,17 +248,17 @@ __attribute__((noinline)) void multiply_tiles(MatrixA a, MatrixB b, std::int64_t
 
 // C = I + A B.  `rows` and `k_steps` are multiples of the unit's steps: rows past the last one have neighbours in A
 // and C that belong to nobody, steps past the last one are zero in A or in B and finite in the other.
-template <class U, bool kTransposed>
+template <class U, bool TRANSPOSED>
 PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init, std::int64_t init_stride,
                               MatrixC c, std::int64_t rows, std::int64_t vectors) {
 #if defined(__AMX_BF16__)
-    if constexpr (U::row_step == 16) {
-        static_assert(!kTransposed, "a tile of A holds rows");
+    if constexpr (U::ROW_STEP == 16) {
+        static_assert(!TRANSPOSED, "a tile of A holds rows");
         multiply_tiles(a, b, k_steps, init, init_stride, c, rows, vectors);
         return;
     } else
 #endif
-        multiply_vectors<U, kTransposed>(a, b, k_steps, init, init_stride, c, rows, vectors);
+        multiply_vectors<U, TRANSPOSED>(a, b, k_steps, init, init_stride, c, rows, vectors);
 }
 
 // r[i][j] becomes r[j][i].
@@ -333,9 +333,9 @@ PYXLBERT_INLINE void transpose(Vec r[W]) {
 // Units unit .. unit + W - 1 of a row, zero past its d elements.
 template <class T, class U>
 PYXLBERT_INLINE Vec load_units(const T* row, std::int64_t unit, std::int64_t d) {
-    const std::int64_t left = d - unit * U::pair;
+    const std::int64_t left = d - unit * U::PAIR;
 #if defined(__AVX512BF16__)
-    if constexpr (U::pair == 2) {
+    if constexpr (U::PAIR == 2) {
         const __mmask32 lanes = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
         return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, row + unit * 2));
     }
@@ -361,10 +361,10 @@ __attribute__((noinline)) void pack_transposed(const T* source, std::int64_t row
     for (std::int64_t r = 0; r < padded; r += W, target += k_units * W)
         for (std::int64_t u = 0; u < k_units; u += W) {
             Vec block[W];
-            const bool full = r + W <= n && (u + W) * U::pair <= d;
+            const bool full = r + W <= n && (u + W) * U::PAIR <= d;
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i)
-                block[i] = full        ? load_units<T, U>(source + (r + i) * row_stride, u, (u + W) * U::pair)
+                block[i] = full        ? load_units<T, U>(source + (r + i) * row_stride, u, (u + W) * U::PAIR)
                            : r + i < n ? load_units<T, U>(source + (r + i) * row_stride, u, d)
                                        : zero();
             transpose(block);
@@ -400,16 +400,16 @@ __attribute__((noinline)) void pack_columns(const T* source, std::int64_t row_st
 }
 #endif
 
-// B, in rows: [padded / pair][columns], two rows interleaved to a unit; zero past n rows and d columns.
+// B, in rows: [padded / PAIR][columns], two rows interleaved to a unit; zero past n rows and d columns.
 template <class T, class U>
 __attribute__((noinline)) void pack_values(const T* source, std::int64_t row_stride, std::int64_t n,
                                            std::int64_t padded, std::int64_t d, float* target, std::int64_t columns) {
-    for (std::int64_t j = 0; j < padded; j += U::pair, target += columns) {
+    for (std::int64_t j = 0; j < padded; j += U::PAIR, target += columns) {
         const T* row = source + j * row_stride;
         for (std::int64_t c = 0; c < columns; c += W) {
             const int left = static_cast<int>(d - c);
 #if defined(__AVX512BF16__)
-            if constexpr (U::pair == 2) {
+            if constexpr (U::PAIR == 2) {
                 const __mmask16 lanes = first_lanes(left);
                 const __m256i first = _mm256_maskz_loadu_epi16(j < n ? lanes : 0, row + c);
                 const __m256i second = _mm256_maskz_loadu_epi16(j + 1 < n ? lanes : 0, row + row_stride + c);

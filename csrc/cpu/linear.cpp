@@ -12,13 +12,13 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
 // Columns of y of one task, and columns (rows of the weight) that are summed at once.
-constexpr int task_columns = 16, together = 4;
+constexpr int TASK_COLUMNS = 16, TOGETHER = 4;
 
 // Rows of x that are summed at once: with AVX-512's 32 registers 6 x 4 sums, with 16 registers 2 x 4.
-constexpr int most_rows = W == 16 ? 6 : 2;
+constexpr int MOST_ROWS = W == 16 ? 6 : 2;
 
 // out[i] = the sum of the lanes of v[i].
-PYXLBERT_INLINE void sum_lanes(const Vec (&v)[together], float* out) {
+PYXLBERT_INLINE void sum_lanes(const Vec (&v)[TOGETHER], float* out) {
 #if defined(__AVX512F__) || defined(__AVX2__)
     // Two rounds of pairwise sums leave the four sums of every 128 bits side by side.
 #if defined(__AVX512F__)
@@ -35,27 +35,27 @@ PYXLBERT_INLINE void sum_lanes(const Vec (&v)[together], float* out) {
 #endif
     _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
-    for (int i = 0; i < together; ++i) out[i] = reduce_add(v[i]);
+    for (int i = 0; i < TOGETHER; ++i) out[i] = reduce_add(v[i]);
 #endif
 }
 
-// sums[r * task_columns + i] = x row r . weight row i, for R rows of x and four of the weight.
+// sums[r * TASK_COLUMNS + i] = x row r . weight row i, for R rows of x and four of the weight.
 template <int R, class T>
-PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (&weight)[together], std::int64_t inner,
-                         const std::int64_t (&ahead)[together], float* sums) {
-    Vec sum[R][together];
+PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (&weight)[TOGETHER], std::int64_t inner,
+                         const std::int64_t (&ahead)[TOGETHER], float* sums) {
+    Vec sum[R][TOGETHER];
     for (int r = 0; r < R; ++r)
-        for (int i = 0; i < together; ++i) sum[r][i] = zero();
-    const auto step = [&](std::int64_t k, const Vec(&w)[together], auto x_at) PYXLBERT_LAMBDA {
+        for (int i = 0; i < TOGETHER; ++i) sum[r][i] = zero();
+    const auto step = [&](std::int64_t k, const Vec(&w)[TOGETHER], auto x_at) PYXLBERT_LAMBDA {
         for (int r = 0; r < R; ++r) {
             const Vec xr = x_at(x + r * x_stride + k);
-            for (int i = 0; i < together; ++i) sum[r][i] = fma(w[i], xr, sum[r][i]);
+            for (int i = 0; i < TOGETHER; ++i) sum[r][i] = fma(w[i], xr, sum[r][i]);
         }
     };
     std::int64_t k = 0;
     for (; k + W <= inner; k += W) {
-        Vec w[together];
-        for (int i = 0; i < together; ++i) {
+        Vec w[TOGETHER];
+        for (int i = 0; i < TOGETHER; ++i) {
             // Past the weight's end this asks for memory that is not there, which does no harm.
             __builtin_prefetch(weight[i] + k + ahead[i]);
             w[i] = load(weight[i] + k);
@@ -64,16 +64,16 @@ PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (
     }
     const int tail = static_cast<int>(inner - k);
     if (tail) {
-        Vec w[together];
-        for (int i = 0; i < together; ++i) w[i] = load(weight[i] + k, tail);
+        Vec w[TOGETHER];
+        for (int i = 0; i < TOGETHER; ++i) w[i] = load(weight[i] + k, tail);
         step(k, w, [tail](const float* p) PYXLBERT_LAMBDA { return load(p, tail); });
     }
-    for (int r = 0; r < R; ++r) sum_lanes(sum[r], sums + r * task_columns);
+    for (int r = 0; r < R; ++r) sum_lanes(sum[r], sums + r * TASK_COLUMNS);
 }
 
 template <class T>
-PYXLBERT_INLINE void dot_rows(int rows, const float* x, std::int64_t x_stride, const T* const (&weight)[together],
-                              std::int64_t inner, const std::int64_t (&ahead)[together], float* sums) {
+PYXLBERT_INLINE void dot_rows(int rows, const float* x, std::int64_t x_stride, const T* const (&weight)[TOGETHER],
+                              std::int64_t inner, const std::int64_t (&ahead)[TOGETHER], float* sums) {
     switch (rows) {
         case 1:
             return dot<1>(x, x_stride, weight, inner, ahead, sums);
@@ -107,19 +107,19 @@ void forward(const LinearFwd& a, Activation activation) {
             widen_row(static_cast<const T*>(a.x) + i * a.x_stride, wide + i * x_stride, a.inner);
         x = wide;
     }
-    const int groups = static_cast<int>((a.rows + most_rows - 1) / most_rows);
-    const std::int64_t tasks = (a.columns + task_columns - 1) / task_columns;
-    const TeamScratch scratch = team_scratch(team(a.threads, a.columns * a.inner), a.rows * task_columns);
+    const int groups = static_cast<int>((a.rows + MOST_ROWS - 1) / MOST_ROWS);
+    const std::int64_t tasks = (a.columns + TASK_COLUMNS - 1) / TASK_COLUMNS;
+    const TeamScratch scratch = team_scratch(team(a.threads, a.columns * a.inner), a.rows * TASK_COLUMNS);
 
 #pragma omp parallel for schedule(static) num_threads(scratch.threads)
     for (std::int64_t task = 0; task < tasks; ++task) {
-        const std::int64_t first = task * task_columns;
-        const int columns = static_cast<int>(a.columns - first < task_columns ? a.columns - first : task_columns);
+        const std::int64_t first = task * TASK_COLUMNS;
+        const int columns = static_cast<int>(a.columns - first < TASK_COLUMNS ? a.columns - first : TASK_COLUMNS);
         float* sums = scratch.mine();
-        for (int n = 0; n < columns; n += together) {
+        for (int n = 0; n < columns; n += TOGETHER) {
             // Past the last row of the weight the last one stands in; its sums are not stored.
-            const T* w[together];
-            for (int i = 0; i < together; ++i) {
+            const T* w[TOGETHER];
+            for (int i = 0; i < TOGETHER; ++i) {
                 const int row = n + i < columns ? n + i : columns - 1;
                 w[i] = weight + (first + row) * a.inner;
             }
@@ -128,15 +128,15 @@ void forward(const LinearFwd& a, Activation activation) {
                 const int rows = static_cast<int>(block_start(a.rows, groups, g + 1) - start);
                 // Each group of rows asks for its share of the next four rows of the weight, so that memory is never
                 // idle.
-                std::int64_t ahead[together];
-                for (int i = 0; i < together; ++i) ahead[i] = i % groups == g % together ? together * a.inner : 0;
-                dot_rows(rows, x + start * x_stride, x_stride, w, a.inner, ahead, sums + start * task_columns + n);
+                std::int64_t ahead[TOGETHER];
+                for (int i = 0; i < TOGETHER; ++i) ahead[i] = i % groups == g % TOGETHER ? TOGETHER * a.inner : 0;
+                dot_rows(rows, x + start * x_stride, x_stride, w, a.inner, ahead, sums + start * TASK_COLUMNS + n);
             }
         }
         for (std::int64_t i = 0; i < a.rows; ++i) {
             T* y = static_cast<T*>(a.y) + i * a.columns + first;
             for (int n = 0; n < columns; n += W) {
-                Vec z = load(sums + i * task_columns + n);
+                Vec z = load(sums + i * TASK_COLUMNS + n);
                 if (bias != nullptr) z = z + load(bias + first + n, columns - n);
                 store(y + n, activation(z), columns - n);
             }

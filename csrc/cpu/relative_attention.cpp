@@ -1,5 +1,5 @@
-// Relative attention, forward, one stream or two: the loops of attention_forward.h with the relative term.
-#include "attention_forward.h"
+// Relative attention, forward, one stream or two: the loops of attention_fwd.h with the relative term.
+#include "attention_fwd.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 

@@ -21,12 +21,12 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kSpan = 192;  // positions that rows of a tile lie apart at most
-constexpr std::int64_t kBandStride = kBlock + kSpan + 32;
-constexpr int kStreams = 2;
+constexpr std::int64_t SPAN = 192;  // positions that rows of a tile lie apart at most
+constexpr std::int64_t BAND_STRIDE = BACKWARD_BLOCK + SPAN + 32;
+constexpr int STREAMS = 2;
 
 // Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
-enum Small { content, position, segment, same_segment, other_segment, kSmall };
+enum Small { content, position, segment, same_segment, other_segment, SMALL };
 
 // How the work is cut; nothing in it depends on the number of threads.
 struct Plan {
@@ -52,7 +52,7 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
     const AttentionInputs& in = a.in.in;
     Plan p;
     p.planes = in.batch * in.heads;
-    p.blocks = ceil_divide(in.keys, kBlock);
+    p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
     p.slices = a.in.tables * in.heads;
     p.members = in.batch / a.in.tables;
     p.groups = smaller(p.members, ceil_divide(enough_tasks, p.slices));
@@ -60,21 +60,21 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
         1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
     p.rows = a.rows[0].count + a.rows[1].count;
     p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
-    p.units = round_to(ceil_divide(in.head_size, U::pair), U::k_step);
+    p.units = round_to(ceil_divide(in.head_size, U::PAIR), U::K_STEP);
     p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
     p.dquery = p.rows * p.columns;
-    p.table_rows = ceil_divide(p.blocks, p.parts) * kBlock + p.last_place + kStripRows + 1;
+    p.table_rows = ceil_divide(p.blocks, p.parts) * BACKWARD_BLOCK + p.last_place + STRIP_ROWS + 1;
     // An odd number of cache lines, and room for a vector past the last row.
     p.table_stride = (round_to(p.table_rows + W, W) / W | 1) * W;
     p.values = values_room<U>(p.columns);
     p.sums = sums_room<U>(p.columns);
     const std::int64_t tile =
-        kTile<U> * (2 * kScoreStride + 2 * kBandStride + 3 * p.unit_stride + p.columns) + 3 * p.values;
-    const std::int64_t keys = kBlock * (2 * p.unit_stride + p.columns) + 2 * p.sums + kScoreStride;
-    const std::int64_t table = round_to(kBlock + kSpan, W) * (p.unit_stride + p.columns);
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * kTile<U> + 3 * p.columns;
-    const std::int64_t dtable = kTiles<U> && a.dtable != nullptr ? p.columns * p.table_stride : 0;
+        TILE<U> * (2 * SCORE_STRIDE + 2 * BAND_STRIDE + 3 * p.unit_stride + p.columns) + 3 * p.values;
+    const std::int64_t keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + 2 * p.sums + SCORE_STRIDE;
+    const std::int64_t table = round_to(BACKWARD_BLOCK + SPAN, W) * (p.unit_stride + p.columns);
+    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * TILE<U> + 3 * p.columns;
+    const std::int64_t dtable = TILES<U> && a.dtable != nullptr ? p.columns * p.table_stride : 0;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + dtable + tile + keys + table + rows, 1024) + 64;
     return p;
 }
@@ -104,7 +104,7 @@ PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segment
 template <class T, class U>
 struct Backward {
     // Rows of G_r take half the room in pairs, and leave the rest to pairs of rows.
-    static constexpr std::int64_t kDbandStride = kBandStride / U::pair;
+    static constexpr std::int64_t DBAND_STRIDE = BAND_STRIDE / U::PAIR;
 
     const RelativeAttentionBwd& a;
     const RelativeInputs& relative;
@@ -120,9 +120,9 @@ struct Backward {
     // The plane.
     Plane<T> p;
     std::int64_t b, h;
-    Queries<T> queries[kStreams];
-    const T* dout_rows[kStreams];
-    std::int64_t start[kStreams + 1];
+    Queries<T> queries[STREAMS];
+    const T* dout_rows[STREAMS];
+    std::int64_t start[STREAMS + 1];
     float *dquery, *small, *dtable;
     std::int64_t first_row;  // of the table, in dtable
 
@@ -139,37 +139,37 @@ struct Backward {
             return taken;
         };
         const std::int64_t rows = round_to(plan.rows, 16), columns = plan.columns;
-        scores = take(kTile<U> * kScoreStride);
-        dp = take(kTile<U> * kScoreStride);
-        band = take(kTile<U> * kBandStride);
+        scores = take(TILE<U> * SCORE_STRIDE);
+        dp = take(TILE<U> * SCORE_STRIDE);
+        band = take(TILE<U> * BAND_STRIDE);
         // In pairs: the rows themselves, and pairs of rows.
-        dband = take(kTile<U> * kBandStride);
-        band_pairs = dband + kTile<U> * kDbandStride;
-        q_content = take(kTile<U> * plan.unit_stride);
-        q_position = take(kTile<U> * plan.unit_stride);
-        dout = take(kTile<U> * plan.unit_stride);
+        dband = take(TILE<U> * BAND_STRIDE);
+        band_pairs = dband + TILE<U> * DBAND_STRIDE;
+        q_content = take(TILE<U> * plan.unit_stride);
+        q_position = take(TILE<U> * plan.unit_stride);
+        dout = take(TILE<U> * plan.unit_stride);
         content_values = take(plan.values);
         position_values = take(plan.values);
         dout_values = take(plan.values);
-        dq_tile = take(kTile<U> * columns);
-        k = take(kBlock * plan.unit_stride);
-        v = take(kBlock * plan.unit_stride);
-        k_values = take(kBlock * columns);
+        dq_tile = take(TILE<U> * columns);
+        k = take(BACKWARD_BLOCK * plan.unit_stride);
+        v = take(BACKWARD_BLOCK * plan.unit_stride);
+        k_values = take(BACKWARD_BLOCK * columns);
         dk = take(plan.sums);
         dv = take(plan.sums);
-        undropped = take(kScoreStride);
-        table = take(round_to(kBlock + kSpan, W) * plan.unit_stride);
-        table_values = take(round_to(kBlock + kSpan, W) * columns);
+        undropped = take(SCORE_STRIDE);
+        table = take(round_to(BACKWARD_BLOCK + SPAN, W) * plan.unit_stride);
+        table_values = take(round_to(BACKWARD_BLOCK + SPAN, W) * columns);
         delta = take(rows);
         log2_norm = take(rows);
         same_sum = take(rows);
         other_sum = take(rows);
         index = reinterpret_cast<std::int32_t*>(take(rows));
         place = reinterpret_cast<std::int32_t*>(take(rows));
-        same_score = take(kTile<U>);
-        other_score = take(kTile<U>);
+        same_score = take(TILE<U>);
+        other_score = take(TILE<U>);
         one_row = take(3 * columns);
-        own_dtable = take(kTiles<U> && a.dtable != nullptr ? columns * plan.table_stride : 0);
+        own_dtable = take(TILES<U> && a.dtable != nullptr ? columns * plan.table_stride : 0);
         own_dquery = scratch;
     }
 
@@ -189,7 +189,7 @@ struct Backward {
         p = plane_of<T>(in, b, h);
         if (relative.uniform_rows) p.keys = p.all_keys;
         start[0] = 0;
-        for (int stream = 0; stream < kStreams; ++stream) {
+        for (int stream = 0; stream < STREAMS; ++stream) {
             const Queries<T>& x = queries[stream] = queries_of<T>(in, a.rows[stream], b, h);
             const AttentionTensor& d = a.dout[stream];
             dout_rows[stream] =
@@ -212,7 +212,7 @@ struct Backward {
     // and S with all its terms.
     PYXLBERT_INLINE void score(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size, columns = plan.columns, stride = plan.unit_stride;
-        const std::int64_t padded = round_to(rows, kRowStep<U>);
+        const std::int64_t padded = round_to(rows, ROW_STEP<U>);
         for (std::int64_t r = 0; r < rows; ++r) {
             const T* x = query_row(stream, row + r);
             pack_query<T, U>(x, of_head(relative.content_bias, h, d), d, q_content + r * stride, stride);
@@ -235,28 +235,28 @@ struct Backward {
         const T* source =
             static_cast<const T*>(r.data) + b * relative.tables / in.batch * r.batch + h * r.head + first * r.row;
         pack_transposed<T, U>(source, r.row, present, round_to(width, W), d, table, stride);
-        pack_values<T, U>(source, r.row, present, round_to(width, U::pair * U::k_step), d, table_values, columns);
-        multiply<U, false>({q_position, stride}, {table, stride * W, W}, plan.units, nullptr, 0, {band, kBandStride},
+        pack_values<T, U>(source, r.row, present, round_to(width, U::PAIR * U::K_STEP), d, table_values, columns);
+        multiply<U, false>({q_position, stride}, {table, stride * W, W}, plan.units, nullptr, 0, {band, BAND_STRIDE},
                            padded, ceil_divide(width, W));
         const float* init = band + rows - 1;
-        std::int64_t init_stride = kBandStride - 1;
+        std::int64_t init_stride = BAND_STRIDE - 1;
         if (queries[stream].positions != nullptr) {
             for (std::int64_t x = 0; x < rows; ++x)
-                __builtin_memcpy(scores + x * kScoreStride, band + x * kBandStride + last - place[row + x], n * 4);
+                __builtin_memcpy(scores + x * SCORE_STRIDE, band + x * BAND_STRIDE + last - place[row + x], n * 4);
             init = scores;
-            init_stride = kScoreStride;
+            init_stride = SCORE_STRIDE;
         }
         multiply<U, false>({q_content, stride}, {k, stride * W, W}, plan.units, init, init_stride,
-                           {scores, kScoreStride}, padded, ceil_divide(n, W));
+                           {scores, SCORE_STRIDE}, padded, ceil_divide(n, W));
         if (!terms) return;
         const QueryRows& info = a.rows[stream];
         for (std::int64_t x = 0; x < rows; ++x) {
             const std::int64_t i = index[row + x], visible = visible_keys(i, j0, n);
-            float* s = scores + x * kScoreStride;
+            float* s = scores + x * SCORE_STRIDE;
             add_relative_terms(relative, p, s, {same_score[x], other_score[x]}, queries[stream].rank,
                                queries[stream].segment, info.see_self, i, info.mask_by_position ? place[row + x] : i,
                                j0, visible);
-            if (relative.uniform_rows) fill_from(s, visible, round_to(n, W), kMaskedScore);
+            if (relative.uniform_rows) fill_from(s, visible, round_to(n, W), UNIFORM_SCORE);
         }
     }
 
@@ -278,12 +278,12 @@ struct Backward {
     PYXLBERT_INLINE void for_tiles(std::int64_t j0, std::int64_t n, F work) {
         const std::int32_t* ranks = relative.key_rank == nullptr ? nullptr : relative.key_rank + p.k_first + j0;
         const std::int32_t lowest = ranks == nullptr ? 0 : lowest_of(ranks, n);
-        for (int stream = 0; stream < kStreams; ++stream) {
+        for (int stream = 0; stream < STREAMS; ++stream) {
             dropout.tag = static_cast<Tag>(a.rows[stream].tag);
             std::int64_t rows;
             for (std::int64_t row = start[stream]; row < start[stream + 1]; row += rows) {
                 rows = 1;
-                while (rows < kTile<U> && row + rows < start[stream + 1] && place[row + rows] - place[row] <= kSpan)
+                while (rows < TILE<U> && row + rows < start[stream + 1] && place[row + rows] - place[row] <= SPAN)
                     ++rows;
                 std::int64_t seen = n;
                 if (!relative.uniform_rows) {
@@ -307,14 +307,14 @@ struct Backward {
     // See inexact_lse.
     void normalise() {
         bool any = false;
-        for (int stream = 0; stream < kStreams; ++stream)
+        for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
                 delta[row] = 0.0f;
                 any |= inexact_lse(lse_of(stream, row));
             }
         if (!any) return;
-        for (std::int64_t j0 = 0; j0 < p.keys; j0 += kBlock) {
-            const std::int64_t n = smaller(kBlock, p.keys - j0);
+        for (std::int64_t j0 = 0; j0 < p.keys; j0 += BACKWARD_BLOCK) {
+            const std::int64_t n = smaller(BACKWARD_BLOCK, p.keys - j0);
             pack_keys(j0, n);
             for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
                 score(stream, row, rows, j0, seen);
@@ -322,53 +322,53 @@ struct Backward {
                     const std::int64_t own = relative.uniform_rows ? seen : visible_keys(index[row + r], j0, seen);
                     const Exponent exponent = exponent_of(stream, row + r);
                     Vec sum = zero();
-                    for (std::int64_t j = 0; j < own; j += W) sum += exponent.weight(scores + r * kScoreStride, j, own);
+                    for (std::int64_t j = 0; j < own; j += W) sum += exponent.weight(scores + r * SCORE_STRIDE, j, own);
                     delta[row + r] += reduce_add(sum);
                 }
             });
         }
-        for (int stream = 0; stream < kStreams; ++stream)
+        for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row)
                 if (inexact_lse(lse_of(stream, row))) log2_norm[row] = -__builtin_log2f(delta[row]);
     }
 
     void tile(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size, columns = plan.columns, wide = columns / W, end = round_to(n, 2 * W);
-        const std::int64_t padded = round_to(rows, kRowStep<U>), stride = plan.unit_stride;
+        const std::int64_t padded = round_to(rows, ROW_STEP<U>), stride = plan.unit_stride;
         score(stream, row, rows, j0, n);
         for (std::int64_t r = 0; r < rows; ++r)
             pack_rows<T, U>(dout_row(stream, row + r), 0, 1, d, dout + r * stride, 0, stride);
         for (std::int64_t r = rows; r < padded; ++r) clear_row(dout + r * stride, stride);
-        multiply<U, false>({dout, stride}, {v, stride * W, W}, plan.units, nullptr, 0, {dp, kScoreStride}, padded,
+        multiply<U, false>({dout, stride}, {v, stride * W, W}, plan.units, nullptr, 0, {dp, SCORE_STRIDE}, padded,
                            ceil_divide(n, W));
         const std::int64_t last = place[row + rows - 1], width = n + last - place[row];
         for (std::int64_t r = 0; r < padded; ++r) {
-            float *s = scores + r * kScoreStride, *g = dp + r * kScoreStride;
+            float *s = scores + r * SCORE_STRIDE, *g = dp + r * SCORE_STRIDE;
             if (r < rows) {
                 differentiate_row(stream, row + r, s, g, j0, n, end);
-            } else if (U::pair == 2) {
+            } else if (U::PAIR == 2) {
                 clear_row(s, end);
                 clear_row(g, end);
             }
-            if constexpr (U::pair == 2) {
+            if constexpr (U::PAIR == 2) {
                 if (r % 2 == 0) continue;
-                interleave(s - kScoreStride, g - kScoreStride, kScoreStride, end);
+                interleave(s - SCORE_STRIDE, g - SCORE_STRIDE, SCORE_STRIDE, end);
                 for (std::int64_t x = r - 1; x <= r; ++x)
-                    move_row(dband + x * kDbandStride, dp + x * kScoreStride, x < rows ? last - place[row + x] : 0, n,
+                    move_row(dband + x * DBAND_STRIDE, dp + x * SCORE_STRIDE, x < rows ? last - place[row + x] : 0, n,
                              round_to(width, 2 * W));
-                pair_rows(dband + (r - 1) * kDbandStride, dband + r * kDbandStride, width,
-                          band_pairs + r / 2 * kBandStride);
+                pair_rows(dband + (r - 1) * DBAND_STRIDE, dband + r * DBAND_STRIDE, width,
+                          band_pairs + r / 2 * BAND_STRIDE);
             } else if (r < rows) {
-                move_row(dband + r * kDbandStride, g, last - place[row + r], n, round_to(width, 2));
+                move_row(dband + r * DBAND_STRIDE, g, last - place[row + r], n, round_to(width, 2));
             }
         }
         sum_over_queries(rows, padded, n, width, relative.offset + j0 - last - first_row);
         const auto steps = [](std::int64_t keys)
-                               PYXLBERT_LAMBDA { return round_to(ceil_divide(keys, U::pair), U::k_step); };
-        multiply<U, false>({dp, kScoreStride}, {k_values, W, columns}, steps(n), nullptr, 0, {dq_tile, columns}, padded,
+                               PYXLBERT_LAMBDA { return round_to(ceil_divide(keys, U::PAIR), U::K_STEP); };
+        multiply<U, false>({dp, SCORE_STRIDE}, {k_values, W, columns}, steps(n), nullptr, 0, {dq_tile, columns}, padded,
                            wide);
         add_tile(row, rows, small + content * columns);
-        multiply<U, false>({dband, kDbandStride}, {table_values, W, columns}, steps(width), nullptr, 0,
+        multiply<U, false>({dband, DBAND_STRIDE}, {table_values, W, columns}, steps(width), nullptr, 0,
                            {dq_tile, columns}, padded, wide);
         add_tile(row, rows, small + position * columns);
     }
@@ -378,7 +378,7 @@ struct Backward {
                                            std::int64_t n, std::int64_t end) {
         const std::int64_t i = index[row], visible = visible_keys(i, j0, n);
         differentiate(exponent_of(stream, row), dropout, p.plane, delta[row], s, g, undropped, i, j0,
-                      relative.uniform_rows ? n : visible, end, p.keys <= kBlock);
+                      relative.uniform_rows ? n : visible, end, p.keys <= BACKWARD_BLOCK);
         // Later keys may lie outside the table, so their scores are constants.
         if (relative.uniform_rows && in.causal) fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
         if (relative.segment_embedding == nullptr) return;
@@ -393,7 +393,7 @@ struct Backward {
     // bfloat16 where those are multiplied in pairs.
     PYXLBERT_INLINE void move_row(float* target, const float* g, std::int64_t shift, std::int64_t n,
                                   std::int64_t end) const {
-        constexpr std::int64_t size = 4 / U::pair;
+        constexpr std::int64_t size = 4 / U::PAIR;
         char* to = reinterpret_cast<char*>(target);
         __builtin_memset(to, 0, shift * size);
         __builtin_memcpy(to + shift * size, g, n * size);
@@ -405,18 +405,18 @@ struct Backward {
     PYXLBERT_INLINE void sum_over_queries([[maybe_unused]] std::int64_t rows, std::int64_t padded, std::int64_t n,
                                           std::int64_t width, std::int64_t first) {
         const std::int64_t columns = plan.columns, stride = plan.unit_stride;
-        if constexpr (kTiles<U>) {
+        if constexpr (TILES<U>) {
             const auto sum = [&](const float* rows_a, float* values, MatrixB scores_b, MatrixC target,
                                  std::int64_t count) PYXLBERT_LAMBDA {
                 pack_columns<T, U>(reinterpret_cast<const T*>(rows_a), 2 * stride, rows, padded, in.head_size, values,
-                                   kPairStride<U>, columns);
-                multiply<U, false>({values, kPairStride<U>}, scores_b, padded / 2, target.data, target.stride, target,
+                                   PAIR_STRIDE<U>, columns);
+                multiply<U, false>({values, PAIR_STRIDE<U>}, scores_b, padded / 2, target.data, target.stride, target,
                                    columns, ceil_divide(count, W));
             };
-            sum(dout, dout_values, {scores, W, 2 * kScoreStride}, {dv, kSumStride}, n);
-            sum(q_content, content_values, {scores + kScoreStride, W, 2 * kScoreStride}, {dk, kSumStride}, n);
+            sum(dout, dout_values, {scores, W, 2 * SCORE_STRIDE}, {dv, SUM_STRIDE}, n);
+            sum(q_content, content_values, {scores + SCORE_STRIDE, W, 2 * SCORE_STRIDE}, {dk, SUM_STRIDE}, n);
             if (dtable != nullptr)
-                sum(q_position, position_values, {band_pairs, W, kBandStride}, {own_dtable + first, plan.table_stride},
+                sum(q_position, position_values, {band_pairs, W, BAND_STRIDE}, {own_dtable + first, plan.table_stride},
                     width);
         } else {
             const std::int64_t all_keys = round_to(n, 2), all_rows = round_to(width, 2);
@@ -426,7 +426,7 @@ struct Backward {
                 multiply<U, true>(scores_a, {rows_b, W, columns}, steps, target, columns, {target, columns}, count,
                                   columns / W);
             };
-            if constexpr (U::pair == 2) {
+            if constexpr (U::PAIR == 2) {
                 const std::int64_t steps = padded / 2;
                 const auto pair = [&](const float* rows_a, float* values) PYXLBERT_LAMBDA {
                     for (std::int64_t x = 0; x < steps; ++x)
@@ -436,20 +436,20 @@ struct Backward {
                 pair(dout, dout_values);
                 pair(q_content, content_values);
                 pair(q_position, position_values);
-                sum({scores, 2 * kScoreStride}, dout_values, steps, dv, all_keys);
-                sum({scores + kScoreStride, 2 * kScoreStride}, content_values, steps, dk, all_keys);
-                if (dr != nullptr) sum({band_pairs, kBandStride}, position_values, steps, dr, all_rows);
+                sum({scores, 2 * SCORE_STRIDE}, dout_values, steps, dv, all_keys);
+                sum({scores + SCORE_STRIDE, 2 * SCORE_STRIDE}, content_values, steps, dk, all_keys);
+                if (dr != nullptr) sum({band_pairs, BAND_STRIDE}, position_values, steps, dr, all_rows);
             } else {
-                sum({scores, kScoreStride}, dout, rows, dv, all_keys);
-                sum({dp, kScoreStride}, q_content, rows, dk, all_keys);
-                if (dr != nullptr) sum({dband, kDbandStride}, q_position, rows, dr, all_rows);
+                sum({scores, SCORE_STRIDE}, dout, rows, dv, all_keys);
+                sum({dp, SCORE_STRIDE}, q_content, rows, dk, all_keys);
+                if (dr != nullptr) sum({dband, DBAND_STRIDE}, q_position, rows, dr, all_rows);
             }
         }
     }
 
     // What tiles have summed, to rows of a partial dr.
     void store_table_sums() {
-        if (!kTiles<U> || dtable == nullptr) return;
+        if (!TILES<U> || dtable == nullptr) return;
         for (std::int64_t row = 0; row < plan.table_rows; row += W) {
             rows_of_sums(own_dtable + row, plan.table_stride, plan.columns, q_content);
             __builtin_memcpy(dtable + row * plan.columns, q_content,
@@ -460,7 +460,7 @@ struct Backward {
     // Where a partial dr is summed, empty.
     void clear_table_sums() {
         if (dtable == nullptr) return;
-        if (kTiles<U>)
+        if (TILES<U>)
             __builtin_memset(own_dtable, 0, plan.columns * plan.table_stride * sizeof(float));
         else
             __builtin_memset(dtable, 0, plan.table_rows * plan.columns * sizeof(float));
@@ -481,7 +481,7 @@ struct Backward {
         pack_rows<float, FloatUnit>(same, 0, 1, d, one_row, 0, columns);
         pack_rows<float, FloatUnit>(same + in.heads * d, 0, 1, d, one_row + columns, 0, columns);
         float* biased = one_row + 2 * columns;
-        for (int stream = 0; stream < kStreams; ++stream)
+        for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
                 pack_query<T, FloatUnit>(query_row(stream, row), of_head(relative.segment_bias, h, d), d, biased,
                                          columns);
@@ -500,11 +500,11 @@ struct Backward {
     void run(std::int64_t plane, std::int64_t part) {
         begin_plane(plane);
         const std::int64_t d = in.head_size, columns = plan.columns, stride = in.heads * d;
-        __builtin_memset(dquery, 0, start[kStreams] * columns * sizeof(float));
-        __builtin_memset(small, 0, kSmall * columns * sizeof(float));
+        __builtin_memset(dquery, 0, start[STREAMS] * columns * sizeof(float));
+        __builtin_memset(small, 0, SMALL * columns * sizeof(float));
         normalise();
-        if (p.keys > kBlock)
-            for (int stream = 0; stream < kStreams; ++stream)
+        if (p.keys > BACKWARD_BLOCK)
+            for (int stream = 0; stream < STREAMS; ++stream)
                 for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
                     const T* out = static_cast<const T*>(a.rows[stream].out) +
                                    (queries[stream].first + index[row]) * stride + h * d;
@@ -513,16 +513,16 @@ struct Backward {
         T* dkey = static_cast<T*>(a.dkey) + p.k_first * stride + h * d;
         T* dvalue = static_cast<T*>(a.dvalue) + p.k_first * stride + h * d;
         for (std::int64_t block = first_block(plan, part); block < first_block(plan, part + 1); ++block) {
-            const std::int64_t j0 = block * kBlock, all = smaller(kBlock, p.all_keys - j0);
+            const std::int64_t j0 = block * BACKWARD_BLOCK, all = smaller(BACKWARD_BLOCK, p.all_keys - j0);
             if (all <= 0) break;
-            const std::int64_t n = larger(0, smaller(kBlock, p.keys - j0));
+            const std::int64_t n = larger(0, smaller(BACKWARD_BLOCK, p.keys - j0));
             if (n > 0) {
                 pack_keys(j0, n);
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
-                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::pair * U::k_step), d, k_values,
+                pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   columns);
                 if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
-                const std::int64_t sums = kTiles<U> ? columns * kSumStride : round_to(n, 2) * columns;
+                const std::int64_t sums = TILES<U> ? columns * SUM_STRIDE : round_to(n, 2) * columns;
                 __builtin_memset(dk, 0, sums * sizeof(float));
                 __builtin_memset(dv, 0, sums * sizeof(float));
                 for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
@@ -543,7 +543,7 @@ struct Backward {
         const std::int64_t stride = plan.unit_stride;
         clear_unseen<U>(ranks, n, k_values, plan.columns);
         for (std::int64_t j = 0; j < n; ++j)
-            if (ranks[j] == kUnseenRank)
+            if (ranks[j] == UNSEEN_RANK)
                 for (std::int64_t u = 0; u < stride; ++u) v[j / W * stride * W + u * W + j % W] = 0.0f;
     }
 
@@ -551,7 +551,7 @@ struct Backward {
     void store_dquery(std::int64_t plane, float* sums, std::int64_t parts, std::int64_t between) {
         begin_plane(plane);
         const std::int64_t d = in.head_size, columns = plan.columns;
-        for (int stream = 0; stream < kStreams; ++stream)
+        for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
                 float* sum = sums + row * columns;
                 for (std::int64_t part = 1; part < parts; ++part) add_row(sum, sum + part * between, columns);
@@ -575,8 +575,8 @@ PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& pla
     for (std::int64_t row = first; row < end; ++row) {
         for (std::int64_t c = 0; c < columns; c += W) store(sum + c, zero());
         for (std::int64_t set = 0; set < plan.groups * plan.parts; ++set) {
-            const std::int64_t part = set % plan.parts, j0 = first_block(plan, part) * kBlock;
-            const std::int64_t keys = smaller(first_block(plan, part + 1) * kBlock, in.keys) - j0;
+            const std::int64_t part = set % plan.parts, j0 = first_block(plan, part) * BACKWARD_BLOCK;
+            const std::int64_t keys = smaller(first_block(plan, part + 1) * BACKWARD_BLOCK, in.keys) - j0;
             const std::int64_t at = row - (a.in.offset + j0 - plan.last_place);
             if (at < 0 || at >= keys + plan.last_place) continue;
             add_row(sum, partials + ((slice * plan.groups * plan.parts + set) * plan.table_rows + at) * columns,
@@ -594,7 +594,7 @@ PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan
     for (std::int64_t c = 0; c < plan.columns; c += W) store(sum + c, zero());
     for (std::int64_t b = 0; b < in.batch; ++b)
         for (std::int64_t part = 0; part < plan.parts; ++part)
-            add_row(sum, smalls + (((b * in.heads + h) * plan.parts + part) * kSmall + which) * plan.columns,
+            add_row(sum, smalls + (((b * in.heads + h) * plan.parts + part) * SMALL + which) * plan.columns,
                     plan.columns);
     store_row(target, sum, in.head_size, in.scale);
 }
@@ -610,14 +610,14 @@ void backward(const RelativeAttentionBwd& a) {
     const std::int64_t one_table = plan.table_rows * plan.columns, columns = plan.columns;
     const std::int64_t all_tables = a.dtable != nullptr ? tasks * one_table : 0;
     const std::int64_t all_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
-    const std::int64_t all_small = plan.planes * plan.parts * kSmall * columns;
+    const std::int64_t all_small = plan.planes * plan.parts * SMALL * columns;
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * plan.task * sizeof(float)));
     float* smalls = static_cast<float*>(workspace(Slot::shared, (all_small + all_dquery + all_tables) * sizeof(float)));
     float *dqueries = smalls + all_small, *dtables = dqueries + all_dquery;
 
 #pragma omp parallel num_threads(team)
     {
-        if constexpr (kTiles<U>) begin_tiles();
+        if constexpr (TILES<U>) begin_tiles();
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
@@ -625,10 +625,10 @@ void backward(const RelativeAttentionBwd& a) {
             const std::int64_t table = slice / in.heads, h = slice % in.heads;
             worker.dtable = a.dtable == nullptr ? nullptr : dtables + task * one_table;
             worker.clear_table_sums();
-            worker.first_row = a.in.offset + first_block(plan, part) * kBlock - plan.last_place;
+            worker.first_row = a.in.offset + first_block(plan, part) * BACKWARD_BLOCK - plan.last_place;
             for (std::int64_t b = first_member(plan, table, group); b < first_member(plan, table, group + 1); ++b) {
                 const std::int64_t plane = b * in.heads + h, run = plane * plan.parts + part;
-                worker.small = smalls + run * kSmall * columns;
+                worker.small = smalls + run * SMALL * columns;
                 worker.dquery = plan.parts == 1 ? worker.own_dquery : dqueries + run * plan.dquery;
                 worker.run(plane, part);
                 if (plan.parts == 1) worker.store_dquery(plane, worker.dquery, 1, 0);
@@ -636,7 +636,7 @@ void backward(const RelativeAttentionBwd& a) {
             worker.store_table_sums();
             finish_rows();
         }
-        if constexpr (kTiles<U>) end_tiles();
+        if constexpr (TILES<U>) end_tiles();
         if (plan.parts > 1) {
 #pragma omp for schedule(dynamic, 1)
             for (std::int64_t plane = 0; plane < plan.planes; ++plane) {

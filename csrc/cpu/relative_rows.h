@@ -8,8 +8,8 @@ namespace {
 
 // What XLNet adds to the scores of keys that must not be seen.  It swallows the score, so that a row of nothing but
 // such scores has equal weights.
-constexpr float kMaskedScore = -1e30f;
-constexpr std::int32_t kUnseenRank = INT32_MAX;
+constexpr float UNIFORM_SCORE = -1e30f;
+constexpr std::int32_t UNSEEN_RANK = INT32_MAX;
 
 // The queries of one sequence and head in one stream.
 template <class T>
@@ -78,7 +78,7 @@ PYXLBERT_INLINE void pack_query(const T* x, const float* bias, std::int64_t d, f
     }
     for (std::int64_t u = 0; u < k_units; u += W) {
 #if defined(__AVX512BF16__)
-        if constexpr (U::pair == 2) {
+        if constexpr (U::PAIR == 2) {
             const Vec first = load_biased(x, bias, 2 * u, d), second = load_biased(x, bias, 2 * u + W, d);
             _mm512_storeu_si512(target + u, round_pair(first, second));
             continue;
@@ -102,7 +102,7 @@ PYXLBERT_INLINE float segment_score(const T* x, const float* bias, const float* 
 }
 
 PYXLBERT_INLINE std::int32_t lowest_of(const std::int32_t* x, std::int64_t n) {
-    std::int32_t low = kUnseenRank;
+    std::int32_t low = UNSEEN_RANK;
     for (std::int64_t i = 0; i < n; ++i) low = x[i] < low ? x[i] : low;
     return low;
 }
@@ -111,9 +111,9 @@ PYXLBERT_INLINE std::int32_t lowest_of(const std::int32_t* x, std::int64_t n) {
 template <class U>
 PYXLBERT_INLINE void clear_unseen(const std::int32_t* rank, std::int64_t n, float* values, std::int64_t columns) {
     for (std::int64_t j = 0; j < n; ++j) {
-        if (rank[j] != kUnseenRank) continue;
-        float* row = values + j / U::pair * columns;
-        if constexpr (U::pair == 1) {
+        if (rank[j] != UNSEEN_RANK) continue;
+        float* row = values + j / U::PAIR * columns;
+        if constexpr (U::PAIR == 1) {
             for (std::int64_t c = 0; c < columns; c += W) store(row + c, zero());
         } else {
             for (std::int64_t c = 0; c < columns; ++c)
@@ -155,20 +155,20 @@ PYXLBERT_INLINE Vec relative_terms(Vec x, const std::int32_t* segments, std::int
 #endif
 }
 
-// Scores of query i against keys j0 .. j0 + n - 1 in natural units, masked ones -inf or kMaskedScore.
+// Scores of query i against keys j0 .. j0 + n - 1 in natural units, masked ones -inf or UNIFORM_SCORE.
 template <class T>
 PYXLBERT_INLINE void add_relative_terms(const RelativeInputs& a, const Plane<T>& p, float* s, SegmentScores score,
                                         const std::int32_t* query_ranks, const std::int32_t* query_segments,
                                         bool see_self, std::int64_t i, std::int64_t mask_row, std::int64_t j0,
                                         std::int64_t n) {
     if (n <= 0) return;
-    const float masked = a.uniform_rows ? kMaskedScore : -kInfinity, scale = a.in.scale;
+    const float masked = a.uniform_rows ? UNIFORM_SCORE : -INFINITY_, scale = a.in.scale;
     const std::int32_t* ranks = a.key_rank == nullptr ? nullptr : a.key_rank + p.k_first + j0;
     const std::int32_t* segments = a.segment_embedding == nullptr ? nullptr : a.key_segments + p.k_first + j0;
     const std::int32_t rank = ranks == nullptr ? 0 : query_ranks[i];
     const std::int32_t segment = segments == nullptr ? 0 : query_segments[i];
     const std::int64_t self = i + p.diagonal - j0;
-    const bool sees = see_self && self >= 0 && self < n && (ranks == nullptr || ranks[self] != kUnseenRank);
+    const bool sees = see_self && self >= 0 && self < n && (ranks == nullptr || ranks[self] != UNSEEN_RANK);
     float own = 0.0f;
     if (sees) {
         own = s[self];

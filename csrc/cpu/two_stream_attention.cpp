@@ -1,5 +1,5 @@
 // XLNet's two streams are relative attention with two sets of queries: a chunk of positions takes the content rows and
-// the targets that stand there, against the same packed keys, values and table rows (attention_forward.h), and a block
+// the targets that stand there, against the same packed keys, values and table rows (attention_fwd.h), and a block
 // of keys collects the gradients of both (relative_attention_bwd.cpp).
 #include "two_stream_attention.h"
 

@@ -85,6 +85,7 @@ inline float half_of(std::uint32_t pair, int which, __half) {
 
 using Eight = float __attribute__((vector_size(32)));
 using EightBits = std::int32_t __attribute__((vector_size(32)));
+using EightWords = std::uint32_t __attribute__((vector_size(32)));
 
 // c [8] + left [K] right [K, 8] as a tensor core adds BLOCK products at a time to what it has: products are exact; they
 // and the sum so far are aligned with the largest among them, and lose what lies more than two bits behind its last
@@ -109,16 +110,19 @@ inline Eight tensor_core_sum(Eight c, const float* left, const Eight* right) {
         // The largest's power of two, 2^-101 at least, in the place of a float's exponent.
         const EightBits exponent = most(largest & 0x7f800000, zero + (26 << 23));
         const EightBits finite = exponent != 0x7f800000;
-        const Eight up = reinterpret_cast<Eight>((253 << 23) - exponent + (26 << 23));  // its reciprocal times 2^25
+        // Unsigned, since what is not finite may overflow.
+        auto words = [](EightBits x) { return reinterpret_cast<EightWords>(x); };
+        const Eight up = reinterpret_cast<Eight>((279u << 23) - words(exponent));  // its reciprocal times 2^25
         const Eight down = reinterpret_cast<Eight>(exponent - (25 << 23));
         // A conversion to integers cuts off.
-        EightBits sum = __builtin_convertvector(c * up, EightBits);
-        for (int k = 0; k < BLOCK; ++k) sum += __builtin_convertvector(terms[k] * up, EightBits);
-        const EightBits magnitude = sum < 0 ? -sum : sum;
+        EightWords sum = words(__builtin_convertvector(c * up, EightBits));
+        for (int k = 0; k < BLOCK; ++k) sum += words(__builtin_convertvector(terms[k] * up, EightBits));
+        const EightBits negative = reinterpret_cast<EightBits>(sum) < 0;  // -1 where it is
+        const EightBits magnitude = reinterpret_cast<EightBits>((sum ^ words(negative)) - words(negative));
         Eight rounded = __builtin_convertvector(magnitude, Eight);
-        const EightBits above = __builtin_convertvector(rounded, EightBits) > magnitude;  // -1 where it is
+        const EightBits above = __builtin_convertvector(rounded, EightBits) > magnitude;
         rounded = reinterpret_cast<Eight>(bits(rounded) + above) * down;
-        c = finite ? (sum < 0 ? -rounded : rounded) : plain;
+        c = finite ? (negative ? -rounded : rounded) : plain;
     }
     return c;
 }

@@ -1,5 +1,5 @@
 // The loops of attention's forward: softmax(scale * score, masked) v with no score ever in main memory.  The
-// score is q k^T, or, kRelative, Transformer-XL's (q + u) k^T + skewed((q + v) r^T) + segments.
+// score is q k^T, or, RELATIVE, Transformer-XL's (q + u) k^T + skewed((q + v) r^T) + segments.
 //
 // A task is one (sequence, head), or a run of its queries when there are too few heads for the threads.  It takes
 // a chunk of queries at a time, whose running maxima, sums and outputs stay in the second-level cache while blocks
@@ -23,33 +23,33 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-constexpr std::int64_t kBlock = 512;
-constexpr std::int64_t kScoreStride = kBlock + 32;  // not a power of two: rows would share cache sets
-// A band's columns: a block, what rounding to vectors adds, and either a tile's rows or kSpan.
-constexpr std::int64_t kBandStride = kBlock + 96;
-constexpr std::int64_t kSpan = 64;  // positions that rows of one product with the band lie apart at most
-constexpr std::int64_t kFarthest = INT64_MAX;
+constexpr std::int64_t FORWARD_BLOCK = 512;
+constexpr std::int64_t SCORE_STRIDE = FORWARD_BLOCK + 32;  // not a power of two: rows would share cache sets
+// A band's columns: a block, what rounding to vectors adds, and either a tile's rows or SPAN.
+constexpr std::int64_t BAND_STRIDE = FORWARD_BLOCK + 96;
+constexpr std::int64_t SPAN = 64;  // positions that rows of one product with the band lie apart at most
+constexpr std::int64_t FARTHEST = INT64_MAX;
 
 // Queries of a tile: for tiles of 16 rows the next multiple of 32.
 template <class U>
-constexpr std::int64_t kTile = U::row_step == 16 ? 32 : 24;
+constexpr std::int64_t TILE = U::ROW_STEP == 16 ? 32 : 24;
 
 // Queries of a call, of both streams together, that are worth no packing.
-constexpr std::int64_t kFewQueries = 4;
+constexpr std::int64_t FEW_QUERIES = 4;
 
 // Tiles begin at multiples of it.
-constexpr std::int64_t kTileStep = 8;
+constexpr std::int64_t TILE_STEP = 8;
 
 // Queries of a tile that meets n keys.  A band is as many columns wider than the keys as the tile has rows, so few keys
 // take tiles of fewer rows: with 16 the band begins at a whole vector besides.
-template <class U, bool kRelative>
+template <class U, bool RELATIVE>
 PYXLBERT_INLINE std::int64_t tile_rows(std::int64_t n) {
-    return kRelative && U::row_step == 2 && n <= 256 ? 16 : kTile<U>;
+    return RELATIVE && U::ROW_STEP == 2 && n <= 256 ? 16 : TILE<U>;
 }
 
 // Queries of a chunk, a multiple of every tile: packing a block of keys costs 2 % of so many rows' products.
-template <bool kRelative>
-constexpr std::int64_t kChunk = kRelative ? 384 : 768;
+template <bool RELATIVE>
+constexpr std::int64_t CHUNK = RELATIVE ? 384 : 768;
 
 // Floats of one thread's scratch.
 struct Sizes {
@@ -58,25 +58,24 @@ struct Sizes {
     std::int64_t q, o, k, v, total;
 };
 
-template <class U, bool kRelative>
+template <class U, bool RELATIVE>
 PYXLBERT_INLINE Sizes sizes_of(const AttentionInputs& in, std::int64_t rows, bool apart) {
     Sizes s;
-    s.units = round_to((in.head_size + U::pair - 1) / U::pair, U::k_step);
+    s.units = round_to((in.head_size + U::PAIR - 1) / U::PAIR, U::K_STEP);
     s.unit_stride = round_to(s.units, W);
     s.columns = round_to(in.head_size, W);
     // A second set of rows begins at a tile of its own.
-    s.chunk = smaller(kChunk<kRelative>, round_to(rows, kTile<U>)) + (kRelative ? kTile<U> : 0);
-    const std::int64_t keys = smaller(kBlock, round_to(in.keys, W * 2));
+    s.chunk = smaller(CHUNK<RELATIVE>, round_to(rows, TILE<U>)) + (RELATIVE ? TILE<U> : 0);
+    const std::int64_t keys = smaller(FORWARD_BLOCK, round_to(in.keys, W * 2));
     // Rows at positions of their own may be few and far apart, but no farther than a whole chunk.
-    s.table = kRelative ? round_to(keys + (apart ? kChunk<true> : s.chunk), W) : 0;
+    s.table = RELATIVE ? round_to(keys + (apart ? CHUNK<true> : s.chunk), W) : 0;
     s.q = s.chunk * s.unit_stride;
     s.o = s.chunk * s.columns;
     s.k = keys * s.unit_stride;
-    s.v = keys / U::pair * s.columns;
-    const std::int64_t relative = kRelative ? s.q + kTile<U> * kBandStride + s.table * s.unit_stride : 0;
+    s.v = keys / U::PAIR * s.columns;
+    const std::int64_t relative = RELATIVE ? s.q + TILE<U> * BAND_STRIDE + s.table * s.unit_stride : 0;
     const std::int64_t rows_of_chunk = 6 * round_to(s.chunk, 16);
-    s.total =
-        round_to(kTile<U> * kScoreStride + s.q + s.o + s.k + s.v + relative + rows_of_chunk + kTile<U>, 1024) + 64;
+    s.total = round_to(TILE<U> * SCORE_STRIDE + s.q + s.o + s.k + s.v + relative + rows_of_chunk + TILE<U>, 1024) + 64;
     return s;
 }
 
@@ -85,9 +84,9 @@ struct Run {
     std::int64_t first, end;
 };
 
-template <class T, class U, bool kRelative>
+template <class T, class U, bool RELATIVE>
 struct Forward {
-    static constexpr int kStreams = kRelative ? 2 : 1;
+    static constexpr int STREAMS = RELATIVE ? 2 : 1;
 
     const AttentionInputs& in;
     const RelativeInputs* relative;
@@ -99,7 +98,7 @@ struct Forward {
     float *scores, *q, *o, *k, *v, *maximum, *sum, *rescale;
     // A row of the chunk is query `index` of its stream and stands at `position`.
     std::int32_t *index, *position;
-    // kRelative: (q + segment_bias) times either segment_embedding; q + position_bias, its product with the band,
+    // RELATIVE: (q + segment_bias) times either segment_embedding; q + position_bias, its product with the band,
     // and the band's rows of the table.
     float *same_segment, *other_segment, *q_position, *band, *table;
 
@@ -109,7 +108,7 @@ struct Forward {
     std::int64_t packed_table_rows = 0;
     std::int64_t first_table_row = 0;
     std::int32_t lowest_key_rank = 0;  // of the block
-    bool started[kChunk<kRelative> / kTileStep + 8];
+    bool started[CHUNK<RELATIVE> / TILE_STEP + 8];
 
     PYXLBERT_INLINE Forward(const AttentionInputs& inputs, const RelativeInputs* relative_inputs,
                             const QueryRows* query_rows, const Sizes& sizes, bool few_queries, float* scratch)
@@ -125,14 +124,14 @@ struct Forward {
             scratch += floats;
             return taken;
         };
-        scores = take(kTile<U> * kScoreStride);
+        scores = take(TILE<U> * SCORE_STRIDE);
         q = take(size.q);
         o = take(size.o);
         k = take(size.k);
         v = take(size.v);
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             q_position = take(size.q);
-            band = take(kTile<U> * kBandStride);
+            band = take(TILE<U> * BAND_STRIDE);
             table = take(size.table * size.unit_stride);
         }
         const std::int64_t rows = round_to(size.chunk, 16);
@@ -142,14 +141,14 @@ struct Forward {
         position = reinterpret_cast<std::int32_t*>(take(rows));
         same_segment = take(rows);
         other_segment = take(rows);
-        rescale = take(kTile<U>);
+        rescale = take(TILE<U>);
     }
 
     // Queries `run` of a stream to rows `at` .. of the chunk, and zeros up to the end of the last tile.
     PYXLBERT_INLINE void load_rows(const Queries<T>& x, std::int64_t h, Run run, std::int64_t at) {
         const std::int64_t d = in.head_size, rows = run.end - run.first;
         const float *content_bias = nullptr, *position_bias = nullptr;
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             content_bias = of_head(relative->content_bias, h, d);
             position_bias = of_head(relative->position_bias, h, d);
         }
@@ -158,11 +157,11 @@ struct Forward {
             const std::int64_t i = x.order != nullptr ? x.order[run.first + r] : run.first + r;
             index[row] = static_cast<std::int32_t>(i);
             position[row] = x.positions != nullptr ? x.positions[i] : index[row];
-            maximum[row] = -kInfinity;
+            maximum[row] = -INFINITY_;
             sum[row] = 0.0f;
             const T* source = x.data + i * x.stride;
             pack_query<T, U>(source, content_bias, d, q + row * size.unit_stride, size.unit_stride);
-            if constexpr (kRelative) {
+            if constexpr (RELATIVE) {
                 pack_query<T, U>(source, position_bias, d, q_position + row * size.unit_stride, size.unit_stride);
                 if (relative->segment_embedding != nullptr) {
                     const float* bias = of_head(relative->segment_bias, h, d);
@@ -172,32 +171,32 @@ struct Forward {
                 }
             }
         }
-        const std::int64_t from = (at + rows) * size.unit_stride, to = round_to(at + rows, kTile<U>) * size.unit_stride;
+        const std::int64_t from = (at + rows) * size.unit_stride, to = round_to(at + rows, TILE<U>) * size.unit_stride;
         for (std::int64_t u = from; u < to; u += W) {
             store(q + u, zero());
-            if constexpr (kRelative) store(q_position + u, zero());
+            if constexpr (RELATIVE) store(q_position + u, zero());
         }
-        for (std::int64_t step = at / kTileStep; step * kTileStep < at + rows; ++step) started[step] = false;
+        for (std::int64_t step = at / TILE_STEP; step * TILE_STEP < at + rows; ++step) started[step] = false;
     }
 
     // Keys j0 .. j0 + n - 1, and what queries at positions lowest .. highest meet of the table there.
     PYXLBERT_INLINE void pack(const Plane<T>& p, std::int64_t b, std::int64_t h, std::int64_t j0, std::int64_t n,
                               [[maybe_unused]] std::int64_t lowest, [[maybe_unused]] std::int64_t highest) {
-        const std::int64_t d = in.head_size, all = smaller(kBlock, p.keys - j0);
+        const std::int64_t d = in.head_size, all = smaller(FORWARD_BLOCK, p.keys - j0);
         if (packed_plane != p.plane || packed_block != j0) {
             packed_plane = p.plane;
             packed_block = j0;
             pack_transposed<T, U>(p.k + j0 * p.k_stride, p.k_stride, all, round_to(all, W), d, k, size.unit_stride);
-            pack_values<T, U>(p.v + j0 * p.v_stride, p.v_stride, all, round_to(all, U::pair * U::k_step), d, v,
+            pack_values<T, U>(p.v + j0 * p.v_stride, p.v_stride, all, round_to(all, U::PAIR * U::K_STEP), d, v,
                               size.columns);
-            if constexpr (kRelative)
+            if constexpr (RELATIVE)
                 if (relative->key_rank != nullptr) {
                     const std::int32_t* rank = relative->key_rank + p.k_first + j0;
                     lowest_key_rank = lowest_of(rank, all);
                     if (!relative->uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
                 }
         }
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             const std::int64_t rows = n + highest - lowest;
             first_table_row = relative->offset + j0 - highest;
             const std::int64_t present = larger(0, smaller(rows, relative->table_rows - first_table_row));
@@ -218,7 +217,7 @@ struct Forward {
         const std::int64_t first = relative->offset + j0 - last - first_table_row, column = first % W;
         multiply<U, false>({q_position + row * size.unit_stride, size.unit_stride},
                            {table + (first - column) * size.unit_stride, size.unit_stride * W, W}, size.units, nullptr,
-                           0, {band, kBandStride}, round_to(rows, U::row_step), (column + n + span + W - 1) / W);
+                           0, {band, BAND_STRIDE}, round_to(rows, U::ROW_STEP), (column + n + span + W - 1) / W);
         return column;
     }
 
@@ -226,13 +225,13 @@ struct Forward {
     PYXLBERT_INLINE void copy_band(std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
         for (std::int64_t first = 0, end; first < rows; first = end) {
             end = first + 1;
-            while (end < rows && position[row + end] - position[row + first] <= kSpan) ++end;
+            while (end < rows && position[row + end] - position[row + first] <= SPAN) ++end;
             const std::int64_t last = position[row + end - 1];
             const std::int64_t column =
                 multiply_band(row + first, end - first, last, last - position[row + first], j0, n);
             for (std::int64_t r = first; r < end; ++r) {
-                const float* source = band + (r - first) * kBandStride + column + last - position[row + r];
-                for (std::int64_t j = 0; j < n; j += W) store(scores + r * kScoreStride + j, load(source + j));
+                const float* source = band + (r - first) * BAND_STRIDE + column + last - position[row + r];
+                for (std::int64_t j = 0; j < n; j += W) store(scores + r * SCORE_STRIDE + j, load(source + j));
             }
         }
     }
@@ -241,15 +240,15 @@ struct Forward {
     // statistics and leaves in rescale[r] what its earlier output must be multiplied by.
     PYXLBERT_INLINE void softmax(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
                                  std::int64_t r, std::int64_t j0, std::int64_t n, std::int64_t end) {
-        float* s = scores + r * kScoreStride;
+        float* s = scores + r * SCORE_STRIDE;
         const std::int64_t i = index[row];
         if (terms) {
-            if constexpr (kRelative) {
+            if constexpr (RELATIVE) {
                 const std::int64_t mask_row = stream.mask_by_position ? position[row] : i;
                 add_relative_terms(*relative, p, s, {same_segment[row], other_segment[row]}, x.rank, x.segment,
                                    stream.see_self, i, mask_row, j0, n);
                 if (relative->uniform_rows) {
-                    fill_from(s, n, round_to(end, W), kMaskedScore);
+                    fill_from(s, n, round_to(end, W), UNIFORM_SCORE);
                     n = end;
                 }
             } else {
@@ -257,8 +256,8 @@ struct Forward {
             }
         }
         const std::int64_t padded = round_to(n, 2 * W);
-        fill_from(s, n, padded, -kInfinity);
-        Vec m0 = set1(-kInfinity), m1 = m0;
+        fill_from(s, n, padded, -INFINITY_);
+        Vec m0 = set1(-INFINITY_), m1 = m0;
         for (std::int64_t j = 0; j < padded; j += 2 * W) {
             m0 = max(m0, load(s + j));
             m1 = max(m1, load(s + j + W));
@@ -266,18 +265,18 @@ struct Forward {
         const float before = maximum[row], block = reduce_max(max(m0, m1));
         const float now = block > before ? block : before;
         // With nothing seen yet every exponent is -inf, whatever is subtracted.
-        const float base = now == -kInfinity ? 0.0f : now;
-        const float factor = terms ? kLog2e : in.scale * kLog2e;
-        constexpr int kDegree = U::pair == 2 ? 3 : 5;
+        const float base = now == -INFINITY_ ? 0.0f : now;
+        const float factor = terms ? LOG2E : in.scale * LOG2E;
+        constexpr int DEGREE = U::PAIR == 2 ? 3 : 5;
         const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA {
-            return exp2_nonpositive<kDegree>((load(s + j) - set1(base)) * set1(factor));
+            return exp2_nonpositive<DEGREE>((load(s + j) - set1(base)) * set1(factor));
         };
         Vec l0 = zero(), l1 = zero();
         for (std::int64_t j = 0; j < padded; j += 2 * W) {
             const Vec w0 = weight(j), w1 = weight(j + W);
             l0 += w0;
             l1 += w1;
-            if (U::pair == 2 && !dropout.active) {
+            if (U::PAIR == 2 && !dropout.active) {
 #if defined(__AVX512BF16__)
                 _mm512_storeu_si512(s + j / 2, round_pair(w0, w1));
 #endif
@@ -287,11 +286,11 @@ struct Forward {
             }
         }
         // The first block, most often the only one, has nothing to scale.
-        rescale[r] = before == -kInfinity ? 0.0f : exp2_scalar((before - base) * factor);
+        rescale[r] = before == -INFINITY_ ? 0.0f : exp2_scalar((before - base) * factor);
         sum[row] = sum[row] * rescale[r] + reduce_add(l0 + l1);
         maximum[row] = now;
         if (dropout.active) drop_row(p, s, i, j0, padded);
-        const std::int64_t from = padded / U::pair, to = round_to(end, W * U::pair) / U::pair;
+        const std::int64_t from = padded / U::PAIR, to = round_to(end, W * U::PAIR) / U::PAIR;
         for (std::int64_t j = from; j < to; j += W) store(s + j, zero());
     }
 
@@ -305,7 +304,7 @@ struct Forward {
                 if (at >= padded) break;
                 const Vec w0 = drop(dropout, words[half], load(s + at));
                 const Vec w1 = drop(dropout, words[half + 1], load(s + at + W));
-                if constexpr (U::pair == 2) {
+                if constexpr (U::PAIR == 2) {
 #if defined(__AVX512BF16__)
                     _mm512_storeu_si512(s + at / 2, round_pair(w0, w1));
 #endif
@@ -333,11 +332,11 @@ struct Forward {
                                 const QueryRows& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size;
         bool all = false;
-        if constexpr (kRelative) all = relative->uniform_rows;
+        if constexpr (RELATIVE) all = relative->uniform_rows;
         if (!all) n = smaller(n, p.visible(index[row], in.causal, p.keys) - j0);
         if (n <= 0) return;
         multiply_rows<false>(q + row * size.unit_stride, p.k + j0 * p.k_stride, p.k_stride, n, d, scores);
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             const AttentionTensor& r = relative->table;
             const std::int64_t first = relative->offset + j0 - position[row];
             const std::int64_t present = larger(0, smaller(n, relative->table_rows - first));
@@ -354,43 +353,43 @@ struct Forward {
     void tile(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row, std::int64_t rows,
               std::int64_t j0, std::int64_t n) {
         const bool causal = in.causal;
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             if (hidden(p, x, stream, row, rows, j0, n)) return;
             if (!relative->uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         } else {
             n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         }
         if (n <= 0) return;
-        const std::int64_t padded = round_to(rows, U::row_step);
+        const std::int64_t padded = round_to(rows, U::ROW_STEP);
         const float* init = nullptr;
         std::int64_t init_stride = 0;
-        if constexpr (kRelative) {
+        if constexpr (RELATIVE) {
             if (x.positions == nullptr) {
                 init = band + multiply_band(row, rows, index[row + rows - 1], rows - 1, j0, n) + rows - 1;
-                init_stride = kBandStride - 1;
+                init_stride = BAND_STRIDE - 1;
             } else {
                 copy_band(row, rows, j0, n);
                 init = scores;
-                init_stride = kScoreStride;
+                init_stride = SCORE_STRIDE;
             }
         }
         multiply<U, false>({q + row * size.unit_stride, size.unit_stride}, {k, size.unit_stride * W, W}, size.units,
-                           init, init_stride, {scores, kScoreStride}, padded, (n + W - 1) / W);
+                           init, init_stride, {scores, SCORE_STRIDE}, padded, (n + W - 1) / W);
         for (std::int64_t r = 0; r < rows; ++r) {
             const std::int64_t visible = p.visible(index[row + r], causal, p.seen_keys) - j0;
             softmax(p, x, stream, row + r, r, j0, visible < 0 ? 0 : smaller(visible, n), n);
         }
         float* out = o + row * size.columns;
-        const bool accumulate = started[row / kTileStep];
-        for (std::int64_t r = 0; r < rows; r += kTileStep) started[(row + r) / kTileStep] = true;
+        const bool accumulate = started[row / TILE_STEP];
+        for (std::int64_t r = 0; r < rows; r += TILE_STEP) started[(row + r) / TILE_STEP] = true;
         if (accumulate)
             for (std::int64_t r = 0; r < rows; ++r) {
                 if (rescale[r] == 1.0f) continue;
                 float* at = out + r * size.columns;
                 for (std::int64_t c = 0; c < size.columns; c += W) store(at + c, load(at + c) * set1(rescale[r]));
             }
-        multiply<U, false>({scores, kScoreStride}, {v, W, size.columns},
-                           round_to((n + U::pair - 1) / U::pair, U::k_step), accumulate ? out : nullptr, size.columns,
+        multiply<U, false>({scores, SCORE_STRIDE}, {v, W, size.columns},
+                           round_to((n + U::PAIR - 1) / U::PAIR, U::K_STEP), accumulate ? out : nullptr, size.columns,
                            {out, size.columns}, padded, size.columns / W);
     }
 
@@ -398,7 +397,7 @@ struct Forward {
                                     std::int64_t rows) {
         for (std::int64_t end = row + rows; row < end; ++row) {
             const bool dead = sum[row] == 0.0f;
-            const float lse = dead ? kInfinity : maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
+            const float lse = dead ? INFINITY_ : maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
             // A dead row may not have been written at all, so its output is not multiplied but replaced.
             store_row(x, stream, h, index[row], lse, dead ? nullptr : o + row * size.columns,
                       dead ? 0.0f : 1.0f / sum[row]);
@@ -419,23 +418,23 @@ struct Forward {
     }
 
     void chunk(const Plane<T>& p, std::int64_t b, std::int64_t h, const Queries<T>* queries, const Run* runs) {
-        std::int64_t start[kStreams], lowest = kFarthest, highest = -1, at = 0;
-        for (int stream = 0; stream < kStreams; ++stream) {
+        std::int64_t start[STREAMS], lowest = FARTHEST, highest = -1, at = 0;
+        for (int stream = 0; stream < STREAMS; ++stream) {
             const std::int64_t rows = runs[stream].end - runs[stream].first;
             start[stream] = at;
             if (rows == 0) continue;
             load_rows(queries[stream], h, runs[stream], at);
             lowest = smaller(lowest, position[at]);
             highest = larger(highest, position[at + rows - 1]);
-            at = round_to(at + rows, kTile<U>);
+            at = round_to(at + rows, TILE<U>);
         }
         // Causal sequences have no second stream.
-        const bool all = !in.causal || (kRelative && relative->uniform_rows);
+        const bool all = !in.causal || (RELATIVE && relative->uniform_rows);
         const std::int64_t limit = all ? p.keys : p.visible(highest, true, p.keys);
-        for (std::int64_t j0 = 0; j0 < limit; j0 += kBlock) {
-            const std::int64_t n = smaller(kBlock, limit - j0);
+        for (std::int64_t j0 = 0; j0 < limit; j0 += FORWARD_BLOCK) {
+            const std::int64_t n = smaller(FORWARD_BLOCK, limit - j0);
             if (!few) pack(p, b, h, j0, n, lowest, highest);
-            for (int stream = 0; stream < kStreams; ++stream) {
+            for (int stream = 0; stream < STREAMS; ++stream) {
                 dropout.tag = static_cast<Tag>(streams[stream].tag);
                 const std::int64_t rows = runs[stream].end - runs[stream].first;
                 if (few) {
@@ -443,11 +442,11 @@ struct Forward {
                         single(p, b, h, queries[stream], streams[stream], r, j0, n);
                     continue;
                 }
-                for (std::int64_t r = 0, step = tile_rows<U, kRelative>(n); r < rows; r += step)
+                for (std::int64_t r = 0, step = tile_rows<U, RELATIVE>(n); r < rows; r += step)
                     tile(p, queries[stream], streams[stream], start[stream] + r, smaller(step, rows - r), j0, n);
             }
         }
-        for (int stream = 0; stream < kStreams; ++stream)
+        for (int stream = 0; stream < STREAMS; ++stream)
             store_rows(queries[stream], streams[stream], h, start[stream], runs[stream].end - runs[stream].first);
     }
 
@@ -455,37 +454,37 @@ struct Forward {
     void places(std::int64_t plane, std::int64_t first, std::int64_t end) {
         const std::int64_t b = plane / in.heads, h = plane % in.heads;
         Plane<T> p = plane_of<T>(in, b, h);
-        if constexpr (kRelative)
+        if constexpr (RELATIVE)
             if (relative->uniform_rows) p.keys = p.all_keys;
-        Queries<T> queries[kStreams];
-        Run left[kStreams];
-        for (int stream = 0; stream < kStreams; ++stream) {
+        Queries<T> queries[STREAMS];
+        Run left[STREAMS];
+        for (int stream = 0; stream < STREAMS; ++stream) {
             queries[stream] = queries_of<T>(in, streams[stream], b, h);
             left[stream] = {first_at(queries[stream], first), first_at(queries[stream], end)};
             if (first == 0)
                 for (std::int64_t x = 0; x < left[stream].first; ++x)
-                    store_row(queries[stream], streams[stream], h, queries[stream].order[x], kInfinity, nullptr, 0.0f);
+                    store_row(queries[stream], streams[stream], h, queries[stream].order[x], INFINITY_, nullptr, 0.0f);
         }
         const auto place = [&](int stream) PYXLBERT_LAMBDA {
             const Queries<T>& x = queries[stream];
             const std::int64_t at = left[stream].first;
-            if (at == left[stream].end) return kFarthest;
+            if (at == left[stream].end) return FARTHEST;
             return x.positions == nullptr ? at : static_cast<std::int64_t>(x.positions[x.order[at]]);
         };
         for (;;) {
-            Run runs[kStreams];
+            Run runs[STREAMS];
             std::int64_t rows = 0;
-            if constexpr (kRelative) {
-                for (int stream = 0; stream < kStreams; ++stream)
+            if constexpr (RELATIVE) {
+                for (int stream = 0; stream < STREAMS; ++stream)
                     runs[stream] = {left[stream].first, left[stream].first};
                 const std::int64_t lowest = smaller(place(0), place(1));
-                for (; rows < kChunk<true>; ++rows) {
+                for (; rows < CHUNK<true>; ++rows) {
                     const int next = place(1) < place(0);
-                    if (place(next) == kFarthest || place(next) - lowest >= kChunk<true>) break;
+                    if (place(next) == FARTHEST || place(next) - lowest >= CHUNK<true>) break;
                     runs[next].end = ++left[next].first;
                 }
             } else {
-                runs[0] = {left[0].first, smaller(left[0].end, left[0].first + kChunk<false>)};
+                runs[0] = {left[0].first, smaller(left[0].end, left[0].first + CHUNK<false>)};
                 left[0].first = runs[0].end;
                 rows = runs[0].end - runs[0].first;
             }
@@ -495,19 +494,19 @@ struct Forward {
     }
 };
 
-template <class T, class U, bool kRelative>
+template <class T, class U, bool RELATIVE>
 void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams, bool few) {
-    const std::int64_t rows = streams[0].count + (kRelative ? streams[1].count : 0);
-    const bool apart = streams[0].positions != nullptr || (kRelative && streams[1].positions != nullptr);
-    const Sizes size = sizes_of<U, kRelative>(in, rows, apart);
+    const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
+    const bool apart = streams[0].positions != nullptr || (RELATIVE && streams[1].positions != nullptr);
+    const Sizes size = sizes_of<U, RELATIVE>(in, rows, apart);
     // Positions are below the table's offset.
     std::int64_t all_places = larger(1, streams[0].count);
-    if constexpr (kRelative)
+    if constexpr (RELATIVE)
         if (streams[0].positions != nullptr) all_places = relative->offset + 1;
-    const std::int64_t planes = in.batch * in.heads, tiles = (all_places + kTile<U> - 1) / kTile<U>;
+    const std::int64_t planes = in.batch * in.heads, tiles = (all_places + TILE<U> - 1) / TILE<U>;
     // Every task of a plane packs its keys again, so there are only as many as keep the threads busy.
     std::int64_t parts = planes >= 4 * in.threads ? 1 : smaller((4 * in.threads + planes - 1) / planes, tiles);
-    const std::int64_t places_per_part = (tiles + parts - 1) / parts * kTile<U>;
+    const std::int64_t places_per_part = (tiles + parts - 1) / parts * TILE<U>;
     parts = (all_places + places_per_part - 1) / places_per_part;
     const std::int64_t tasks = planes * parts;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
@@ -515,32 +514,32 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
     std::int64_t team = larger(1, smaller(smaller(in.threads, tasks), work / worth_a_thread));
     // Relative attention promises a bound on its memory for any number of threads.
     constexpr std::int64_t most_scratch = 48 << 20;
-    if constexpr (kRelative) team = larger(1, smaller(team, most_scratch / (size.total * 4)));
+    if constexpr (RELATIVE) team = larger(1, smaller(team, most_scratch / (size.total * 4)));
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * size.total * sizeof(float)));
 
 #pragma omp parallel num_threads(static_cast<int>(team))
     {
-        Forward<T, U, kRelative> worker(in, relative, streams, size, few, scratch + thread_index() * size.total);
-        if constexpr (U::row_step == 16) begin_tiles();
+        Forward<T, U, RELATIVE> worker(in, relative, streams, size, few, scratch + thread_index() * size.total);
+        if constexpr (U::ROW_STEP == 16) begin_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
             const std::int64_t part = task % parts, turn = task / parts;
-            const std::int64_t plane = kRelative ? turn % in.batch * in.heads + turn / in.batch : turn;
-            worker.places(plane, part * places_per_part, part + 1 == parts ? kFarthest : (part + 1) * places_per_part);
+            const std::int64_t plane = RELATIVE ? turn % in.batch * in.heads + turn / in.batch : turn;
+            worker.places(plane, part * places_per_part, part + 1 == parts ? FARTHEST : (part + 1) * places_per_part);
         }
-        if constexpr (U::row_step == 16) end_tiles();
+        if constexpr (U::ROW_STEP == 16) end_tiles();
     }
 }
 
-// `streams` are two if kRelative, one else; the second may have no rows.
-template <class T, class U, bool kRelative>
+// `streams` are two if RELATIVE, one else; the second may have no rows.
+template <class T, class U, bool RELATIVE>
 void run_forward(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams) {
-    const std::int64_t rows = streams[0].count + (kRelative ? streams[1].count : 0);
+    const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
     if (rows == 0) return;
-    if (rows <= kFewQueries && in.cu_seqlens == nullptr)
-        run_forward_in<T, FloatUnit, kRelative>(in, relative, streams, true);
+    if (rows <= FEW_QUERIES && in.cu_seqlens == nullptr)
+        run_forward_in<T, FloatUnit, RELATIVE>(in, relative, streams, true);
     else
-        run_forward_in<T, U, kRelative>(in, relative, streams, false);
+        run_forward_in<T, U, RELATIVE>(in, relative, streams, false);
 }
 
 }  // namespace
