@@ -71,7 +71,13 @@ def broadcast_of(x: Tensor | None) -> Broadcast:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How products of float32 tiles are computed: as float32, unless torch may round to tf32."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype is torch.float32 and _may_round() else "ieee"
+
+
+def _may_round() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Once the newer name was set the older one raises; the newer one knows what either was set to.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def grid_of(rows: int, block: int, planes: int) -> tuple[int]:

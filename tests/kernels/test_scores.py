@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -277,3 +279,27 @@ def test_masks_and_biases_of_far_tensors(axis: int) -> None:
     wanted = pyxlbert.relative_attention(q, k, v, table, attention_mask=mask, backend="triton")
     found = pyxlbert.relative_attention(q, k, v, table, attention_mask=far(mask, axis), backend="triton")
     compare.same_bits("relative_attention", found, wanted)
+
+
+# The older and the newer name for what may round float32 do not mix: each chain is set in a process of its own.
+PRECISIONS = {
+    "older": (("matmul.allow_tf32 = True", "tf32"), ("matmul.allow_tf32 = False", "ieee")),
+    "newer": (
+        ("matmul.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.fp32_precision = 'ieee'", "ieee"),
+        ("matmul.fp32_precision = 'none'; torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_by_either_name(name: str) -> None:
+    if name == "newer" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return
+    program = (
+        "import sys, torch; from pyxlbert.kernels._scores import precision_of; matmul = torch.backends.cuda.matmul"
+    )
+    program += "\nfor setting in sys.argv[1:]: exec(setting); print(*map(precision_of, (torch.float32, torch.float16)))"
+    settings, wanted = zip(*PRECISIONS[name], strict=True)
+    done = subprocess.run([sys.executable, "-c", program, *settings], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{one} ieee" for one in wanted], done.stderr[-2000:]
