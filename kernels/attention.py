@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pyxlbert.launch.rows import int32
 
-from ._configurations import COMPILE_OPTIONS, configuration, most_head_size
-from ._launch import launch, refusal
+from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
+from ._launch import launch
 from ._philox import ATTENTION, dropout_numbers
 from ._plan import kind_of, remember, run
 from ._scores import (
@@ -47,15 +47,10 @@ from ._scores import (
     strides_of_statistics,
 )
 
-_MOST_HEAD_SIZE = most_head_size("attention_fwd")
-
 
 def supports(*tensors: Tensor | None) -> str | None:
     """CUDA tensors in float32, bfloat16 and float16, with head sizes that fit into a tile."""
-    head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if head_size > _MOST_HEAD_SIZE:
-        return f"it takes head sizes of at most {_MOST_HEAD_SIZE}, not {head_size}"
-    return refusal(*tensors)
+    return refusal_of_heads("attention_fwd", *tensors)
 
 
 def attention_fwd(

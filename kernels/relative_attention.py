@@ -8,23 +8,16 @@ from torch import Tensor
 
 from pyxlbert.launch.relative import Shared, asked
 
-from ._configurations import most_head_size
-from ._launch import refusal
+from ._configurations import refusal_of_heads
 from ._relative import Stream
 
 # Tag of the dropout bits, as in _philox.py.
 _TAG = 2
 
 
-_MOST_HEAD_SIZE = most_head_size("relative_fwd")
-
-
 def supports(*tensors: Tensor | None) -> str | None:
     """CUDA tensors in float32, bfloat16 and float16, with head sizes that fit into a tile."""
-    head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if head_size > _MOST_HEAD_SIZE:
-        return f"it takes head sizes of at most {_MOST_HEAD_SIZE}, not {head_size}"
-    return refusal(*tensors)
+    return refusal_of_heads("relative_fwd", *tensors)
 
 
 def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:

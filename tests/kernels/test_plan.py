@@ -28,7 +28,7 @@ class AnyDevice:
 
 
 def main() -> None:
-    from pyxlbert.bench.ahead import compile_for
+    from pyxlbert.bench.ahead import SHARED, compile_for
     from triton.compiler.compiler import CompiledKernel
 
     compile_for(90)
@@ -39,7 +39,8 @@ def main() -> None:
     CompiledKernel.function = None
     torch.cuda.current_device = lambda: AnyDevice()
     plan = importlib.import_module("pyxlbert.kernels._plan")
-    importlib.import_module("pyxlbert.kernels._configurations").architecture = lambda device: 90
+    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    configurations.card = lambda device: configurations.Card(90, SHARED[90])
     attention = importlib.import_module("pyxlbert.kernels.attention")
     layer_norm = importlib.import_module("pyxlbert.kernels.layer_norm")
     assert plan.POSSIBLE
