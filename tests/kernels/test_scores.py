@@ -199,11 +199,11 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
         return pyxlbert.relative_attention(q, k, v, table, **given, **options)
 
     usual = gradients(call, [q, k, v, table])
-    assert relative._bwd_table in launched
+    assert relative.bwd_table in launched
     launched.clear()
     with pyxlbert.allow_atomics():
         found = gradients(call, [q, k, v, table])
-        assert relative._bwd_table not in launched
+        assert relative.bwd_table not in launched
         launched.clear()
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True)
@@ -211,7 +211,7 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
             same = gradients(call, [q, k, v, table])
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    assert relative._bwd_table in launched
+    assert relative.bwd_table in launched
     agree(found, usual)
     for place, (one, other) in enumerate(zip(same, usual, strict=True)):
         compare.same_bits(f"result {place}", one, other)
@@ -225,7 +225,7 @@ def test_long_rows_of_float32_leave_the_table_to_its_kernel(dtype: torch.dtype, 
     q, k, v, table = (x.to(dtype).requires_grad_() for x in (q, k, v, table))
     with pyxlbert.allow_atomics():
         pyxlbert.relative_attention(q, k, v, table, **given, backend="triton").sum().backward()
-    assert (relative._bwd_table in launched) == (not by_atomics)
+    assert (relative.bwd_table in launched) == (not by_atomics)
 
 
 def test_atomics_of_two_stream_attention() -> None:
