@@ -137,6 +137,9 @@ def cuda_choice() -> str:
         raise SystemExit(f"pyxlbert: PYXLBERT_CUDA: got {choice!r}, wanted 0, 1 or auto")
     if choice == "1" and nvcc.find() is None:
         raise SystemExit("pyxlbert: PYXLBERT_CUDA=1: no nvcc with its headers is found; set CUDA_HOME or NVCC")
+    old = nvcc.too_old(nvcc.find().version) if choice == "1" else None
+    if old is not None:
+        raise SystemExit(f"pyxlbert: PYXLBERT_CUDA=1: {old}")
     return choice
 
 
@@ -158,6 +161,9 @@ def why_no_cuda() -> str | None:
         return "a build for sanitizers is one of the CPU's kernels"
     if nvcc.find() is None:
         return "no nvcc with its headers is found"
+    old = nvcc.too_old(nvcc.find().version)
+    if old is not None:
+        return old
     if choice == "auto" and not torch_for_cuda():
         return "the installed torch is not one for CUDA (PYXLBERT_CUDA=1 builds nevertheless)"
     return None
@@ -167,6 +173,9 @@ def report() -> list[str]:
     """One line per backend: built, or why not."""
     why = why_no_cuda()
     cuda = f"built ({', '.join(nvcc.wanted())})" if why is None else f"not built: {why}"
+    if why is None:
+        for one in nvcc.left_out():
+            cuda += f"; not for {one}, which needs nvcc of CUDA {nvcc.named(nvcc.needs(one))}"
     return [
         "pyxlbert: backend torch needs no build",
         f"pyxlbert: backend cpu built ({', '.join(levels())})",

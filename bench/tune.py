@@ -29,11 +29,13 @@ from pyxlbert.bench import ahead
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.testing.direct import Direct
 
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 attention = importlib.import_module("pyxlbert.kernels.attention")
 relative = importlib.import_module("pyxlbert.kernels._relative")
-relative_attention = importlib.import_module("pyxlbert.kernels.relative_attention")
+
+TRITON = Direct("triton")
 Key, Tile = configurations.Key, configurations.Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -119,8 +121,8 @@ def _attention_calls(head_size: int, dtype: torch.dtype, batch: int, length: int
     ):
 
         def call(tensors: Any = tensors, options: Any = options) -> None:
-            out, lse = attention.attention_fwd(*tensors, *options)
-            attention.attention_bwd(out, *tensors, out, lse, *options, options[4] is not None)
+            out, lse = TRITON.attention_fwd(*tensors, *options)
+            TRITON.attention_bwd(out, out, lse, *tensors, *options, options[4] is not None)
 
         yield call
 
@@ -166,10 +168,10 @@ def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int,
                     *(ranks and positions is None, mask if masked else None, False, False, scale),
                     *(0.1 if drops else 0.0, seed if drops else None),
                 )
-                out, lse = relative_attention.relative_attention_fwd(query, k, v, *options)
+                out, lse = TRITON.relative_attention_fwd(query, k, v, *options)
                 for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
                     with atomics:
-                        relative_attention.relative_attention_bwd(out, out, lse, query, k, v, *options, [True] * 8)
+                        TRITON.relative_attention_bwd(out, out, lse, query, k, v, *options, [True] * 8)
 
             yield call
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 # What is built where nothing else is asked for: one entry of PYXLBERT_CUDA_ARCHS each, "+PTX" for what a later device
 # compiles itself.
 ARCHITECTURES = ("80", "90a", "100", "100+PTX")
+# The first toolkit that knows an architecture; and the first that compiles C++20.
+_KNOWN_SINCE = {"100": (12, 8), "101": (12, 8), "120": (12, 8), "103": (12, 9), "121": (12, 9)}
+OLDEST = (12, 0)
 FLAGS = (
     "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC,-fvisibility=hidden,-Wall "
     "-Xptxas=-v -Xfatbin=-compress-all --threads=0"
@@ -40,6 +43,7 @@ class Toolkit(NamedTuple):
     nvcc: str
     include: Path
     cudart: Path
+    version: tuple[int, int]
 
 
 @functools.cache
@@ -65,8 +69,31 @@ def find() -> Toolkit | None:
         libraries = [base / name / "libcudart_static.a" for name in ("lib64", "lib")]
         found = [library for library in libraries if library.exists()]
         if found and (base / "include" / "cuda_runtime.h").exists():
-            return Toolkit(nvcc, base / "include", found[0])
+            return Toolkit(nvcc, base / "include", found[0], _version(base / "include"))
     return None
+
+
+def _version(include: Path) -> tuple[int, int]:
+    """Of the toolkit with these headers, which are what the code is compiled against."""
+    text = (include / "cuda_runtime_api.h").read_text(encoding="utf-8", errors="replace")
+    number = re.search(r"^#define CUDART_VERSION\s+(\d+)", text, re.MULTILINE)
+    return divmod(int(number[1]) // 10, 100) if number else (0, 0)
+
+
+def too_old(version: tuple[int, int]) -> str | None:
+    """Why a toolkit of this version cannot build the kernels at all, or None."""
+    if version >= OLDEST:
+        return None
+    return f"nvcc is of CUDA {named(version)}, and the kernels need {named(OLDEST)} or later"
+
+
+def named(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def needs(architecture: str) -> tuple[int, int]:
+    """The first toolkit that compiles for one entry of PYXLBERT_CUDA_ARCHS."""
+    return _KNOWN_SINCE.get(re.match(r"\d+", architecture)[0], OLDEST)
 
 
 def units(folder: Path) -> list[tuple[Path, str, str]]:
@@ -90,15 +117,45 @@ def gencode(architectures: tuple[str, ...]) -> str:
     return " ".join(options)
 
 
-def wanted() -> tuple[str, ...]:
+def asked_for() -> tuple[str, ...]:
     """The architectures of PYXLBERT_CUDA_ARCHS, or all.
 
     Raises:
-        SystemExit: one is not like "80", "90a" or "100+PTX".
+        SystemExit: one is not like "80", "90a" or "100+PTX", or there is none.
     """
     named = os.environ.get("PYXLBERT_CUDA_ARCHS")
     found = ARCHITECTURES if named is None else tuple(named.split())
-    for one in found:
+    for one in found or ("",):
         if not re.fullmatch(r"\d+[af]?(\+PTX)?", one):
             raise SystemExit(f"pyxlbert: PYXLBERT_CUDA_ARCHS: got {one!r}, wanted some of {' '.join(ARCHITECTURES)}")
     return found
+
+
+def wanted() -> tuple[str, ...]:
+    """What is built: the architectures asked for that the toolkit here knows.
+
+    If none of them is known, the newest device that the toolkit does know gets intermediate code, which later devices
+    compile themselves.
+
+    Raises:
+        SystemExit: PYXLBERT_CUDA_ARCHS names what is none, or what the toolkit does not know.
+    """
+    toolkit, asked = find(), asked_for()
+    if toolkit is None:
+        return asked
+    unknown = left_out()
+    if unknown and "PYXLBERT_CUDA_ARCHS" in os.environ:
+        one = unknown[0]
+        raise SystemExit(
+            f"pyxlbert: PYXLBERT_CUDA_ARCHS: got {one!r}, which needs nvcc of CUDA {named(needs(one))}, "
+            f"and {toolkit.nvcc} is of {named(toolkit.version)}"
+        )
+    found = tuple(one for one in asked if one not in unknown)
+    # Without the newest entry nothing would hold code for later devices.
+    return found if not unknown or any(one.endswith("+PTX") for one in found) else (*found, "90+PTX")
+
+
+def left_out() -> tuple[str, ...]:
+    """The architectures asked for that the toolkit here is too old for."""
+    toolkit = find()
+    return () if toolkit is None else tuple(one for one in asked_for() if toolkit.version < needs(one))

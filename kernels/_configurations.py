@@ -160,7 +160,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_fwd", 80, 2, 128, False): Tile(64, 64, 4, 2),
     Key("attention_fwd", 90, 2, 128, False): Tile(128, 64, 8, 2),
     Key("attention_fwd", 80, 2, 128, True): Tile(64, 32, 8, 1),
-    Key("attention_fwd", 90, 2, 128, True): Tile(64, 64, 8, 2),
+    Key("attention_fwd", 90, 2, 128, True): Tile(64, 32, 4, 2),
     Key("attention_fwd", 100, 2, 128, True): Tile(128, 64, 8, 2),
     Key("attention_fwd", 120, 2, 128, True): Tile(32, 32, 4, 1),
     Key("attention_fwd", 80, 2, 256, False): Tile(64, 64, 8, 2),

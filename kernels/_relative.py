@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.launch.relative import Shared
+from pyxlbert.launch.relative import Stream as Queries
 from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
@@ -31,43 +32,25 @@ from ._relative_bwd_queries import bwd_queries
 from ._relative_fwd import fwd
 from ._relative_scores import Biases, Marks, Table
 from ._scores import (
-    Sizes,
     broadcast_of,
     constants_of,
     dropout_of,
     grid_of,
     rows_of,
     saved_of,
+    sizes_of,
     statistics_of,
 )
 
 
 class Stream:
-    """The queries of one stream, sorted by position where they have any.
+    """The queries of one stream as the kernels take them, sorted by position if they have any."""
 
-    Args:
-        query: `[B, T, H, D]` or packed.
-        segments, rank: int32 `[B, T]` or packed, or None.
-        positions: int32 `[B, T]`, -1 for a row without one; None: a row's own number.
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
-    """
-
-    def __init__(
-        self,
-        shared: Shared,
-        query: Tensor,
-        segments: Tensor | None,
-        positions: Tensor | None,
-        rank: Tensor | None,
-        see_self: bool,
-        mask_by_position: bool,
-        tag: int,
-    ) -> None:
-        self.shared, self.see_self, self.mask_by_position, self.tag = shared, see_self, mask_by_position, tag
+    def __init__(self, shared: Shared, stream: Queries) -> None:
+        query, self.shared, self.tag = stream.query, shared, stream.tag
+        self.see_self, self.mask_by_position = stream.see_self, stream.mask_by_position
         self.order: Tensor | None = None
-        positions, segments, rank = int32(positions), int32(segments), int32(rank)
+        positions, segments, rank = int32(stream.positions), int32(stream.segments), int32(stream.rank)
         if positions is not None:
             self.order = positions.argsort(dim=1, stable=True)
             positions, segments, rank = (
@@ -75,17 +58,12 @@ class Stream:
             )
         self.query = self.sorted(query)
         self.heads, self.head_size = query.shape[-2:]
-        if shared.cu_seqlens is None:
-            batch, queries, keys, total = query.shape[0], query.shape[1], shared.key.shape[1], 0
-        else:
-            batch, queries, keys = shared.cu_seqlens.shape[0] - 1, shared.max_seqlen, shared.max_seqlen
-            total = query.shape[0]
+        batch, self.sizes = sizes_of(shared, query)
         table = shared.table.to(query.dtype)
         tables = table.shape[0] if table.dim() == 4 else 1
         self.table = Table(*rows_of(table), table.shape[-3], shared.offset, max(1, batch // tables))
-        self.sizes = Sizes(self.heads, queries, keys, total, int32(shared.key_lengths), int32(shared.cu_seqlens))
         self.planes, self.tables = batch * self.heads, tables
-        mask, dropout = broadcast_of(shared.mask), dropout_of(shared.dropout_p, shared.seed)
+        mask, dropout = broadcast_of(shared.attention_mask), dropout_of(shared.dropout_p, shared.seed)
         self.extras = mask.tensor is not None or dropout.seed is not None or rank is not None
         # What every kernel begins with.
         self.records = (
@@ -115,7 +93,7 @@ class Stream:
         return {
             "CAUSAL": self.shared.causal,
             "SEE_SELF": self.see_self,
-            "UNIFORM": self.shared.uniform,
+            "UNIFORM": self.shared.uniform_rows,
             "BY_POSITION": self.mask_by_position,
             "TAG": self.tag,
             **constants_of(self.head_size, self.query.dtype),

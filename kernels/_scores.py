@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyxlbert.launch.attention import score_strides, strides
+from pyxlbert.launch.rows import int32
+
 from ._philox import dropout_numbers, keep
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -117,8 +120,16 @@ def rows_of(x: Tensor) -> Rows:
     """
     if (x.stride(-1) != 1 and x.shape[-1] > 1) or (x.shape[-3] > 1 and x.stride(-3) >= FAR):
         x = x.contiguous()
-    strides = x.stride()
-    return Rows(x, *strides[:3]) if x.dim() == 4 else Rows(x, 0, *strides[:2])
+    return Rows(x, *strides(x))
+
+
+def sizes_of(call: Any, query: Tensor) -> tuple[int, Sizes]:
+    """The number of sequences, and the sizes of a call, or of one of its streams with queries of its own."""
+    heads, lengths, offsets = query.shape[-2], int32(call.key_lengths), int32(call.cu_seqlens)
+    if offsets is None:
+        return query.shape[0], Sizes(heads, query.shape[1], call.key.shape[1], 0, lengths, None)
+    most = call.max_seqlen
+    return offsets.shape[0] - 1, Sizes(heads, most, most, query.shape[0], lengths, offsets)
 
 
 def statistics_of(lse: Tensor) -> Statistics:
@@ -133,10 +144,7 @@ def saved_of(lse: Tensor) -> Saved:
 
 def broadcast_of(x: Tensor | None) -> Broadcast:
     """Of a tensor that broadcasts to `[B, H, Tq, Tk]`, or None; a boolean one as bytes."""
-    if x is None:
-        return Broadcast(None, 0, 0, 0, 0)
-    strides = tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return Broadcast(x.view(torch.uint8) if x.dtype is torch.bool else x, *strides)
+    return Broadcast(x.view(torch.uint8) if x is not None and x.dtype is torch.bool else x, *score_strides(x))
 
 
 def dropout_of(dropout_p: float, seed: Tensor | None) -> Dropout:

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pyxlbert.launch.rows import int32
+from pyxlbert.launch.attention import lse_of
 
 from ._attention_bwd import bwd_bias, bwd_keys, bwd_queries, bwd_rows
 from ._attention_fwd import fwd
@@ -40,6 +40,7 @@ from ._scores import (
     precision_of,
     rows_of,
     saved_of,
+    sizes_of,
     statistics_of,
 )
 
@@ -49,93 +50,63 @@ def supports(*tensors: Tensor | None) -> str | None:
     return refusal_of_heads("attention_fwd", *tensors)
 
 
-def attention_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """out, shaped as query, and lse `[B, H, Tq]` (packed: `[H, total]`) in float32."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    *first, rows, heads, _ = query.shape
-    lse = torch.empty((*first, heads, rows), dtype=torch.float32, device=query.device)
+    query = call.query
+    out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), lse_of(query)
     if lse.numel() == 0:
         return out, lse
     device, precision = query.get_device(), precision_of(query.dtype)
-    tensors = (query, key, value, key_lengths, cu_seqlens, attention_mask, bias, seed, out, lse)
-    kind = kind_of(device, tensors[:8], "attention", max_seqlen, causal, scale, dropout_p, precision)
+    tensors = (
+        *(query, call.key, call.value, call.key_lengths, call.cu_seqlens, call.attention_mask, call.bias, call.seed),
+        *(out, lse),
+    )
+    numbers = (call.max_seqlen, call.causal, call.scale, call.dropout_p, precision)
+    kind = kind_of(device, tensors[:8], "attention", *numbers)
     if run(kind, device, tensors):
         return out, lse
-    call = _Call.of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
-    )
-    options = call.options("attention_fwd")
-    grid = grid_of(call.sizes.queries, options["BLOCK_M"], call.planes)
-    arguments = (*call.records, rows_of(out), statistics_of(lse))
+    inputs = _Inputs.of(call)
+    options = inputs.options("attention_fwd")
+    grid = grid_of(inputs.sizes.queries, options["BLOCK_M"], inputs.planes)
+    arguments = (*inputs.records, rows_of(out), statistics_of(lse))
     compiled = launch(fwd, grid, query.device, *arguments, **options)
     remember(kind, tensors, fwd, compiled, grid, arguments, options)
     return out, lse
 
 
-def attention_bwd(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape (empty unless `needs_bias`)."""
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    wanted = bias is not None and needs_bias
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
-    if lse.numel() == 0 or key.numel() == 0:
+    query = call.query
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, call.key, call.value))
+    wanted = call.bias is not None and call.needs_bias
+    dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
+    if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
-    call = _Call.of(
-        query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, causal, scale, dropout_p, seed
-    )
-    saved = saved_of(lse.contiguous())
-    given = (*call.records, rows_of(dout))
+    inputs = _Inputs.of(call)
+    sizes, planes, device = inputs.sizes, inputs.planes, query.device
+    saved = saved_of(call.lse.contiguous())
+    given = (*inputs.records, rows_of(call.dout))
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
-    sizes, device = call.sizes, query.device
-    options = call.options("attention_bwd_rows")
-    grid = grid_of(sizes.queries, options["BLOCK_M"], call.planes)
-    launch(bwd_rows, grid, device, *given, rows_of(out), saved, **options)
-    options = call.options("attention_bwd_keys")
-    grid = grid_of(sizes.keys, options["BLOCK_N"], call.planes)
+    options = inputs.options("attention_bwd_rows")
+    grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
+    launch(bwd_rows, grid, device, *given, rows_of(call.out), saved, **options)
+    options = inputs.options("attention_bwd_keys")
+    grid = grid_of(sizes.keys, options["BLOCK_N"], planes)
     launch(bwd_keys, grid, device, *given, saved, dkey, dvalue, **options)
-    options = call.options("attention_bwd_queries")
-    grid = grid_of(sizes.queries, options["BLOCK_M"], call.planes)
+    options = inputs.options("attention_bwd_queries")
+    grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
     launch(bwd_queries, grid, device, *given, saved, dquery, **options)
     if wanted:
-        options = call.options("attention_bwd_bias")
+        options = inputs.options("attention_bwd_bias")
         shape = dbias.shape
         across = triton.cdiv(shape[3], options["BLOCK_N"])
         grid = grid_of(shape[2], options["BLOCK_M"], shape[0] * shape[1] * across)
-        gradient = BiasGradient(dbias, *shape, call.planes // sizes.heads)
+        gradient = BiasGradient(dbias, *shape, planes // sizes.heads)
         launch(bwd_bias, grid, device, *given, saved, gradient, **options)
     return *gradients, dbias
 
 
-class _Call(NamedTuple):
+class _Inputs(NamedTuple):
     """One call, as the kernels take it; up to `dropout` what every kernel begins with."""
 
     query: Rows
@@ -150,35 +121,18 @@ class _Call(NamedTuple):
     causal: bool
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int,
-        attention_mask: Tensor | None,
-        bias: Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-    ) -> _Call:
-        heads = query.shape[-2]
-        if cu_seqlens is None:
-            batch, queries, keys, total = query.shape[0], query.shape[1], key.shape[1], 0
-        else:
-            batch, queries, keys, total = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen, query.shape[0]
+    def of(cls, call: Any) -> _Inputs:
+        """Of a call, forward or backward."""
+        batch, sizes = sizes_of(call, call.query)
         return cls(
-            *(rows_of(x) for x in (query, key, value)),
-            broadcast_of(attention_mask),
-            broadcast_of(bias),
-            Sizes(heads, queries, keys, total, int32(key_lengths), int32(cu_seqlens)),
-            scale,
-            dropout_of(dropout_p, seed),
-            batch * heads,
-            causal,
+            *(rows_of(x) for x in (call.query, call.key, call.value)),
+            broadcast_of(call.attention_mask),
+            broadcast_of(call.bias),
+            sizes,
+            call.scale,
+            dropout_of(call.dropout_p, call.seed),
+            batch * sizes.heads,
+            call.causal,
         )
 
     @property

@@ -10,6 +10,8 @@ exp(-z^2 / 2) times a polynomial of 1 / (1 + z / 2) there: Press et al., "Numeri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,21 +28,21 @@ supports = refusal_of_rows
 FAR = tl.constexpr(50.0)
 
 
-def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+def bias_gelu_fwd(call: Any) -> Tensor:
     """y `[..., N]` in x's dtype."""
-    source, stride = rows(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    source, stride = rows(call.x)
+    y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    columns = x.shape[-1]
+    columns = call.x.shape[-1]
     count, tile = y.numel() // columns, tile_of(columns)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if call.bias is None else call.bias.contiguous()
     launch(
         _fwd,
         (triton.cdiv(count, tile.rows),),
-        x.device,
+        call.x.device,
         *(source, bias, y, stride, count, columns),
-        TANH=approximate == "tanh",
+        TANH=call.approximate == "tanh",
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
@@ -48,32 +50,30 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return y
 
 
-def bias_gelu_bwd(
-    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needs_bias: bool
-) -> tuple[Tensor, Tensor]:
+def bias_gelu_bwd(call: Any) -> tuple[Tensor, Tensor]:
     """dx `[..., N]` in x's dtype and dbias `[N]` in bias's (empty unless `needs_bias`)."""
-    source, x_stride = rows(x)
-    gradient, dy_stride = rows(dy)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = x.shape[-1]
-    dbias = (x if bias is None else bias).new_empty(columns if needs_bias else 0)
+    source, x_stride = rows(call.x)
+    gradient, dy_stride = rows(call.dy)
+    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    columns = call.x.shape[-1]
+    dbias = (call.x if call.bias is None else call.bias).new_empty(columns if call.needs_bias else 0)
     if dx.numel() == 0:
         return dx, dbias.zero_()
     count, tile = dx.numel() // columns, tile_of(columns)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 1, x.device) if needs_bias else None
+    partial = partial_sums(parts, columns, 1, call.x.device) if call.needs_bias else None
     launch(
         _bwd,
         (parts,),
-        x.device,
-        *(gradient, source, None if bias is None else bias.contiguous(), dx, partial),
+        call.x.device,
+        *(gradient, source, None if call.bias is None else call.bias.contiguous(), dx, partial),
         *(dy_stride, x_stride, count, columns, each),
-        TANH=approximate == "tanh",
+        TANH=call.approximate == "tanh",
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
     )
-    if needs_bias:
+    if call.needs_bias:
         sum_parts(partial[0], dbias)
     return dx, dbias
 

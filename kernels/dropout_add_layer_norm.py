@@ -9,6 +9,8 @@ Backward draws dropout's bits again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,39 +26,28 @@ from .layer_norm import input_gradient, statistics
 supports = refusal_of_rows
 
 
-def dropout_add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    copy_dtype: torch.dtype | None,
-    save: bool,
-) -> list[Tensor]:
+def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
     """y `[..., N]` in residual's dtype; unless `copy_dtype` is None its copy; where `save`, s, mean and rstd."""
-    source, x_stride = rows(x)
-    stream, residual_stride = rows(residual)
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    copy = None if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
+    source, x_stride = rows(call.x)
+    stream, residual_stride = rows(call.residual)
+    y = torch.empty_like(call.residual, memory_format=torch.contiguous_format)
+    copy = None if call.copy_dtype is None else torch.empty_like(y, dtype=call.copy_dtype)
     outputs = [y] if copy is None else [y, copy]
-    saved = (torch.empty_like(y), *row_statistics(x)) if save else ()
+    saved = (torch.empty_like(y), *row_statistics(call.x)) if call.save else ()
     if y.numel() == 0:
-        empty_statistics(saved[1:], eps)
+        empty_statistics(saved[1:], call.eps)
         return [*outputs, *saved]
-    columns = x.shape[-1]
+    columns = call.x.shape[-1]
     count, tile = y.numel() // columns, tile_of(columns)
-    x_bias = None if x_bias is None else x_bias.contiguous()
+    x_bias = None if call.x_bias is None else call.x_bias.contiguous()
     launch(
         _fwd,
         (triton.cdiv(count, tile.rows),),
-        x.device,
-        *(source, x_bias, stream, weight.contiguous(), bias.contiguous(), y, copy),
+        call.x.device,
+        *(source, x_bias, stream, call.weight.contiguous(), call.bias.contiguous(), y, copy),
         *(saved or (None, None, None)),
-        *(x_stride, residual_stride, count, columns, eps),
-        *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+        *(x_stride, residual_stride, count, columns, call.eps),
+        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
@@ -64,53 +55,37 @@ def dropout_add_layer_norm_fwd(
     return [*outputs, *saved]
 
 
-def dropout_add_layer_norm_bwd(
-    dy: Tensor | None,
-    dy_copy: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    x_dtype: torch.dtype,
-    needs_x: bool,
-    needs_residual: bool,
-    needs_parameters: bool,
-    needs_x_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx in `x_dtype`, dresidual, dweight, dbias, dx_bias; what is not needed is empty."""
-    columns = s.shape[-1]
-    gradient, dy_stride = (None, 0) if dy is None else rows(dy)
-    copy_gradient, dy_copy_stride = (None, 0) if dy_copy is None else rows(dy_copy)
-    dx = torch.empty_like(s, dtype=x_dtype) if needs_x else s.new_empty(0, dtype=x_dtype)
-    dresidual = torch.empty_like(s) if needs_residual else s.new_empty(0)
-    dweight, dbias = (one.new_empty(columns if needs_parameters else 0) for one in (weight, bias))
-    dx_bias = (s if x_bias is None else x_bias).new_empty(columns if needs_x_bias else 0)
-    if s.numel() == 0:
+    columns = call.s.shape[-1]
+    gradient, dy_stride = (None, 0) if call.dy is None else rows(call.dy)
+    copy_gradient, dy_copy_stride = (None, 0) if call.dy_copy is None else rows(call.dy_copy)
+    dx = torch.empty_like(call.s, dtype=call.x_dtype) if call.needs_x else call.s.new_empty(0, dtype=call.x_dtype)
+    dresidual = torch.empty_like(call.s) if call.needs_residual else call.s.new_empty(0)
+    dweight, dbias = (one.new_empty(columns if call.needs_parameters else 0) for one in (call.weight, call.bias))
+    dx_bias = (call.s if call.x_bias is None else call.x_bias).new_empty(columns if call.needs_x_bias else 0)
+    if call.s.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_(), dx_bias.zero_()
-    count, tile = mean.numel(), tile_of(columns, each=16)
+    count, tile = call.mean.numel(), tile_of(columns, each=16)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 2, s.device) if needs_parameters else None
-    partial_bias = partial_sums(parts, columns, 1, s.device) if needs_x_bias else None
+    partial = partial_sums(parts, columns, 2, call.s.device) if call.needs_parameters else None
+    partial_bias = partial_sums(parts, columns, 1, call.s.device) if call.needs_x_bias else None
     launch(
         _bwd,
         (parts,),
-        s.device,
-        *(gradient, copy_gradient, s, weight.contiguous(), mean, rstd),
-        *(dx if needs_x else None, dresidual if needs_residual else None, partial, partial_bias),
+        call.s.device,
+        *(gradient, copy_gradient, call.s, call.weight.contiguous(), call.mean, call.rstd),
+        *(dx if call.needs_x else None, dresidual if call.needs_residual else None, partial, partial_bias),
         *(dy_stride, dy_copy_stride, count, columns, each),
-        *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
     )
-    if needs_parameters:
+    if call.needs_parameters:
         sum_parts(partial[0], dweight)
         sum_parts(partial[1], dbias)
-    if needs_x_bias:
+    if call.needs_x_bias:
         sum_parts(partial_bias[0], dx_bias)
     return dx, dresidual, dweight, dbias, dx_bias
 

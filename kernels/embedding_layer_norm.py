@@ -12,6 +12,8 @@ A row out of its table's range is never read: its token's result is NaN, and it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,27 +32,13 @@ supports = refusal_of_rows
 CHUNK = 64  # tokens of a program of the scatter
 
 
-def embedding_layer_norm_fwd(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    copy_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y `[..., N]`; its copy in `copy_dtype` (empty without one); mean and rstd `[...]`."""
-    columns, device = word.shape[-1], word.device
-    shape = (*input_ids.shape, columns)
-    y = torch.empty(shape, dtype=out_dtype, device=device)
-    copied = copy_dtype is not None
-    copy = torch.empty(shape if copied else (0,), dtype=copy_dtype or out_dtype, device=device)
+    columns, device = call.word.shape[-1], call.word.device
+    shape = (*call.input_ids.shape, columns)
+    y = torch.empty(shape, dtype=call.out_dtype, device=device)
+    copied = call.copy_dtype is not None
+    copy = torch.empty(shape if copied else (0,), dtype=call.copy_dtype or call.out_dtype, device=device)
     mean, rstd = row_statistics(y)
     if y.numel() == 0:
         return y, copy, mean.zero_(), rstd.zero_()
@@ -59,9 +47,19 @@ def embedding_layer_norm_fwd(
         _fwd,
         (triton.cdiv(count, tile.rows),),
         device,
-        *_tables(input_ids, word, token_type, position, token_type_ids, position_ids),
-        *(weight.contiguous(), bias.contiguous(), y, copy if copied else None, mean, rstd, count, columns, eps),
-        *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+        *_tables(call.input_ids, call.word, call.token_type, call.position, call.token_type_ids, call.position_ids),
+        *(
+            call.weight.contiguous(),
+            call.bias.contiguous(),
+            y,
+            copy if copied else None,
+            mean,
+            rstd,
+            count,
+            columns,
+            call.eps,
+        ),
+        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
@@ -69,70 +67,51 @@ def embedding_layer_norm_fwd(
     return y, copy, mean, rstd
 
 
-def embedding_layer_norm_bwd(
-    dy: Tensor,
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    padding_idx: int,
-    needs_word: bool,
-    needs_token_type: bool,
-    needs_position: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dword, dtoken_type, dposition, dweight, dbias; empty where one is not needed."""
-    columns, device = word.shape[-1], word.device
-    dweight, dbias = (one.new_empty(columns if needs_parameters else 0) for one in (weight, bias))
-    dx = torch.empty(mean.numel(), columns, dtype=torch.float32, device=device)
+    columns, device = call.word.shape[-1], call.word.device
+    dweight, dbias = (one.new_empty(columns if call.needs_parameters else 0) for one in (call.weight, call.bias))
+    dx = torch.empty(call.mean.numel(), columns, dtype=torch.float32, device=device)
     if dx.numel() == 0:
         dweight.zero_()
         dbias.zero_()
     else:
-        gradient, stride = rows(dy)
-        count, tile = mean.numel(), tile_of(columns, each=16)
+        gradient, stride = rows(call.dy)
+        count, tile = call.mean.numel(), tile_of(columns, each=16)
         parts, each = parts_of(count, tile)
-        partial = partial_sums(parts, columns, 2, device) if needs_parameters else None
+        partial = partial_sums(parts, columns, 2, device) if call.needs_parameters else None
         launch(
             _bwd,
             (parts,),
             device,
-            *_tables(input_ids, word, token_type, position, token_type_ids, position_ids),
-            *(gradient, stride, weight.contiguous(), mean, rstd, dx, partial, count, columns, each),
-            *(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p)),
+            *_tables(call.input_ids, call.word, call.token_type, call.position, call.token_type_ids, call.position_ids),
+            *(gradient, stride, call.weight.contiguous(), call.mean, call.rstd, dx, partial, count, columns, each),
+            *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
             BLOCK_M=tile.rows,
             BLOCK_N=max(4, tile.columns),
             num_warps=tile.warps,
         )
-        if needs_parameters:
+        if call.needs_parameters:
             sum_parts(partial[0], dweight)
             sum_parts(partial[1], dbias)
 
     def scatter(table: Tensor | None, needed: bool, index: Tensor | None, skip: int = -1) -> Tensor:
         if table is None or not needed:
-            return word.new_empty(0)
+            return call.word.new_empty(0)
         dtable = torch.zeros(table.shape, dtype=table.dtype, device=device)
         if dx.numel() > 0:
             if index is None:
-                index = torch.zeros_like(input_ids)
-            _scatter(dx, _flat(index, input_ids), dtable, skip)
+                index = torch.zeros_like(call.input_ids)
+            _scatter(dx, _flat(index, call.input_ids), dtable, skip)
         return dtable
 
-    places = position_ids
-    if places is None and needs_position:
-        places = torch.arange(input_ids.shape[-1], device=device)
+    places = call.position_ids
+    if places is None and call.needs_position:
+        places = torch.arange(call.input_ids.shape[-1], device=device)
     return (
-        scatter(word, needs_word, input_ids, padding_idx),
-        scatter(token_type, needs_token_type, token_type_ids),
-        scatter(position, needs_position, places),
+        scatter(call.word, call.needs_word, call.input_ids, call.padding_idx),
+        scatter(call.token_type, call.needs_token_type, call.token_type_ids),
+        scatter(call.position, call.needs_position, places),
         dweight,
         dbias,
     )

@@ -7,6 +7,8 @@ dy, x  [M, N]   ->  dx of the tile; dy * xhat and dy are added up over the progr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,54 +23,76 @@ from ._rows import partial_sums, parts_of, sum_parts, tile_of
 supports = refusal_of_rows
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, save: bool) -> list[Tensor]:
+def layer_norm_fwd(call: Any) -> list[Tensor]:
     """y `[..., N]` in x's dtype; where `save`, also mean and rstd `[...]` in float32."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    saved = row_statistics(x) if save else ()
-    device = x.get_device()
-    tensors = (x, weight, bias, y, *saved)
-    kind = kind_of(device, tensors[:3], "layer_norm", eps, save)
+    y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    saved = row_statistics(call.x) if call.save else ()
+    device = call.x.get_device()
+    tensors = (call.x, call.weight, call.bias, y, *saved)
+    kind = kind_of(device, tensors[:3], "layer_norm", call.eps, call.save)
     if run(kind, device, tensors):
         return [y, *saved]
-    source, stride = rows(x)
+    source, stride = rows(call.x)
     if y.numel() == 0:
-        return [y, *empty_statistics(saved, eps)]
-    columns = x.shape[-1]
+        return [y, *empty_statistics(saved, call.eps)]
+    columns = call.x.shape[-1]
     count, tile = y.numel() // columns, tile_of(columns)
     mean, rstd = saved or (None, None)
     grid = (triton.cdiv(count, tile.rows),)
-    arguments = (source, weight.contiguous(), bias.contiguous(), y, mean, rstd, stride, count, columns, eps)
+    arguments = (
+        source,
+        call.weight.contiguous(),
+        call.bias.contiguous(),
+        y,
+        mean,
+        rstd,
+        stride,
+        count,
+        columns,
+        call.eps,
+    )
     options = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "num_warps": tile.warps}
-    compiled = launch(_fwd, grid, x.device, *arguments, **options)
+    compiled = launch(_fwd, grid, call.x.device, *arguments, **options)
     remember(kind, tensors, _fwd, compiled, grid, arguments, options)
     return [y, *saved]
 
 
-def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, needs_parameters: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dx `[..., N]`, dweight and dbias `[N]` (empty unless `needs_parameters`)."""
-    source, stride = rows(x)
-    gradient, dy_stride = rows(dy)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = x.shape[-1]
-    size = columns if needs_parameters else 0
-    dweight, dbias = weight.new_empty(size), bias.new_empty(size)
+    source, stride = rows(call.x)
+    gradient, dy_stride = rows(call.dy)
+    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    columns = call.x.shape[-1]
+    size = columns if call.needs_parameters else 0
+    dweight, dbias = call.weight.new_empty(size), call.bias.new_empty(size)
     if dx.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    count, tile = mean.numel(), tile_of(columns)
+    count, tile = call.mean.numel(), tile_of(columns)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 2, x.device) if needs_parameters else None
+    partial = partial_sums(parts, columns, 2, call.x.device) if call.needs_parameters else None
     launch(
         _bwd,
         (parts,),
-        x.device,
-        *(gradient, source, weight.contiguous(), mean, rstd, dx, partial, dy_stride, stride, count, columns, each),
+        call.x.device,
+        *(
+            gradient,
+            source,
+            call.weight.contiguous(),
+            call.mean,
+            call.rstd,
+            dx,
+            partial,
+            dy_stride,
+            stride,
+            count,
+            columns,
+            each,
+        ),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
     )
-    if needs_parameters:
+    if call.needs_parameters:
         sum_parts(partial[0], dweight)
         sum_parts(partial[1], dbias)
     return dx, dweight, dbias

@@ -27,7 +27,7 @@ ARROWS = {
     "cpu": {"cpu", "launch", "_C"},
     "kernels": {"kernels", "backends", "launch"},
     "cuda": {"cuda", "backends", "launch"},
-    "ops": {"ops", "checks", "backends", "reference", "cpu", "kernels", "cuda", "_C"},
+    "ops": {"ops", "checks", "backends", "launch", "reference", "cpu", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "backends"},
     "models": {"models", "nn", "ops", "backends", "files"},
     "text": {"text", "models", "nn", "ops", "backends", "files"},

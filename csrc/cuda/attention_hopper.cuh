@@ -48,6 +48,10 @@ struct HopperTile {
         QUERIES * (RELATIVE ? 2 : 1) + 2 * STAGES * KEYS + TABLES + BANDS + SEGMENTS + BARRIERS * sizeof(std::uint64_t);
     static_assert(!RELATIVE || D == 64, "with more columns tiles and bands would not fit the shared memory");
     static_assert(SHARED <= 227 * 1024);
+    // Registers of a thread once the producer has given and the consumers have taken: a producer needs few.
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * STARTING_REGISTERS<THREADS>,
+                  "a consumer would wait for ever for registers that the block does not have");
 };
 
 struct HopperMaps {
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 
     const int group = static_cast<int>(threadIdx.x) / 128;
     if (group == C::CONSUMERS) {
-        give_registers<32>();
+        give_registers<C::PRODUCER_REGISTERS>();
         if (threadIdx.x % 128 != 0) return;
         // Packed rows are those of one long sequence.
         const int row = static_cast<int>(s.start), batch = a.cu_seqlens == nullptr ? b : 0;
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         return;
     }
 
-    take_registers<240>();
+    take_registers<C::CONSUMER_REGISTERS>();
     const int t2 = lane_id() % 4 * 2, thread = static_cast<int>(threadIdx.x) % 128;
     // Of this thread: the first of its two rows, the other is 8 behind.
     const int number = first + group * 64 + thread / 32 * 16 + lane_id() / 4;

@@ -10,6 +10,16 @@
 #define PYXLBERT_SM90A 1
 #endif
 
+namespace pyxlbert::cuda {
+
+// Registers that a thread starts with where a block of so many threads has a multiprocessor to itself, of 65,536 in
+// portions of 8.  They are all that the block ever has: its groups of four warps may pass them on, by give_registers
+// and take_registers.
+template <int THREADS>
+constexpr int STARTING_REGISTERS = 65536 / THREADS / 8 * 8;
+
+}  // namespace pyxlbert::cuda
+
 #ifdef PYXLBERT_EMULATE
 #include "emulated_hopper.h"
 #else
@@ -46,8 +56,12 @@ inline TensorMap make_tensor_map(const void* data, const std::int64_t (&sizes)[4
     // Asked of the driver, so that the module does not depend on its library.
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
           "tensor map");
+#else  // older toolkits have the function that asks for their own version alone
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result), "tensor map");
+#endif
     if (result != cudaDriverEntryPointSuccess) throw std::runtime_error("tensor map: the driver cannot make one");
     // Innermost first: D, T, H, B.
     const cuuint64_t size[4] = {static_cast<cuuint64_t>(sizes[3]), static_cast<cuuint64_t>(sizes[1]),
@@ -112,6 +126,8 @@ DEVICE void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Executed by a group of four warps: afterwards each of its threads has N registers, a multiple of 8.  take_registers
+// waits until others have given enough.
 template <int N>
 DEVICE void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._tensors import DTYPE
-from pyxlbert.launch.rows import int32
+from pyxlbert.launch.attention import score_strides, strides
+from pyxlbert.launch.rows import DTYPE, address, int32
 
 
-def inputs_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
-    """The native description of a call, and the tensors that must live as long as it does."""
+def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
+    """The native description of a call, and the tensors that must live as long as it does.
+
+    Args:
+        query: `[B, T, H, D]` or packed.
+        call: of attention, or what the streams of a relative op share.
+    """
     heads, head_size = query.shape[-2:]
-    if cu_seqlens is None:
-        batch, queries, keys, total = query.shape[0], query.shape[1], key.shape[1], 0
+    if call.cu_seqlens is None:
+        batch, queries, keys, total = query.shape[0], query.shape[1], call.key.shape[1], 0
     else:
-        batch, total = cu_seqlens.shape[0] - 1, query.shape[0]
-        queries = keys = longest(cu_seqlens)
-    query, key, value = in_place(query), in_place(key), in_place(value)
-    mask, mask_strides = _scores(attention_mask)
-    bias, bias_strides = _scores(bias)
-    key_lengths, cu_seqlens = int32(key_lengths), int32(cu_seqlens)
+        batch, total = call.cu_seqlens.shape[0] - 1, query.shape[0]
+        queries = keys = longest(call.cu_seqlens)
+    query, key, value = in_place(query), in_place(call.key), in_place(call.value)
+    mask, bias = _adjacent_keys(call.attention_mask), _adjacent_keys(call.bias)
+    key_lengths, cu_seqlens = int32(call.key_lengths), int32(call.cu_seqlens)
     inputs = _C.cpu.AttentionInputs(
         query.data_ptr(),
         strides(query),
@@ -46,17 +39,17 @@ def inputs_of(
         address(key_lengths),
         address(cu_seqlens),
         address(mask),
-        mask_strides,
+        score_strides(mask),
         address(bias),
-        bias_strides,
+        score_strides(bias),
         (batch, heads, queries, keys, head_size),
         total,
-        scale,
-        dropout_p,
-        0 if seed is None else int(seed),
+        call.scale,
+        call.dropout_p,
+        0 if call.seed is None else int(call.seed),
         DTYPE[query.dtype],
         0 if bias is None else DTYPE[bias.dtype],
-        causal,
+        call.causal,
         torch.get_num_threads(),
     )
     return inputs, (query, key, value, mask, bias, key_lengths, cu_seqlens)
@@ -71,25 +64,11 @@ def longest(cu_seqlens: Tensor) -> int:
     return max((end - start for start, end in pairwise(cu_seqlens.tolist())), default=0)
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def in_place(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, row, head) of `[B, T, H, D]` or of packed `[total, H, D]`, whose batch stride nobody reads."""
-    strides = x.stride()
-    return strides[:3] if len(strides) == 4 else (0, strides[0], strides[1])
-
-
-def _scores(x: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """A mask or bias and its strides, 0 along broadcast dimensions; copied if its keys are not adjacent."""
-    if x is None:
-        return None, (0, 0, 0, 0)
-    if x.shape[3] != 1 and x.stride(3) not in (0, 1):
-        x = x.contiguous()
-    return x, tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
+def _adjacent_keys(x: Tensor | None) -> Tensor | None:
+    """A mask or bias, copied unless its keys are adjacent or one."""
+    return x.contiguous() if x is not None and x.shape[3] != 1 and x.stride(3) not in (0, 1) else x

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._tensors import DTYPE
-from pyxlbert.launch.rows import rows
+from pyxlbert.launch.rows import DTYPE, rows
 
 # Above so many rows the arithmetic takes longer than the weight does to arrive, and the vendor's library is faster.
 _MOST_ROWS = {"portable": 0, "avx2": 8}

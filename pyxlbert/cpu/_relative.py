@@ -9,148 +9,111 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._attention import address, in_place, strides
-from pyxlbert.launch.rows import int32
+from pyxlbert.cpu._attention import in_place, inputs_of, longest
+from pyxlbert.launch.attention import lse_of, strides
+from pyxlbert.launch.relative import SHARED, Shared, Stream, gradients_in_order
+from pyxlbert.launch.rows import address, int32
 
 
-def results_of(query: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out like query and lse `[B, H, T]`, packed `[H, total]`, not initialised."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    *first, rows, heads, _ = query.shape
-    return out, torch.empty((*first, heads, rows), dtype=torch.float32)
+class _Inputs:
+    """The native description of what all streams of a call share; it keeps the tensors it points to alive."""
 
-
-class RelativeInputs:
-    """The native description of what all streams of a call share; it keeps the tensors it points to alive.
-
-    Args:
-        attention: what `inputs_of` of attention gives.
-        parameters: content, position and segment bias and the segment embedding; None: absent.
-    """
-
-    def __init__(
-        self,
-        attention: tuple[Any, ...],
-        position_key: Tensor,
-        dtype: torch.dtype,
-        offset: int,
-        parameters: tuple[Tensor | None, ...],
-        key_rank: Tensor | None,
-        key_segments: Tensor | None,
-        uniform_rows: bool,
-    ) -> None:
-        inputs, self._attention = attention
+    def __init__(self, query: Tensor, shared: Shared) -> None:
+        inputs, attention = inputs_of(query, shared)
         # The products take one element type; a float32 table is rounded as autocast would.
-        table = in_place(position_key.to(dtype))
-        numbers = [int32(key_rank), int32(key_segments)]
-        floats = [None if x is None else x.to(torch.float32).contiguous() for x in parameters]
-        self._keep = (table, numbers, floats)
+        table = in_place(shared.table.to(query.dtype))
+        numbers = [int32(shared.key_rank), int32(shared.key_segments)]
+        floats = [None if x is None else x.to(torch.float32).contiguous() for x in shared.biases]
+        self._keep = (attention, table, numbers, floats)
         self.native = _C.cpu.RelativeInputs(
             inputs,
             table.data_ptr(),
             strides(table),
-            (table.shape[0] if table.dim() == 4 else 1, table.shape[-3], offset),
+            (table.shape[0] if table.dim() == 4 else 1, table.shape[-3], shared.offset),
             *(address(x) for x in floats),
             *(address(x) for x in numbers),
-            uniform_rows,
+            shared.uniform_rows,
         )
 
 
-class Rows:
+class _Rows:
     """The native description of one stream's queries; it keeps the tensors it points to alive."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        count: int,
-        out: Tensor,
-        lse: Tensor,
-        tag: int,
-        positions: Tensor | None,
-        rank: Tensor | None,
-        segments: Tensor | None,
-        *,
-        see_self: bool = False,
-        mask_by_position: bool = False,
-    ) -> None:
-        query, positions = in_place(query), int32(positions)
+    def __init__(self, stream: Stream, shared: Shared, out: Tensor, lse: Tensor) -> None:
+        query, positions = in_place(stream.query), int32(stream.positions)
         order = None if positions is None else positions.argsort(dim=1, stable=True).to(torch.int32)
-        numbers = (positions, order, int32(rank), int32(segments))
+        numbers = (positions, order, int32(stream.rank), int32(stream.segments))
         self._keep = (query, out, lse, numbers)
         self.native = _C.cpu.QueryRows(
             query.data_ptr(),
             strides(query),
-            count,
+            query.shape[1] if shared.cu_seqlens is None else longest(shared.cu_seqlens),
             out.data_ptr(),
             lse.data_ptr(),
-            tag,
+            stream.tag,
             *(address(x) for x in numbers),
-            see_self,
-            mask_by_position,
+            stream.see_self,
+            stream.mask_by_position,
         )
 
 
-class Gradients:
-    """The gradients of a backward call, before they are cast to their tensors' dtypes.
+def forward(kernel: Callable[..., None], shared: Shared, streams: list[Stream]) -> tuple[Tensor, ...]:
+    """out and lse of each stream, by one call of the native `kernel`."""
+    found: list[Tensor] = []
+    for stream in streams:
+        found += [torch.empty_like(stream.query, memory_format=torch.contiguous_format), lse_of(stream.query)]
+    if any(lse.numel() for lse in found[1::2]):
+        inputs = _Inputs(streams[0].query, shared)
+        rows = [_Rows(s, shared, *found[2 * n : 2 * n + 2]) for n, s in enumerate(streams)]
+        kernel(inputs.native, *_pair([x.native for x in rows], _C.cpu.QueryRows()))
+    return tuple(found)
+
+
+def backward(
+    kernel: Callable[..., None],
+    shared: Shared,
+    streams: list[Stream],
+    results: list[tuple[Tensor | None, Tensor, Tensor]],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of the streams' queries, then of key, value, table and biases, by one call of the native `kernel`.
 
     Args:
-        queries: the queries of one or two streams.
-        parameters: content, position and segment bias and the segment embedding; None: absent.
-        needs: a flag for every query, key, value, position_key and the parameters.
+        results: dout, out and lse of each stream; one without a dout adds nothing.
+        needs: a flag for each of them.
     """
-
-    def __init__(
-        self,
-        queries: tuple[Tensor, ...],
-        key: Tensor,
-        value: Tensor,
-        position_key: Tensor,
-        parameters: tuple[Tensor | None, ...],
-        needs: list[bool],
-    ) -> None:
-        self._tensors = (*queries, key, value, position_key, *parameters)
-        self._needs = needs
-        # Rows that stand nowhere are not written by the kernels.
-        self._queries = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in queries]
-        self._rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value)]
-        wanted = zip((position_key, *parameters), needs[len(queries) + 2 :], strict=True)
-        self._floats = [
-            torch.empty(x.shape, dtype=torch.float32) if need and x is not None else None for x, need in wanted
-        ]
-
-    def zeros(self) -> tuple[Tensor, ...]:
-        """Of a call without a single pair."""
-        for x in (*self._rows, *self._floats):
+    queries = tuple(stream.query for stream in streams)
+    # Rows that stand nowhere are not written by the kernels.
+    dqueries = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in queries]
+    dkey, dvalue = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (shared.key, shared.value))
+    # Those of table and biases are sums in float32.
+    wanted = zip((shared.table, *shared.biases), needs[len(queries) + 2 :], strict=True)
+    sums = [torch.empty(x.shape, dtype=torch.float32) if need and x is not None else None for x, need in wanted]
+    if not any(lse.numel() for _, _, lse in results) or shared.key.numel() == 0:
+        for x in (dkey, dvalue, *sums):
             if x is not None:
                 x.zero_()
-        return self._asked()
-
-    def run(
-        self,
-        kernel: Callable[..., None],
-        inputs: RelativeInputs,
-        rows: tuple[Rows | None, Rows | None],
-        douts: tuple[Tensor | None, Tensor | None],
-    ) -> tuple[Tensor, ...]:
-        """All of them, by one call of the native `kernel`.  A stream without rows or dout adds nothing."""
-        present = [x is not None and dout is not None for x, dout in zip(rows, douts, strict=True)]
-        douts = [in_place(dout) if here else None for dout, here in zip(douts, present, strict=True)]
-        queries = [*self._queries, None][:2]
+    else:
+        inputs = _Inputs(queries[0], shared)
+        rows = [_Rows(s, shared, out, lse) for s, (_, out, lse) in zip(streams, results, strict=True)]
+        present = [rows[n].native if dout is not None else _C.cpu.QueryRows() for n, (dout, _, _) in enumerate(results)]
+        douts = _pair([None if dout is None else in_place(dout) for dout, _, _ in results], None)
         arguments = _C.cpu.RelativeAttentionBwd(
             inputs.native,
-            *(x.native if here else _C.cpu.QueryRows() for x, here in zip(rows, present, strict=True)),
+            *_pair(present, _C.cpu.QueryRows()),
             [address(x) for x in douts],
             [(0, 0, 0) if x is None else strides(x) for x in douts],
-            [address(x) for x in queries],
-            *(x.data_ptr() for x in self._rows),
-            [address(x) for x in self._floats],
+            [address(x) for x in _pair(dqueries, None)],
+            dkey.data_ptr(),
+            dvalue.data_ptr(),
+            [address(x) for x in sums],
         )
         kernel(arguments)
-        return self._asked()
+    names = ("query", "second")[: len(queries)]
+    found = dict(zip((*names, *SHARED), (*dqueries, dkey, dvalue, *sums), strict=True))
+    return gradients_in_order(found, queries, shared, needs)
 
-    def _asked(self) -> tuple[Tensor, ...]:
-        found = (*self._queries, *self._rows, *self._floats)
-        return tuple(
-            gradient.to(tensor.dtype) if need and gradient is not None else self._queries[0].new_empty(0)
-            for gradient, tensor, need in zip(found, self._tensors, self._needs, strict=True)
-        )
+
+def _pair(given: list[Any], absent: Any) -> list[Any]:
+    """One or two, and what stands for a second stream if there is none."""
+    return [*given, absent][:2]

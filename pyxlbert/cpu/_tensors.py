@@ -1,23 +1,15 @@
-"""What the native glue shares: dtypes as numbers, rows as an address and a stride."""
+"""What the glue of the native CPU kernels shares: which tensors it takes, statistics of rows."""
 
 from __future__ import annotations
 
 import torch
 
-# csrc/types.h, enum DType.
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from pyxlbert.launch import rows
 
 
 def refusal(*tensors: torch.Tensor | None) -> str | None:
     """Why the native CPU kernels cannot take these tensors, or None: the `supports` of most ops."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cpu:
-            return f"it takes CPU tensors, not {tensor.device.type}"
-        if tensor.dtype is torch.float64:
-            return "it computes in float32; float64 runs on backend 'torch'"
-    return None
+    return rows.refusal("cpu", "", tensors)
 
 
 def row_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pyxlbert import _C
-from pyxlbert.cpu._tensors import DTYPE, refusal
-from pyxlbert.launch.rows import rows
+from pyxlbert.cpu._tensors import refusal
+from pyxlbert.launch.rows import DTYPE, rows
 
 supports = refusal
 
 
-def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+def bias_gelu_fwd(call: Any) -> torch.Tensor:
     """See `pyxlbert.reference.bias_gelu.bias_gelu_fwd`."""
-    source, stride = rows(x)
-    y = torch.empty_like(source) if source is x else torch.empty_like(x, memory_format=torch.contiguous_format)
+    source, stride = rows(call.x)
+    y = (
+        torch.empty_like(source)
+        if source is call.x
+        else torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    )
     if y.numel() == 0:
         return y
-    columns = x.shape[-1]
-    bias = None if bias is None else bias.contiguous()
-    dtype = DTYPE[x.dtype]
+    columns = call.x.shape[-1]
+    bias = None if call.bias is None else call.bias.contiguous()
+    dtype = DTYPE[call.x.dtype]
     _C.cpu.bias_gelu_fwd(
         source.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -29,38 +35,36 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) 
         stride,
         dtype,
         dtype if bias is None else DTYPE[bias.dtype],
-        approximate == "tanh",
+        call.approximate == "tanh",
         torch.get_num_threads(),
     )
     return y
 
 
-def bias_gelu_bwd(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, approximate: str, needs_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def bias_gelu_bwd(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """See `pyxlbert.reference.bias_gelu.bias_gelu_bwd`."""
-    source, x_stride = rows(x)
-    gradient, dy_stride = rows(dy)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    columns = x.shape[-1]
-    like = x if bias is None else bias
-    dbias = like.new_empty(columns if needs_bias else 0)
+    source, x_stride = rows(call.x)
+    gradient, dy_stride = rows(call.dy)
+    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    columns = call.x.shape[-1]
+    like = call.x if call.bias is None else call.bias
+    dbias = like.new_empty(columns if call.needs_bias else 0)
     if dx.numel() == 0:
         return dx, dbias.zero_()
-    bias = None if bias is None else bias.contiguous()
+    bias = None if call.bias is None else call.bias.contiguous()
     _C.cpu.bias_gelu_bwd(
         gradient.data_ptr(),
         source.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         dx.data_ptr(),
-        dbias.data_ptr() if needs_bias else 0,
+        dbias.data_ptr() if call.needs_bias else 0,
         dx.numel() // columns,
         columns,
         dy_stride,
         x_stride,
-        DTYPE[x.dtype],
+        DTYPE[call.x.dtype],
         DTYPE[like.dtype],
-        approximate == "tanh",
+        call.approximate == "tanh",
         torch.get_num_threads(),
     )
     return dx, dbias

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._tensors import DTYPE, refusal, row_statistics
-from pyxlbert.launch.rows import rows
+from pyxlbert.cpu._tensors import refusal, row_statistics
+from pyxlbert.launch.rows import DTYPE, rows
 
 
 def supports(*tensors: Tensor | None) -> str | None:
@@ -15,110 +17,77 @@ def supports(*tensors: Tensor | None) -> str | None:
     return refusal(*tensors)
 
 
-def embedding_layer_norm_fwd(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    copy_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.embedding_layer_norm.embedding_layer_norm_fwd`."""
-    n = word.shape[-1]
-    shape = (*input_ids.shape, n)
-    y = torch.empty(shape, dtype=out_dtype)
-    copy = torch.empty(shape if copy_dtype is not None else (0,), dtype=copy_dtype or out_dtype)
+    n = call.word.shape[-1]
+    shape = (*call.input_ids.shape, n)
+    y = torch.empty(shape, dtype=call.out_dtype)
+    copy = torch.empty(shape if call.copy_dtype is not None else (0,), dtype=call.copy_dtype or call.out_dtype)
     mean, rstd = row_statistics(y)
     if y.numel() == 0:
         return y, copy, mean.zero_(), rstd.zero_()
-    tables = _Tables(input_ids, word, token_type, position, token_type_ids, position_ids)
-    weight, bias = weight.contiguous(), bias.contiguous()
+    tables = _Tables(call)
+    weight, bias = call.weight.contiguous(), call.bias.contiguous()
     _C.cpu.embedding_layer_norm_fwd(
         *tables.addresses,
         weight.data_ptr(),
         bias.data_ptr(),
         y.data_ptr(),
-        copy.data_ptr() if copy_dtype is not None else 0,
+        copy.data_ptr() if call.copy_dtype is not None else 0,
         mean.data_ptr(),
         rstd.data_ptr(),
         mean.numel(),
         n,
-        eps,
-        dropout_p,
-        0 if seed is None else seed.item(),
-        DTYPE[word.dtype],
+        call.eps,
+        call.dropout_p,
+        0 if call.seed is None else call.seed.item(),
+        DTYPE[call.word.dtype],
         DTYPE[weight.dtype],
         DTYPE[bias.dtype],
-        DTYPE[out_dtype],
+        DTYPE[call.out_dtype],
         DTYPE[copy.dtype],
         torch.get_num_threads(),
     )
     return y, copy, mean, rstd
 
 
-def embedding_layer_norm_bwd(
-    dy: Tensor,
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    padding_idx: int,
-    needs_word: bool,
-    needs_token_type: bool,
-    needs_position: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.embedding_layer_norm.embedding_layer_norm_bwd`."""
-    n, threads = word.shape[-1], torch.get_num_threads()
-    size = n if needs_parameters else 0
-    dweight, dbias = weight.new_empty(size), bias.new_empty(size)
-    dx = torch.empty(mean.numel(), n, dtype=torch.float32)
-    tables = _Tables(input_ids, word, token_type, position, token_type_ids, position_ids)
+    n, threads = call.word.shape[-1], torch.get_num_threads()
+    size = n if call.needs_parameters else 0
+    dweight, dbias = call.weight.new_empty(size), call.bias.new_empty(size)
+    dx = torch.empty(call.mean.numel(), n, dtype=torch.float32)
+    tables = _Tables(call)
     if dx.numel() == 0:
         dweight.zero_()
         dbias.zero_()
     else:
-        gradient, stride = rows(dy)
-        weight = weight.contiguous()
+        gradient, stride = rows(call.dy)
+        weight = call.weight.contiguous()
         _C.cpu.embedding_layer_norm_bwd(
             gradient.data_ptr(),
             stride,
             *tables.addresses,
             weight.data_ptr(),
-            mean.data_ptr(),
-            rstd.data_ptr(),
+            call.mean.data_ptr(),
+            call.rstd.data_ptr(),
             dx.data_ptr(),
-            dweight.data_ptr() if needs_parameters else 0,
-            dbias.data_ptr() if needs_parameters else 0,
-            mean.numel(),
+            dweight.data_ptr() if call.needs_parameters else 0,
+            dbias.data_ptr() if call.needs_parameters else 0,
+            call.mean.numel(),
             n,
-            dropout_p,
-            0 if seed is None else seed.item(),
-            DTYPE[word.dtype],
+            call.dropout_p,
+            0 if call.seed is None else call.seed.item(),
+            DTYPE[call.word.dtype],
             DTYPE[weight.dtype],
-            DTYPE[bias.dtype],
-            DTYPE[dy.dtype],
+            DTYPE[call.bias.dtype],
+            DTYPE[call.dy.dtype],
             threads,
         )
 
     def scatter(table: Tensor | None, needed: bool, index: Tensor, skip: int = -1) -> Tensor:
         if table is None or not needed:
-            return word.new_empty(0)
+            return call.word.new_empty(0)
         dtable = torch.zeros(table.shape, dtype=table.dtype)
         if dx.numel() > 0:
             order = index.argsort(stable=True)
@@ -127,9 +96,9 @@ def embedding_layer_norm_bwd(
         return dtable
 
     return (
-        scatter(word, needs_word, tables.word_index, padding_idx),
-        scatter(token_type, needs_token_type, tables.token_type_index),
-        scatter(position, needs_position, tables.position_index_given()),
+        scatter(call.word, call.needs_word, tables.word_index, call.padding_idx),
+        scatter(call.token_type, call.needs_token_type, tables.token_type_index),
+        scatter(call.position, call.needs_position, tables.position_index_given()),
         dweight,
         dbias,
     )
@@ -138,24 +107,16 @@ def embedding_layer_norm_bwd(
 class _Tables:
     """The tables as `_C` takes them, each with its index as contiguous int64 [M]; keeps what it made alive."""
 
-    def __init__(
-        self,
-        input_ids: Tensor,
-        word: Tensor,
-        token_type: Tensor | None,
-        position: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> None:
-        self.input_ids = input_ids
-        self.word, self.word_index = word.contiguous(), _flat(input_ids, input_ids)
-        self.position = position.contiguous() if position is not None else None
-        self.position_index = _flat(position_ids, input_ids) if position_ids is not None else None
-        self.token_type = token_type.contiguous() if token_type is not None else None
-        if token_type_ids is None:
+    def __init__(self, call: Any) -> None:
+        self.input_ids = call.input_ids
+        self.word, self.word_index = call.word.contiguous(), _flat(call.input_ids, call.input_ids)
+        self.position = call.position.contiguous() if call.position is not None else None
+        self.position_index = _flat(call.position_ids, call.input_ids) if call.position_ids is not None else None
+        self.token_type = call.token_type.contiguous() if call.token_type is not None else None
+        if call.token_type_ids is None:
             self.token_type_index = torch.zeros_like(self.word_index)
         else:
-            self.token_type_index = _flat(token_type_ids, input_ids)
+            self.token_type_index = _flat(call.token_type_ids, call.input_ids)
 
     @property
     def addresses(self) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,8 +13,18 @@ from pyxlbert.cpu._onednn import supports
 __all__ = ["linear_bwd", "linear_fwd", "supports"]
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_fwd(call: Any) -> Tensor:
     """See `pyxlbert.reference.linear.linear_fwd`."""
+    return product_fwd(call.x, call.weight, call.bias)
+
+
+def linear_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See `pyxlbert.reference.linear.linear_bwd`."""
+    return product_bwd(call.dy, call.x, call.weight, call.needs_bias)
+
+
+def product_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias by whichever product is fastest."""
     if x.numel() == 0 or weight.numel() == 0:
         return F.linear(x, weight, bias)
     if _onednn.few_rows(x) and weight.is_contiguous():
@@ -22,8 +34,8 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _onednn.product(x, weight, bias)
 
 
-def linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See `pyxlbert.reference.linear.linear_bwd`."""
+def product_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias, each empty if it is not needed."""
     multiply = _onednn.torch_product if _onednn.torch_goes_back(dy, x, weight) else _onednn.product
     rows = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     dx = dweight = dbias = None

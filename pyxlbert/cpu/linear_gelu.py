@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.cpu import _few_rows, _onednn
 from pyxlbert.cpu._onednn import supports
-from pyxlbert.cpu.linear import linear_bwd, linear_fwd
+from pyxlbert.cpu.linear import product_bwd, product_fwd
 
 __all__ = ["linear_gelu_bwd", "linear_gelu_fwd", "supports"]
 
 
-def linear_gelu_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
-) -> tuple[Tensor, Tensor]:
+def linear_gelu_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """See `pyxlbert.reference.linear_gelu.linear_gelu_fwd`; without the second result gelu is the epilogue."""
-    empty = x.numel() == 0 or weight.numel() == 0
-    if not needs_preactivation and not empty and _onednn.few_rows(x) and weight.is_contiguous():
-        return _few_rows.linear_fwd(x, weight, bias, approximate), x.new_empty(0)
-    if needs_preactivation or empty or _onednn.torch_is_faster(x, weight.shape[0], saves=True):
-        preactivation = linear_fwd(x, weight, bias)
-        if needs_preactivation:
-            return F.gelu(preactivation, approximate=approximate), preactivation
+    empty = call.x.numel() == 0 or call.weight.numel() == 0
+    if not call.needs_preactivation and not empty and _onednn.few_rows(call.x) and call.weight.is_contiguous():
+        return _few_rows.linear_fwd(call.x, call.weight, call.bias, call.approximate), call.x.new_empty(0)
+    if call.needs_preactivation or empty or _onednn.torch_is_faster(call.x, call.weight.shape[0], saves=True):
+        preactivation = product_fwd(call.x, call.weight, call.bias)
+        if call.needs_preactivation:
+            return F.gelu(preactivation, approximate=call.approximate), preactivation
         # In place: a second result of this size would cost more for its fresh pages than for its values.
-        return torch.ops.aten.gelu_.default(preactivation, approximate=approximate), x.new_empty(0)
-    return _onednn.product(x, weight, bias, approximate), x.new_empty(0)
+        return torch.ops.aten.gelu_.default(preactivation, approximate=call.approximate), call.x.new_empty(0)
+    return _onednn.product(call.x, call.weight, call.bias, call.approximate), call.x.new_empty(0)
 
 
-def linear_gelu_bwd(
-    dy: Tensor, preactivation: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool, approximate: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.linear_gelu.linear_gelu_bwd`."""
-    dpreactivation = torch.ops.aten.gelu_backward(dy, preactivation, approximate=approximate)
-    return linear_bwd(dpreactivation, x, weight, needs_bias)
+    dpreactivation = torch.ops.aten.gelu_backward(call.dy, call.preactivation, approximate=call.approximate)
+    return product_bwd(dpreactivation, call.x, call.weight, call.needs_bias)

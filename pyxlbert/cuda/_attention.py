@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._launch import DTYPE, address, dtype_of, refusal
-from pyxlbert.launch.rows import int32
+from pyxlbert.cuda._launch import dtype_of, refusal
+from pyxlbert.launch.attention import score_strides, strides
+from pyxlbert.launch.rows import DTYPE, address, int32
 
-# Tags of the dropout bits: enum Tag of csrc/cuda/arguments.h.
-ATTENTION, RELATIVE_ATTENTION, QUERY_STREAM = 1, 2, 3
-
-Strides = tuple[int, ...]
+# Tag of the dropout bits: enum Tag of csrc/cuda/arguments.h.
+ATTENTION = 1
 
 
 def refusal_of_heads(*tensors: Tensor | None) -> str | None:
@@ -37,19 +36,6 @@ def in_place(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, row, head) of `[B, T, H, D]`, or of packed `[total, H, D]`, whose batch stride is 0."""
-    found = x.stride()
-    return found[:3] if len(found) == 4 else (0, found[0], found[1])
-
-
-def scores(x: Tensor | None) -> tuple[int, Strides]:
-    """The address of a mask or bias and its strides, 0 along broadcast dimensions."""
-    if x is None:
-        return 0, (0, 0, 0, 0)
-    return x.data_ptr(), tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
-
-
 def padded(x: Tensor, columns: int) -> Tensor:
     """x `[..., D]` with zeros up to so many columns."""
     return x if x.shape[-1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[-1]))
@@ -60,26 +46,8 @@ def whole_vectors(head_size: int) -> int:
     return -(-head_size // 8) * 8
 
 
-def statistics_of(query: Tensor) -> Tensor:
-    """float32 `[B, H, Tq]` (packed: `[H, total]`), not initialised."""
-    *first, rows, heads, _ = query.shape
-    return torch.empty((*first, heads, rows), dtype=torch.float32, device=query.device)
-
-
 def description(
-    streams: list[Any],
-    shape: tuple[int, ...],
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    attention_mask: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    streams: list[Any], shape: tuple[int, ...], key: Tensor, value: Tensor, call: Any
 ) -> tuple[Any, list[Tensor | None]]:
     """The native description of a call, and the tensors that must live as long as it does.
 
@@ -87,19 +55,21 @@ def description(
         streams: native descriptions of the queries.
         shape: of the first stream's query, padded.
         key, value: as `in_place` and `padded` give them.
+        call: of attention, or what the streams of a relative op share.
     """
     heads, head_size = shape[-2:]
-    if cu_seqlens is None:
+    if call.cu_seqlens is None:
         batch, queries, keys, total = shape[0], shape[1], key.shape[1], 0
     else:
-        batch, total = cu_seqlens.shape[0] - 1, shape[0]
-        queries = keys = max_seqlen
-    key_lengths, cu_seqlens = int32(key_lengths), int32(cu_seqlens)
-    call = backends.cuda_kernels.Attention(
+        batch, total = call.cu_seqlens.shape[0] - 1, shape[0]
+        queries = keys = call.max_seqlen
+    key_lengths, cu_seqlens = int32(call.key_lengths), int32(call.cu_seqlens)
+    mask, bias = call.attention_mask, call.bias
+    native = backends.cuda_kernels.Attention(
         streams,
-        *(key.data_ptr(), strides(key), value.data_ptr(), strides(value)),
-        *(address(key_lengths), address(cu_seqlens), *scores(attention_mask), *scores(bias), dtype_of(bias)),
-        *((batch, heads, queries, keys, head_size), total, scale, causal),
-        *(address(seed), dropout_p, DTYPE[key.dtype]),
+        *(key.data_ptr(), strides(key), value.data_ptr(), strides(value), address(key_lengths), address(cu_seqlens)),
+        *(address(mask), score_strides(mask), address(bias), score_strides(bias), dtype_of(bias)),
+        *((batch, heads, queries, keys, head_size), total, call.scale, call.causal),
+        *(address(call.seed), call.dropout_p, DTYPE[key.dtype]),
     )
-    return call, [key, value, key_lengths, cu_seqlens, attention_mask, bias, seed]
+    return native, [key, value, key_lengths, cu_seqlens, mask, bias, call.seed]

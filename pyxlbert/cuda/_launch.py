@@ -9,25 +9,16 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-
-# csrc/types.h, enum DType.
-DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from pyxlbert.launch import rows
+from pyxlbert.launch.rows import DTYPE
 
 _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to read again
 
 
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why the CUDA kernels cannot take these tensors, or None: the `supports` of most ops."""
-    device = "cpu" if backends.cuda_is_emulated else "cuda"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != device:
-            emulated = " in the emulation" if backends.cuda_is_emulated else ""
-            return f"it takes {device.upper()} tensors{emulated}, not {tensor.device.type}"
-        if tensor.dtype is torch.float64:
-            return "it computes in float32; float64 runs on backend 'torch'"
-    return None
+    emulated = backends.cuda_is_emulated
+    return rows.refusal("cpu" if emulated else "cuda", " in the emulation" if emulated else "", tensors)
 
 
 def refusal_of_rows(*tensors: Tensor | None) -> str | None:
@@ -58,23 +49,18 @@ def launch(name: str, device: torch.device, *arguments: Any) -> None:
             function(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
-def address(x: Tensor | None) -> int:
-    """Of the first element; 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
 def dtype_of(x: Tensor | None) -> int:
     """The number of x's dtype; any for None."""
     return 0 if x is None else DTYPE[x.dtype]
 
 
-def parts_of(rows: int) -> tuple[int, int]:
+def parts_of(count: int) -> tuple[int, int]:
     """How many blocks sum over rows, and how many rows each of them takes, a multiple of 4.
 
     Both follow from the number of rows alone, so that a sum has the same order on every device.
     """
-    each = -(-rows // (_MOST_PARTS * 4)) * 4
-    return -(-rows // each), each
+    each = -(-count // (_MOST_PARTS * 4)) * 4
+    return -(-count // each), each
 
 
 def partial_sums(sums: int, parts: int, columns: int, device: torch.device) -> Tensor:

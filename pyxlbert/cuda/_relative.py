@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import (
-    description,
-    in_place,
-    padded,
-    refusal_of_heads,
-    statistics_of,
-    strides,
-    whole_vectors,
-)
-from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, shared_memory
-from pyxlbert.launch.relative import SHARED, Shared
-from pyxlbert.launch.rows import int32
+from pyxlbert.cuda._attention import description, in_place, padded, refusal_of_heads, whole_vectors
+from pyxlbert.cuda._launch import dtype_of, launch, shared_memory
+from pyxlbert.launch.attention import lse_of, strides
+from pyxlbert.launch.relative import SHARED, Shared, Stream
+from pyxlbert.launch.rows import DTYPE, address, int32
 
 # Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
 _SHARED = 150 * 1024
@@ -38,27 +31,6 @@ def refusal_of_relative(*tensors: Tensor | None) -> str | None:
             "sizes of at most 64"
         )
     return None
-
-
-class Stream(NamedTuple):
-    """The queries of one stream.
-
-    Attributes:
-        query: `[B, T, H, D]` or packed.
-        segments, rank: `[B, T]` or packed, or None.
-        positions: `[B, T]`, -1 for a row without one; None: a row's own number.
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
-    """
-
-    query: Tensor
-    segments: Tensor | None
-    positions: Tensor | None
-    rank: Tensor | None
-    see_self: bool
-    mask_by_position: bool
-    tag: int
 
 
 def _rows(shared: Shared, query: Tensor) -> int:
@@ -82,12 +54,8 @@ class _Call:
     def build(self) -> Any:
         """The native description, with the streams as they are now."""
         shared, query = self.shared, self.keep[1][0].query
-        call, keep = description(
-            self.streams,
-            (*query.shape[:-1], self.columns),
-            *(self.key, self.value, shared.key_lengths, shared.cu_seqlens, shared.max_seqlen, shared.mask, None),
-            *(shared.causal, shared.scale, shared.dropout_p, shared.seed),
-        )
+        shape = (*query.shape[:-1], self.columns)
+        call, keep = description(self.streams, shape, self.key, self.value, shared)
         table = in_place(padded(shared.table.to(query.dtype), self.columns))
         tables = table.shape[0] if table.dim() == 4 else 1
         biases = [None if x is None else in_place(padded(x, self.columns)).contiguous() for x in shared.biases]
@@ -95,7 +63,7 @@ class _Call:
         call.table(
             *(table.data_ptr(), strides(table), tables, table.shape[-3], shared.offset),
             *(value for x in biases for value in (address(x), dtype_of(x))),
-            *(address(numbers[0]), address(numbers[1]), shared.uniform),
+            *(address(numbers[0]), address(numbers[1]), shared.uniform_rows),
         )
         self.keep += [call, keep, table, biases, numbers]
         return call
@@ -131,7 +99,7 @@ def _results(shared: Shared, stream: Stream) -> tuple[Tensor, Tensor]:
     """out and lse; those of rows without a position, or of one that the table does not reach, as they are to be."""
     query, positions = stream.query, stream.positions
     out = query.new_empty((*query.shape[:-1], whole_vectors(query.shape[-1])))
-    lse = statistics_of(query)
+    lse = lse_of(query)
     if positions is not None:
         far = positions > shared.offset
         out.zero_().masked_fill_(far[:, :, None, None], float("nan"))

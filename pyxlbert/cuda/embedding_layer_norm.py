@@ -8,106 +8,81 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._launch import DTYPE, address, dtype_of, launch, partial_sums, parts_of, refusal_of_rows
-from pyxlbert.launch.rows import row_statistics, rows
+from pyxlbert.cuda._launch import dtype_of, launch, partial_sums, parts_of, refusal_of_rows
+from pyxlbert.launch.rows import DTYPE, address, row_statistics, rows
 
 supports = refusal_of_rows
 
 
-def embedding_layer_norm_fwd(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    copy_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.embedding_layer_norm.embedding_layer_norm_fwd`."""
-    columns, device = word.shape[-1], word.device
-    shape = (*input_ids.shape, columns)
-    y = torch.empty(shape, dtype=out_dtype, device=device)
-    copied = copy_dtype is not None
-    copy = torch.empty(shape if copied else (0,), dtype=copy_dtype or out_dtype, device=device)
+    columns, device = call.word.shape[-1], call.word.device
+    shape = (*call.input_ids.shape, columns)
+    y = torch.empty(shape, dtype=call.out_dtype, device=device)
+    copied = call.copy_dtype is not None
+    copy = torch.empty(shape if copied else (0,), dtype=call.copy_dtype or call.out_dtype, device=device)
     mean, rstd = row_statistics(y)
     if y.numel() == 0:
         return y, copy, mean.zero_(), rstd.zero_()
-    tables, _keep = _tables(input_ids, word, token_type, position, token_type_ids, position_ids)
-    weight, bias = weight.contiguous(), bias.contiguous()
+    tables, _keep = _tables(call)
+    weight, bias = call.weight.contiguous(), call.bias.contiguous()
     launch(
         "embedding_layer_norm_fwd",
         device,
         *(tables, weight.data_ptr(), DTYPE[weight.dtype], bias.data_ptr(), DTYPE[bias.dtype]),
         *(y.data_ptr(), address(copy if copied else None), mean.data_ptr(), rstd.data_ptr()),
-        *(address(seed), dropout_p, eps, DTYPE[y.dtype], dtype_of(copy)),
+        *(address(call.seed), call.dropout_p, call.eps, DTYPE[y.dtype], dtype_of(copy)),
     )
     return y, copy, mean, rstd
 
 
-def embedding_layer_norm_bwd(
-    dy: Tensor,
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    padding_idx: int,
-    needs_word: bool,
-    needs_token_type: bool,
-    needs_position: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.embedding_layer_norm.embedding_layer_norm_bwd`."""
-    columns, device = word.shape[-1], word.device
-    dweight, dbias = (one.new_empty(columns if needs_parameters else 0) for one in (weight, bias))
-    dx = torch.empty(mean.numel(), columns, dtype=torch.float32, device=device)
+    columns, device = call.word.shape[-1], call.word.device
+    dweight, dbias = (one.new_empty(columns if call.needs_parameters else 0) for one in (call.weight, call.bias))
+    dx = torch.empty(call.mean.numel(), columns, dtype=torch.float32, device=device)
     if dx.numel() == 0:
         dweight.zero_()
         dbias.zero_()
     else:
-        gradient, stride = rows(dy)
-        weight = weight.contiguous()
-        parts, each = parts_of(mean.numel())
-        partial = partial_sums(2, parts, columns, device) if needs_parameters else None
-        tables, _keep = _tables(input_ids, word, token_type, position, token_type_ids, position_ids)
+        gradient, stride = rows(call.dy)
+        weight = call.weight.contiguous()
+        parts, each = parts_of(call.mean.numel())
+        partial = partial_sums(2, parts, columns, device) if call.needs_parameters else None
+        tables, _keep = _tables(call)
         launch(
             "embedding_layer_norm_bwd",
             device,
             *(tables, gradient.data_ptr(), stride, DTYPE[gradient.dtype], weight.data_ptr(), DTYPE[weight.dtype]),
-            *(mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(), address(partial)),
-            *(dweight.data_ptr(), dbias.data_ptr(), DTYPE[bias.dtype], address(seed), dropout_p, parts, each),
+            *(call.mean.data_ptr(), call.rstd.data_ptr(), dx.data_ptr(), address(partial)),
+            *(
+                dweight.data_ptr(),
+                dbias.data_ptr(),
+                DTYPE[call.bias.dtype],
+                address(call.seed),
+                call.dropout_p,
+                parts,
+                each,
+            ),
         )
 
     def scatter(table: Tensor | None, needed: bool, index: Tensor | None, skip: int = -1) -> Tensor:
         if table is None or not needed:
-            return word.new_empty(0)
+            return call.word.new_empty(0)
         dtable = torch.zeros(table.shape, dtype=table.dtype, device=device)
         if dx.numel() > 0:
             if index is None:
-                index = torch.zeros_like(input_ids)
-            _scatter(dx, _flat(index, input_ids), dtable, skip)
+                index = torch.zeros_like(call.input_ids)
+            _scatter(dx, _flat(index, call.input_ids), dtable, skip)
         return dtable
 
-    places = position_ids
-    if places is None and needs_position:
-        places = torch.arange(input_ids.shape[-1], device=device)
+    places = call.position_ids
+    if places is None and call.needs_position:
+        places = torch.arange(call.input_ids.shape[-1], device=device)
     return (
-        scatter(word, needs_word, input_ids, padding_idx),
-        scatter(token_type, needs_token_type, token_type_ids),
-        scatter(position, needs_position, places),
+        scatter(call.word, call.needs_word, call.input_ids, call.padding_idx),
+        scatter(call.token_type, call.needs_token_type, call.token_type_ids),
+        scatter(call.position, call.needs_position, places),
         dweight,
         dbias,
     )
@@ -117,14 +92,7 @@ def _flat(ids: Tensor, like: Tensor) -> Tensor:
     return ids.expand(like.shape).reshape(-1).contiguous()
 
 
-def _tables(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-) -> tuple[Any, list[Tensor]]:
+def _tables(call: Any) -> tuple[Any, list[Tensor]]:
     """The native description of the tables and their indices, and the tensors that must live as long as it does."""
     keep: list[Tensor] = []
 
@@ -132,15 +100,15 @@ def _tables(
         if table is None:
             return 0, 0, 0, False
         table = table.contiguous()
-        index = None if ids is None else _flat(ids, input_ids)
+        index = None if ids is None else _flat(ids, call.input_ids)
         keep.extend(x for x in (table, index) if x is not None)
         return table.data_ptr(), table.shape[0], address(index), index is not None and index.dtype is torch.int64
 
     tables = backends.cuda_kernels.EmbeddingTables(
-        *one(word, input_ids),
-        *one(token_type, token_type_ids),
-        *one(position, position_ids),
-        *(input_ids.shape[-1], input_ids.numel(), word.shape[-1], DTYPE[word.dtype]),
+        *one(call.word, call.input_ids),
+        *one(call.token_type, call.token_type_ids),
+        *one(call.position, call.position_ids),
+        *(call.input_ids.shape[-1], call.input_ids.numel(), call.word.shape[-1], DTYPE[call.word.dtype]),
     )
     return tables, keep
 

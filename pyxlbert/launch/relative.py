@@ -1,10 +1,10 @@
-"""What launchers of relative_attention and two_stream_attention share: what the streams of a call have in common, and
-its gradients by name.
+"""What launchers of relative_attention and two_stream_attention share: a call as streams and what they have in common,
+and its gradients by name.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,39 +13,104 @@ from torch import Tensor
 # stream, "second".
 SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
 
+# Tags of the dropout bits: csrc/cpu/philox.h, csrc/cuda/arguments.h, kernels/_philox.py.
+RELATIVE_ATTENTION, QUERY_STREAM = 2, 3
+
 
 class Shared(NamedTuple):
-    """What all streams of a call share."""
+    """What all streams of a call share; the first eleven as in a call of `attention`."""
 
     key: Tensor
     value: Tensor
+    key_lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    attention_mask: Tensor | None
+    bias: None
+    causal: bool
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
     table: Tensor
     offset: int
     biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # content, position, segment, embedding
     key_segments: Tensor | None
-    key_lengths: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int
     key_rank: Tensor | None
-    mask: Tensor | None
-    causal: bool
-    uniform: bool
-    scale: float
-    dropout_p: float
-    seed: Tensor | None
+    uniform_rows: bool
 
 
-def asked(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
-    """Gradients in the order of `tensors`, each shaped and rounded as its own; empty where it is not needed."""
-    names = [name for name in ("query", "second", *SHARED) if name in found]
+class Stream(NamedTuple):
+    """The queries of one stream.
+
+    Attributes:
+        query: `[B, T, H, D]` or packed.
+        segments, rank: `[B, T]` or packed, or None.
+        positions: `[B, T]`, -1 for a row without one; None: a row's own number.
+        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
+        mask_by_position: whether the mask's row is a query's position and not its number.
+        tag: of the dropout bits.
+    """
+
+    query: Tensor
+    segments: Tensor | None
+    positions: Tensor | None
+    rank: Tensor | None
+    see_self: bool
+    mask_by_position: bool
+    tag: int
+
+
+def relative_call(call: Any) -> tuple[Shared, Stream]:
+    """A call of relative_attention, forward or backward."""
+    stream = Stream(
+        *(call.query, call.query_segments, call.query_positions, call.query_rank, call.see_self, False),
+        RELATIVE_ATTENTION,
+    )
+    return _shared(call, call.cu_seqlens, call.max_seqlen, call.causal), stream
+
+
+def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
+    """A call of two_stream_attention: the content stream, which sees itself under ranks or a mask, and the query
+    stream, which never does.
+    """
+    hidden = call.query_rank is not None or call.attention_mask is not None
+    segments, rank = (at_targets(x, call.target_positions) for x in (call.query_segments, call.query_rank))
+    content = (call.content_query, call.query_segments, None, call.query_rank, hidden, False, RELATIVE_ATTENTION)
+    query = (call.query_query, segments, call.target_positions, rank, False, True, QUERY_STREAM)
+    return _shared(call, None, 0, False), [Stream(*content), Stream(*query)]
+
+
+def _shared(call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool) -> Shared:
+    return Shared(
+        *(call.key, call.value, call.key_lengths, cu_seqlens, max_seqlen, call.attention_mask, None),
+        *(causal, call.scale, call.dropout_p, call.seed),
+        *(call.position_key, call.offset),
+        (call.content_bias, call.position_bias, call.segment_bias, call.segment_embedding),
+        *(call.key_segments, call.key_rank, call.uniform_rows),
+    )
+
+
+def gradients_in_order(
+    found: dict[str, Tensor], queries: tuple[Tensor, ...], shared: Shared, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients in the order of the ops' results, each shaped and rounded as its tensor; empty where none is needed.
+
+    Args:
+        found: by name; "query" and, of two streams, "second", and those of SHARED.
+        queries: of the streams.
+        needs: a flag for each of queries, key, value, table, biases.
+    """
+    names = (*("query", "second")[: len(queries)], *SHARED)
+    tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
     return tuple(
-        found[name].view(tensor.shape).to(tensor.dtype) if need and tensor is not None else tensors[0].new_empty(0)
+        found[name].view(tensor.shape).to(tensor.dtype) if need and tensor is not None else queries[0].new_empty(0)
         for name, tensor, need in zip(names, tensors, needs, strict=True)
     )
 
 
-def with_zeros(found: dict[str, Tensor], tensors: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """`found` with zeros for those of SHARED, in the order of `tensors`, that nothing has been added to."""
+def with_zeros(found: dict[str, Tensor], shared: Shared) -> dict[str, Tensor]:
+    """Fills in zeros for shared tensors without a gradient."""
+    tensors = (shared.key, shared.value, shared.table, *shared.biases)
     return found | {
         name: torch.empty(0) if tensor is None else torch.zeros_like(tensor)
         for name, tensor in zip(SHARED, tensors, strict=True)

@@ -1,9 +1,34 @@
-"""Tensors as kernels take them, an address and strides: what the glue of every backend of kernels needs."""
+"""Tensors as kernels take them, an address and a stride: what launchers of every backend of kernels need."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# csrc/types.h, enum DType.
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refusal(device: str, where: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why kernels of float32 arithmetic cannot take these tensors, or None.
+
+    Args:
+        device: the type of the device that they take tensors of.
+        where: appended to it, " in the emulation" for example.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != device:
+            return f"it takes {device.upper()} tensors{where}, not {tensor.device.type}"
+        if tensor.dtype is torch.float64:
+            return "it computes in float32; float64 runs on backend 'torch'"
+    return None
+
+
+def address(x: Tensor | None) -> int:
+    """Of the first element; 0 for None."""
+    return 0 if x is None else x.data_ptr()
 
 
 def rows(x: Tensor) -> tuple[Tensor, int]:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.cpu import _onednn
-from pyxlbert.cpu._tensors import DTYPE
-from pyxlbert.ops._define import watched
-from pyxlbert.ops.attention import check_values
+from pyxlbert.launch.rows import DTYPE
+from pyxlbert.ops._scores import check_offsets
+from pyxlbert.ops._torch import is_zerotensor, watched
 
 try:
     from pyxlbert import _C
@@ -71,7 +71,7 @@ def takes(x: Tensor) -> bool:
         and x.dtype in DTYPE
         and x.numel() > 0
         and x.is_contiguous()
-        and not (x.is_neg() or x._is_zerotensor())
+        and not (x.is_neg() or is_zerotensor(x))
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
         and not watched()
@@ -99,7 +99,7 @@ def encoder_layers_fwd(
     hidden, heads = x.shape[-1], layers[0].heads
     rows, head_size = x.numel() // hidden, hidden // heads
     if cu_seqlens is not None:
-        check_values(x, x, x, None, cu_seqlens, max_seqlen)
+        check_offsets("attention", cu_seqlens, rows, max_seqlen)
         batch, length, total = cu_seqlens.shape[0] - 1, longest(cu_seqlens), rows
     else:
         batch, length, total = x.shape[0], x.shape[1], 0

@@ -167,20 +167,3 @@ def lower(
         *(x.to(dtype) for x in activations),
         *(x if x is None or x.dtype is torch.float32 else x.to(dtype) for x in parameters),
     )
-
-
-def gradients(needs: list[bool], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """A fake backward's results: shaped as their tensors where needed, else empty."""
-    first = next(tensor for tensor in tensors if tensor is not None)
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else first.new_empty(0)
-        for need, tensor in zip(needs, tensors, strict=True)
-    )
-
-
-def lse_like(query: torch.Tensor) -> torch.Tensor:
-    """A fake lse: `[B, H, T]`, packed `[H, total]`, float32 or float64."""
-    *first, rows, heads, _ = query.shape
-    return query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))

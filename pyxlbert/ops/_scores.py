@@ -155,3 +155,20 @@ def check_offsets(op: str, cu_seqlens: torch.Tensor | None, total: int, max_seql
         longest = max(longest, length)
     if longest > max_seqlen:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen}, wanted at least {longest}, the longest sequence")
+
+
+def gradients(needs: list[bool], *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """A fake backward's results: shaped as their tensors where needed, else empty."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else first.new_empty(0)
+        for need, tensor in zip(needs, tensors, strict=True)
+    )
+
+
+def lse_like(query: torch.Tensor) -> torch.Tensor:
+    """A fake lse: `[B, H, T]`, packed `[H, total]`, float32 or float64."""
+    *first, rows, heads, _ = query.shape
+    return query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.ops.attention import arguments_of as attention_arguments
+from pyxlbert.ops.attention import call_of as attention_call
 from pyxlbert.ops.attention import check_values as check_attention
-from pyxlbert.ops.relative_attention import arguments_of as relative_arguments
+from pyxlbert.ops.relative_attention import call_of as relative_call
 from pyxlbert.ops.relative_attention import check_values as check_relative
-from pyxlbert.ops.two_stream_attention import arguments_of as two_stream_arguments
+from pyxlbert.ops.two_stream_attention import call_of as two_stream_call
 from pyxlbert.ops.two_stream_attention import check_values as check_two_stream
 from pyxlbert.reference import attention, relative_attention, two_stream_attention
 
@@ -36,31 +36,30 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **options:
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    arguments = attention_arguments(query, key, value, **options, backend="torch")
-    return _run(attention.attention_with_weights, check_attention, arguments)
+    call = attention_call(query, key, value, **options, backend="torch")
+    return _run(attention.attention_with_weights, check_attention, call)
 
 
 def relative_attention_with_weights(
     query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`relative_attention`, and its weights; see `attention_with_weights`."""
-    arguments = relative_arguments(query, key, value, position_key, **options, backend="torch")
-    return _run(relative_attention.relative_attention_with_weights, check_relative, arguments)
+    call = relative_call(query, key, value, position_key, **options, backend="torch")
+    return _run(relative_attention.relative_attention_with_weights, check_relative, call)
 
 
 def two_stream_attention_with_weights(
     content_query: Tensor, query_query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`two_stream_attention`, and the weights of the content and of the query stream; see `attention_with_weights`."""
-    arguments = two_stream_arguments(content_query, query_query, key, value, position_key, **options, backend="torch")
-    return _run(two_stream_attention.two_stream_attention_with_weights, check_two_stream, arguments)
+    call = two_stream_call(content_query, query_query, key, value, position_key, **options, backend="torch")
+    return _run(two_stream_attention.two_stream_attention_with_weights, check_two_stream, call)
 
 
-def _run(reference: Callable[..., Any], check_values: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
-    *call, _ = arguments
+def _run(reference: Callable[[Any], Any], check_values: Callable[[Any], None], call: Any) -> Any:
     device = call[0].device.type
     if not torch.compiler.is_compiling() and (device == "cpu" or backends.checking()):
-        check_values(*call)
+        check_values(call)
     # The dtypes are settled: no product inside is to be cast again.
     with torch.autocast(device, enabled=False):
-        return reference(*call)
+        return reference(call)

@@ -13,99 +13,44 @@ import torch
 
 from pyxlbert import checks
 from pyxlbert.ops import _scores
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
 OP = Op("attention", ("torch", "cpu", "triton", "cuda"))
 
 
-def _fwd_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    attention_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    *first, rows, heads, _ = query.shape
-    lse = query.new_empty((*first, heads, rows), dtype=torch.promote_types(query.dtype, torch.float32))
-    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
-
-
-def _bwd_fake(
-    dout: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    attention_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    needs_bias: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dbias = (
-        torch.empty_like(bias, memory_format=torch.contiguous_format)
-        if bias is not None and needs_bias
-        else query.new_empty(0)
-    )
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        dbias,
-    )
-
-
-def check_values(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    *_: Any,
-) -> None:
-    """Lengths within the keys; offsets that rise from 0 to total by at most max_seqlen."""
-    _scores.check_lengths("attention", key_lengths, key.shape[1])
-    _scores.check_offsets("attention", cu_seqlens, query.shape[0], max_seqlen)
-
-
-def _check_values_again(dout: torch.Tensor, *arguments: Any) -> None:
-    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    query, key, value, _, _, *masks = arguments
-    check_values(query, key, value, *masks)
-
-
-_fwd = OP.define(
-    "fwd",
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen,"
-    " Tensor? attention_mask, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor)",
-    _fwd_fake,
-    check_values,
+# Forward's arguments, and backward's after dout, out and lse.
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen,"
+    " Tensor? attention_mask, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed"
 )
-_bwd = OP.define(
+
+
+def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _scores.lse_like(call.query)
+
+
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
+    needs = [True, True, True, call.needs_bias]
+    return _scores.gradients(needs, call.query, call.key, call.value, call.bias)
+
+
+def check_values(call: Any) -> None:
+    """Lengths within the keys; offsets that rise from 0 to total by at most max_seqlen."""
+    _scores.check_lengths("attention", call.key_lengths, call.key.shape[1])
+    _scores.check_offsets("attention", call.cu_seqlens, call.query.shape[0], call.max_seqlen)
+
+
+Forward, _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
+# Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
+Backward, _bwd = OP.define(
     "bwd",
-    "(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? key_lengths,"
-    " Tensor? cu_seqlens, SymInt max_seqlen, Tensor? attention_mask, Tensor? bias, bool causal, float scale,"
-    " float dropout_p, Tensor? seed, bool needs_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool needs_bias, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _check_values_again,
+    check_values,
 )
 
 
@@ -113,81 +58,29 @@ class _Attention(OpFunction):
     op = "attention"
 
     @staticmethod
-    def forward(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_lengths: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        max_seqlen: int,
-        attention_mask: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-        seed: torch.Tensor | None,
-        backend: str,
-        backward: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _fwd(
-            query,
-            key,
-            value,
-            key_lengths,
-            cu_seqlens,
-            max_seqlen,
-            attention_mask,
-            bias,
-            causal,
-            scale,
-            dropout_p,
-            seed,
-            backend,
-        )
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        query, key, value, key_lengths, cu_seqlens, ctx.max_seqlen, attention_mask, bias, *rest = inputs
-        ctx.causal, ctx.scale, ctx.dropout_p, seed, _, ctx.backend = rest
         out, lse = output
+        ctx.backend = inputs[-1]
         ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, out, lse, key_lengths, cu_seqlens, attention_mask, bias, seed)
+        keep(ctx, inputs[:-1], out, lse)
 
     @staticmethod
     @single_backward("attention")
     def backward(ctx: Any, dout: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dout is None:
             return (None,) * 14
-        query, key, value, out, lse, key_lengths, cu_seqlens, attention_mask, bias, seed = ctx.saved_tensors
+        results, call = kept(ctx, Forward)
         needs_query, needs_key, needs_value, *_, needs_bias = ctx.needs_input_grad[:8]
-        dquery, dkey, dvalue, dbias = _bwd(
-            dout,
-            query,
-            key,
-            value,
-            out,
-            lse,
-            key_lengths,
-            cu_seqlens,
-            ctx.max_seqlen,
-            attention_mask,
-            bias,
-            ctx.causal,
-            ctx.scale,
-            ctx.dropout_p,
-            seed,
-            needs_bias,
-            ctx.backend,
-        )
+        dquery, dkey, dvalue, dbias = _bwd(Backward(dout, *results, *call[:-1], needs_bias, ctx.backend))
         return (
             dquery if needs_query else None,
             dkey if needs_key else None,
             dvalue if needs_value else None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
             dbias if needs_bias else None,
             *(None,) * 6,
         )
@@ -243,7 +136,7 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    arguments = arguments_of(
+    call = call_of(
         query,
         key,
         value,
@@ -258,16 +151,13 @@ def attention(
         seed,
         backend,
     )
-    query, key, value, *_, bias = arguments[:8]
-    backend = arguments[-1]
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return apply(_Attention, *arguments, backward_backend(backend))[0]
-    return _fwd(*arguments)[0]
+    trained = (call.query, call.key, call.value, call.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+        return apply(_Attention, *call, backward_backend(call.backend))[0]
+    return _fwd(call)[0]
 
 
-def arguments_of(
+def call_of(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -281,8 +171,8 @@ def arguments_of(
     dropout_p: float = 0.0,
     seed: torch.Tensor | int | None = None,
     backend: str | None = None,
-) -> tuple[Any, ...]:
-    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
+) -> Any:
+    """The record of a call: checked, cast under autocast, with what was left out filled in."""
     scale = _scores.check_scale("attention", scale)
     checks.flag("attention", "causal", causal)
     max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
@@ -305,7 +195,7 @@ def arguments_of(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(backend, query)
-    return (
+    return Forward(
         query,
         key,
         value,

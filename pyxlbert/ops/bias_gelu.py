@@ -11,30 +11,25 @@ from typing import Any
 import torch
 
 from pyxlbert import checks
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
+from pyxlbert.ops._torch import apply
 
 OP = Op("bias_gelu", ("torch", "cpu", "triton", "cuda"))
 
 
-def _fwd_fake(x: torch.Tensor, bias: torch.Tensor | None, approximate: str, backend: str) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _fwd_fake(call: Any) -> torch.Tensor:
+    return torch.empty_like(call.x, memory_format=torch.contiguous_format)
 
 
-def _bwd_fake(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    approximate: str,
-    needs_bias: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    like = x if bias is None else bias
-    dbias = like.new_empty(x.shape[-1] if needs_bias else 0)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), dbias
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    like = call.x if call.bias is None else call.bias
+    dbias = like.new_empty(call.x.shape[-1] if call.needs_bias else 0)
+    return torch.empty_like(call.x, memory_format=torch.contiguous_format), dbias
 
 
-_fwd = OP.define("fwd", "(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor", _fwd_fake)
-_bwd = OP.define(
+Forward, _fwd = OP.define("fwd", "(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor", _fwd_fake)
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor x, Tensor? bias, str approximate, bool needs_bias, str backend) -> (Tensor, Tensor)",
     _bwd_fake,
@@ -45,10 +40,8 @@ class _BiasGelu(OpFunction):
     op = "bias_gelu"
 
     @staticmethod
-    def forward(
-        x: torch.Tensor, bias: torch.Tensor | None, approximate: str, backend: str, backward: str
-    ) -> torch.Tensor:
-        return _fwd(x, bias, approximate, backend)
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -62,7 +55,7 @@ class _BiasGelu(OpFunction):
         if dy is None:
             return None, None, None, None, None
         needs_x, needs_bias, *_ = ctx.needs_input_grad
-        dx, dbias = _bwd(dy, *ctx.saved_tensors, ctx.approximate, needs_bias, ctx.backend)
+        dx, dbias = _bwd(Backward(dy, *ctx.saved_tensors, ctx.approximate, needs_bias, ctx.backend))
         return dx if needs_x else None, dbias if needs_bias else None, None, None, None
 
 
@@ -96,7 +89,7 @@ def bias_gelu(
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return apply(_BiasGelu, x, bias, approximate, backend, backward_backend(backend))
-    return _fwd(x, bias, approximate, backend)
+    return _fwd(Forward(x, bias, approximate, backend))
 
 
 def _check_arguments(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> None:

@@ -12,70 +12,44 @@ import torch
 from torch import Tensor
 
 from pyxlbert import checks
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
 OP = Op("dropout_add_layer_norm", ("torch", "cpu", "triton", "cuda"))
 
 _COPIES = (torch.float32, *checks.LOW_PRECISION)
 
 
-def _fwd_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    copy_dtype: torch.dtype | None,
-    save: bool,
-    backend: str,
-) -> list[Tensor]:
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    outputs = [y] if copy_dtype is None else [y, torch.empty_like(y, dtype=copy_dtype)]
-    if save:
-        mean = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+def _fwd_fake(call: Any) -> list[Tensor]:
+    y = torch.empty_like(call.residual, memory_format=torch.contiguous_format)
+    outputs = [y] if call.copy_dtype is None else [y, torch.empty_like(y, dtype=call.copy_dtype)]
+    if call.save:
+        mean = call.x.new_empty(call.x.shape[:-1], dtype=torch.promote_types(call.x.dtype, torch.float32))
         outputs += [torch.empty_like(y), mean, torch.empty_like(mean)]
     return outputs
 
 
-def _bwd_fake(
-    dy: Tensor | None,
-    dy_copy: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    x_dtype: torch.dtype,
-    needs_x: bool,
-    needs_residual: bool,
-    needs_parameters: bool,
-    needs_x_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _bwd_fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    s = call.s
     n = s.shape[-1]
     return (
-        torch.empty_like(s, dtype=x_dtype) if needs_x else s.new_empty(0, dtype=x_dtype),
-        torch.empty_like(s) if needs_residual else s.new_empty(0),
-        weight.new_empty(n if needs_parameters else 0),
-        bias.new_empty(n if needs_parameters else 0),
-        (s if x_bias is None else x_bias).new_empty(n if needs_x_bias else 0),
+        torch.empty_like(s, dtype=call.x_dtype) if call.needs_x else s.new_empty(0, dtype=call.x_dtype),
+        torch.empty_like(s) if call.needs_residual else s.new_empty(0),
+        call.weight.new_empty(n if call.needs_parameters else 0),
+        call.bias.new_empty(n if call.needs_parameters else 0),
+        (s if call.x_bias is None else call.x_bias).new_empty(n if call.needs_x_bias else 0),
     )
 
 
-_fwd = OP.define(
+Forward, _fwd = OP.define(
     "fwd",
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, Tensor? seed, float eps,"
     " ScalarType? copy_dtype, bool save, str backend) -> Tensor[]",
     _fwd_fake,
 )
-_bwd = OP.define(
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor? dy, Tensor? dy_copy, Tensor s, Tensor weight, Tensor bias, Tensor? x_bias, Tensor mean, Tensor rstd,"
     " float dropout_p, Tensor? seed, ScalarType x_dtype, bool needs_x, bool needs_residual, bool needs_parameters,"
@@ -88,65 +62,44 @@ class _DropoutAddLayerNorm(OpFunction):
     op = "dropout_add_layer_norm"
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        x_bias: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        eps: float,
-        copy_dtype: torch.dtype | None,
-        backend: str,
-        backward: str,
-    ) -> tuple[Tensor, ...]:
-        return tuple(_fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, True, backend))
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_fwd(Forward(*arguments[:-1])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, weight, bias, x_bias, ctx.dropout_p, seed, _, copy_dtype, _, ctx.backend = inputs
+        call, ctx.backend = Forward(*inputs[:-1]), inputs[-1]
         s, mean, rstd = output[-3:]
-        ctx.x_dtype, ctx.copied = x.dtype, copy_dtype is not None
+        ctx.dropout_p, ctx.x_dtype, ctx.copied = call.dropout_p, call.x.dtype, call.copy_dtype is not None
         ctx.mark_non_differentiable(s, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(s, weight, bias, x_bias, mean, rstd, seed)
+        ctx.save_for_backward(s, call.weight, call.bias, call.x_bias, mean, rstd, call.seed)
 
     @staticmethod
     @single_backward("dropout_add_layer_norm")
     def backward(ctx: Any, dy: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         dy_copy = others[0] if ctx.copied else None
         if dy is None and dy_copy is None:
-            return (None,) * 11
-        s, weight, bias, x_bias, mean, rstd, seed = ctx.saved_tensors
+            return (None,) * 12
+        *saved, seed = ctx.saved_tensors
+        s = saved[0]
         needs_x, needs_residual, needs_weight, needs_bias, needs_x_bias, *_ = ctx.needs_input_grad
         # Without dropout the two gradients are one; autograd takes the same tensor for both.
         one = seed is None and ctx.x_dtype is s.dtype
-        dx, dresidual, dweight, dbias, dx_bias = _bwd(
-            dy,
-            dy_copy,
-            s,
-            weight,
-            bias,
-            x_bias,
-            mean,
-            rstd,
-            ctx.dropout_p,
-            seed,
-            ctx.x_dtype,
+        needs = (
             needs_x and not one,
             needs_residual or (needs_x and one),
             needs_weight or needs_bias,
             needs_x_bias,
-            ctx.backend,
         )
+        call = Backward(dy, dy_copy, *saved, ctx.dropout_p, seed, ctx.x_dtype, *needs, ctx.backend)
+        dx, dresidual, dweight, dbias, dx_bias = _bwd(call)
         return (
             (dresidual if one else dx) if needs_x else None,
             dresidual if needs_residual else None,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
             dx_bias if needs_x_bias else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -212,22 +165,10 @@ def dropout_add_layer_norm(
         or bias.requires_grad
         or (x_bias is not None and x_bias.requires_grad)
     ):
-        outputs = apply(
-            _DropoutAddLayerNorm,
-            x,
-            residual,
-            weight,
-            bias,
-            x_bias,
-            dropout_p,
-            seed,
-            eps,
-            copy_dtype,
-            backend,
-            backward_backend(backend),
-        )
+        call = Forward(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, True, backend)
+        outputs = apply(_DropoutAddLayerNorm, *call, backward_backend(backend))
     else:
-        outputs = _fwd(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, False, backend)
+        outputs = _fwd(Forward(x, residual, weight, bias, x_bias, dropout_p, seed, eps, copy_dtype, False, backend))
     return outputs[0] if copy_dtype is None else (outputs[0], outputs[1])
 
 

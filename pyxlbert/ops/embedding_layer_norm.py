@@ -11,30 +11,22 @@ import torch
 from torch import Tensor
 
 from pyxlbert import checks
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
 OP = Op("embedding_layer_norm", ("torch", "cpu", "triton", "cuda"), ids_first=True)
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def _check_values(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    *_: Any,
-) -> None:
+def _check_values(call: Any) -> None:
     """Every id is a row of its table."""
     for name, ids, table, of in (
-        ("input_ids", input_ids, word, "word"),
-        ("token_type_ids", token_type_ids, token_type, "token_type"),
-        ("position_ids", position_ids, position, "position"),
+        ("input_ids", call.input_ids, call.word, "word"),
+        ("token_type_ids", call.token_type_ids, call.token_type, "token_type"),
+        ("position_ids", call.position_ids, call.position, "position"),
     ):
         if ids is None or table is None or ids.numel() == 0:
             continue
@@ -48,83 +40,48 @@ def _check_values(
         )
 
 
-def _check_values_again(dy: Tensor, *arguments: Any) -> None:
-    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    _check_values(*arguments)
+def _fwd_fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    word = call.word
+    shape = (*call.input_ids.shape, word.shape[-1])
+    statistics = word.new_empty(call.input_ids.shape, dtype=torch.promote_types(word.dtype, torch.float32))
+    copy = word.new_empty(shape if call.copy_dtype is not None else (0,), dtype=call.copy_dtype or call.out_dtype)
+    return word.new_empty(shape, dtype=call.out_dtype), copy, statistics, torch.empty_like(statistics)
 
 
-def _fwd_fake(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-    copy_dtype: torch.dtype | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (*input_ids.shape, word.shape[-1])
-    statistics = word.new_empty(input_ids.shape, dtype=torch.promote_types(word.dtype, torch.float32))
-    copy = word.new_empty(shape if copy_dtype is not None else (0,), dtype=copy_dtype or out_dtype)
-    return word.new_empty(shape, dtype=out_dtype), copy, statistics, torch.empty_like(statistics)
-
-
-def _bwd_fake(
-    dy: Tensor,
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    padding_idx: int,
-    needs_word: bool,
-    needs_token_type: bool,
-    needs_position: bool,
-    needs_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _bwd_fake(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def table(given: Tensor | None, needed: bool) -> Tensor:
-        return word.new_empty(0) if given is None or not needed else given.new_empty(given.shape)
+        return call.word.new_empty(0) if given is None or not needed else given.new_empty(given.shape)
 
-    n = word.shape[-1] if needs_parameters else 0
+    n = call.word.shape[-1] if call.needs_parameters else 0
     return (
-        table(word, needs_word),
-        table(token_type, needs_token_type),
-        table(position, needs_position),
-        weight.new_empty(n),
-        bias.new_empty(n),
+        table(call.word, call.needs_word),
+        table(call.token_type, call.needs_token_type),
+        table(call.position, call.needs_position),
+        call.weight.new_empty(n),
+        call.bias.new_empty(n),
     )
 
 
-_fwd = OP.define(
+_TABLES = (
+    "Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
+    " Tensor? token_type_ids, Tensor? position_ids"
+)
+
+Forward, _fwd = OP.define(
     "fwd",
-    "(Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids, Tensor? position_ids, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype,"
-    " ScalarType? copy_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_TABLES}, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype, ScalarType? copy_dtype, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _check_values,
 )
-_bwd = OP.define(
+# Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
+Backward, _bwd = OP.define(
     "bwd",
-    "(Tensor dy, Tensor input_ids, Tensor word, Tensor? token_type, Tensor? position, Tensor weight, Tensor bias,"
-    " Tensor? token_type_ids, Tensor? position_ids, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed,"
-    " int padding_idx, bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, {_TABLES}, Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, int padding_idx,"
+    " bool needs_word, bool needs_token_type, bool needs_position, bool needs_parameters, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _check_values_again,
+    _check_values,
 )
 
 
@@ -132,35 +89,18 @@ class _EmbeddingLayerNorm(OpFunction):
     op = "embedding_layer_norm"
 
     @staticmethod
-    def forward(
-        input_ids: Tensor,
-        word: Tensor,
-        token_type: Tensor | None,
-        position: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        eps: float,
-        out_dtype: torch.dtype,
-        copy_dtype: torch.dtype | None,
-        padding_idx: int,
-        backend: str,
-        backward: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tables = (word, token_type, position, weight, bias, token_type_ids, position_ids)
-        return _fwd(input_ids, *tables, dropout_p, seed, eps, out_dtype, copy_dtype, backend)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _fwd(Forward(*arguments[:-2]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.dropout_p, seed, _, _, copy_dtype, ctx.padding_idx, _, ctx.backend = inputs
+        *call, ctx.padding_idx, ctx.backend = inputs
+        call = Forward(*call)
         _, copy, mean, rstd = output
-        ctx.has_copy = copy_dtype is not None
-        ctx.mark_non_differentiable(mean, rstd, *(() if copy_dtype is not None else (copy,)))
+        ctx.dropout_p, ctx.has_copy = call.dropout_p, call.copy_dtype is not None
+        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_copy else (copy,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, seed, mean, rstd)
+        ctx.save_for_backward(*call[:8], mean, rstd, call.seed)
 
     @staticmethod
     @single_backward("embedding_layer_norm")
@@ -173,22 +113,11 @@ class _EmbeddingLayerNorm(OpFunction):
             dy = dcopy
         elif dcopy is not None:
             dy = dy + dcopy.to(dy.dtype)
-        *tensors, seed, mean, rstd = ctx.saved_tensors
+        *saved, seed = ctx.saved_tensors
         _, needs_word, needs_type, needs_position, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dword, dtype, dposition, dweight, dbias = _bwd(
-            dy,
-            *tensors,
-            mean,
-            rstd,
-            ctx.dropout_p,
-            seed,
-            ctx.padding_idx,
-            needs_word,
-            needs_type,
-            needs_position,
-            needs_weight or needs_bias,
-            ctx.backend,
-        )
+        needs = (needs_word, needs_type, needs_position, needs_weight or needs_bias)
+        call = Backward(dy, *saved, ctx.dropout_p, seed, ctx.padding_idx, *needs, ctx.backend)
+        dword, dtype, dposition, dweight, dbias = _bwd(call)
         return (
             None,
             dword if needs_word else None,
@@ -260,11 +189,11 @@ def embedding_layer_norm(
     dropout_p, seed = dropout_of(op, dropout_p, seed, word.device)
     backend = OP.resolve(backend, word)
     tensors = (input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
-    options = (dropout_p, seed, eps, out_dtype or word.dtype, copy_dtype)
+    call = Forward(*tensors, dropout_p, seed, eps, out_dtype or word.dtype, copy_dtype, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, copy, *_ = apply(_EmbeddingLayerNorm, *tensors, *options, skip, backend, backward_backend(backend))
+        y, copy, *_ = apply(_EmbeddingLayerNorm, *call, skip, backward_backend(backend))
     else:
-        y, copy, *_ = _fwd(*tensors, *options, backend)
+        y, copy, *_ = _fwd(call)
     return y if copy_dtype is None else (y, copy)
 
 

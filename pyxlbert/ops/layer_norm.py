@@ -11,39 +11,31 @@ from typing import Any
 import torch
 
 from pyxlbert import checks
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
+from pyxlbert.ops._torch import apply
 
 OP = Op("layer_norm", ("torch", "cpu", "triton", "cuda"))
 
 
-def _fwd_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, save: bool, backend: str
-) -> list[torch.Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if not save:
+def _fwd_fake(call: Any) -> list[torch.Tensor]:
+    y = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    if not call.save:
         return [y]
-    mean = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = call.x.new_empty(call.x.shape[:-1], dtype=torch.promote_types(call.x.dtype, torch.float32))
     return [y, mean, torch.empty_like(mean)]
 
 
-def _bwd_fake(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    needs_parameters: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n = x.shape[-1] if needs_parameters else 0
-    return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(n), bias.new_empty(n)
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = call.x.shape[-1] if call.needs_parameters else 0
+    dx = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    return dx, call.weight.new_empty(n), call.bias.new_empty(n)
 
 
-_fwd = OP.define(
+Forward, _fwd = OP.define(
     "fwd", "(Tensor x, Tensor weight, Tensor bias, float eps, bool save, str backend) -> Tensor[]", _fwd_fake
 )
-_bwd = OP.define(
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool needs_parameters, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -55,14 +47,12 @@ class _LayerNorm(OpFunction):
     op = "layer_norm"
 
     @staticmethod
-    def forward(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, backend: str, backward: str
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(_fwd(x, weight, bias, eps, True, backend))
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(_fwd(Forward(*arguments[:-1])))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, weight, bias, _, _, ctx.backend = inputs
+        x, weight, bias, *_, ctx.backend = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
@@ -72,16 +62,14 @@ class _LayerNorm(OpFunction):
     @single_backward("layer_norm")
     def backward(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_weight or needs_bias, ctx.backend)
+        dx, dweight, dbias = _bwd(Backward(dy, *ctx.saved_tensors, needs_weight or needs_bias, ctx.backend))
         return (
             dx if needs_x else None,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -110,8 +98,8 @@ def layer_norm(
         eps = _check_arguments(x, weight, bias, eps)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return apply(_LayerNorm, x, weight, bias, eps, backend, backward_backend(backend))[0]
-    return _fwd(x, weight, bias, eps, False, backend)[0]
+        return apply(_LayerNorm, x, weight, bias, eps, True, backend, backward_backend(backend))[0]
+    return _fwd(Forward(x, weight, bias, eps, False, backend))[0]
 
 
 def _check_arguments(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> float:

@@ -12,29 +12,29 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._linear import prepare, requires_grad
+from pyxlbert.ops._torch import apply
 
 OP = Op("linear", ("torch", "cpu"))
 
 
-def _fwd_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fwd_fake(call: Any) -> torch.Tensor:
+    return call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0])
 
 
-def _bwd_fake(
-    dy: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None, needs_bias: bool, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n = dy.shape[-1]
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy, n = call.dy, call.dy.shape[-1]
     return (
-        dy.new_empty(0) if weight is None else dy.new_empty(*dy.shape[:-1], weight.shape[1]),
-        dy.new_empty(0) if x is None else dy.new_empty(n, x.shape[-1]),
-        dy.new_empty(n if needs_bias else 0),
+        dy.new_empty(0) if call.weight is None else dy.new_empty(*dy.shape[:-1], call.weight.shape[1]),
+        dy.new_empty(0) if call.x is None else dy.new_empty(n, call.x.shape[-1]),
+        dy.new_empty(n if call.needs_bias else 0),
     )
 
 
-_fwd = OP.define("fwd", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _fwd_fake)
-_bwd = OP.define(
+Forward, _fwd = OP.define("fwd", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _fwd_fake)
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, bool needs_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
@@ -45,10 +45,8 @@ class _Linear(OpFunction):
     op = "linear"
 
     @staticmethod
-    def forward(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str, backward: str
-    ) -> torch.Tensor:
-        return _fwd(x, weight, bias, backend)
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -64,7 +62,7 @@ class _Linear(OpFunction):
         if dy is None:
             return None, None, None, None, None
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_bias, ctx.backend)
+        dx, dweight, dbias = _bwd(Backward(dy, *ctx.saved_tensors, needs_bias, ctx.backend))
         return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
@@ -92,4 +90,4 @@ def linear(
     backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):
         return apply(_Linear, x, weight, bias, backend, backward_backend(backend))
-    return _fwd(x, weight, bias, backend)
+    return _fwd(Forward(x, weight, bias, backend))

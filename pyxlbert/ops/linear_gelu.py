@@ -13,48 +13,35 @@ from typing import Any
 
 import torch
 
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._linear import prepare, requires_grad
+from pyxlbert.ops._torch import apply
 
 OP = Op("linear_gelu", ("torch", "cpu"))
 
 
-def _fwd_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    approximate: str,
-    needs_preactivation: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, torch.empty_like(y) if needs_preactivation else y.new_empty(0)
+def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    y = call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0])
+    return y, torch.empty_like(y) if call.needs_preactivation else y.new_empty(0)
 
 
-def _bwd_fake(
-    dy: torch.Tensor,
-    preactivation: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    needs_bias: bool,
-    approximate: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n = dy.shape[-1]
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy, n = call.dy, call.dy.shape[-1]
     return (
-        dy.new_empty(0) if weight is None else dy.new_empty(*dy.shape[:-1], weight.shape[1]),
-        dy.new_empty(0) if x is None else dy.new_empty(n, x.shape[-1]),
-        dy.new_empty(n if needs_bias else 0),
+        dy.new_empty(0) if call.weight is None else dy.new_empty(*dy.shape[:-1], call.weight.shape[1]),
+        dy.new_empty(0) if call.x is None else dy.new_empty(n, call.x.shape[-1]),
+        dy.new_empty(n if call.needs_bias else 0),
     )
 
 
-_fwd = OP.define(
+Forward, _fwd = OP.define(
     "fwd",
     "(Tensor x, Tensor weight, Tensor? bias, str approximate, bool needs_preactivation, str backend)"
     " -> (Tensor, Tensor)",
     _fwd_fake,
 )
-_bwd = OP.define(
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor preactivation, Tensor? x, Tensor? weight, bool needs_bias, str approximate, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -66,19 +53,12 @@ class _LinearGelu(OpFunction):
     op = "linear_gelu"
 
     @staticmethod
-    def forward(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        approximate: str,
-        backend: str,
-        backward: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _fwd(x, weight, bias, approximate, True, backend)
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        x, weight, _, ctx.approximate, _, ctx.backend = inputs
+        x, weight, _, ctx.approximate, *_, ctx.backend = inputs
         _, preactivation = output
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(preactivation)
@@ -90,16 +70,14 @@ class _LinearGelu(OpFunction):
     @single_backward("linear_gelu")
     def backward(ctx: Any, dy: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         if dy is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, needs_bias, ctx.approximate, ctx.backend)
+        dx, dweight, dbias = _bwd(Backward(dy, *ctx.saved_tensors, needs_bias, ctx.approximate, ctx.backend))
         return (
             dx if needs_x else None,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -134,5 +112,5 @@ def linear_gelu(
         raise ValueError(f"linear_gelu: approximate: got {approximate!r}, wanted 'none' or 'tanh'")
     backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):
-        return apply(_LinearGelu, x, weight, bias, approximate, backend, backward_backend(backend))[0]
-    return _fwd(x, weight, bias, approximate, False, backend)[0]
+        return apply(_LinearGelu, x, weight, bias, approximate, True, backend, backward_backend(backend))[0]
+    return _fwd(Forward(x, weight, bias, approximate, False, backend))[0]

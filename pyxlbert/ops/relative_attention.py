@@ -16,8 +16,10 @@ import torch
 
 from pyxlbert import checks
 from pyxlbert.ops import _relative, _scores
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
 OP = Op("relative_attention", ("torch", "cpu", "triton", "cuda"))
 
@@ -31,68 +33,38 @@ _ARGUMENTS = (
 )
 
 
-def _fwd_fake(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query, memory_format=torch.contiguous_format), _relative.lse_like(query)
-
-
-def _bwd_fake(
-    dout: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    content_bias: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    offset: int,
-    segment_bias: torch.Tensor | None,
-    segment_embedding: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    *_, needs, _ = rest
-    return _relative.gradients(
-        needs, query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding
+def _trained(call: Any) -> tuple[torch.Tensor | None, ...]:
+    return (
+        *(call.query, call.key, call.value, call.position_key, call.content_bias, call.position_bias),
+        *(call.segment_bias, call.segment_embedding),
     )
 
 
-def check_values(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    content_bias: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    offset: int,
-    segment_bias: torch.Tensor | None,
-    segment_embedding: torch.Tensor | None,
-    query_segments: torch.Tensor | None,
-    key_segments: torch.Tensor | None,
-    query_positions: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int,
-    *_: Any,
-) -> None:
+def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _scores.lse_like(call.query)
+
+
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
+    return _scores.gradients(call.needs, *_trained(call))
+
+
+def check_values(call: Any) -> None:
     """Lengths within the keys, offsets that rise, positions that meet the table, segments of 32 bits."""
-    _scores.check_lengths("relative_attention", key_lengths, key.shape[1])
-    _scores.check_offsets("relative_attention", cu_seqlens, query.shape[0], max_seqlen)
-    _relative.check_positions("relative_attention", "query_positions", query_positions, offset, "offset")
-    _relative.check_segment_values("relative_attention", query_segments=query_segments, key_segments=key_segments)
+    op = "relative_attention"
+    _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
+    _scores.check_offsets(op, call.cu_seqlens, call.query.shape[0], call.max_seqlen)
+    _relative.check_positions(op, "query_positions", call.query_positions, call.offset, "offset")
+    _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
 
-def _check_values_again(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *arguments: Any) -> None:
-    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    check_values(*arguments)
-
-
-_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
-_bwd = OP.define(
+Forward, _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
+# Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
+Backward, _bwd = OP.define(
     "bwd",
     f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _check_values_again,
+    check_values,
 )
 
 
@@ -101,79 +73,23 @@ class _RelativeAttention(OpFunction):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _fwd(*arguments[:-1])
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        query, key, value, position_key, content_bias, position_bias, ctx.offset, *rest = inputs
-        segment_bias, segment_embedding, query_segments, key_segments, query_positions, *rest = rest
-        key_lengths, cu_seqlens, ctx.max_seqlen, query_rank, key_rank, ctx.see_self, *rest = rest
-        attention_mask, ctx.causal, ctx.uniform_rows, ctx.scale, ctx.dropout_p, seed, _, ctx.backend = rest
         out, lse = output
+        ctx.backend = inputs[-1]
         ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            out,
-            lse,
-            query,
-            key,
-            value,
-            position_key,
-            content_bias,
-            position_bias,
-            segment_bias,
-            segment_embedding,
-            query_segments,
-            key_segments,
-            query_positions,
-            key_lengths,
-            cu_seqlens,
-            query_rank,
-            key_rank,
-            attention_mask,
-            seed,
-        )
+        keep(ctx, inputs[:-1], out, lse)
 
     @staticmethod
     @single_backward("relative_attention")
     def backward(ctx: Any, dout: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dout is None:
             return (None,) * 26
-        out, lse, query, key, value, position_key, content_bias, position_bias, *rest = ctx.saved_tensors
-        segment_bias, segment_embedding, query_segments, key_segments, query_positions, *rest = rest
-        key_lengths, cu_seqlens, query_rank, key_rank, attention_mask, seed = rest
+        results, call = kept(ctx, Forward)
         needs = [*ctx.needs_input_grad[:6], *ctx.needs_input_grad[7:9]]
-        found = _bwd(
-            dout,
-            out,
-            lse,
-            query,
-            key,
-            value,
-            position_key,
-            content_bias,
-            position_bias,
-            ctx.offset,
-            segment_bias,
-            segment_embedding,
-            query_segments,
-            key_segments,
-            query_positions,
-            key_lengths,
-            cu_seqlens,
-            ctx.max_seqlen,
-            query_rank,
-            key_rank,
-            ctx.see_self,
-            attention_mask,
-            ctx.causal,
-            ctx.uniform_rows,
-            ctx.scale,
-            ctx.dropout_p,
-            seed,
-            needs,
-            ctx.backend,
-        )
+        found = _bwd(Backward(dout, *results, *call[:-1], needs, ctx.backend))
         wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return (*wanted[:6], None, *wanted[6:], *(None,) * 17)
 
@@ -260,7 +176,7 @@ def relative_attention(
             other.
         RuntimeError: the named backend cannot run here.
     """
-    arguments = arguments_of(
+    call = call_of(
         query,
         key,
         value,
@@ -287,13 +203,12 @@ def relative_attention(
         seed,
         backend,
     )
-    trained = (*arguments[:6], *arguments[7:9])
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
-        return apply(_RelativeAttention, *arguments, backward_backend(arguments[-1]))[0]
-    return _fwd(*arguments)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
+        return apply(_RelativeAttention, *call, backward_backend(call.backend))[0]
+    return _fwd(call)[0]
 
 
-def arguments_of(
+def call_of(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -319,8 +234,8 @@ def arguments_of(
     dropout_p: float = 0.0,
     seed: torch.Tensor | int | None = None,
     backend: str | None = None,
-) -> tuple[Any, ...]:
-    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
+) -> Any:
+    """The record of a call: checked, cast under autocast, with what was left out filled in."""
     op = "relative_attention"
     scale = _scores.check_scale(op, scale)
     checks.flag(op, "causal", causal)
@@ -381,7 +296,7 @@ def arguments_of(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(backend, query)
-    return (
+    return Forward(
         query,
         key,
         value,

@@ -14,8 +14,10 @@ import torch
 
 from pyxlbert import checks
 from pyxlbert.ops import _relative, _scores
-from pyxlbert.ops._define import Op, OpFunction, apply, backward_backend, single_backward
+from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
+from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
+from pyxlbert.ops._torch import apply
 
 OP = Op("two_stream_attention", ("torch", "cpu", "triton", "cuda"))
 
@@ -28,89 +30,45 @@ _ARGUMENTS = (
 )
 
 
-def _fwd_fake(
-    content_query: torch.Tensor, query_query: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trained(call: Any) -> tuple[torch.Tensor | None, ...]:
     return (
-        torch.empty_like(content_query, memory_format=torch.contiguous_format),
-        _relative.lse_like(content_query),
-        torch.empty_like(query_query, memory_format=torch.contiguous_format),
-        _relative.lse_like(query_query),
+        *(call.content_query, call.query_query, call.key, call.value, call.position_key),
+        *(call.content_bias, call.position_bias, call.segment_bias, call.segment_embedding),
     )
 
 
-def _bwd_fake(
-    dcontent: torch.Tensor | None,
-    dquery: torch.Tensor | None,
-    content: torch.Tensor,
-    content_lse: torch.Tensor,
-    query: torch.Tensor,
-    query_lse: torch.Tensor,
-    content_query: torch.Tensor,
-    query_query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    content_bias: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    offset: int,
-    segment_bias: torch.Tensor | None,
-    segment_embedding: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    *_, needs, _ = rest
-    return _relative.gradients(
-        needs,
-        content_query,
-        query_query,
-        key,
-        value,
-        position_key,
-        content_bias,
-        position_bias,
-        segment_bias,
-        segment_embedding,
+def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(call.content_query, memory_format=torch.contiguous_format),
+        _scores.lse_like(call.content_query),
+        torch.empty_like(call.query_query, memory_format=torch.contiguous_format),
+        _scores.lse_like(call.query_query),
     )
 
 
-def check_values(
-    content_query: torch.Tensor,
-    query_query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    content_bias: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    offset: int,
-    segment_bias: torch.Tensor | None,
-    segment_embedding: torch.Tensor | None,
-    query_segments: torch.Tensor | None,
-    key_segments: torch.Tensor | None,
-    target_positions: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    *_: Any,
-) -> None:
+def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
+    return _scores.gradients(call.needs, *_trained(call))
+
+
+def check_values(call: Any) -> None:
     """Lengths within the keys, targets within the sequence, segments of 32 bits."""
-    _scores.check_lengths("two_stream_attention", key_lengths, key.shape[1])
-    _relative.check_positions(
-        "two_stream_attention", "target_positions", target_positions, content_query.shape[1] - 1, "T - 1"
-    )
-    _relative.check_segment_values("two_stream_attention", query_segments=query_segments, key_segments=key_segments)
+    op = "two_stream_attention"
+    _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
+    _relative.check_positions(op, "target_positions", call.target_positions, call.content_query.shape[1] - 1, "T - 1")
+    _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
 
-def _check_values_again(*arguments: Any) -> None:
-    # A saved tensor's values may have changed since forward, by a way that autograd does not see.
-    check_values(*arguments[6:])
-
-
-_fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, check_values)
-_bwd = OP.define(
+Forward, _fwd = OP.define(
+    "fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, check_values
+)
+# Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
+Backward, _bwd = OP.define(
     "bwd",
     "(Tensor? dcontent, Tensor? dquery, Tensor content, Tensor content_lse, Tensor query, Tensor query_lse,"
     f" {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _check_values_again,
+    check_values,
 )
 
 
@@ -119,39 +77,14 @@ class _TwoStreamAttention(OpFunction):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        return _fwd(*arguments[:-1])
+        return _fwd(Forward(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        content_query, query_query, key, value, position_key, content_bias, position_bias, ctx.offset, *rest = inputs
-        segment_bias, segment_embedding, query_segments, key_segments, target_positions, key_lengths, *rest = rest
-        query_rank, key_rank, attention_mask, ctx.uniform_rows, ctx.scale, ctx.dropout_p, seed, _, ctx.backend = rest
-        content, content_lse, query, query_lse = output
+        _, content_lse, _, query_lse = output
+        ctx.backend = inputs[-1]
         ctx.mark_non_differentiable(content_lse, query_lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            content,
-            content_lse,
-            query,
-            query_lse,
-            content_query,
-            query_query,
-            key,
-            value,
-            position_key,
-            content_bias,
-            position_bias,
-            segment_bias,
-            segment_embedding,
-            query_segments,
-            key_segments,
-            target_positions,
-            key_lengths,
-            query_rank,
-            key_rank,
-            attention_mask,
-            seed,
-        )
+        keep(ctx, inputs[:-1], *output)
 
     @staticmethod
     @single_backward("two_stream_attention")
@@ -160,41 +93,9 @@ class _TwoStreamAttention(OpFunction):
     ) -> tuple[torch.Tensor | None, ...]:
         if dcontent is None and dquery is None:
             return (None,) * 23
-        content, content_lse, query, query_lse, content_query, query_query, *rest = ctx.saved_tensors
-        key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding, *rest = rest
-        query_segments, key_segments, target_positions, key_lengths, query_rank, key_rank, attention_mask, seed = rest
+        results, call = kept(ctx, Forward)
         needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[8:10]]
-        found = _bwd(
-            dcontent,
-            dquery,
-            content,
-            content_lse,
-            query,
-            query_lse,
-            content_query,
-            query_query,
-            key,
-            value,
-            position_key,
-            content_bias,
-            position_bias,
-            ctx.offset,
-            segment_bias,
-            segment_embedding,
-            query_segments,
-            key_segments,
-            target_positions,
-            key_lengths,
-            query_rank,
-            key_rank,
-            attention_mask,
-            ctx.uniform_rows,
-            ctx.scale,
-            ctx.dropout_p,
-            seed,
-            needs,
-            ctx.backend,
-        )
+        found = _bwd(Backward(dcontent, dquery, *results, *call[:-1], needs, ctx.backend))
         wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
 
@@ -273,7 +174,7 @@ def two_stream_attention(
         ValueError: a shape, a device, a length, a position or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    arguments = arguments_of(
+    call = call_of(
         content_query,
         query_query,
         key,
@@ -297,15 +198,14 @@ def two_stream_attention(
         seed,
         backend,
     )
-    trained = (*arguments[:7], *arguments[8:10])
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
-        content, _, query, _ = apply(_TwoStreamAttention, *arguments, backward_backend(arguments[-1]))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
+        content, _, query, _ = apply(_TwoStreamAttention, *call, backward_backend(call.backend))
     else:
-        content, _, query, _ = _fwd(*arguments)
+        content, _, query, _ = _fwd(call)
     return content, query
 
 
-def arguments_of(
+def call_of(
     content_query: torch.Tensor,
     query_query: torch.Tensor,
     key: torch.Tensor,
@@ -328,8 +228,8 @@ def arguments_of(
     dropout_p: float = 0.0,
     seed: torch.Tensor | int | None = None,
     backend: str | None = None,
-) -> tuple[Any, ...]:
-    """The schema's arguments for a call: checked, cast under autocast, with what was left out filled in."""
+) -> Any:
+    """The record of a call: checked, cast under autocast, with what was left out filled in."""
     op, first = "two_stream_attention", "content_query"
     scale = _scores.check_scale(op, scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
@@ -363,7 +263,7 @@ def arguments_of(
     if scale is None:
         scale = head_size**-0.5
     backend = OP.resolve(backend, content_query)
-    return (
+    return Forward(
         content_query,
         query_query,
         key,

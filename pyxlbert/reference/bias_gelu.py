@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,29 +16,27 @@ def supports(*tensors: torch.Tensor | None) -> None:
     return None
 
 
-def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> torch.Tensor:
+def bias_gelu_fwd(call: Any) -> torch.Tensor:
     """y `[..., N]` in x's dtype.
 
     With z = x + bias: z Φ(z), or for "tanh" z s(2u), s the logistic function and u = √(2/π) (z + 0.044715 z³);
     (1 + tanh(u)) / 2 = s(2u).
     """
-    z = _argument(x, bias)
-    return (z * _gate(z, approximate)[0]).to(x.dtype).contiguous()
+    z = _argument(call.x, call.bias)
+    return (z * _gate(z, call.approximate)[0]).to(call.x.dtype).contiguous()
 
 
-def bias_gelu_bwd(
-    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, approximate: str, needs_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def bias_gelu_bwd(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """dx `[..., N]` in x's dtype and dbias `[N]` in bias's (empty unless `needs_bias`).
 
     dx = dy (g(z) + z g'(z)) with y = z g(z); dbias = sum of dx over the rows.
     """
-    z = _argument(x, bias)
-    gate, slope = _gate(z, approximate)
-    dz = dy.to(z.dtype) * (gate + z.clamp(max=_FAR) * slope)
-    like = x if bias is None else bias
-    dbias = dz.reshape(-1, x.shape[-1]).sum(0).to(like.dtype) if needs_bias else like.new_empty(0)
-    return dz.to(x.dtype).contiguous(), dbias
+    z = _argument(call.x, call.bias)
+    gate, slope = _gate(z, call.approximate)
+    dz = call.dy.to(z.dtype) * (gate + z.clamp(max=_FAR) * slope)
+    like = call.x if call.bias is None else call.bias
+    dbias = dz.reshape(-1, call.x.shape[-1]).sum(0).to(like.dtype) if call.needs_bias else like.new_empty(0)
+    return dz.to(call.x.dtype).contiguous(), dbias
 
 
 def _argument(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -10,29 +12,38 @@ def supports(*tensors: torch.Tensor | None) -> None:
     return None
 
 
-def layer_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, save: bool
-) -> list[torch.Tensor]:
-    """y `[..., N]` in x's dtype; where `save`, also mean and rstd `[...]` in float32, or float64 for float64 input.
+def layer_norm_fwd(call: Any) -> list[torch.Tensor]:
+    """y `[..., N]` in x's dtype; with `save` also mean and rstd `[...]` in float32, or float64 for float64 input.
 
     All are contiguous, whatever x's strides.
     """
+    y, mean, rstd = normalise(call.x, call.weight, call.bias, call.eps)
+    return [y, mean, rstd] if call.save else [y]
+
+
+def layer_norm_bwd(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx `[..., N]`, dweight and dbias `[N]` (empty unless `needs_parameters`): see `normalise_bwd`."""
+    return normalise_bwd(call.dy, call.x, call.weight, call.bias, (call.mean, call.rstd), call.needs_parameters)
+
+
+def normalise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y in x's dtype, mean and rstd in the wide dtype."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-1)
     centred = wide - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
     y = centred * rstd[..., None] * weight + bias
-    y = y.to(x.dtype).contiguous()
-    return [y, mean.contiguous(), rstd.contiguous()] if save else [y]
+    return y.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
-def layer_norm_bwd(
+def normalise_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: tuple[torch.Tensor, torch.Tensor],
     needs_parameters: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx `[..., N]`, dweight and dbias `[N]` (empty unless `needs_parameters`).
@@ -40,6 +51,7 @@ def layer_norm_bwd(
     With xhat = (x - mean) * rstd and g = dy * weight:
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), dweight = sum of dy * xhat, dbias = sum of dy.
     """
+    mean, rstd = statistics
     dy_wide = dy.to(mean.dtype)
     xhat = (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
     g = dy_wide * weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,17 @@ def supports(*tensors: Tensor | None) -> None:
     return None
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_fwd(call: Any) -> Tensor:
     """y = x weightᵀ + bias, in x's dtype."""
-    return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(call.x, call.weight, call.bias)
 
 
-def linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (empty without `weight`), dweight (empty without `x`), dbias (empty unless `needs_bias`)."""
+    return product_bwd(call.dy, call.x, call.weight, call.needs_bias)
+
+
+def product_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx (empty without `weight`), dweight (empty without `x`) and dbias (empty unless `needs_bias`).
 
     dx = dy weight, dweight = dyᵀ x, dbias = the sum of dy over its rows.

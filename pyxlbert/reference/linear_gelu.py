@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pyxlbert.reference.linear import linear_bwd, linear_fwd
+from pyxlbert.reference.linear import product_bwd
 
 
 def supports(*tensors: Tensor | None) -> None:
@@ -13,20 +15,17 @@ def supports(*tensors: Tensor | None) -> None:
     return None
 
 
-def linear_gelu_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_preactivation: bool
-) -> tuple[Tensor, Tensor]:
+def linear_gelu_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """y = gelu(x weightᵀ + bias), and gelu's argument in x's dtype (empty unless `needs_preactivation`)."""
-    preactivation = linear_fwd(x, weight, bias)
-    y = torch.nn.functional.gelu(preactivation, approximate=approximate)
-    return y, preactivation if needs_preactivation else y.new_empty(0)
+    preactivation = torch.nn.functional.linear(call.x, call.weight, call.bias)
+    y = torch.nn.functional.gelu(preactivation, approximate=call.approximate)
+    return y, preactivation if call.needs_preactivation else y.new_empty(0)
 
 
-def linear_gelu_bwd(
-    dy: Tensor, preactivation: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool, approximate: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias as `linear_bwd` has them, of dy · gelu'(preactivation)."""
-    return linear_bwd(gelu_bwd(dy, preactivation, approximate), x, weight, needs_bias)
+def linear_gelu_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias as `product_bwd` has them, of dy · gelu'(preactivation)."""
+    dpreactivation = gelu_bwd(call.dy, call.preactivation, call.approximate)
+    return product_bwd(dpreactivation, call.x, call.weight, call.needs_bias)
 
 
 def gelu_bwd(dy: Tensor, x: Tensor, approximate: str) -> Tensor:

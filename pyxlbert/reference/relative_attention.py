@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,36 +22,69 @@ def supports(*tensors: Tensor | None) -> None:
     return None
 
 
-def relative_attention_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+class Stream(NamedTuple):
+    """What a stream of queries has of its own; the rest it shares with the other stream of its call.
+
+    Attributes:
+        query, segments, positions, rank: of the queries, `query_segments` and so on of a call.
+        see_self, mask: as `see_self` and `attention_mask` of a call.
+        tag: of the dropout bits.
+        cu_seqlens, max_seqlen, causal: as in a call.
+    """
+
+    query: Tensor
+    segments: Tensor | None
+    positions: Tensor | None
+    rank: Tensor | None
+    see_self: bool
+    mask: Tensor | None
+    tag: Tag
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    causal: bool = False
+
+
+def relative_attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """out, shaped as query, and lse `[B, H, Tq]` (packed: `[H, total]`) in float32, or float64 for float64 input.
 
-    With the scores s of `Scores`, which names the arguments: p = softmax(s), out = dropout(p) v,
-    lse = log(sum(exp(s))).  A row that may see nothing has p = 0, out = 0 and lse = +inf.
+    With the scores s of `Scores`: p = softmax(s), out = dropout(p) v, lse = log(sum(exp(s))).  A row that may see
+    nothing has p = 0, out = 0 and lse = +inf.
     """
-    out, lse = Scores(*arguments, tag=Tag.RELATIVE_ATTENTION).forward()
-    return out.to(arguments[0].dtype), lse
+    out, lse = _scores(call).forward()
+    return out.to(call.query.dtype), lse
 
 
-def relative_attention_with_weights(*arguments: Any) -> tuple[Tensor, Tensor]:
+def relative_attention_with_weights(call: Any) -> tuple[Tensor, Tensor]:
     """out as in `relative_attention_fwd`, and dropout(p) `[B, H, Tq, Tk]` in query's dtype; autograd differentiates
     both.  Of packed rows Tq and Tk are max_seqlen, with zeros behind every sequence.
     """
-    return Scores(*arguments, tag=Tag.RELATIVE_ATTENTION).with_weights(arguments[0].dtype)
+    return _scores(call).with_weights(call.query.dtype)
 
 
-def relative_attention_bwd(dout: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def relative_attention_bwd(call: Any) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding.
 
-    Each has its tensor's shape and dtype, or is empty where its flag in `needs`, the last argument, is False.
-    The formulas stand at `Scores.backward`; out and lse are what a kernel starts from, here they are computed again.
+    Each has its tensor's shape and dtype, or is empty where its flag in `needs` is False.  `Scores.backward` has the
+    formulas; out and lse are what a kernel starts from, here they are computed again.
     """
-    *call, needs = arguments
-    query, key, value, position_key, content_bias, position_bias, _, segment_bias, segment_embedding, *_ = call
-    tensors = (query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding)
-    return asked(Scores(*call, tag=Tag.RELATIVE_ATTENTION).backward(dout), tensors, needs)
+    tensors = (
+        *(call.query, call.key, call.value, call.position_key, call.content_bias, call.position_bias),
+        *(call.segment_bias, call.segment_embedding),
+    )
+    return gradients_in_order(_scores(call).backward(call.dout), tensors, call.needs)
 
 
-def asked(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+def _scores(call: Any) -> Scores:
+    stream = Stream(
+        *(call.query, call.query_segments, call.query_positions, call.query_rank, call.see_self, call.attention_mask),
+        *(Tag.RELATIVE_ATTENTION, call.cu_seqlens, call.max_seqlen, call.causal),
+    )
+    return Scores(call, stream)
+
+
+def gradients_in_order(
+    gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]
+) -> tuple[Tensor, ...]:
     """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
     return tuple(
         gradient.to(tensor.dtype).contiguous() if need and tensor is not None else tensors[0].new_empty(0)
@@ -62,51 +95,27 @@ def asked(gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], nee
 class Scores:
     """One call in `[B, T, H, D]` and in the wide dtype: its scores, its softmax and their gradients.
 
-    s[b, h, i, j] = scale * ((q_i + u) . k_j + (q_i + w) . r[c + j - p_i] + (q_i + s) . e[segment_i != segment_j])
+    s[b, h, i, j] = scale * ((q_i + u) . k_j + (q_i + v) . r[c + j - p_i] + (q_i + s) . e[segment_i != segment_j])
 
-    with u the content bias, w the position bias, s the segment bias, c the offset, p_i the position of row i (i
+    with u the content bias, v the position bias, s the segment bias, c the offset, p_i the position of row i (i
     unless `query_positions` says otherwise).  Masked scores are -inf.  With `uniform_rows` UNIFORM_SCORE is added to
     them instead, as XLNet does: nothing is left of s in the sum, but its derivative is, so a row that averages over
     all keys has a gradient.  What `causal` hides may lie outside the table: it is UNIFORM_SCORE alone.  A row without
     a target and the keys of other packed sequences are -inf always.
 
     Args:
-        tag: of the dropout bits; the rest are the arguments of `relative_attention_fwd`.
+        call: of relative_attention or two_stream_attention.
+        stream: the queries of this stream.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        position_key: Tensor,
-        content_bias: Tensor | None,
-        position_bias: Tensor | None,
-        offset: int,
-        segment_bias: Tensor | None,
-        segment_embedding: Tensor | None,
-        query_segments: Tensor | None,
-        key_segments: Tensor | None,
-        query_positions: Tensor | None,
-        key_lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int,
-        query_rank: Tensor | None,
-        key_rank: Tensor | None,
-        see_self: bool,
-        attention_mask: Tensor | None,
-        causal: bool,
-        uniform_rows: bool,
-        scale: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        tag: Tag,
-    ) -> None:
-        self.cu_seqlens, self.max_seqlen, self.total = cu_seqlens, max_seqlen, query.shape[0]
-        self.scale, self.dropout_p, self.seed, self.tag = scale, dropout_p, seed, tag
-        query, key, value = (self._padded(x) for x in (query, key, value))
-        query_segments, key_segments, query_rank, key_rank = (
-            None if x is None else self._padded(x) for x in (query_segments, key_segments, query_rank, key_rank)
+    def __init__(self, call: Any, stream: Stream) -> None:
+        self.cu_seqlens, self.max_seqlen, self.total = stream.cu_seqlens, stream.max_seqlen, stream.query.shape[0]
+        self.scale, self.dropout_p, self.seed, self.tag = call.scale, call.dropout_p, call.seed, stream.tag
+        query, key, value, query_segments, key_segments, query_rank, key_rank = (
+            None if x is None else self._padded(x)
+            for x in (
+                *(stream.query, call.key, call.value, stream.segments, call.key_segments, stream.rank, call.key_rank),
+            )
         )
         batch, queries, heads, _ = query.shape
         keys = key.shape[1]
@@ -115,52 +124,52 @@ class Scores:
 
         # Keys that a row may see at all; the others are not read into a product.
         present = torch.ones(batch, keys, dtype=torch.bool, device=query.device)
-        if key_lengths is not None:
-            present = present & (j < key_lengths[:, None])
+        if call.key_lengths is not None:
+            present = present & (j < call.key_lengths[:, None])
         if key_rank is not None:
             present = present & (key_rank != UNSEEN_RANK)
 
         past = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
-        if causal:
+        if stream.causal:
             past = past & (j <= i + keys - queries)
-        allowed = past if attention_mask is None else past & attention_mask
+        allowed = past if stream.mask is None else past & stream.mask
         if query_rank is not None and key_rank is not None:
             allowed = allowed & (query_rank[:, None, :, None] > key_rank[:, None, None, :])
-        if see_self:
+        if stream.see_self:
             allowed = allowed | (j == i + keys - queries)
         self.masked = ~(allowed & present[:, None, None])
-        self.uniform = uniform_rows
+        self.uniform = call.uniform_rows
         # Pairs whose score is a constant.
-        self.constant = ~past if uniform_rows else self.masked
+        self.constant = ~past if call.uniform_rows else self.masked
         self.absent = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)
-        if cu_seqlens is not None:
-            self.absent = (j >= cu_seqlens.diff()[:, None])[:, None, None]
-        if query_positions is not None:
-            target = query_positions >= 0
+        if stream.cu_seqlens is not None:
+            self.absent = (j >= stream.cu_seqlens.diff()[:, None])[:, None, None]
+        if stream.positions is not None:
+            target = stream.positions >= 0
             query = hide(query, target)
             self.absent = self.absent | ~target[:, None, :, None]
-        if cu_seqlens is not None:
-            present = present & (j < cu_seqlens.diff()[:, None])
+        if stream.cu_seqlens is not None:
+            present = present & (j < stream.cu_seqlens.diff()[:, None])
 
         # A row without any key averages all of them where rows are uniform, so all of them are read.
-        self.k, self.v = (wide(x) if uniform_rows else hide(wide(x), present) for x in (key, value))
+        self.k, self.v = (wide(x) if call.uniform_rows else hide(wide(x), present) for x in (key, value))
 
         q = wide(query)
-        self.q_content = q if content_bias is None else q + content_bias
-        self.q_position = q if position_bias is None else q + position_bias
-        self.tables = 1 if position_key.dim() == 3 else position_key.shape[0]
-        self.shared_table = position_key.dim() == 3
-        table = wide(position_key).reshape(self.tables, 1, *position_key.shape[-3:])
+        self.q_content = q if call.content_bias is None else q + call.content_bias
+        self.q_position = q if call.position_bias is None else q + call.position_bias
+        self.tables = 1 if call.position_key.dim() == 3 else call.position_key.shape[0]
+        self.shared_table = call.position_key.dim() == 3
+        table = wide(call.position_key).reshape(self.tables, 1, *call.position_key.shape[-3:])
         table = table.expand(-1, batch // self.tables, -1, -1, -1)
-        self.r = table.reshape(batch, *position_key.shape[-3:])
-        place = i if query_positions is None else query_positions[:, :, None]
-        band = (offset + j - place).clamp(0, max(self.r.shape[1] - 1, 0)).long()
+        self.r = table.reshape(batch, *call.position_key.shape[-3:])
+        place = i if stream.positions is None else stream.positions[:, :, None]
+        band = (call.offset + j - place).clamp(0, max(self.r.shape[1] - 1, 0)).long()
         self.band = band.expand(batch, queries, keys)[:, None].expand(batch, heads, queries, keys)
 
         self.e = self.q_segment = self.differs = None
-        if segment_embedding is not None and query_segments is not None and key_segments is not None:
-            self.e = wide(segment_embedding)
-            self.q_segment = q if segment_bias is None else q + segment_bias
+        if call.segment_embedding is not None and query_segments is not None and key_segments is not None:
+            self.e = wide(call.segment_embedding)
+            self.q_segment = q if call.segment_bias is None else q + call.segment_bias
             self.differs = (query_segments[:, :, None] != key_segments[:, None, :])[:, None]
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -205,7 +214,7 @@ class Scores:
         sum of g over the keys of the same or of another segment:
 
         dq_content = g k, dq_position = g_r r, dq_segment = g_e e, and dquery is their sum, each bias's gradient the
-        sum of its part over all rows; dkey = g^T (q + u), dr = g_r^T (q + w), de = g_e^T (q + s).
+        sum of its part over all rows; dkey = g^T (q + u), dr = g_r^T (q + v), de = g_e^T (q + s).
         """
         p, lse = self.weights()
         do = of_seen_rows(wide(self._padded(dout)), lse)

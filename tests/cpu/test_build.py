@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_build_says_a_line_for_each_backend(monkeypatch: pytest.MonkeyPatch)
 def test_cuda_is_built_for_a_torch_of_cuda_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     defined = setup_globals()
     why = defined["why_no_cuda"]
-    monkeypatch.setattr(defined["nvcc"], "find", lambda: "a toolkit")
+    monkeypatch.setattr(defined["nvcc"], "find", lambda: toolkit(defined, (13, 0)))
     for choice, version, words in (
         ("auto", "cuda: Optional[str] = '13.0'\n", None),
         ("auto", "cuda: Optional[str] = None\n", "not one for CUDA"),
@@ -100,6 +101,55 @@ def test_cuda_is_built_for_a_torch_of_cuda_alone(monkeypatch: pytest.MonkeyPatch
         with mock.patch("importlib.util.find_spec", return_value=spec):
             found = why()
         assert found is None if words is None else words in found
+
+
+def toolkit(defined: dict, version: tuple[int, int]) -> NamedTuple:
+    return defined["nvcc"].Toolkit("nvcc", Path("include"), Path("libcudart_static.a"), version)
+
+
+@pytest.mark.parametrize(
+    ("version", "built"),
+    [
+        ((13, 0), ("80", "90a", "100", "100+PTX")),
+        ((12, 8), ("80", "90a", "100", "100+PTX")),
+        ((12, 7), ("80", "90a", "90+PTX")),
+        ((12, 0), ("80", "90a", "90+PTX")),
+        ((11, 8), None),
+    ],
+)
+def test_an_older_toolkit_leaves_out_what_it_cannot_build(version, built, monkeypatch: pytest.MonkeyPatch) -> None:
+    defined = setup_globals()
+    nvcc = defined["nvcc"]
+    monkeypatch.delenv("PYXLBERT_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(nvcc, "ARCHITECTURES", ("80", "90a", "100", "100+PTX"))
+    monkeypatch.setattr(nvcc, "find", lambda: toolkit(defined, version))
+    monkeypatch.setitem(defined["report"].__globals__, "torch_for_cuda", lambda: True)
+    monkeypatch.setenv("PYXLBERT_CUDA", "auto")
+    line = defined["report"]()[-1]
+    if built is None:
+        assert line.endswith("not built: nvcc is of CUDA 11.8, and the kernels need 12.0 or later")
+        monkeypatch.setenv("PYXLBERT_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"PYXLBERT_CUDA=1: nvcc is of CUDA 11\.8"):
+            defined["cuda_choice"]()
+        return
+    assert nvcc.wanted() == built
+    assert f"built ({', '.join(built)})" in line
+    assert ("not for 100, which needs nvcc of CUDA 12.8" in line) == ("100" not in built)
+    assert "compute_100" in nvcc.gencode(nvcc.wanted()) or "100" not in built
+    monkeypatch.setenv("PYXLBERT_CUDA_ARCHS", "80 100")
+    if "100" in built:
+        assert nvcc.wanted() == ("80", "100")
+    else:
+        with pytest.raises(SystemExit, match=r"got '100', which needs nvcc of CUDA 12\.8, and nvcc is of 12\."):
+            nvcc.wanted()
+
+
+def test_the_toolkits_version_is_read_from_its_headers() -> None:
+    nvcc = setup_globals()["nvcc"]
+    if nvcc.find() is None:
+        pytest.skip("no nvcc is here")
+    said = subprocess.run([nvcc.find().nvcc, "--version"], capture_output=True, text=True).stdout
+    assert f"release {nvcc.named(nvcc.find().version)}" in said
 
 
 def test_architectures_are_named_as_nvcc_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

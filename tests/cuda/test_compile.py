@@ -20,6 +20,8 @@ BUDGET = json.loads(check.BUDGET.read_text())
 PRODUCTS = tuple(check.nvcc.BY_ELEMENT)
 # What a block may have on sm_80, and on sm_90.
 MOST_SHARED = (163 * 1024, 227 * 1024)
+# Of a thread of Hopper's kernels, which share out three times as many by `setmaxnreg`.
+STARTING_REGISTERS = 65536 // 384 // 8 * 8
 # Kernels that read rows of memory and do little else.
 ROWS = ("layer_norm", "dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm")
 
@@ -57,6 +59,8 @@ def test_kernels_compile(name: str) -> None:
             if "hopper" in kernel:
                 if not counts.get("HGMMA") or not counts.get("UTMALDG"):
                     wrong.append(f"{where}: no products of four warps, or no tensor copies, in {counts}")
+                if found["registers"] != STARTING_REGISTERS:
+                    wrong.append(f"{where}: starts with {found['registers']} registers, wanted {STARTING_REGISTERS}")
             elif name.partition(".")[0] in PRODUCTS and "bwd_rows" not in kernel and not counts.get("HMMA"):
                 wrong.append(f"{where}: no products on tensor cores in {counts}")
             scalar = re.search(r", 1(, (true|false))?>", kernel)

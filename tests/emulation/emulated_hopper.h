@@ -111,10 +111,35 @@ inline void fence_shared_for_wgmma() {}
 inline void named_barrier(int number, int threads) {
     emulation::arrive(emulation::block->named[number], threads, "bar.sync", number);
 }
+// `setmaxnreg`: registers pass from group to group through what the block has to spare.
 template <int N>
-void take_registers() {}
+void give_registers() {
+    static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+    emulation::Block& block = *emulation::block;
+    emulation::Warpgroup& group = block.warpgroups[block.current->thread / 128];
+    emulation::arrive(group.meeting, 128, "setmaxnreg.dec", N);
+    // The first that goes on does it for all, here and below.
+    if (group.registers <= N) return;
+    block.spare_registers += group.registers - N;
+    group.registers = N;
+}
 template <int N>
-void give_registers() {}
+void take_registers() {
+    static_assert(N % 8 == 0 && N >= 24 && N <= 256);
+    emulation::Block& block = *emulation::block;
+    emulation::Fiber& fiber = *block.current;
+    const int number = static_cast<int>(fiber.thread / 128);
+    emulation::Warpgroup& group = block.warpgroups[number];
+    emulation::arrive(group.meeting, 128, "setmaxnreg.inc", N);
+    while (!emulation::has_registers(number, N)) {
+        fiber.registers = N;
+        emulation::leave();
+        fiber.registers = 0;
+    }
+    if (group.registers >= N) return;
+    block.spare_registers -= N - group.registers;
+    group.registers = N;
+}
 
 struct Factor {
     std::uint64_t address;

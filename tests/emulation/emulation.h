@@ -71,16 +71,19 @@ struct Fiber {
     // An mbarrier whose phase is still `phase`, where it waits for one: see emulated_hopper.h.
     const std::uint8_t* phase_of = nullptr;
     std::uint8_t phase = 0;
+    // So many registers for its group of four warps, where it waits for the block to have them to spare.
+    int registers = 0;
     const char* at = "the start";
     int line = 0;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
 };
 
-// What four warps bring to a product that they execute together.
+// Four warps: what they bring to a product that they execute together, and how many registers each thread has.
 struct Warpgroup {
     Meeting meeting;
     const void* brought[128] = {};
+    int registers = 0;
 };
 
 struct Warp {
@@ -92,6 +95,7 @@ struct Block {
     std::vector<Warp> warps;
     Meeting barrier, named[16];
     Warpgroup warpgroups[8];
+    int spare_registers = 0;  // a thread of a group, that groups have given and none has taken
     int live = 0;
     dim3 grid;
     uint3 index{};
@@ -233,7 +237,12 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
     b.live = threads;
     b.barrier = Meeting();
     for (Meeting& one : b.named) one.arrived = 0;
-    for (Warpgroup& one : b.warpgroups) one.meeting.arrived = 0;
+    // Of a kernel that passes registers on, a block has a multiprocessor to itself.
+    for (Warpgroup& one : b.warpgroups) {
+        one.meeting.arrived = 0;
+        one.registers = 65536 / threads / 8 * 8;
+    }
+    b.spare_registers = 0;
     b.warps.resize((threads + 31) / 32);
     for (Warp& warp : b.warps)
         for (auto& one : warp.meetings) one->arrived = 0;
@@ -256,6 +265,7 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
         fiber.done = false;
         fiber.waits_for = nullptr;
         fiber.phase_of = nullptr;
+        fiber.registers = 0;
         fiber.at = "the start";
         fiber.open.clear();
         fiber.groups.clear();
@@ -272,9 +282,15 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
     for (std::size_t n = threads; n < b.fibers.size(); ++n) b.fibers[n].done = true;
 }
 
+// Whether a group of four warps may have so many registers a thread: it has them, or the block has enough to spare.
+inline bool has_registers(int group, int wanted) {
+    return wanted <= block->warpgroups[group].registers + block->spare_registers;
+}
+
 inline bool can_run(const Fiber& fiber) {
     if (fiber.done) return false;
     if (fiber.waits_for != nullptr && fiber.waits_for->turn == fiber.turn) return false;
+    if (fiber.registers != 0 && !has_registers(static_cast<int>(fiber.thread / 128), fiber.registers)) return false;
     return fiber.phase_of == nullptr || *fiber.phase_of != fiber.phase;
 }
 
@@ -316,7 +332,12 @@ inline void run_block(dim3 grid, int threads, std::size_t shared, uint3 index, c
         bool any = false;
         for (int w = 0; w < warps; ++w) any |= run_warp(mine, reversed ? warps - 1 - w : w, threads, reversed);
         if (any || mine.live == 0) continue;
-        if (mine.pending.empty()) fail("deadlock: not all threads get to a barrier or an instruction of a warp");
+        if (mine.pending.empty()) {
+            for (const Fiber& fiber : mine.fibers)
+                if (!fiber.done && fiber.registers != 0)
+                    fail("deadlock: a group of four warps waits for registers that no other gives");
+            fail("deadlock: not all threads get to a barrier or an instruction of a warp");
+        }
         const std::function<void()> oldest = std::move(mine.pending.front());
         mine.pending.erase(mine.pending.begin());
         oldest();

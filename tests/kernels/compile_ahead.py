@@ -25,6 +25,7 @@ from pyxlbert.bench.ahead import ARCHITECTURES, SHARED, compile_for, report
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.testing.direct import Direct
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 Calls = Iterator[tuple[str, Callable[[Any], None]]]
@@ -157,7 +158,7 @@ def attention(every: bool) -> Calls:
                 cu_seqlens = numbers(BATCH + 1)
             given = (lengths, cu_seqlens, LENGTH, mask, bias, causal, head_size**-0.5, p, SEED)
             out, lse = op.attention_fwd(q, k, v, *given)
-            op.attention_bwd(out, q, k, v, out, lse, *given, bias is not None)
+            op.attention_bwd(out, out, lse, q, k, v, *given, bias is not None)
 
         return run
 
@@ -250,7 +251,7 @@ def main(op: str, every: bool) -> None:
     for module in modules:
         if hasattr(module, "launch"):
             module.launch = compile_it
-    kernels = importlib.import_module(f"pyxlbert.kernels.{op}")
+    kernels = Direct("triton")
     configurations.card = lambda device: configurations.Card(architecture, SHARED[architecture])
     for architecture in ARCHITECTURES:
         compile_for(architecture)

@@ -31,6 +31,8 @@ def main() -> None:
     from pyxlbert.bench.ahead import SHARED, compile_for
     from triton.compiler.compiler import CompiledKernel
 
+    from pyxlbert.testing.direct import Direct
+
     compile_for(90)
     launched: list[tuple] = []
     CompiledKernel._init_handles = lambda self: None
@@ -41,8 +43,7 @@ def main() -> None:
     plan = importlib.import_module("pyxlbert.kernels._plan")
     configurations = importlib.import_module("pyxlbert.kernels._configurations")
     configurations.card = lambda device: configurations.Card(90, SHARED[90])
-    attention = importlib.import_module("pyxlbert.kernels.attention")
-    layer_norm = importlib.import_module("pyxlbert.kernels.layer_norm")
+    triton = Direct("triton")
     assert plan.POSSIBLE
 
     def same(one: tuple, other: tuple) -> None:
@@ -79,7 +80,7 @@ def main() -> None:
 
     def attend(q, k, v, lengths, *rest):
         bias, seed = rest or (None, None)
-        return attention.attention_fwd(q, k, v, lengths, None, 0, None, bias, True, 0.5, 0.1 if rest else 0.0, seed)
+        return triton.attention_fwd(q, k, v, lengths, None, 0, None, bias, True, 0.5, 0.1 if rest else 0.0, seed)
 
     q, k, v = (torch.randn(2, 20, 3, 64).bfloat16() for _ in range(3))
     lengths, bias = torch.tensor([3, 20], dtype=torch.int32), torch.randn(1, 3, 20, 20).bfloat16()
@@ -87,18 +88,18 @@ def main() -> None:
     twice(attend, q, k, v, lengths, bias, torch.tensor([7]))
     x, w, b = torch.randn(5, 7, 96), torch.randn(96), torch.randn(96)
     for save in (False, True):
-        twice(lambda x, w, b, save=save: layer_norm.layer_norm_fwd(x, w, b, 1e-5, save), x, w, b)
+        twice(lambda x, w, b, save=save: triton.layer_norm_fwd(x, w, b, 1e-5, save), x, w, b)
     # Another shape, another stride, another alignment, another option: each is a kind of its own.
     before = len(plan._plans)
-    layer_norm.layer_norm_fwd(x[:4].clone(), w, b, 1e-5, True)
-    layer_norm.layer_norm_fwd(torch.randn(5 * 7 * 96 + 1)[1:].view(5, 7, 96), w, b, 1e-5, True)
-    layer_norm.layer_norm_fwd(x, w, b, 1e-6, True)
+    triton.layer_norm_fwd(x[:4].clone(), w, b, 1e-5, True)
+    triton.layer_norm_fwd(torch.randn(5 * 7 * 96 + 1)[1:].view(5, 7, 96), w, b, 1e-5, True)
+    triton.layer_norm_fwd(x, w, b, 1e-6, True)
     assert len(plan._plans) == before + 3
     # What was copied before the launch, or stands in two places, is not remembered.
-    layer_norm.layer_norm_fwd(x.transpose(0, 1), w, b, 1e-5, True)
-    layer_norm.layer_norm_fwd(x.half(), w.half(), *[b.half()[:]] * 1, 1e-5, True)
+    triton.layer_norm_fwd(x.transpose(0, 1), w, b, 1e-5, True)
+    triton.layer_norm_fwd(x.half(), w.half(), *[b.half()[:]] * 1, 1e-5, True)
     count = len(plan._plans)
-    layer_norm.layer_norm_fwd(x.bfloat16(), w, w, 1e-5, True)
+    triton.layer_norm_fwd(x.bfloat16(), w, w, 1e-5, True)
     attend(q, k, v, lengths.long())
     assert len(plan._plans) == count == before + 4
 

@@ -223,7 +223,7 @@ def test_gradients_that_nobody_wants_are_not_computed() -> None:
     for backend in BACKENDS:
         options = (None, None, 0, None, bias, False, 1.0, 0.0, None)
         out, lse = torch.ops.pyxlbert.attention_fwd(q, k, v, *options, backend)
-        *_, dbias = torch.ops.pyxlbert.attention_bwd(out, q, k, v, out, lse, *options, False, backend)
+        *_, dbias = torch.ops.pyxlbert.attention_bwd(out, out, lse, q, k, v, *options, False, backend)
         assert dbias.numel() == 0
 
 

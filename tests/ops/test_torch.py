@@ -6,7 +6,7 @@ import torch
 import torch.utils._python_dispatch
 
 import pyxlbert
-from pyxlbert.ops import _define, _encoder_layers
+from pyxlbert.ops import _define, _encoder_layers, _torch
 from pyxlbert.testing import compare
 
 SCALE = 3.0
@@ -28,12 +28,12 @@ class _Scale(torch.autograd.Function):
 
 def test_the_short_way_into_an_autograd_function_is_here() -> None:
     """The one private name behind `apply`: without it every call with a gradient costs 50 us more."""
-    assert _define._transforming is not None, "torch._C._are_functorch_transforms_active has moved"
-    assert _define._transforming() is False
+    assert _torch.transforming is not None, "torch._C._are_functorch_transforms_active has moved"
+    assert _torch.transforming() is False
 
 
 def test_apply_is_the_functions_own_apply() -> None:
-    for call in (lambda x: _define.apply(_Scale, x, SCALE), lambda x: _Scale.apply(x, SCALE)):
+    for call in (lambda x: _torch.apply(_Scale, x, SCALE), lambda x: _Scale.apply(x, SCALE)):
         x = torch.ones(2, requires_grad=True)
         y = call(x)
         y.sum().backward()
@@ -53,10 +53,10 @@ class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_the_short_way_to_an_implementation_is_here() -> None:
     """The private names behind it: without them every small call takes three times as long."""
-    assert _define.watched is _define._watched
-    assert _define.watched() is False
-    assert _define.transformed is _define._transformed
-    assert _define.transformed() is False
+    assert _torch.watched is _torch._watched
+    assert _torch.watched() is False
+    assert _torch.transformed is _torch._transformed
+    assert _torch.transformed() is False
 
 
 def test_whoever_watches_sees_the_op() -> None:

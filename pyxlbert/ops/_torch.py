@@ -1,0 +1,98 @@
+"""Every private name of torch that the ops lean on, each with what happens where torch has moved it.
+
+tests/ops/test_torch.py says which one has moved.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _watched() -> bool:
+    """Whether a mode, a transform, a tracer or a profiler sees the calls of this thread that go through torch."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _always() -> bool:
+    return True
+
+
+try:
+    _watched()
+    watched = _watched
+except AttributeError:
+    # If torch no longer has the names that tell, every call goes through it.
+    watched = _always
+
+
+def _transformed() -> bool:
+    """Whether this thread is inside a transform of torch.func or a level of forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _never() -> bool:
+    return False
+
+
+try:
+    _transformed()
+    transformed = _transformed
+except AttributeError:
+    transformed = _never
+
+
+def refuse_transforms(op: str, arguments: tuple[Any, ...]) -> None:
+    """Raises what the op cannot do for a transform that one of the arguments takes part in."""
+    for x in arguments:
+        if not isinstance(x, torch.Tensor):
+            continue
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{op}: forward-mode differentiation (jvp) is not supported; ask for gradients by backward()"
+            )
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(f"{op}: vmap is not supported; give the op the batch dimension instead")
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            raise RuntimeError(
+                f"{op}: torch.func.grad and vjp are not supported; use torch.autograd.grad or backward()"
+            )
+
+
+def is_zerotensor(x: torch.Tensor) -> bool:
+    """Whether x is zeros without memory, as autograd makes them."""
+    return x._is_zerotensor()
+
+
+def record_of(overload: Any, name: str) -> tuple[Any, tuple[int, ...]]:
+    """A NamedTuple class of an overload's arguments, and the places of its tensors, those that may be None too."""
+    arguments = overload._schema.arguments
+    tensor = torch._C.OptionalType(torch._C.TensorType.get())
+    places = tuple(place for place, one in enumerate(arguments) if one.type.isSubtypeOf(tensor))
+    return namedtuple(name, [one.name for one in arguments]), places
+
+
+# Whether a functorch transform is active; None where torch no longer has the name.
+transforming: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, all of them positional.
+
+    `apply` inspects the signature of `forward` on every call, which takes ten times as long as a small kernel.
+    In eager mode without functorch transforms the base class does the rest; if torch no longer has the name that
+    tells so, `apply` is called as it is.
+    """
+    if transforming is None or torch.compiler.is_compiling() or transforming():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
