@@ -325,9 +325,11 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd", 90, 2, 32, True): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 32, True): Tile(64, 64, 8, 1, True),
     Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2, True),
+    Key("relative_fwd", 120, 2, 64, False): Tile(32, 64, 4, 1, True),
     Key("relative_fwd", 80, 2, 64, True): Tile(32, 64, 4, 1, True),
     Key("relative_fwd", 90, 2, 64, True): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 64, True): Tile(64, 64, 8, 1, True),
+    Key("relative_fwd", 120, 2, 64, True): Tile(32, 64, 4, 1, False),
     Key("relative_fwd", 80, 2, 128, False): Tile(64, 64, 8, 1, True),
     Key("relative_fwd", 90, 2, 128, False): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 128, False): Tile(64, 64, 8, 1, True),
@@ -427,13 +429,25 @@ def refusal_of_heads(kernel: str, *tensors: Tensor | None) -> str | None:
     reason = refusal(*tensors)
     if reason is not None or INTERPRETED or not tensors or tensors[0] is None:
         return reason
-    shared = card(tensors[0].device).shared
-    if shared < SMALL_SHARED:
-        return f"its tiles take up to {SMALL_SHARED} bytes of shared memory, and a block of this device has {shared}"
-    return None
+    return lack_of_room(tensors[0].device.index or 0)
 
 
-@functools.cache
+def lack_of_room(device: int) -> str | None:
+    """Why no tile fits the CUDA device of this index, or None."""
+    shared = card(torch.device("cuda", device)).shared
+    if shared >= SMALL_SHARED:
+        return None
+    return f"its tiles take up to {SMALL_SHARED} bytes of shared memory, and a block of this device has {shared}"
+
+
+# What `torch.compiler.assume_constant_result` sets: a compiler calls this and does not trace it.
+lack_of_room._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Of each kernel the largest head size that the table has a tile for.
+_MOST_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
+
+
 def most_head_size(kernel: str) -> int:
     """The largest head size that the table has a tile of this kernel for."""
-    return max(key.head_size for key in TABLE if key.kernel == kernel)
+    return _MOST_HEAD_SIZES[kernel]
