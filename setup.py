@@ -114,7 +114,8 @@ def ninja_file(output: Path) -> str:
             objects.append(f"cuda/{name}.o")
             # Kernels of Hopper are started only where there is machine code for it.
             hopper = "-DPYXLBERT_HOPPER" if "90a" in nvcc.wanted() else ""
-            options = f"{nvcc.FLAGS} {hopper} {more} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
+            built = f"-DPYXLBERT_ARCHITECTURES={'/'.join(nvcc.wanted())}"
+            options = f"{nvcc.FLAGS} {hopper} {built} {more} -I{ROOT / 'csrc'} {nvcc.gencode(nvcc.wanted())}"
             lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {options}"]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
             objects.append(f"cuda/{source.stem}.o")

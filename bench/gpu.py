@@ -33,8 +33,8 @@ BUILD = ROOT / "build" / "gpu"
 LIMITS = {"build": 120, "test": 220, "sanitize": 60, "bench": 100, "prefer": 40}
 SETUPTOOLS = 77
 NEEDED = ("torch", "triton", "numpy", "pytest", "setuptools", "pybind11", "safetensors", "tokenizers", "transformers")
-TESTS = ("tests/ops/test_all_ops.py", "tests/kernels", "tests/gpu", "tests/models/test_bert_parity.py")
-TESTS += ("tests/models/test_xlnet_parity.py",)
+TESTS = tuple(f"tests/ops/test_{subject}.py" for subject in ("parity", "contract", "compile", "choice"))
+TESTS += ("tests/kernels", "tests/gpu", "tests/models/test_bert_parity.py", "tests/models/test_xlnet_parity.py")
 
 
 def missing() -> str | None:

@@ -284,6 +284,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_table", 90, 4, 64, False): Tile(16, 16, 4, 1),
     Key("relative_bwd_table", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_table", 90, 4, 64, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_table", 120, 4, 64, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, False): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 2, 32, True): Tile(16, 32, 8, 1),

@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,19 @@ ARROWS = {
     "integrations": {"integrations", "models", "nn", "ops", "backends"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
 }
+
+# Folders of the package and the names they are installed under.
+FOLDERS = {"pyxlbert": "pyxlbert", "kernels": "pyxlbert.kernels", "bench": "pyxlbert.bench"}
+
+# Pairs of modules that import each other, which nothing new may do.
+CIRCLES: set[tuple[str, str]] = set()
+
+# What one reader can hold.
+MOST_PARAMETERS, MOST_LINES = 15, 800
+
+# How many functions of a room have more parameters, and how many files more lines. The numbers only fall.
+LONG_SIGNATURES = {"kernels": 17, "pyxlbert/ops": 2, "pyxlbert/testing": 4}
+LONG_FILES: dict[str, int] = {}
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
@@ -122,6 +137,75 @@ def test_import_arrows(room: str) -> None:
     assert not wrong
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name; a package is its `__init__`."""
+    found = {}
+    for folder, name in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = (name, *path.relative_to(ROOT / folder).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imported_modules(code: str, module: str, known: set[str], is_package: bool = False) -> set[str]:
+    """The modules among `known` that a module's code imports anywhere: in functions and under TYPE_CHECKING too."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join((*parents, *([node.module] if node.module else ())))
+            # A name of a package may be a module of it.
+            found |= {name if (name := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return found & known - {module}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next and the last the first, the first again at the end; or nothing."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither two directly nor several in turn, wherever in a file the import stands."""
+    files = modules()
+    known = {*files, "pyxlbert._C"}
+    arrows = {
+        name: imported_modules(text_of(path), name, known, path.name == "__init__.py") for name, path in files.items()
+    }
+    pairs = {(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows[b]}
+    assert pairs == CIRCLES
+    for a, b in CIRCLES:
+        # What is known is cut, so that nothing longer hides behind it.
+        arrows[a].discard(b)
+    assert not circle(arrows)
+
+
+def test_an_import_is_seen_wherever_it_stands() -> None:
+    known = {"pyxlbert", "pyxlbert.a", "pyxlbert.a.b", "pyxlbert.a.c", "pyxlbert._C"}
+    for code, wanted in (
+        ("import pyxlbert.a.c", {"pyxlbert.a.c"}),
+        ("from pyxlbert.a import c", {"pyxlbert.a.c"}),
+        ("from pyxlbert.a import Name", {"pyxlbert.a"}),
+        ("from pyxlbert import _C", {"pyxlbert._C"}),
+        ("from . import c", {"pyxlbert.a.c"}),
+        ("from .c import Name", {"pyxlbert.a.c"}),
+        ("from .. import a", {"pyxlbert.a"}),
+        ("def f():\n    from pyxlbert.a.c import Name", {"pyxlbert.a.c"}),
+        ("if TYPE_CHECKING:\n    from pyxlbert.a.c import Name", {"pyxlbert.a.c"}),
+        ("import torch\nfrom pyxlbert.a.b import Own", set()),
+    ):
+        assert imported_modules(code, "pyxlbert.a.b", known) == wanted, code
+    assert imported_modules("from .c import Name", "pyxlbert.a", known, is_package=True) == {"pyxlbert.a.c"}
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) in (list("abca"), list("bcab"), list("cabc"))
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
 def test_contributing_names_every_room_and_its_arrows() -> None:
     rows = re.findall(r"^\| (`.+?) \|.+\| (.+?) \|$", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
     said = {room: arrows for names, arrows in rows for room in re.findall(r"`(?:pyxlbert/)?(\w+)(?:/|\.py)`", names)}
@@ -159,6 +243,66 @@ def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, 
     ):
         path.write_text(code)
         assert room in {name.split(".")[1] for name in imports(path)}, code
+
+
+def room_of(path: Path) -> str:
+    """``kernels`` or ``pyxlbert/ops``: the folder of the tree, of the package's the folder or file in it."""
+    return "/".join(path.relative_to(ROOT).parts[: 2 if path.is_relative_to(PACKAGE) else 1])
+
+
+def long_signatures(code: str, public: set[str]) -> list[str]:
+    """Functions with too many parameters, lambdas too; those that are `public` are left out, as ``C.f`` in a class."""
+    found = []
+
+    def walk(node: ast.AST, owner: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                name = owner + getattr(child, "name", "<lambda>")
+                given = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
+                count = len(given) - (given[0].arg in ("self", "cls") if given else 0)
+                if count > MOST_PARAMETERS and name not in public:
+                    found.append(f"{name} has {count}")
+            walk(child, f"{child.name}." if isinstance(child, ast.ClassDef) else owner)
+
+    walk(ast.parse(code), "")
+    return found
+
+
+def public_signatures(path: Path) -> set[str]:
+    """What callers and editors read: an op's function, and a module's `__init__` and `forward`."""
+    if path.parent == PACKAGE / "ops":
+        return {path.stem}
+    if path.parent not in (PACKAGE / "models", PACKAGE / "nn"):
+        return set()
+    classes = [node.name for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, ast.ClassDef)]
+    return {f"{name}.{method}" for name in classes for method in ("__init__", "forward")}
+
+
+def test_signatures_are_short() -> None:
+    many = ", ".join(f"p{i}" for i in range(MOST_PARAMETERS + 1))
+    code = (
+        f"def f({many}): pass\ndef g({many[4:]}): pass\nclass C:\n    def f(self, {many}): pass\nh = lambda {many}: 0"
+    )
+    assert long_signatures(code, set()) == ["f has 16", "C.f has 16", "<lambda> has 16"]
+    assert long_signatures(code, {"f", "C.f"}) == ["<lambda> has 16"]
+    found = [
+        (room_of(path), f"{path.relative_to(ROOT)}: {name}")
+        for folder in (*FOLDERS, "tests")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in long_signatures(text_of(path), public_signatures(path))
+    ]
+    assert Counter(room for room, _ in found) == LONG_SIGNATURES, "\n".join(text for _, text in found)
+
+
+def test_files_are_short() -> None:
+    found = [
+        (room_of(path), f"{path.relative_to(ROOT)} has {lines}")
+        for folder in (*FOLDERS, "tests", "csrc")
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
+        and (lines := len(text_of(path).splitlines())) > MOST_LINES
+    ]
+    assert Counter(room for room, _ in found) == LONG_FILES, "\n".join(text for _, text in found)
 
 
 def test_no_assert_on_user_input() -> None:

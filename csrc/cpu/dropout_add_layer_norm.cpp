@@ -49,12 +49,6 @@ PYXLBERT_INLINE Dropout dropout_of(double p, const std::int64_t* seed) {
     return make_dropout(seed != nullptr ? p : 0.0, seed != nullptr ? *seed : 0, Tag::dropout_add_layer_norm);
 }
 
-// 1 / sqrt(mean of squared deviations + eps) of a row.
-template <class T>
-PYXLBERT_INLINE float inverse_deviation(const T* row, std::int64_t n, float mean, float eps) {
-    return 1.0f / sqrt(squared_deviations(row, n, mean) / static_cast<float>(n) + eps);
-}
-
 template <class T, class R>
 void forward(const DropoutAddLayerNormFwd& a) {
     const std::int64_t n = a.columns, padded = round_up(n, W);
@@ -64,7 +58,6 @@ void forward(const DropoutAddLayerNormFwd& a) {
     const float* x_bias =
         a.x_bias != nullptr ? as_float(a.x_bias, a.x_bias_dtype, n, parameters + 2 * padded) : nullptr;
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
-    const float inverse_n = 1.0f / static_cast<float>(n);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
 #pragma omp parallel num_threads(scratch_rows.threads)
@@ -92,21 +85,20 @@ void forward(const DropoutAddLayerNormFwd& a) {
             } else {
                 for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { add(j, count, branch(j, count)); });
             }
-            const float mean = reduce_add(total) * inverse_n;
-            const float rstd = inverse_deviation(row, n, mean, a.eps);
+            const auto [mean, rstd] = statistics(row, n, total, a.eps);
             if (a.sum != nullptr) {
                 R* sum = static_cast<R*>(a.sum) + i * n;
                 narrow_row(row, sum, n);
-                a.mean[i] = mean;
-                a.rstd[i] = rstd;
+                Statistics saved = {mean, rstd};
                 // Backward sees the rounded sum: with the mean of another row a constant one would deviate from it.
                 if (sizeof(R) < sizeof(float)) {
                     Vec stored = zero();
                     for_vectors(
                         n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { stored += load_some(sum + j, count); });
-                    a.mean[i] = reduce_add(stored) * inverse_n;
-                    a.rstd[i] = inverse_deviation(sum, n, a.mean[i], a.eps);
+                    saved = statistics(sum, n, stored, a.eps);
                 }
+                a.mean[i] = saved.mean;
+                a.rstd[i] = saved.rstd;
             }
             const bool copied = a.y_copy != nullptr;
             normalised(row, n, mean, rstd, weight, bias, [&](std::int64_t j, int count, Vec v) PYXLBERT_LAMBDA {

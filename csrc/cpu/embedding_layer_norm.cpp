@@ -58,7 +58,6 @@ void forward(const EmbeddingLayerNormFwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, parameters);
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
-    const float inverse_n = 1.0f / static_cast<float>(n);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
 #pragma omp parallel num_threads(scratch_rows.threads)
@@ -73,8 +72,7 @@ void forward(const EmbeddingLayerNormFwd& a) {
                 store(row + j, v);
                 total += v;
             });
-            const float mean = reduce_add(total) * inverse_n;
-            const float rstd = 1.0f / sqrt(squared_deviations(row, n, mean) * inverse_n + a.eps);
+            const auto [mean, rstd] = statistics(row, n, total, a.eps);
             normalised(row, n, mean, rstd, weight, bias,
                        [&](std::int64_t j, int, Vec v) PYXLBERT_LAMBDA { store(row + j, v); });
             if (dropout.active) drop_row(dropout, i, row, n);

@@ -1,7 +1,7 @@
 // LayerNorm over the last dimension, forward and backward.
 //
 // Forward walks a row three times, but only the first walk leaves the cache: it widens the row to a
-// float buffer and sums it; the second sums the squared deviations (two passes: E[x^2] - mean^2 cancels
+// float buffer and sums it; the second sums the deviations and their squares (two passes: E[x^2] - mean^2 cancels
 // when the mean is large); the third normalises.  The buffer of one row stays in L1.
 //
 // Backward, with xhat = (x - mean) * rstd and g = dy * weight:
@@ -19,7 +19,6 @@ void forward(const LayerNormFwd& a) {
     float* parameters = static_cast<float*>(workspace(Slot::shared, 2 * padded * sizeof(float)));
     const float* weight = as_float(a.weight, a.weight_dtype, n, parameters);
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
-    const float inverse_n = 1.0f / static_cast<float>(n);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
 #pragma omp parallel num_threads(scratch_rows.threads)
@@ -35,8 +34,7 @@ void forward(const LayerNormFwd& a) {
                 store(row + j, v);
                 sum += v;
             });
-            const float mean = reduce_add(sum) * inverse_n;
-            const float rstd = 1.0f / sqrt(squared_deviations(row, n, mean) * inverse_n + a.eps);
+            const auto [mean, rstd] = statistics(row, n, sum, a.eps);
             normalised(row, n, mean, rstd, weight, bias,
                        [&](std::int64_t j, int count, Vec v) PYXLBERT_LAMBDA { store_some(y + j, v, count); });
             if (a.mean != nullptr) {

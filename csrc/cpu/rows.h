@@ -68,17 +68,42 @@ PYXLBERT_INLINE void for_vectors(std::int64_t n, F step) {
     if (j < n) step(j, static_cast<int>(n - j));
 }
 
-// The sum over a row of (x - mean)^2.
+struct Statistics {
+    float mean, rstd;  // rstd = 1 / sqrt(variance + eps)
+};
+
+// Mean and rstd of a row with this sum.
+//
+// The sum divided by n is off by a rounding or two: in a row of equal elements they would all deviate from it by the
+// same d, and an eps of 1e-12 is no floor for d^2.  So the deviations are summed too, the mean moves by their mean, and
+// the variance loses its square.
+//
+// Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983),
+// equation 1.7.
 template <class T>
-PYXLBERT_INLINE float squared_deviations(const T* row, std::int64_t n, float mean) {
-    Vec squares = zero();
-    for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+PYXLBERT_INLINE Statistics statistics(const T* row, std::int64_t n, Vec sum, float eps) {
+    const float inverse_n = 1.0f / static_cast<float>(n), mean = reduce_add(sum) * inverse_n;
+    // Four sums of each: one huge deviation then swallows the roundings of a quarter of the row's others.
+    Vec deviations[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
+    const auto add = [&](int k, Vec d) PYXLBERT_LAMBDA {
+        deviations[k] += d;
+        squares[k] = fma(d, d, squares[k]);
+    };
+    std::int64_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W)
+        for (int k = 0; k < 4; ++k) add(k, load(row + j + k * W) - set1(mean));
+    for (int k = 0; j < n; j += W, ++k) {
+        const int count = n - j < W ? static_cast<int>(n - j) : W;
         const Vec d = load_some(row + j, count) - set1(mean);
         // The lanes past the row hold zero, whose deviation must not count.
-        const Vec counted = count == W ? d : keep_first(d, count);
-        squares = fma(counted, counted, squares);
-    });
-    return reduce_add(squares);
+        add(k, count == W ? d : keep_first(d, count));
+    }
+    const float off = reduce_add((deviations[0] + deviations[1]) + (deviations[2] + deviations[3]));
+    const float total = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float excess = off * (off * inverse_n);
+    // Of huge elements both may be infinite; a NaN stays one.
+    const float rest = !(total <= excess) ? total - excess : excess > 3e38f ? total : 0.0f;
+    return {mean + off * inverse_n, 1.0f / sqrt(rest * inverse_n + eps)};
 }
 
 // Calls step(j, count, y) with the vectors of (row - mean) * rstd * weight + bias; the row has room for whole vectors.

@@ -75,4 +75,11 @@ inline Attention alone(const Attention& a, int stream) {
     return one;
 }
 
+// Calls f with each stream that has rows alone.
+template <class F>
+void for_each_stream(const Attention& a, F f) {
+    for (int n = 0; n < a.streams; ++n)
+        if (a.stream[n].rows > 0) f(alone(a, n));
+}
+
 }  // namespace pyxlbert::cuda

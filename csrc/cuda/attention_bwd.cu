@@ -116,12 +116,12 @@ void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const Attention& a, Stream stream)
         using T = PYXLBERT_ELEMENT;
         constexpr int D = decltype(size)::value;
         if (has_extras(a))
-            launch_attention_bwd_of<T, D, false, true>(a, stream);
+            launch_attention_bwd_of<T, D, false, true, false>(a, stream);
         else
-            launch_attention_bwd_of<T, D, false, false>(a, stream);
+            launch_attention_bwd_of<T, D, false, false, false>(a, stream);
         if (a.dbias != nullptr) {
-            using C = SumTile<T, D, true, false>;
-            static_assert(shared_of_bias<C>() <= MOST_SHARED);
+            using C = SumTile<T, D, true, false, false>;
+            static_assert(shared_of_bias<C>() <= LEAST_SHARED);
             const std::int64_t tiles = ceil_div(a.dbias_shape[2], C::BM) * ceil_div(a.dbias_shape[3], C::BK);
             launch<attention_bwd_bias<C>, shared_of_bias<C>()>(grid_of(tiles * a.dbias_shape[0] * a.dbias_shape[1]),
                                                                C::THREADS, stream, a);

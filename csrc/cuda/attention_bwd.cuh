@@ -19,20 +19,12 @@
 
 namespace pyxlbert::cuda {
 
-// Calls f with each stream that has rows alone: gradients of queries are its own.
-template <class F>
-void for_each_stream(const Attention& a, F f) {
-    for (int n = 0; n < a.streams; ++n)
-        if (a.stream[n].rows > 0) f(alone(a, n));
-}
-
-template <class T, int D, bool RELATIVE, bool EXTRAS>
+template <class T, int D, bool RELATIVE, bool EXTRAS, bool SMALL>
 void launch_attention_bwd_of(const Attention& a, Stream stream) {
-    constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
-    constexpr int BN = LONG && (WIDE || RELATIVE) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
-    using W = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN>;
-    using S = SumTile<T, D, EXTRAS, RELATIVE>;
-    static_assert(QueriesTile<W>::SHARED <= MOST_SHARED && shared_of_keys<S>() <= MOST_SHARED);
+    using W = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Tile;
+    using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
+    constexpr std::size_t MOST = TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MOST_SHARED : LEAST_SHARED;
+    static_assert(QueriesTile<W>::SHARED <= MOST && shared_of_keys<S>() <= MOST);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
@@ -42,7 +34,8 @@ void launch_attention_bwd_of(const Attention& a, Stream stream) {
                                                        a);
     for_each_stream(a, [&](const Attention& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch<attention_bwd_queries<W>, QueriesTile<W>::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
+        using Q = QueriesTile<W>;
+        launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);
     });
 }
 

@@ -7,14 +7,15 @@ namespace pyxlbert::cuda {
 
 // Tiles of the kernels whose sums run over queries: QW times 16 queries by KW times BN keys, or rows of the table; each
 // warp computes 16 by BN of them, and then adds up the rows of 16 keys, SPLIT warps a share of the columns each.
-template <class T_, int D_, bool EXTRAS_, bool RELATIVE_>
+template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, bool SMALL>
 struct SumTile {
     using T = T_;
     static constexpr int D = D_;
     static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
-    static constexpr int QW = WIDE && LONG ? 1 : 2, KW = RELATIVE && LONG && !WIDE ? 4 : 2;
-    static constexpr int BN = LONG && (WIDE || RELATIVE) ? 16 : 32;
+    static constexpr int QW = WIDE && (LONG || SMALL) ? 1 : 2;
+    static constexpr int KW = (RELATIVE && LONG && !WIDE ? 4 : 2) / (SMALL && LONG ? 2 : 1);
+    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
     static constexpr int WARPS = QW * KW, THREADS = 32 * WARPS;
     static constexpr int BM = 16 * QW, BK = BN * KW;
     static constexpr int SPLIT = WARPS / (BK / 16), COLUMNS = D / SPLIT;
@@ -67,9 +68,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     band.line0 = reinterpret_cast<float*>(memory + C::PLACES) + warp_id() * Band<C::BN>::FLOATS;
     T* keys = reinterpret_cast<T*>(memory + C::PLACES + C::BANDS);
     T* values = keys + C::KEYS;
-    T* contents = values + C::KEYS;  // two steps of each
-    T* positions = contents + 2 * C::QUERIES;
-    T* douts = positions + (C::RELATIVE ? 2 * C::QUERIES : 0);
+    T* position = values + C::KEYS;
+    T* contents = position + (C::RELATIVE ? C::QUERIES : 0);  // two steps of them, and of douts
+    T* douts = contents + 2 * C::QUERIES;
     T* weights = douts + 2 * C::QUERIES;
     T* gradients = weights + C::SCORES;
     Ring<T, D, C::RING> ring = {gradients + C::SCORES, 0};
@@ -128,9 +129,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             load_places<T, D, C::BM, C::THREADS>(contents + buffer * C::QUERIES,
                                                  like_query<T>(a, stream, stream.content, b, h, s.start), stride,
                                                  places, a.head_size, false);
-            load_places<T, D, C::BM, C::THREADS>(positions + buffer * C::QUERIES,
-                                                 like_query<T>(a, stream, stream.position, b, h, s.start), stride,
-                                                 places, a.head_size, false);
+            load_places<T, D, C::BM, C::THREADS>(position, like_query<T>(a, stream, stream.position, b, h, s.start),
+                                                 stride, places, a.head_size, false);
             const int row = a.offset + first_j - step.window * C::BM - C::BM + 1;
             const T* table = table_of<T>(a, b, h);
             if (whole)
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
         if (warp_tile_matters<C>(mask, upper, lower, first_j + column)) {
             multiply_rows<T, D>(c, content + row * LD<D>, 0, keys + column * LD<D>);
             if constexpr (C::RELATIVE) {
-                const T* left = positions + buffer * C::QUERIES + row * LD<D>;
+                const T* left = position + row * LD<D>;
                 band_products<T, D, (C::BN + 16) / 8>(band, 0, left, ring, column + C::BM - 16 - row);
                 __syncwarp();
 #pragma unroll
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
                 store_pair(gradients + at + n * 8, dp[0][n][half * 2], dp[0][n][half * 2 + 1]);
             }
         }
-        // From here on nobody reads the ring or these places.
+        // From here on nobody reads the ring, these places or positions.
         next_more = __syncthreads_or(next_more);
         if (!next.done) {
             const bool moves = next.stream == step.stream && next.window == step.window + 1;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
 template <class C>
 constexpr std::size_t shared_of_keys() {
     return C::PLACES + C::BANDS +
-           (2 * C::KEYS + (C::RELATIVE ? 6 : 4) * C::QUERIES + 2 * C::SCORES + (C::RELATIVE ? C::RING * LD<C::D> : 0)) *
+           (2 * C::KEYS + (C::RELATIVE ? 5 : 4) * C::QUERIES + 2 * C::SCORES + (C::RELATIVE ? C::RING * LD<C::D> : 0)) *
                sizeof(typename C::T);
 }
 

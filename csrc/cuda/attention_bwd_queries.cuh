@@ -4,6 +4,15 @@
 
 namespace pyxlbert::cuda {
 
+// Tiles of the backward kernels that walk the keys.
+template <class T, int D, bool EXTRAS, bool RELATIVE, bool SMALL>
+struct BackwardTileOf {
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
+    static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
+    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN, WARPS>;
+};
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid_constant__ Attention a) {
     using T = typename C::T;
@@ -124,6 +133,9 @@ template <class C>
 struct QueriesTile {
     using T = typename C::T;
     static constexpr int BAND = C::BN + 16, BAND_LD = BAND + 8;
+    // Blocks that compute the same scores, each for a share of the columns: the gradients of whole rows, from content
+    // and from position, would not fit the registers.
+    static constexpr int SPLIT = C::RELATIVE && C::WIDE && C::D > 64 ? 2 : 1, COLUMNS = C::D / SPLIT;
     static constexpr std::size_t DOUT = C::ROWS * LD<C::D> * sizeof(T);
     static constexpr std::size_t DBAND = C::RELATIVE ? C::WARPS * 16 * BAND_LD * sizeof(T) : 0;
     static constexpr std::size_t SHARED = C::SHARED + DOUT + DBAND;
@@ -143,57 +155,73 @@ DEVICE void sum_rows(const float (&c)[N][4], float (&sum)[N][2]) {
         }
 }
 
+// What a window adds to the sums over queries [5, D], or null.
+DEVICE float* parts_at(const Attention& a, const QueryStream& stream, int plane, int windows, int window) {
+    if (stream.parts == nullptr) return nullptr;
+    return stream.parts + (static_cast<std::int64_t>(plane) * windows + window) * 5 * a.head_size;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ Attention a) {
     using T = typename C::T;
     using Q = QueriesTile<C>;
-    constexpr int D = C::D, N = C::BN / 8;
+    constexpr int D = C::D, N = C::BN / 8, COLUMNS = Q::COLUMNS;
     const QueryStream& stream = a.stream[0];
     Pieces<C> p;
     T* douts = reinterpret_cast<T*>(shared_memory() + C::SHARED);
     T* dband = reinterpret_cast<T*>(shared_memory() + C::SHARED + Q::DOUT) + warp_id() * 16 * Q::BAND_LD;
-    const int windows = windows_of(a, stream, C::WINDOW);
-    const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
-    const int window = static_cast<int>(blockIdx.x) % windows, number = a.causal ? windows - 1 - window : window;
-    const int first = number * C::WINDOW, row = warp_id() * 16, g = lane_id() / 4, t2 = lane_id() % 4 * 2;
-    const Sequence s = sequence_of(a, b);
+    const int row = warp_id() * 16, g = lane_id() / 4, t2 = lane_id() % 4 * 2;
     const bool by_number = stream.positions == nullptr,
                segments = C::EXTRAS && C::RELATIVE && a.key_segments != nullptr;
     const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
-    float* parts = stream.parts == nullptr
-                       ? nullptr
-                       : stream.parts + (static_cast<std::int64_t>(plane) * windows + number) * 5 * a.head_size;
-    if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) {
-        for (int n = static_cast<int>(threadIdx.x); parts != nullptr && n < 5 * a.head_size; n += C::THREADS)
-            parts[n] = 0.0f;
-        return;
+    {
+        const int windows = windows_of(a, stream, C::WINDOW);
+        const int block = static_cast<int>(blockIdx.x) / Q::SPLIT, share = static_cast<int>(blockIdx.x) % Q::SPLIT;
+        const int plane = block / windows, b = plane / a.heads, h = plane % a.heads;
+        const int window = block % windows;
+        const int first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+        const Sequence s = sequence_of(a, b);
+        if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) {
+            float* parts = parts_at(a, stream, plane, windows, first / C::WINDOW);
+            for (int n = static_cast<int>(threadIdx.x); parts != nullptr && share == 0 && n < 5 * a.head_size;
+                 n += C::THREADS)
+                parts[n] = 0.0f;
+            return;
+        }
+        if (threadIdx.x == 0) {
+            p.masks[0] = masks_of(a, stream, s, b, h);
+            *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+            p.walk->column = share * COLUMNS;
+        }
+        __syncthreads();
     }
-    if (threadIdx.x == 0) {
-        p.masks[0] = masks_of(a, stream, s, b, h);
-        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
-    }
+    const Walk& w = *p.walk;
+    auto column = [&] { return Q::SPLIT > 1 ? w.column : 0; };
     for (int pass = 0;; ++pass) {
-        bool more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
-        find_statistics<C::ROWS, C::THREADS>(a, stream, s, b, h, p.places);
+        bool more =
+            find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, w.sequence, w.b, w.first, pass, p.places);
+        find_statistics<C::ROWS, C::THREADS>(a, stream, w.sequence, w.b, w.h, p.places);
         more = __syncthreads_or(more);
-        const T* query = plane_of<T>(stream.query, b, h, s.start);
+        const T* query = plane_of<T>(stream.query, w.b, w.h, w.sequence.start);
         if constexpr (C::RELATIVE) {
-            load_places<T, D, C::ROWS, C::THREADS>(p.content, like_query<T>(a, stream, stream.content, b, h, s.start),
+            load_places<T, D, C::ROWS, C::THREADS>(p.content,
+                                                   like_query<T>(a, stream, stream.content, w.b, w.h, w.sequence.start),
                                                    stride, p.places, a.head_size, false);
-            load_places<T, D, C::ROWS, C::THREADS>(p.position, like_query<T>(a, stream, stream.position, b, h, s.start),
-                                                   stride, p.places, a.head_size, false);
+            load_places<T, D, C::ROWS, C::THREADS>(
+                p.position, like_query<T>(a, stream, stream.position, w.b, w.h, w.sequence.start), stride, p.places,
+                a.head_size, false);
             if (segments) {
-                segment_products<T, C::ROWS, C::WARPS>(a, query, stream.query.row, p.places, h);
+                segment_products<T, C::ROWS, C::WARPS>(a, query, stream.query.row, p.places, w.h);
                 __syncthreads();
             }
         } else {
             load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size, false);
         }
-        load_places<T, D, C::ROWS, C::THREADS>(douts, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row,
-                                               p.places, a.head_size, true);
+        load_places<T, D, C::ROWS, C::THREADS>(douts, plane_of<T>(stream.dout, w.b, w.h, w.sequence.start),
+                                               stream.dout.row, p.places, a.head_size, true);
         const Lines<C> lines = lines_of<C>(p);
-        const int tiles = ceil_div(p.walk->high, C::BN);
-        float content[1][D / 8][4], position[1][C::RELATIVE ? D / 8 : 2][4];
+        const int tiles = ceil_div(w.high, C::BN);
+        float content[1][COLUMNS / 8][4], position[1][C::RELATIVE ? COLUMNS / 8 : 2][4];
         clear(content[0]);
         clear(position[0]);
         // Of each row: the gradients of scores of keys of the same segment and of the other, the weight of the latter,
@@ -228,7 +256,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 if constexpr (C::EXTRAS)
                     clear_constants<N>(dp[0], p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number,
                                        first_j + t2, first_j + t2);
-                multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS);
+                multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS + column());
                 if (segments) {
 #pragma unroll
                     for (int n = 0; n < N; ++n)
@@ -246,8 +274,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     // The way back of the skew: each line from its own column on, zeros beside it.
                     constexpr int EACH = 16 / sizeof(T);
                     for (int n = lane_id(); n < 16 * Q::BAND / EACH; n += 32) {
-                        const int line = n / (Q::BAND / EACH), column = n % (Q::BAND / EACH) * EACH;
-                        *reinterpret_cast<uint4*>(dband + line * Q::BAND_LD + column) = make_uint4(0, 0, 0, 0);
+                        const int line = n / (Q::BAND / EACH), at = n % (Q::BAND / EACH) * EACH;
+                        *reinterpret_cast<uint4*>(dband + line * Q::BAND_LD + at) = make_uint4(0, 0, 0, 0);
                     }
                     __syncwarp();
 #pragma unroll
@@ -267,7 +295,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     for (int u = 0; u < Q::BAND; u += Mma<T>::K) {
                         typename Mma<T>::Left left[1];
                         Mma<T>::load_left(left[0], dband, Q::BAND_LD, u);
-                        multiply_columns<T, D>(position, left, p.ring.at(y + u));
+                        multiply_columns<T, D>(position, left, p.ring.at(y + u) + column());
                     }
                     __syncwarp();
                 }
@@ -294,10 +322,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 different[half] -= total[half] * other_weight[half];
             }
             const int line = lines.line(0, half).number;
-            T* dquery = like_query<T>(a, stream, stream.dquery, b, h, p.walk->start) + line * stride + t2;
+            T* dquery =
+                like_query<T>(a, stream, stream.dquery, w.b, w.h, w.sequence.start) + line * stride + column() + t2;
 #pragma unroll
-            for (int d = 0; d < D / 8; ++d) {
-                if (line < 0 || d * 8 >= a.head_size) break;
+            for (int d = 0; d < COLUMNS / 8; ++d) {
+                if (line < 0 || column() + d * 8 >= a.head_size) break;
                 float pair[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
@@ -305,7 +334,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     if constexpr (C::RELATIVE) pair[e] += position[0][d][half * 2 + e];
                     if (segments) {
                         float e0[1], e1[1];
-                        const std::int64_t at = static_cast<std::int64_t>(h) * a.head_size + d * 8 + t2 + e;
+                        const std::int64_t at =
+                            static_cast<std::int64_t>(w.h) * a.head_size + column() + d * 8 + t2 + e;
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
                         pair[e] += same[half] * e0[0] + different[half] * e1[0];
@@ -315,20 +345,23 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             }
         }
         if constexpr (C::RELATIVE) {
-            if (parts != nullptr) {
-                // Sums over the rows of each warp, [2, WARPS, D], and of each row what segments got, where keys were.
+            if (stream.parts != nullptr) {
+                float* parts =
+                    parts_at(a, stream, w.b * a.heads + w.h, windows_of(a, stream, C::WINDOW), w.first / C::WINDOW);
+                // Sums over the rows of each warp, [2, WARPS, COLUMNS], and of each row what segments got, where keys
+                // were.
                 float* sums = reinterpret_cast<float*>(p.content);
-                const T* rows = plane_of<T>(stream.query, b, h, p.walk->start);
+                const T* rows = plane_of<T>(stream.query, w.b, w.h, w.sequence.start);
                 Place* places = p.places;
-                float sum[D / 8][2];
+                float sum[COLUMNS / 8][2];
 #pragma unroll
                 for (int kind = 0; kind < 2; ++kind) {
                     sum_rows(kind == 0 ? content[0] : position[0], sum);
                     if (g == 0)
 #pragma unroll
-                        for (int d = 0; d < D / 8; ++d) {
-                            sums[(kind * C::WARPS + warp_id()) * D + d * 8 + t2] = sum[d][0];
-                            sums[(kind * C::WARPS + warp_id()) * D + d * 8 + t2 + 1] = sum[d][1];
+                        for (int d = 0; d < COLUMNS / 8; ++d) {
+                            sums[(kind * C::WARPS + warp_id()) * COLUMNS + d * 8 + t2] = sum[d][0];
+                            sums[(kind * C::WARPS + warp_id()) * COLUMNS + d * 8 + t2 + 1] = sum[d][1];
                         }
                 }
                 if (lane_id() % 4 == 0)
@@ -338,18 +371,20 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                         places[row + g + half * 8].different = different[half];
                     }
                 __syncthreads();
-                for (int c = static_cast<int>(threadIdx.x); c < a.head_size; c += C::THREADS) {
+                for (int n = static_cast<int>(threadIdx.x); n < COLUMNS; n += C::THREADS) {
+                    const int c = column() + n;
+                    if (c >= a.head_size) break;
                     float of_content = 0.0f, of_position = 0.0f, of_same = 0.0f, of_different = 0.0f, of_segment = 0.0f;
                     float e0[1] = {0.0f}, e1[1] = {0.0f}, bias[1] = {0.0f};
-                    for (int w = 0; w < C::WARPS; ++w) {
-                        of_content += sums[w * D + c];
-                        of_position += sums[(C::WARPS + w) * D + c];
+                    for (int warp = 0; warp < C::WARPS; ++warp) {
+                        of_content += sums[warp * COLUMNS + n];
+                        of_position += sums[(C::WARPS + warp) * COLUMNS + n];
                     }
                     if (segments) {
-                        const std::int64_t at = static_cast<std::int64_t>(h) * a.head_size + c;
+                        const std::int64_t at = static_cast<std::int64_t>(w.h) * a.head_size + c;
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
-                        add_bias<1>(a.segment_bias, h, a.head_size, c, bias);
+                        add_bias<1>(a.segment_bias, w.h, a.head_size, c, bias);
                         for (int r = 0; r < C::ROWS; ++r) {
                             if (places[r].number < 0) continue;
                             const float x = to_float(rows[places[r].number * stream.query.row + c]) + bias[0];

@@ -17,24 +17,25 @@ struct Walk {
     const void *key, *value, *table;
     std::int64_t key_stride, value_stride, table_stride;
     int head_size, readable, table_rows, high;
-    int table_first;     // the table's row for row 0 of the ring at the first key
-    std::int64_t start;  // of the sequence, and whether it is wrong
-    bool wrong;
+    int table_first;  // the table's row for row 0 of the ring at the first key
     const std::int32_t* hidden;
+    Sequence sequence;  // and which it is, which head, and the first position of the window
+    int b, h, first;
+    int column;  // from which on a block has columns of the result, where it has a share of them
 };
 constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
 
 // Tile sizes of kernels that walk the keys.
 //
 // EXTRAS: scores need more than lengths and causality; RELATIVE: there is a table of positions; M: how often a warp has
-// 16 queries.
-template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_, int BN_>
+// 16 queries; BN: keys.
+template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_, int BN_, int WARPS_>
 struct WalkTile {
     using T = T_;
     static constexpr int D = D_, STREAMS = STREAMS_;
     static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
     static constexpr bool WIDE = sizeof(T) == 4;
-    static constexpr int WARPS = WIDE && D > 64 ? 2 : 4;
+    static constexpr int WARPS = WARPS_;
     static constexpr int M = M_;
     static constexpr int BN = BN_;
     static constexpr int THREADS = 32 * WARPS;
@@ -49,6 +50,10 @@ struct WalkTile {
     static constexpr std::size_t SHARED =
         PLACES + BANDS + (QUERIES + 4 * KEYS + (RELATIVE ? RING * LD<D> : 0)) * sizeof(T);
 };
+
+// Whether tiles of these are smaller where shared memory is LEAST_SHARED.
+template <class T, int D, bool RELATIVE>
+constexpr bool TILES_DIFFER = RELATIVE && (sizeof(T) == 4 || D > 64);
 
 // The first row of a warp's queries in the tiles.
 template <class C>
@@ -86,8 +91,11 @@ DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, i
                     bool by_number) {
     using T = typename C::T;
     Walk w;
-    w.start = s.start;
-    w.wrong = s.wrong;
+    w.sequence = s;
+    w.b = b;
+    w.h = h;
+    w.first = first;
+    w.column = 0;
     w.key = plane_of<T>(a.key, b, h, s.start);
     w.value = plane_of<T>(a.value, b, h, s.start);
     w.key_stride = a.key.row;
@@ -379,10 +387,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                 sum += __shfl_xor_sync(0xffffffffu, sum, 2);
                 if (number < 0) continue;
                 // A NaN among the scores is one in the weights.
-                const bool bad = p.walk->wrong || sum != sum, some = sum > 0.0f;
+                const bool bad = p.walk->sequence.wrong || sum != sum, some = sum > 0.0f;
                 const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
                 T* out = static_cast<T*>(stream.out) +
-                         result_row(a, b, h, p.walk->start, stream.rows, number) * a.head_size + lane_id() % 4 * 2;
+                         result_row(a, b, h, p.walk->sequence.start, stream.rows, number) * a.head_size +
+                         lane_id() % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < D / 8; ++d) {
                     if (d * 8 >= a.head_size) break;
@@ -391,7 +400,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                                bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
                 }
                 if (lane_id() % 4 == 0)
-                    stream.lse[statistics_at(a, b, h, p.walk->start, stream.rows) + number] =
+                    stream.lse[statistics_at(a, b, h, p.walk->sequence.start, stream.rows) + number] =
                         sum != sum ? sum
                         : some     ? top[m][half] + logf(sum)
                                    : INFINITY_;
@@ -402,18 +411,23 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     }
 }
 
+// Tiles of the forward kernel.
+template <class T, int D, bool EXTRAS, bool RELATIVE, int STREAMS, bool SMALL>
+struct ForwardTileOf {
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    // Masks and a second tile of queries together would not fit the registers.
+    static constexpr int M = RELATIVE ? STREAMS : WIDE || EXTRAS ? 1 : 2;
+    static constexpr int BN = SMALL || STREAMS == 2 || (WIDE && LONG) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
+    static constexpr int WARPS = WIDE && LONG ? (SMALL ? 1 : 2) : 4;
+    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN, WARPS>;
+    static_assert(Tile::SHARED <= (TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MOST_SHARED : LEAST_SHARED));
+};
+
 // Starts the kernel for head sizes up to D.
-template <class T, int D, bool RELATIVE, int STREAMS>
+template <class T, int D, bool RELATIVE, int STREAMS, bool SMALL>
 void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
     auto run = [&](auto extra) {
-        constexpr bool EXTRAS = decltype(extra)::value;
-        constexpr bool WIDE = sizeof(T) == 4;
-        // Masks and a second tile of queries together would not fit the registers.
-        constexpr int M = RELATIVE ? STREAMS : WIDE || EXTRAS ? 1 : 2;
-        // Two streams have twice the queries and bands to keep: with more keys two blocks would not share an A100's SM.
-        constexpr int BN = STREAMS == 2 || (WIDE && D > 64) ? 16 : RELATIVE || WIDE || D > 64 ? 32 : 64;
-        using C = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN>;
-        static_assert(C::SHARED <= MOST_SHARED);
+        using C = typename ForwardTileOf<T, D, decltype(extra)::value, RELATIVE, STREAMS, SMALL>::Tile;
         std::int64_t windows = 1;
         for (int n = 0; n < STREAMS; ++n) {
             const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);

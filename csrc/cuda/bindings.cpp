@@ -6,6 +6,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/bias_gelu.h"
+#include "cuda/devices.h"
 #include "cuda/dropout_add_layer_norm.h"
 #include "cuda/embedding_layer_norm.h"
 #include "cuda/layer_norm.h"
@@ -323,6 +324,10 @@ void launch_attention(const Attention& a, Address stream) {
 }  // namespace
 
 void bind(py::module_& m) {
+    m.attr("built") = py::tuple(py::cast(built()));
+    m.def("covers", &covers);
+    m.def("probe", &probe);
+    m.def("shared_memory", &shared_memory);
     m.attr("MOST_COLUMNS") = MOST_COLUMNS;
     m.attr("CHUNK") = CHUNK;
     m.def("layer_norm_fwd", &layer_norm_fwd);
@@ -349,8 +354,8 @@ void bind(py::module_& m) {
     m.def("relative_attention_fwd", &launch_attention<launch_relative_attention_fwd>);
     m.def("two_stream_attention_fwd", &launch_attention<launch_two_stream_attention_fwd>);
     m.def("relative_attention_bwd", &launch_attention<launch_relative_attention_bwd>);
-    m.def("windows_of_parts", [](int dtype, int head_size, Size positions) {
-        return windows_of_parts(DType(dtype), head_size, positions);
+    m.def("windows_of_parts", [](int dtype, int head_size, Size positions, std::size_t shared) {
+        return windows_of_parts(DType(dtype), head_size, positions, shared);
     });
 }
 

@@ -39,6 +39,14 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline std::size_t most_shared() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "device");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+    return static_cast<std::size_t>(bytes);
+}
+
 // Starts a kernel with SHARED bytes of shared memory on the current device; only what has to be said is asked of the
 // driver, nothing is remembered.  Both are arguments of the template, and no copy of it is inlined, so that an object
 // file names every kernel that it starts and what it takes: tests/cuda/check.py reads it there.
@@ -155,8 +163,24 @@ inline dim3 grid_of(std::int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks));
 }
 
-// Bytes of shared memory that a block may have on every device of capability 8.0, 9.0 or 10.0; others have 99 KiB.
-constexpr std::size_t MOST_SHARED = 163 * 1024;
+// Bytes of shared memory that a block may have on every device of capability 8.0, 9.0 or 10.0, and those that it may
+// have on every other one from 8.0 on, for which kernels come with small tiles too.
+constexpr std::size_t MOST_SHARED = 163 * 1024, LEAST_SHARED = 99 * 1024;
+
+// Calls f(true_type) where small tiles are wanted on the current device, else f(false_type); unless DIFFER, all tiles
+// are small.  Checks compile what a device needs, by PYXLBERT_SMALL_TILES or PYXLBERT_LARGE_TILES.
+template <bool DIFFER, class F>
+void with_tiles(F f) {
+#ifdef PYXLBERT_SMALL_TILES
+    f(std::bool_constant<DIFFER>());
+#else
+#ifndef PYXLBERT_LARGE_TILES
+    if constexpr (DIFFER)
+        if (most_shared() < MOST_SHARED) return f(std::true_type());
+#endif
+    f(std::false_type());
+#endif
+}
 
 constexpr float INFINITY_ = __builtin_huge_valf();
 constexpr float NAN_ = __builtin_nanf("");

@@ -1,6 +1,6 @@
 // The launchers of the attention ops: which element type's kernels run.
 #include "cuda/attention.h"
-#include "cuda/attention_fwd.cuh"
+#include "cuda/attention_bwd_queries.cuh"
 #include "cuda/head_sizes.cuh"
 #include "cuda/relative_attention.h"
 #include "cuda/two_stream_attention.h"
@@ -23,12 +23,15 @@ void launch_two_stream_attention_fwd(const Attention& a, Stream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::two_stream_attention_fwd(a, stream); });
 }
 
-std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions) {
+std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions, std::size_t shared) {
     std::int64_t windows = 0;
     with_type(dtype, [&](auto kind) {
         with_head_size<false>(head_size, [&](auto size) {
-            using C = WalkTile<decltype(kind), decltype(size)::value, true, true, 1, 1, 16>;
-            windows = ceil_div(positions, C::WINDOW);
+            using T = decltype(kind);
+            constexpr int D = decltype(size)::value;
+            const int large = BackwardTileOf<T, D, true, true, false>::Tile::WINDOW;
+            const int small = BackwardTileOf<T, D, true, true, TILES_DIFFER<T, D, true>>::Tile::WINDOW;
+            windows = ceil_div(positions, shared < MOST_SHARED ? small : large);
         });
     });
     return windows;

@@ -10,7 +10,11 @@ template <>
 void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const Attention& a, Stream stream) {
     if (relative_attention_fwd_hopper(a, stream)) return;
     with_head_size<false>(a.head_size, [&](auto size) {
-        launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, true, 1>(a, has_relative_extras(a), stream);
+        using T = PYXLBERT_ELEMENT;
+        constexpr int D = decltype(size)::value;
+        with_tiles<TILES_DIFFER<T, D, true>>([&](auto small) {
+            launch_attention_fwd_of<T, D, true, 1, decltype(small)::value>(a, has_relative_extras(a), stream);
+        });
     });
 }
 

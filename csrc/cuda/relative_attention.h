@@ -11,8 +11,8 @@ void launch_relative_attention_fwd(const Attention& a, Stream stream);
 void launch_relative_attention_bwd(const Attention& a, Stream stream);
 
 // How many windows of queries `parts` has for so many positions: the rows of a stream without positions of its own,
-// else offset + 1.
-std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions);
+// else offset + 1; on a device with so many bytes of shared memory for a block.
+std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions, std::size_t shared);
 
 // Whether scores need more than lengths, causality and segments.
 inline bool has_relative_masks(const Attention& a) {

@@ -9,10 +9,13 @@ template <>
 void Kernels<PYXLBERT_ELEMENT>::relative_attention_bwd(const Attention& a, Stream stream) {
     with_head_size<false>(a.head_size, [&](auto size) {
         constexpr int D = decltype(size)::value;
-        if (has_relative_extras(a))
-            launch_relative_bwd_of<PYXLBERT_ELEMENT, D, true>(a, stream);
-        else
-            launch_relative_bwd_of<PYXLBERT_ELEMENT, D, false>(a, stream);
+        with_tiles<TILES_DIFFER<PYXLBERT_ELEMENT, D, true>>([&](auto small) {
+            constexpr bool SMALL = decltype(small)::value;
+            if (has_relative_extras(a))
+                launch_relative_bwd_of<PYXLBERT_ELEMENT, D, true, SMALL>(a, stream);
+            else
+                launch_relative_bwd_of<PYXLBERT_ELEMENT, D, false, SMALL>(a, stream);
+        });
     });
 }
 

@@ -33,10 +33,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
     Band<C::BN> band;
     band.line0 = reinterpret_cast<float*>(memory + C::PLACES) + warp_id() * Band<C::BN>::FLOATS;
     T* rows = reinterpret_cast<T*>(memory + C::PLACES + C::BANDS);
-    T* contents = rows + C::KEYS;  // two steps of each
-    T* positions = contents + 2 * C::QUERIES;
-    T* douts = positions + 2 * C::QUERIES;
-    T* gradients = douts + 2 * C::QUERIES;
+    T* content = rows + C::KEYS;
+    T* dout = content + C::QUERIES;
+    T* positions = dout + C::QUERIES;  // two steps of them
+    T* gradients = positions + 2 * C::QUERIES;
     Ring<T, D, C::RING> keys = {gradients + C::SCORES, 0}, values = {keys.rows + C::RING * LD<D>, 0};
 
     const int blocks = ceil_div(a.table_rows, C::BK);
@@ -97,14 +97,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
         const int b = step.sequence;
         const Sequence s = sequence_of(a, b);
         const Place* places = all_places + buffer * C::BM;
-        load_places<T, D, C::BM, C::THREADS>(contents + buffer * C::QUERIES,
-                                             like_query<T>(a, stream, stream.content, b, h, s.start), stride, places,
-                                             a.head_size, false);
+        load_places<T, D, C::BM, C::THREADS>(content, like_query<T>(a, stream, stream.content, b, h, s.start), stride,
+                                             places, a.head_size, false);
         load_places<T, D, C::BM, C::THREADS>(positions + buffer * C::QUERIES,
                                              like_query<T>(a, stream, stream.position, b, h, s.start), stride, places,
                                              a.head_size, false);
-        load_places<T, D, C::BM, C::THREADS>(douts + buffer * C::QUERIES, plane_of<T>(stream.dout, b, h, s.start),
-                                             stream.dout.row, places, a.head_size, true);
+        load_places<T, D, C::BM, C::THREADS>(dout, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row, places,
+                                             a.head_size, true);
         const std::int32_t* hidden = C::EXTRAS && !uniform ? numbers_of(a, a.key_rank, b, s.start, a.keys) : nullptr;
         const T *key = plane_of<T>(a.key, b, h, s.start), *value = plane_of<T>(a.value, b, h, s.start);
         const int first = origin + step.window * C::BM, readable = readable_of(s);
@@ -166,10 +165,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
             }
         if (__any_sync(0xffffffffu, some)) {
             multiply_rows<T, D>(c, position + row * LD<D>, 0, rows + column * LD<D>);
-            skewed_products<T, D, N>(c[0], band, contents + buffer * C::QUERIES + row * LD<D>, keys, row + column,
-                                     upper.position & 15, lower.position & 15);
-            skewed_products<T, D, N>(dp[0], band, douts + buffer * C::QUERIES + row * LD<D>, values, row + column,
-                                     upper.position & 15, lower.position & 15);
+            skewed_products<T, D, N>(c[0], band, content + row * LD<D>, keys, row + column, upper.position & 15,
+                                     lower.position & 15);
+            skewed_products<T, D, N>(dp[0], band, dout + row * LD<D>, values, row + column, upper.position & 15,
+                                     lower.position & 15);
             std::uint32_t bits = ~0u;
 #pragma unroll
             for (int n = 0; n < N; ++n)
@@ -191,7 +190,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 #pragma unroll
             for (int n = 0; n < N; ++n) store_pair(gradients + at + n * 8, dp[0][n][half * 2], dp[0][n][half * 2 + 1]);
         }
-        // From here on nobody reads the rings, the masks or these places.
+        // From here on nobody reads the rings, the masks, these places, contents or douts.
         next_more = __syncthreads_or(next_more);
         if (!next.done) {
             const bool other = next.sequence != step.sequence || next.stream != step.stream;
@@ -234,14 +233,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 
 template <class C>
 constexpr std::size_t shared_of_table() {
-    return C::PLACES + C::BANDS + (C::KEYS + 6 * C::QUERIES + C::SCORES + 2 * C::RING * LD<C::D>)*sizeof(typename C::T);
+    return C::PLACES + C::BANDS + (C::KEYS + 4 * C::QUERIES + C::SCORES + 2 * C::RING * LD<C::D>)*sizeof(typename C::T);
 }
 
-template <class T, int D, bool EXTRAS>
+template <class T, int D, bool EXTRAS, bool SMALL>
 void launch_relative_bwd_of(const Attention& a, Stream stream) {
-    launch_attention_bwd_of<T, D, true, EXTRAS>(a, stream);
-    using S = SumTile<T, D, EXTRAS, true>;
-    static_assert(shared_of_table<S>() <= MOST_SHARED);
+    launch_attention_bwd_of<T, D, true, EXTRAS, SMALL>(a, stream);
+    using S = SumTile<T, D, EXTRAS, true, SMALL>;
+    static_assert(shared_of_table<S>() <= (TILES_DIFFER<T, D, true> && !SMALL ? MOST_SHARED : LEAST_SHARED));
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
     launch<attention_bwd_table<S>, shared_of_table<S>()>(grid_of(blocks * a.tables * a.heads), S::THREADS, stream, a);
 }

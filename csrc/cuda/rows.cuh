@@ -96,6 +96,9 @@ struct Statistics {
 };
 
 // mean and rstd of a row; x, zero outside of it, becomes x - mean.
+//
+// The sum divided by the columns is off by a rounding or two, whose square an eps of 1e-12 does not cover: the
+// deviations are summed too, their mean is taken off them and its square off the variance.
 template <class S>
 DEVICE Statistics centre(float (&x)[S::VECTORS][S::VEC], int columns, float eps) {
     float sum = 0.0f;
@@ -104,16 +107,24 @@ DEVICE Statistics centre(float (&x)[S::VECTORS][S::VEC], int columns, float eps)
 #pragma unroll
         for (int e = 0; e < S::VEC; ++e) sum += x[v][e];
     const float mean = row_sum<S>({sum, 0.0f}).first / static_cast<float>(columns);
-    float squares = 0.0f;
+    Pair sums = {0.0f, 0.0f};  // of squares and of deviations
     each_vector<S>(columns, [&](int v, int) {
 #pragma unroll
         for (int e = 0; e < S::VEC; ++e) {
             x[v][e] -= mean;
-            squares += x[v][e] * x[v][e];
+            sums.first += x[v][e] * x[v][e];
+            sums.second += x[v][e];
         }
     });
-    const float variance = row_sum<S>({squares, 0.0f}).first / static_cast<float>(columns);
-    return {mean, 1.0f / sqrtf(variance + eps)};
+    sums = row_sum<S>(sums);
+    const float off = sums.second / static_cast<float>(columns), excess = sums.second * off;
+    each_vector<S>(columns, [&](int v, int) {
+#pragma unroll
+        for (int e = 0; e < S::VEC; ++e) x[v][e] -= off;
+    });
+    // Of huge elements both may be infinite; a NaN stays one.
+    const float rest = !(sums.first <= excess) ? sums.first - excess : excess > 3e38f ? sums.first : 0.0f;
+    return {mean + off, 1.0f / sqrtf(rest / static_cast<float>(columns) + eps)};
 }
 
 // Of a row's gradient dy and its xhat = (x - mean) * rstd: g = dy becomes dx = rstd * (g * w - mean(g * w) - xhat *

@@ -3,10 +3,10 @@
 // A product's result [16, 8 * N] lies in registers as c[N][4]: lane l has, of each 8 columns, columns 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4 in c[n][0] and c[n][1], and of row l / 4 + 8 in c[n][2] and c[n][3].
 //
-// 16-bit elements go through ldmatrix and m16n8k16.  float32 is multiplied as three tf32 products, which are exact in
-// the accumulator to some 2^-22: x = high + low, both tf32, and high * high + high * low + low * high.  There the 8
-// columns of a step are taken in the order 0 2 4 6 1 3 5 7 by both factors, so that a lane's two are neighbours, and
-// scores in registers are a left factor as they are.
+// 16-bit elements go through ldmatrix and m16n8k16.  float32 is multiplied as three tf32 products, whose sum is exact
+// to some 2^-22: x = high + low, both tf32, and high * high + high * low + low * high.  There the 8 columns of a step
+// are taken in the order 0 2 4 6 1 3 5 7 by both factors, so that a lane's two are neighbours, and scores in registers
+// are a left factor as they are.
 #pragma once
 #include "cuda/device.cuh"
 
@@ -116,12 +116,20 @@ struct Mma<float> {
         split(column[ld + 8], b.high[3], b.low[3]);
     }
     static DEVICE void multiply(float (&c)[4], float (&d)[4], const Left& a, const Right& b) {
-        mma8(c, a.low, b.high[0], b.high[1]);
-        mma8(c, a.high, b.low[0], b.low[1]);
-        mma8(c, a.high, b.high[0], b.high[1]);
-        mma8(d, a.low, b.high[2], b.high[3]);
-        mma8(d, a.high, b.low[2], b.low[3]);
-        mma8(d, a.high, b.high[2], b.high[3]);
+        add_product(c, a, b.high[0], b.high[1], b.low[0], b.low[1]);
+        add_product(d, a, b.high[2], b.high[3], b.low[2], b.low[3]);
+    }
+    // Tensor cores cut off what an addition leaves behind a float's last bit: a long sum in one accumulator would be
+    // too small by its length.  So each step's products start from zero, and are added where additions round to
+    // nearest.
+    static DEVICE void add_product(float (&c)[4], const Left& a, std::uint32_t high0, std::uint32_t high1,
+                                   std::uint32_t low0, std::uint32_t low1) {
+        float x[4] = {};
+        mma8(x, a.low, high0, high1);
+        mma8(x, a.high, low0, low1);
+        mma8(x, a.high, high0, high1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[e] += x[e];
     }
 };
 
@@ -186,15 +194,15 @@ DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T*
     }
 }
 
-// out [M][16, D] += c [M][16, 8 N], rounded to T, times the 8 N rows of `tile` [8 N, D].
-template <class T, int D, int M, int N>
-DEVICE void multiply_scores(float (&out)[M][D / 8][4], const float (&c)[M][N][4], const T* tile) {
+// out [M][16, 8 K] += c [M][16, 8 N], rounded to T, times the 8 N rows of `tile` [8 N, 8 K].
+template <class T, int D, int M, int K, int N>
+DEVICE void multiply_scores(float (&out)[M][K][4], const float (&c)[M][N][4], const T* tile) {
 #pragma unroll
     for (int step = 0; step < N * 8 / Mma<T>::K; ++step) {
         typename Mma<T>::Left a[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) Mma<T>::from_scores(a[m], c[m], step);
-        multiply_columns<T, D, M, D / 8>(out, a, tile + step * Mma<T>::K * LD<D>);
+        multiply_columns<T, D>(out, a, tile + step * Mma<T>::K * LD<D>);
     }
 }
 

@@ -1,5 +1,6 @@
-// two_stream_attention: one launch for both streams.  A block takes a window of positions, and of each stream the
-// queries that stand there: they meet the same tiles of keys and values, and the same band of the table.
+// two_stream_attention: one launch for both streams where a block has room for them.  It takes a window of positions,
+// and of each stream the queries that stand there: they meet the same tiles of keys and values, and the same band of
+// the table.
 #include "cuda/two_stream_attention.h"
 
 #include "cuda/attention_fwd.cuh"
@@ -10,8 +11,16 @@ namespace pyxlbert::cuda {
 
 template <>
 void Kernels<PYXLBERT_ELEMENT>::two_stream_attention_fwd(const Attention& a, Stream stream) {
+    using T = PYXLBERT_ELEMENT;
     with_head_size<false>(a.head_size, [&](auto size) {
-        launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, true, 2>(a, has_relative_extras(a), stream);
+        constexpr int D = decltype(size)::value;
+        with_tiles<TILES_DIFFER<T, D, true>>([&](auto small) {
+            // Sums of two streams' long rows of float32 would not fit the registers.
+            if constexpr (decltype(small)::value || (sizeof(T) == 4 && D > 64))
+                for_each_stream(a, [&](const Attention& one) { relative_attention_fwd(one, stream); });
+            else
+                launch_attention_fwd_of<T, D, true, 2, false>(a, has_relative_extras(a), stream);
+        });
     });
 }
 

@@ -18,7 +18,11 @@ _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to 
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why the CUDA kernels cannot take these tensors, or None: the `supports` of most ops."""
     emulated = backends.cuda_is_emulated
-    return rows.refusal("cpu" if emulated else "cuda", " in the emulation" if emulated else "", tensors)
+    reason = rows.refusal("cpu" if emulated else "cuda", " in the emulation" if emulated else "", tensors)
+    if reason is not None:
+        return reason
+    devices = {x.device.index or 0 for x in tensors if x is not None}
+    return next((reason for reason in map(refusal_of_device, sorted(devices)) if reason is not None), None)
 
 
 def refusal_of_rows(*tensors: Tensor | None) -> str | None:
@@ -30,11 +34,14 @@ def refusal_of_rows(*tensors: Tensor | None) -> str | None:
 
 
 @functools.cache
-def shared_memory(device: int) -> int:
-    """Bytes of shared memory that a block may have on a device; where torch does not tell, what H100s have."""
-    if backends.cuda_is_emulated:
-        return 227 * 1024
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 227 * 1024)
+def refusal_of_device(device: int) -> str | None:
+    """Why the CUDA kernels cannot run on a device, or None: its driver, its capability, its shared memory."""
+    return backends.cuda_kernels.probe(device) or None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a device, which the sizes of tiles follow."""
+    return backends.cuda_kernels.shared_memory(device.index or 0)
 
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:

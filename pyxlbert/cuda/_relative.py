@@ -8,29 +8,11 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import description, in_place, padded, refusal_of_heads, whole_vectors
+from pyxlbert.cuda._attention import description, in_place, padded, whole_vectors
 from pyxlbert.cuda._launch import dtype_of, launch, shared_memory
 from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.relative import SHARED, Shared, Stream
 from pyxlbert.launch.rows import DTYPE, address, int32
-
-# Bytes of shared memory for a block of the largest tiles; those of 16-bit elements and head sizes up to 64 need less.
-_SHARED = 150 * 1024
-
-
-def refusal_of_relative(*tensors: Tensor | None) -> str | None:
-    """The `supports` of the ops with a table: on devices with little shared memory their tiles are bounded."""
-    reason = refusal_of_heads(*tensors)
-    query = tensors[0] if tensors else None
-    if reason is not None or query is None or query.dim() == 0:
-        return reason
-    here = shared_memory(query.get_device())
-    if here < _SHARED and (query.shape[-1] > 64 or query.dtype is torch.float32):
-        return (
-            f"this device has {here // 1024} KiB of shared memory for a block, enough for 16-bit elements and head "
-            "sizes of at most 64"
-        )
-    return None
 
 
 def _rows(shared: Shared, query: Tensor) -> int:
@@ -138,7 +120,7 @@ def backward(
         workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
         rows = _rows(shared, streams[n].query)
         positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
-        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions)
+        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions, shared_memory(device))
         parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
         delta, rest, content, position = (x.data_ptr() for x in workspace)
         stream.gradients(

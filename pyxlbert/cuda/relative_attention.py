@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pyxlbert.cuda._relative import backward, forward, refusal_of_relative
+from pyxlbert.cuda._attention import refusal_of_heads
+from pyxlbert.cuda._relative import backward, forward
 from pyxlbert.launch.relative import gradients_in_order, relative_call
 
-supports = refusal_of_relative
+supports = refusal_of_heads
 
 
 def relative_attention_fwd(call: Any) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.cuda._relative import backward, forward, refusal_of_relative
+from pyxlbert.cuda._attention import refusal_of_heads
+from pyxlbert.cuda._relative import backward, forward
 from pyxlbert.launch.relative import gradients_in_order, two_stream_call, with_zeros
 
-supports = refusal_of_relative
+supports = refusal_of_heads
 
 
 def two_stream_attention_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""Models, each in one file, and the directories they are read from."""
+"""Models, each an encoder and its heads, and the directories they are read from."""
 
 from __future__ import annotations
 
-from pyxlbert.models.bert import (
-    BertConfig,
+from pyxlbert.models.bert import BertConfig, BertModel
+from pyxlbert.models.bert_heads import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -11,18 +11,16 @@ from pyxlbert.models.bert import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
 )
 from pyxlbert.models.outputs import ModelOutput
-from pyxlbert.models.xlnet import (
-    XLNetConfig,
+from pyxlbert.models.xlnet import XLNetModel
+from pyxlbert.models.xlnet_answers import XLNetForQuestionAnswering, XLNetForQuestionAnsweringSimple
+from pyxlbert.models.xlnet_config import XLNetConfig
+from pyxlbert.models.xlnet_heads import (
     XLNetForMultipleChoice,
-    XLNetForQuestionAnswering,
-    XLNetForQuestionAnsweringSimple,
     XLNetForSequenceClassification,
     XLNetForTokenClassification,
     XLNetLMHeadModel,
-    XLNetModel,
 )
 
 __all__ = [

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyxlbert.models.inputs import check_device, check_range, check_shape, check_tensors, check_tokens, check_zero_one
-from pyxlbert.nn import RelativeLayout, TokenLayout
-
-if TYPE_CHECKING:
-    from pyxlbert.models.xlnet import XLNetLMHeadModel
+from pyxlbert.nn import HIDDEN_RANK, RelativeLayout, TokenLayout, relative_positions
 
 # With memories transformers computes this many of the last tokens again at every step.
 RECOMPUTED = 2
@@ -82,7 +79,7 @@ class Sampling:
 class Whole:
     """Every step computes the whole text; all its tokens see each other, and the next place is the only target."""
 
-    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None) -> None:
+    def __init__(self, model: Generates, tokens: Tensor | None) -> None:
         self.model, self.tokens = model, tokens
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -98,7 +95,7 @@ class WithMemories:
     `transformers`.
     """
 
-    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None) -> None:
+    def __init__(self, model: Generates, tokens: Tensor | None) -> None:
         self.model, self.tokens = model, tokens
         self.mems: tuple[Tensor, ...] | None = None
         self.seen: Tensor | None = None  # bool [B, mem_len], where a memory is of a token
@@ -161,10 +158,8 @@ class LeftToRight:
         ValueError: the model attends to a window that moves (`same_length`).
     """
 
-    def __init__(self, model: XLNetLMHeadModel, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
-        from pyxlbert.models.xlnet import HIDDEN_RANK, relative_positions
-
-        config, encoder = model.config, model.transformer
+    def __init__(self, model: Generates, tokens: Tensor | None, batch: int, prompt: int, capacity: int) -> None:
+        config, encoder = model.config, model.base_model
         if config.same_length and config.attn_type == "uni":
             raise ValueError("left_to_right: got True with same_length, whose window moves; wanted False")
         self.model, self.length, self.prompt = model, 0, prompt
@@ -172,7 +167,14 @@ class LeftToRight:
         device = weight.device
         # The distance of row x is farthest - x.
         self.farthest = capacity + prompt + 2
-        positions = relative_positions(prompt + 1, self.farthest, config, device=device).to(weight.dtype)
+        positions = relative_positions(
+            prompt + 1,
+            self.farthest,
+            config.d_model,
+            clamp=config.clamp_len,
+            backwards=config.bi_data,
+            device=device,
+        ).to(weight.dtype)  # [R, E] or [2, R, E]
         self.tables = [layer.rel_attn.project(positions, "r")[0] for layer in encoder.layer]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -183,12 +185,12 @@ class LeftToRight:
 
     def logits(self, ids: Tensor) -> Tensor:
         """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""
-        encoder = self.model.transformer
+        encoder = self.model.base_model
         new = ids[:, self.length :]
         batch, count = new.shape
         last = self.length + count
         stream_dtype, product_dtype, copy_dtype = encoder.dtypes()
-        words = torch.cat([encoder.word_embedding(new), encoder.mask_emb.expand(batch, 1, -1)], dim=1)
+        words = torch.cat([encoder.word_embedding(new), encoder.mask_emb.expand(batch, 1, -1)], dim=1)  # [B, T + 1, E]
         words = encoder.dropout(words)
         x, residual = words.to(product_dtype), words.to(stream_dtype)
         # A token sees those before it and itself; the target stands behind the last and sees it.
@@ -205,13 +207,13 @@ class LeftToRight:
         )
         for index, layer in enumerate(encoder.layer):
             attention = layer.rel_attn
-            key, value = attention.project(x[:, :count], "kv")
-            key, value = self._cached(index, key, value)
-            table = self.tables[index][..., begin : begin + count + 1 + last, :, :]
-            mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)
+            key, value = attention.project(x[:, :count], "kv")  # [B, T, H, D]
+            key, value = self._cached(index, key, value)  # [B, Tk, H, D]
+            table = self.tables[index][..., begin : begin + count + 1 + last, :, :]  # [R, H, D] or [2, R, H, D]
+            mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)  # [B, T + 1, H, D]
             x, residual = layer.finish(attention.back(mixed), (x, residual), copy_dtype)
         self.length = last
-        target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))
+        target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))  # [B, E]
         return self.model.lm_loss(target)
 
     def _cached(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,56 +228,6 @@ class LeftToRight:
         return self.keys[index][:, :end], self.values[index][:, :end]
 
 
-@torch.no_grad()
-def generate(
-    model: XLNetLMHeadModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_token_ids: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    use_mems: bool | None,
-    left_to_right: bool,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """See `XLNetLMHeadModel.generate`."""
-    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
-    check_tokens(input_ids, None, model.config.d_model, model.device)
-    check_range("input_ids", input_ids, 0, model.config.vocab_size - 1)
-    batch, length = input_ids.shape
-    if length == 0:
-        raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, wanted at least one token to begin with")
-    _check_integer("max_new_tokens", max_new_tokens)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an integer of at least 1")
-    for name, value in (("use_mems", use_mems), ("left_to_right", left_to_right)):
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}, wanted True or False")
-    if use_mems and left_to_right:
-        raise ValueError("use_mems: got True with left_to_right, which keeps keys and values; wanted None or False")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {type(generator).__name__}, wanted a torch.Generator")
-    stop_token_ids, pad_token_id = _special(model, stop_token_ids, pad_token_id)
-    use_mems = model.config.use_mems_eval if use_mems is None else use_mems
-    tokens = _left_padded(attention_mask, batch, length, input_ids.device)
-    if left_to_right:
-        stepper = LeftToRight(model, tokens, batch, length, length + max_new_tokens)
-    else:
-        stepper = (WithMemories if use_mems else Whole)(model, tokens)
-    ids = input_ids.long()
-    stops = torch.tensor(stop_token_ids, dtype=torch.long, device=ids.device)
-    going = torch.ones(batch, dtype=torch.bool, device=ids.device)
-    for _ in range(max_new_tokens):
-        chosen = sampling.next(stepper.logits(ids), generator)
-        chosen = torch.where(going, chosen, pad_token_id)
-        ids = torch.cat([ids, chosen[:, None]], dim=1)
-        going = going & ~torch.isin(chosen, stops)
-        if not bool(going.any()):
-            break
-    return ids
-
-
 def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {value!r}, wanted an integer")
@@ -287,10 +239,9 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _special(
-    model: XLNetLMHeadModel, stop_token_ids: int | Sequence[int] | None, pad_token_id: int | None
+    config: Any, stop_token_ids: int | Sequence[int] | None, pad_token_id: int | None
 ) -> tuple[list[int], int]:
     """The tokens that end a text, and what follows them; the configuration's where they are not given."""
-    config = model.config
     stops = config.eos_token_id if stop_token_ids is None else stop_token_ids
     stops = [] if stops is None else [stops] if not isinstance(stops, (list, tuple, set, range)) else list(stops)
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
@@ -318,3 +269,99 @@ def _left_padded(mask: Tensor | None, batch: int, length: int, device: torch.dev
     if bool((tokens[:, 1:] < tokens[:, :-1]).any()) or not bool(tokens[:, -1].all()):
         raise ValueError("attention_mask: got padding behind a token, wanted padding on the left alone")
     return None if bool(tokens.all()) else tokens
+
+
+class Generates:
+    """What a language model continues texts with; mixed into `XLNetLMHeadModel`.
+
+    Attributes:
+        config: an XLNet's.
+        base_model: its encoder.
+        lm_loss: its decoder.
+        device: the parameters'.
+    """
+
+    config: Any
+    base_model: nn.Module
+    lm_loss: nn.Module
+    device: torch.device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        use_mems: bool | None = None,
+        left_to_right: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue texts, token by token, with no gradients.
+
+        Args:
+            input_ids: ``[B, T]``, the prompts, those shorter than the longest padded on the left.
+            attention_mask: ``[B, T]`` of 1 (token) and 0 (padding on the left): each text is then continued as if it
+                were alone. Without it padding is text.
+            max_new_tokens: how many tokens to add at most.
+            do_sample: draw tokens instead of taking the best.
+            temperature, top_k, top_p: of drawing: logits are divided by the temperature, then cut to the `top_k` best,
+                then to the fewest that together have the probability `top_p`. Only together with `do_sample`.
+            stop_token_ids: a text that has got one of these is finished; the configuration's `eos_token_id` by default.
+            pad_token_id: what follows in a finished text while others go on; the configuration's by default.
+            use_mems: whether states of earlier tokens are kept as memories, or the whole text is computed at every
+                step; the configuration's `use_mems_eval` by default. In both every token sees all others that are
+                computed with it, as in `transformers`.
+            left_to_right: no token sees a later one and keys and values are kept, so that a step computes the products
+                of its own token alone; attention still reads all keys, so that a step's cost grows slowly with the
+                text. Not together with `use_mems`.
+            generator: the source of chance.
+
+        Returns:
+            int64 ``[B, T + n]``, the prompts and what follows.
+
+        Raises:
+            ValueError: an argument has a wrong shape or value, or no effect beside another; the message names it.
+            TypeError: an argument has a wrong type or dtype.
+        """
+        sampling = Sampling(do_sample, temperature, top_k, top_p)
+        check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+        check_tokens(input_ids, None, self.config.d_model, self.device)
+        check_range("input_ids", input_ids, 0, self.config.vocab_size - 1)
+        batch, length = input_ids.shape
+        if length == 0:
+            raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, wanted at least one token to begin with")
+        _check_integer("max_new_tokens", max_new_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, wanted an integer of at least 1")
+        for name, value in (("use_mems", use_mems), ("left_to_right", left_to_right)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, wanted True or False")
+        if use_mems and left_to_right:
+            raise ValueError("use_mems: got True with left_to_right, which keeps keys and values; wanted None or False")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: got {type(generator).__name__}, wanted a torch.Generator")
+        stop_token_ids, pad_token_id = _special(self.config, stop_token_ids, pad_token_id)
+        use_mems = self.config.use_mems_eval if use_mems is None else use_mems
+        tokens = _left_padded(attention_mask, batch, length, input_ids.device)
+        if left_to_right:
+            stepper = LeftToRight(self, tokens, batch, length, length + max_new_tokens)
+        else:
+            stepper = (WithMemories if use_mems else Whole)(self, tokens)
+        ids = input_ids.long()
+        stops = torch.tensor(stop_token_ids, dtype=torch.long, device=ids.device)
+        going = torch.ones(batch, dtype=torch.bool, device=ids.device)
+        for _ in range(max_new_tokens):
+            chosen = sampling.next(stepper.logits(ids), generator)
+            chosen = torch.where(going, chosen, pad_token_id)
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+            going = going & ~torch.isin(chosen, stops)
+            if not bool(going.any()):
+                break
+        return ids

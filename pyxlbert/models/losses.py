@@ -15,6 +15,7 @@ from pyxlbert.models.inputs import (
     check_shape,
     check_tensors,
 )
+from pyxlbert.nn import TokenLayout
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -28,6 +29,41 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORED) -
     """The mean over labels that count."""
     classes = logits.shape[-1]
     return F.cross_entropy(widened(logits).reshape(-1, classes), labels.reshape(-1).long(), ignore_index=ignore_index)
+
+
+def class_loss(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of one class a row.
+
+    Args:
+        name: what an error calls `labels`.
+        logits: ``[B, classes]``.
+        labels: ``[B]``, -100 for none.
+
+    Raises:
+        ValueError: labels of a wrong shape or value.
+        TypeError: labels of a wrong dtype.
+    """
+    batch, classes = logits.shape
+    check_labels(name, labels, logits.device, (batch,), (batch, 1))
+    check_classes(name, labels, classes)
+    return cross_entropy(logits, labels)
+
+
+def token_loss(logits: Tensor, labels: Tensor, layout: TokenLayout) -> Tensor:
+    """The loss of one class a token.
+
+    Args:
+        logits: ``[B, T, classes]``, packed ``[total, classes]``.
+        labels: ``[B, T]``, -100 for none; those on padding are ignored.
+        layout: where the rows lie.
+
+    Raises:
+        ValueError: labels of a wrong shape or value.
+        TypeError: labels of a wrong dtype.
+    """
+    check_labels("labels", labels, logits.device, (layout.batch, layout.length))
+    check_classes("labels", labels, logits.shape[-1])
+    return cross_entropy(logits, layout.labels(labels))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -88,3 +124,20 @@ def span_loss(name: str, logits: Tensor, places: Tensor, tokens: Tensor | None) 
         real = tokens.gather(1, places.clamp(max=length - 1)[:, None]).squeeze(1)
         places = torch.where(real, places, length)
     return cross_entropy(logits, places, ignore_index=length)
+
+
+def answer_loss(
+    start: Tensor, end: Tensor, start_places: Tensor | None, end_places: Tensor | None, layout: TokenLayout
+) -> Tensor | None:
+    """The mean of `span_loss` of both ends of an answer; None unless both places are given.
+
+    Args:
+        start, end: logits ``[B, T]``.
+        start_places, end_places: ``[B]``.
+        layout: says which places are padding.
+    """
+    if start_places is None or end_places is None:
+        return None
+    tokens = layout.tokens(start.device)
+    start_loss = span_loss("start_positions", start, start_places, tokens)
+    return (start_loss + span_loss("end_positions", end, end_places, tokens)) / 2

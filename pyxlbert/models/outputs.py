@@ -74,10 +74,10 @@ class PackedModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     layout: TokenLayout | None = None
 
-    def restored_states(self) -> tuple[Tensor, ...] | None:
-        """`hidden_states` in their places."""
+    def passed_on(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """What a head returns beside its own: `hidden_states` in their places, and `attentions`."""
         states = self.hidden_states
-        return None if states is None else tuple(self.layout.restore(state) for state in states)
+        return None if states is None else tuple(self.layout.restore(state) for state in states), self.attentions
 
 
 @dataclass(eq=False)
@@ -134,6 +134,10 @@ class PackedRecurrentOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple | None = None
     layout: TokenLayout | None = None
+
+    def passed_on(self) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None, tuple | None]:
+        """What a head returns beside its own: `mems`, `hidden_states` and `attentions`."""
+        return self.mems, self.hidden_states, self.attentions
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
+from pyxlbert.models.outputs import ModelOutput
 
 _CHECKPOINT_OPTIONS = {
     "use_reentrant",
@@ -43,6 +44,8 @@ class PretrainedModel(torch.nn.Module):
     #: The encoder's own top-level names, and those of them without which a checkpoint is refused.
     base_parts: ClassVar[tuple[str, ...]]
     required_parts: ClassVar[tuple[str, ...]]
+    #: What a model with a head makes its encoder of.
+    encoder_class: ClassVar[type[PretrainedModel]]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,6 +61,14 @@ class PretrainedModel(torch.nn.Module):
     def base_model(self) -> torch.nn.Module:
         """The encoder: this model itself when it has no head."""
         return getattr(self, self.base_model_prefix, self)
+
+    def _add_encoder(self, **options: Any) -> None:
+        """Give a model with a head its encoder, under the name that checkpoints have for it."""
+        setattr(self, self.base_model_prefix, self.encoder_class(self.config, **options))
+
+    def _returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        """What `forward` returns: the output, or where that is asked for its fields as a tuple."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
     def dtype(self) -> torch.dtype:

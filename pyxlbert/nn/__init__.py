@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
+from pyxlbert.nn.distances import HIDDEN_RANK, MEMORY_RANK, PADDING_RANK, LastTable, relative_positions
 from pyxlbert.nn.embeddings import Embeddings
 from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
 from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_fixed
@@ -12,8 +13,12 @@ from pyxlbert.nn.self_attention import SelfAttention
 
 __all__ = [
     "ACTIVATIONS",
+    "HIDDEN_RANK",
+    "MEMORY_RANK",
+    "PADDING_RANK",
     "DropoutAddLayerNorm",
     "Embeddings",
+    "LastTable",
     "LayerNorm",
     "Linear",
     "LinearActivation",
@@ -24,6 +29,7 @@ __all__ = [
     "activation_kind",
     "fixed_sizes",
     "has_values",
+    "relative_positions",
     "rows_and_stream",
     "sizes_are_fixed",
 ]

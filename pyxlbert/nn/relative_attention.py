@@ -149,11 +149,11 @@ class RelativeAttention(Packable):
         """
         seen = content
         if memory is not None:
-            seen = torch.cat([memory.transpose(0, 1).to(content.dtype), content], dim=1)
-        key, value = self.project(seen, "kv")
+            seen = torch.cat([memory.transpose(0, 1).to(content.dtype), content], dim=1)  # [B, Tk, E]
+        key, value = self.project(seen, "kv")  # [B, Tk, H, D], packed [total, H, D]
         (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D]
-        content_query = self.project(content, "q")[0] if content_needed else None
-        target_query = None if query is None else self.project(query, "q")[0]
+        content_query = self.project(content, "q")[0] if content_needed else None  # [B, T, H, D]
+        target_query = None if query is None else self.project(query, "q")[0]  # [B, M, H, D]
         mixed, target, weights = self._attend(content_query, target_query, key, value, table, layout, output_attentions)
         return self.back(mixed), self.back(target), weights
 
@@ -231,10 +231,10 @@ class RelativeAttention(Packable):
             given = {"query_positions": positions, "offset": layout.tokens.length}
             target, weights = self._look(output_attentions, query, *keys, there, **given)
         else:
-            mapping = layout.target_mapping.to(query.dtype)
-            spread = torch.einsum("bmt,bmhd->bthd", mapping, query)
-            target, weights = self._look(output_attentions, spread, *keys, layout)
-            target = torch.einsum("bmt,bthd->bmhd", mapping, target)
+            mapping = layout.target_mapping.to(query.dtype)  # [B, M, T]
+            spread = torch.einsum("bmt,bmhd->bthd", mapping, query)  # [B, T, H, D]
+            target, weights = self._look(output_attentions, spread, *keys, layout)  # [B, T, H, D]
+            target = torch.einsum("bmt,bthd->bmhd", mapping, target)  # [B, M, H, D]
         return mixed, target, (content_weights, weights) if output_attentions else None
 
     def extra_repr(self) -> str:

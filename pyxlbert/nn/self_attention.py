@@ -63,7 +63,7 @@ class SelfAttention(Packable):
             The mixed values, shaped as x, and None or the weights ``[B, H, T, T]`` in their dtype, after dropout: zeros
             for queries that are padding.
         """
-        query, key, value = self.project(x)
+        query, key, value = self.project(x)  # [B, T, H, D], packed [total, H, D]
         options = {
             "cu_seqlens": layout.cu_seqlens,
             "max_seqlen": layout.max_seqlen,

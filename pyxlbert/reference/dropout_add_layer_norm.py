@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyxlbert.reference.layer_norm import statistics
 from pyxlbert.reference.philox import Tag, keep_rows
 
 
@@ -25,14 +26,14 @@ def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
     wide = call.x.to(torch.promote_types(call.x.dtype, torch.float32))
     branch = wide if call.x_bias is None else wide + call.x_bias
     s = call.residual + _drop(branch, call.dropout_p, call.seed)
-    mean, rstd = _statistics(s, call.eps)
+    mean, rstd = statistics(s.contiguous(), call.eps)
     y = (s - mean[..., None]) * rstd[..., None] * call.weight + call.bias
     outputs = [_rounded(y, call.residual.dtype)]
     if call.copy_dtype is not None:
         outputs.append(_rounded(y, call.copy_dtype))
     if call.save:
         stored = _rounded(s, call.residual.dtype)
-        outputs += [stored, *_statistics(stored.to(s.dtype), call.eps)]
+        outputs += [stored, *statistics(stored.to(s.dtype), call.eps)]
     return outputs
 
 
@@ -60,12 +61,6 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
         columns(total, call.bias, call.needs_parameters),
         columns(dbranch, call.s if call.x_bias is None else call.x_bias, call.needs_x_bias),
     )
-
-
-def _statistics(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    s = s.contiguous()  # so that both results are
-    mean = s.mean(-1)
-    return mean, ((s - mean[..., None]).square().mean(-1) + eps).rsqrt()
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

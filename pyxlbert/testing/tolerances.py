@@ -25,6 +25,10 @@ FLOAT64 = 1e-10
 # Two float32 results of one formula whose sums are added up in another order, relative to the largest element.
 SUMMATION_ORDER = 1e-5
 
+# Float32 sums of two thousand terms of one sign, relative to the largest element: a few roundings, where what rests in
+# accumulators of tensor cores would lose 1e-5 and more.
+LONG_SUM_FLOAT32 = 4e-6
+
 # (op, dtype, backend) -> (factor instead of FACTOR, reason).  A dtype or backend of None means any.
 EXCEPTIONS: dict[tuple[str, torch.dtype | None, str | None], tuple[float, str]] = {}
 

@@ -31,6 +31,8 @@ ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 # One architecture takes both head sizes and float32 too, the others the usual ones.
 FULL = "90a"
 ARCHITECTURES = ("80", FULL, "100")
+# Devices whose blocks have 99 KiB of shared memory, with what runs on them: 8.6 and 8.9 take the machine code of sm_80.
+SMALL = {"86": "80", "120": "120"}
 # By their first letters, the longest first.
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDG.E.128", "STG.E.128", "LDL", "STL")
 
@@ -59,7 +61,12 @@ def architectures_of(name: str) -> tuple[str, ...]:
     if "hopper" in name:
         # An empty kernel anywhere else.
         return (FULL,)
-    return (FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES
+    small: tuple[str, ...] = ()
+    if name.startswith("relative_attention"):
+        small = tuple(SMALL)
+    elif name.endswith(".bfloat16"):
+        small = ("120",)
+    return ((FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES) + small
 
 
 def compiled(name: str, architecture: str) -> dict[str, Any]:
@@ -72,7 +79,9 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
     source, options = units()[name]
     if architecture == FULL:
         options += " -DPYXLBERT_HOPPER"
-    few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if architecture == FULL else _ONE}"
+    options += f" -DPYXLBERT_{'SMALL' if architecture in SMALL else 'LARGE'}_TILES"
+    both = architecture == FULL or (architecture in SMALL and name.startswith("relative_attention"))
+    few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if both else _ONE}"
     command = [
         *(nvcc.find().nvcc, *nvcc.FLAGS.split(), *options.split(), *few.split(), f"-I{ROOT / 'csrc'}"),
         *(_code(architecture), "-c", str(source)),
@@ -108,8 +117,9 @@ def compiled(name: str, architecture: str) -> dict[str, Any]:
 
 
 def _code(architecture: str) -> str:
-    codes = f"[sm_{architecture},compute_{architecture}]" if architecture == "100" else f"sm_{architecture}"
-    return f"-gencode=arch=compute_{architecture},code={codes}"
+    number = SMALL.get(architecture, architecture)
+    codes = f"[sm_{number},compute_{number}]" if number == "100" else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={codes}"
 
 
 _ONE = "-DPYXLBERT_FEW_SIZES -DPYXLBERT_ONE_SIZE"
@@ -152,7 +162,7 @@ def disassembler() -> str:
 def _instructions(target: Path, architecture: str) -> dict[str, dict[str, int]]:
     tool = disassembler()
     environment = dict(os.environ, PATH=f"{Path(tool).parent}:{os.environ['PATH']}")
-    command = [tool, "--dump-sass", "-arch", f"sm_{architecture}", str(target)]
+    command = [tool, "--dump-sass", "-arch", f"sm_{SMALL.get(architecture, architecture)}", str(target)]
     text = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     found: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()

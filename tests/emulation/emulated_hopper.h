@@ -182,7 +182,8 @@ void wgmma(float (&d)[N / 8][4], const std::uint32_t* a, bool add, T kind, const
     emulation::Warpgroup& group = emulation::block->warpgroups[thread / 128];
     group.brought[thread % 128] = &mine;
     if (group.meeting.arrived == 127) {
-        static thread_local float l[64][16], r[16][N];
+        static thread_local float l[64][16];
+        static thread_local Eight r[N / 8][16];
         auto brought = [&](int t) { return static_cast<const Brought*>(group.brought[t]); };
         for (int i = 0; i < 64; ++i)
             for (int k = 0; k < 16; ++k) {
@@ -197,16 +198,19 @@ void wgmma(float (&d)[N / 8][4], const std::uint32_t* a, bool add, T kind, const
                 l[i][k] = half_of(bits, 0, kind);
             }
         for (int k = 0; k < 16; ++k)
-            for (int j = 0; j < N; ++j) r[k][j] = half_of(right(k, j), 0, kind);
-        for (int t = 0; t < 128; ++t)
-            for (int n = 0; n < N / 8; ++n)
-                for (int e = 0; e < 4; ++e) {
-                    const int i = t / 32 * 16 + t % 32 / 4 + e / 2 * 8, j = n * 8 + t % 4 * 2 + e % 2;
-                    float sum = 0.0f;
-                    for (int k = 0; k < 16; ++k) sum += l[i][k] * r[k][j];
-                    float& x = brought(t)->d[n][e];
-                    x = add ? x + sum : sum;
-                }
+            for (int j = 0; j < N; ++j) r[j / 8][k][j % 8] = half_of(right(k, j), 0, kind);
+        for (int i = 0; i < 64; ++i)
+            for (int n = 0; n < N / 8; ++n) {
+                // Four threads have the eight neighbours.
+                auto at = [&](int j) -> float& {
+                    return brought(i / 16 * 32 + i % 8 * 4 + j / 2)->d[n][i % 16 / 8 * 2 + j % 2];
+                };
+                Eight sum = {};
+                if (add)
+                    for (int j = 0; j < 8; ++j) sum[j] = at(j);
+                sum = tensor_core_sum<16, 16>(sum, l[i], r[n]);
+                for (int j = 0; j < 8; ++j) at(j) = sum[j];
+            }
     }
     emulation::arrive(group.meeting, 128, what, 0);
 }

@@ -51,7 +51,7 @@ struct Meeting {
     int arrived = 0;
     std::uint32_t turn = 0;
     const char* what = "";
-    alignas(16) unsigned char slot[2][32][32] = {};
+    alignas(16) unsigned char slot[2][32][48] = {};
     float result[2][16][8] = {};
 };
 
@@ -347,10 +347,16 @@ inline void run_block(dim3 grid, int threads, std::size_t shared, uint3 index, c
 #endif
 }
 
+// Bytes of shared memory that a block may have: a Hopper's, or CUDA_EMULATION_SHARED.
+inline std::size_t most_shared() {
+    const char* wanted = std::getenv("CUDA_EMULATION_SHARED");
+    return wanted == nullptr ? 227 * 1024 : std::strtoull(wanted, nullptr, 10);
+}
+
 inline void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body) {
     const char* order = std::getenv("CUDA_EMULATION_ORDER");
     const bool reversed = order != nullptr && std::strcmp(order, "reversed") == 0;
-    if (threads < 1 || threads > 1024 || shared > 227 * 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535) {
+    if (threads < 1 || threads > 1024 || shared > most_shared() || grid.x == 0 || grid.y == 0 || grid.y > 65535) {
         std::fprintf(stderr, "emulation: a launch of %d threads, %zu bytes, grid %u, %u, %u\n", threads, shared, grid.x,
                      grid.y, grid.z);
         std::abort();

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -87,16 +90,99 @@ def test_a_graph_computes_what_the_model_does(name: str, dtype: torch.dtype) -> 
                 parameter.mul_(1.01)
 
 
+class Launches(NamedTuple):
+    """What the host started on the device: kernels one by one, and whole graphs."""
+
+    kernels: int
+    graphs: int
+
+
+def launches(profile: torch.profiler.profile) -> Launches:
+    """Counts the launches of a profile by the names of the runtime's and the driver's calls.
+
+    Raises:
+        AssertionError: there are none: the profiler did not record the device.
+    """
+    names = [event.name for event in profile.events()]
+    found = Launches(sum("LaunchKernel" in name for name in names), sum("GraphLaunch" in name for name in names))
+    assert any(found), f"the profiler recorded no launch among {len(names)} events"
+    return found
+
+
+def check_one_launch(eager: torch.profiler.profile, graph: torch.profiler.profile, inputs: int) -> None:
+    """The model is many launches; replayed it is one, beside at most a copy of each input."""
+    many, one = launches(eager), launches(graph)
+    assert many.graphs == 0 and many.kernels > 10, f"eager: {many}"
+    assert one.graphs == 1 and one.kernels <= inputs, f"graph: {one}"
+
+
 @needs_gpu
 def test_a_graph_is_one_launch() -> None:
     """The host is done with a replay long before it would have launched the kernels one by one."""
     model, given = build("bert")
-    given = {n: x.cuda() for n, x in given.items()}
-    run = pyxlbert.graphed(model.cuda(), given)
+    model, given = model.cuda(), {n: x.cuda() for n, x in given.items()}
+    run = pyxlbert.graphed(model, given)
+
+    def eager(**arguments: torch.Tensor) -> None:
+        with torch.inference_mode(), fixed_sizes():
+            model(**arguments)
+
+    profiles = []
+    for call in (eager, run):
+        call(**given)
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call(**given)
+            torch.cuda.synchronize()
+        profiles.append(profile)
+    check_one_launch(*profiles, len(given))
+
+
+class FakeProfile:
+    """A profile that holds these events."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def events(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.names]
+
+
+COPIES = ("aten::copy_", "cudaMemcpyAsync", "cudaLaunchKernel")
+EAGER = FakeProfile(*("aten::addmm", "cudaLaunchKernel") * 8, *("cuLaunchKernelEx", "cudaLaunchKernelExC") * 4)
+GRAPH = FakeProfile(*COPIES, "cudaGraphLaunch")
+
+
+def test_launches_are_counted_by_the_calls_of_the_runtime_and_the_driver() -> None:
+    assert launches(EAGER) == Launches(kernels=16, graphs=0)
+    assert launches(GRAPH) == Launches(kernels=1, graphs=1)
+    check_one_launch(EAGER, GRAPH, inputs=3)
+
+
+@pytest.mark.parametrize(
+    ("eager", "graph", "words"),
+    [
+        (EAGER, FakeProfile(*COPIES, *("cuLaunchKernel",) * 3, "cudaGraphLaunch"), r"graph: Launches\(kernels=4"),
+        (EAGER, EAGER, r"graph: Launches\(kernels=16, graphs=0\)"),
+        (EAGER, FakeProfile(*COPIES, "cudaGraphLaunch", "cudaGraphLaunch"), "graphs=2"),
+        (EAGER, FakeProfile("aten::copy_"), "the profiler recorded no launch among 1 events"),
+        (FakeProfile("aten::addmm"), GRAPH, "the profiler recorded no launch among 1 events"),
+        (GRAPH, GRAPH, r"eager: Launches\(kernels=1, graphs=1\)"),
+    ],
+    ids=["kernels beside the graph", "no graph", "two graphs", "no device, graph", "no device, eager", "eager is one"],
+)
+def test_what_is_not_one_launch_fails(eager: FakeProfile, graph: FakeProfile, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_one_launch(eager, graph, inputs=3)
+
+
+def test_a_profile_without_the_device_fails() -> None:
+    """A real one, of the host alone."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(**given)
-    launches = [event for event in profile.events() if "Launch" in event.name and "Graph" not in event.name]
-    assert len(launches) <= len(given)
+        torch.ones(3).add(1)
+    with pytest.raises(AssertionError, match=r"the profiler recorded no launch among [1-9]"):
+        launches(profile)
 
 
 def test_errors_name_what_came_and_what_was_wanted() -> None:

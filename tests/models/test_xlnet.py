@@ -23,8 +23,8 @@ from pyxlbert.models import (
     XLNetForSequenceClassification,
     XLNetLMHeadModel,
     XLNetModel,
-    xlnet,
 )
+from pyxlbert.nn import distances
 from pyxlbert.testing import compare
 from pyxlbert.testing.models import randomize
 
@@ -205,8 +205,8 @@ def test_distances_are_projected_once_a_layer(monkeypatch) -> None:
 
 def test_distances_are_computed_once_for_calls_of_one_shape(monkeypatch) -> None:
     model, made = build(), []
-    real = xlnet.relative_positions
-    monkeypatch.setattr(xlnet, "relative_positions", lambda *a: made.append(a[:2]) or real(*a))
+    real = distances.relative_positions
+    monkeypatch.setattr(distances, "relative_positions", lambda *a, **b: made.append(a[:2]) or real(*a, **b))
     with torch.inference_mode():
         model(IDS)
     first = model(IDS)

@@ -1,0 +1,107 @@
+"""Which devices the CUDA kernels run on, and with which tiles; what they do not take is refused with a sentence before
+anything is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyxlbert
+from pyxlbert import backends
+from pyxlbert.backends import OPS
+from pyxlbert.testing import tolerances
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import Arguments, as_tuple, to_float64
+
+pytestmark = pytest.mark.skipif(backends.unavailable("cuda") is not None, reason=str(backends.unavailable("cuda")))
+DEVICE = "cpu" if backends.cuda_is_emulated else "cuda"
+NORM = {torch.float32: tolerances.SUMMATION_ORDER, torch.bfloat16: tolerances.MODEL_BFLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "wanted"),
+    [
+        (["80", "90a", "100", "100+PTX"], (7, 5), False),
+        (["80", "90a", "100", "100+PTX"], (8, 0), True),
+        (["80", "90a", "100", "100+PTX"], (8, 9), True),
+        (["80", "90a", "100", "100+PTX"], (9, 0), True),
+        (["80", "90a", "100", "100+PTX"], (10, 3), True),
+        (["80", "90a", "100", "100+PTX"], (12, 0), True),
+        (["80", "90a", "100"], (12, 0), False),
+        (["86"], (8, 0), False),
+        (["80+PTX"], (9, 0), True),
+        (["90a"], (9, 0), True),
+        (["90a"], (10, 0), False),
+        (["90a+PTX"], (10, 0), False),
+        (["100f"], (10, 3), True),
+        (["100f+PTX"], (12, 0), False),
+        ([], (8, 0), False),
+    ],
+)
+def test_which_devices_code_runs_on(architectures: list[str], capability: tuple[int, int], wanted: bool) -> None:
+    assert backends.cuda_kernels.covers(architectures, *capability) is wanted
+
+
+def test_this_device_is_one_of_them() -> None:
+    assert backends.cuda_kernels.probe(0) == ""
+    assert backends.cuda_kernels.shared_memory(0) >= 99 * 1024
+    if not backends.cuda_is_emulated:
+        assert backends.cuda_kernels.covers(backends.cuda_kernels.built, *torch.cuda.get_device_capability())
+        assert "there is no CUDA device 99" in backends.cuda_kernels.probe(99)
+
+
+def test_a_device_that_is_not_is_refused_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyxlbert.cuda import _launch
+
+    x, w = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    monkeypatch.setattr(_launch, "refusal_of_device", lambda device: "the driver is one for CUDA 12.4")
+    assert all(OPS[op].refusal("cuda", x) == "the driver is one for CUDA 12.4" for op in ("layer_norm", "attention"))
+    with pytest.raises(RuntimeError, match=r"backend .cuda. is unavailable: the driver is one for CUDA 12\.4"):
+        pyxlbert.layer_norm(x, w, w, backend="cuda")
+
+
+def results_of(op: str, arguments: Arguments, **options: str) -> list[torch.Tensor]:
+    """The outputs, and the gradients of all that has one where those of the outputs are random."""
+    spec = SPECS[op]
+    leaves = {n: arguments[n].detach().requires_grad_() for n in spec.differentiable if n in arguments}
+    outputs = as_tuple((spec.function if options else spec.plain)(**arguments | leaves, **options))
+    generator = torch.Generator().manual_seed(4)
+    cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, list(leaves.values()), cotangents))]
+
+
+@pytest.mark.skipif(not backends.cuda_is_emulated, reason="the shared memory of a device is what it is")
+@pytest.mark.parametrize("dtype", list(NORM), ids=str)
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    ("op", "segments"),
+    [(op, some) for op in ("relative_attention", "two_stream_attention") for some in (False, True)]
+    + [("attention", False)],
+)
+def test_little_shared_memory(
+    op: str, segments: bool, head_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles for the 99 KiB of capability 8.6, 8.9 and 12.0; the emulation ends on a launch that asks for more."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    length, heads = 75, 2
+    given: Arguments = {"key": randn(2, length, heads, head_size), "value": randn(2, length, heads, head_size)}
+    given["content_query" if op == "two_stream_attention" else "query"] = randn(2, length, heads, head_size)
+    if op != "attention":
+        given |= {"position_key": randn(2 * length, heads, head_size), "content_bias": randn(heads, head_size)}
+        given["position_bias"] = randn(heads, head_size)
+        if segments:
+            given |= {"segment_bias": randn(heads, head_size), "segment_embedding": randn(2, heads, head_size)}
+            of_keys, of_queries = (torch.randint(2, (2, length), generator=generator).int() for _ in range(2))
+            given |= {"key_segments": of_keys, "query_segments": of_queries}
+    if op == "two_stream_attention":
+        given["query_query"] = randn(2, 20, heads, head_size)
+        given["target_positions"] = torch.randperm(length, generator=generator)[:20].int().expand(2, -1).contiguous()
+    monkeypatch.setenv("CUDA_EMULATION_SHARED", str(99 * 1024))
+    ours, truth = results_of(op, given, backend="cuda"), results_of(op, to_float64(given))
+    for number, (x, wanted) in enumerate(zip(ours, truth, strict=True)):
+        error = float((x.double() - wanted).norm() / wanted.norm())
+        assert error <= NORM[dtype], f"result {number} is off by {error:.3g}"
