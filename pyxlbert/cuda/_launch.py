@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,11 +17,7 @@ _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to 
 def refusal(*tensors: Tensor | None) -> str | None:
     """Why the CUDA kernels cannot take these tensors, or None: the `supports` of most ops."""
     emulated = backends.cuda_is_emulated
-    reason = rows.refusal("cpu" if emulated else "cuda", " in the emulation" if emulated else "", tensors)
-    if reason is not None:
-        return reason
-    devices = {x.device.index or 0 for x in tensors if x is not None}
-    return next((reason for reason in map(refusal_of_device, sorted(devices)) if reason is not None), None)
+    return rows.refusal("cpu" if emulated else "cuda", " in the emulation" if emulated else "", tensors)
 
 
 def refusal_of_rows(*tensors: Tensor | None) -> str | None:
@@ -31,12 +26,6 @@ def refusal_of_rows(*tensors: Tensor | None) -> str | None:
     if columns > backends.cuda_kernels.MOST_COLUMNS:
         return f"it takes rows of at most {backends.cuda_kernels.MOST_COLUMNS} elements, not {columns}"
     return refusal(*tensors)
-
-
-@functools.cache
-def refusal_of_device(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on a device, or None: its driver, its capability, its shared memory."""
-    return backends.cuda_kernels.probe(device) or None
 
 
 def shared_memory(device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pyxlbert import checks
@@ -48,22 +50,14 @@ def check_table(
         )
 
 
-def check_biases(
-    op: str,
-    query: torch.Tensor,
-    first: str,
-    content_bias: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    segment_bias: torch.Tensor | None,
-    segment_embedding: torch.Tensor | None,
-) -> None:
+def check_biases(op: str, query: torch.Tensor, first: str, given: Any) -> None:
     """Biases are `[H, D]`, the segment embedding `[2, H, D]`, in query's dtype or float32."""
     heads, head_size = query.shape[-2:]
     for name, tensor, wanted, letters in (
-        ("content_bias", content_bias, (heads, head_size), "H, D"),
-        ("position_bias", position_bias, (heads, head_size), "H, D"),
-        ("segment_bias", segment_bias, (heads, head_size), "H, D"),
-        ("segment_embedding", segment_embedding, (2, heads, head_size), "same and other segment, H, D"),
+        ("content_bias", given.content_bias, (heads, head_size), "H, D"),
+        ("position_bias", given.position_bias, (heads, head_size), "H, D"),
+        ("segment_bias", given.segment_bias, (heads, head_size), "H, D"),
+        ("segment_embedding", given.segment_embedding, (2, heads, head_size), "same and other segment, H, D"),
     ):
         if tensor is None:
             continue
@@ -72,7 +66,7 @@ def check_biases(
         checks.same_device(op, name, tensor, first, query)
         checks.floating_like(op, name, tensor, query, parameter=True)
         checks.shape(op, name, tensor, wanted, letters)
-    if segment_bias is not None and segment_embedding is None:
+    if given.segment_bias is not None and given.segment_embedding is None:
         raise ValueError(f"{op}: segment_bias: got it without segment_embedding, wanted both or neither")
 
 
@@ -80,39 +74,36 @@ def check_segments(
     op: str,
     query: torch.Tensor,
     first: str,
-    segment_embedding: torch.Tensor | None,
-    query_segments: torch.Tensor | None,
-    key_segments: torch.Tensor | None,
+    given: Any,
     rows: tuple[int, ...],
     keys: tuple[int, ...],
     letters: tuple[str, str],
 ) -> None:
     """Segments are integers, one a row and one a key, and stand beside a segment embedding."""
-    given = {"segment_embedding": segment_embedding, "query_segments": query_segments, "key_segments": key_segments}
-    missing = [name for name, tensor in given.items() if tensor is None]
-    if 0 < len(missing) < len(given):
-        raise ValueError(f"{op}: {missing[0]}: got None, wanted it beside {', '.join(set(given) - set(missing))}")
+    names = ("segment_embedding", "query_segments", "key_segments")
+    missing = [name for name in names if getattr(given, name) is None]
+    if 0 < len(missing) < len(names):
+        raise ValueError(f"{op}: {missing[0]}: got None, wanted it beside {', '.join(set(names) - set(missing))}")
     integers = (torch.int32, torch.int64)
-    check_numbers(op, "query_segments", query_segments, query, first, rows, letters[0], *integers)
-    check_numbers(op, "key_segments", key_segments, query, first, keys, letters[1], *integers)
+    check_numbers(op, "query_segments", given.query_segments, query, first, rows, letters[0], *integers)
+    check_numbers(op, "key_segments", given.key_segments, query, first, keys, letters[1], *integers)
 
 
 def check_ranks(
     op: str,
     query: torch.Tensor,
     first: str,
-    query_rank: torch.Tensor | None,
-    key_rank: torch.Tensor | None,
+    given: Any,
     rows: tuple[int, ...],
     keys: tuple[int, ...],
     letters: tuple[str, str],
 ) -> None:
     """Ranks are int32, one a row and one a key, both or neither."""
-    for name, tensor, other in (("query_rank", query_rank, "key_rank"), ("key_rank", key_rank, "query_rank")):
-        if tensor is None and (query_rank is not None or key_rank is not None):
+    for name, other in (("query_rank", "key_rank"), ("key_rank", "query_rank")):
+        if getattr(given, name) is None and getattr(given, other) is not None:
             raise ValueError(f"{op}: {name}: got None, wanted it beside {other}")
-    check_numbers(op, "query_rank", query_rank, query, first, rows, letters[0], torch.int32)
-    check_numbers(op, "key_rank", key_rank, query, first, keys, letters[1], torch.int32)
+    check_numbers(op, "query_rank", given.query_rank, query, first, rows, letters[0], torch.int32)
+    check_numbers(op, "key_rank", given.key_rank, query, first, keys, letters[1], torch.int32)
 
 
 def check_numbers(
@@ -155,10 +146,11 @@ def check_segment_values(op: str, **segments: torch.Tensor | None) -> None:
             raise ValueError(f"{op}: {name}: got {wrong}, wanted a number of 32 bits, -2**31 to 2**31 - 1")
 
 
-def lower(
-    activations: tuple[torch.Tensor, ...], parameters: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor | None, ...]:
-    """Under autocast all activations in its dtype, and parameters that are not float32; float64 queries stay."""
+def lower(activations: tuple[torch.Tensor, ...], given: Any) -> tuple[torch.Tensor | None, ...]:
+    """The activations, then content, position and segment bias and the segment embedding: under autocast activations
+    in its dtype, and parameters that are not float32; float64 queries stay.
+    """
+    parameters = (given.content_bias, given.position_bias, given.segment_bias, given.segment_embedding)
     device = activations[0].device.type
     if not torch.is_autocast_enabled(device) or activations[0].dtype is torch.float64:
         return *activations, *parameters

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.ops.attention import Given as AttentionGiven
 from pyxlbert.ops.attention import call_of as attention_call
 from pyxlbert.ops.attention import check_values as check_attention
+from pyxlbert.ops.relative_attention import Given as RelativeGiven
 from pyxlbert.ops.relative_attention import call_of as relative_call
 from pyxlbert.ops.relative_attention import check_values as check_relative
+from pyxlbert.ops.two_stream_attention import Given as TwoStreamGiven
 from pyxlbert.ops.two_stream_attention import call_of as two_stream_call
 from pyxlbert.ops.two_stream_attention import check_values as check_two_stream
 from pyxlbert.reference import attention, relative_attention, two_stream_attention
@@ -36,7 +39,7 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **options:
     Raises:
         TypeError, ValueError: as `attention`.
     """
-    call = attention_call(query, key, value, **options, backend="torch")
+    call = attention_call(AttentionGiven(query, key, value, **options, backend="torch"))
     return _run(attention.attention_with_weights, check_attention, call)
 
 
@@ -44,7 +47,7 @@ def relative_attention_with_weights(
     query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`relative_attention`, and its weights; see `attention_with_weights`."""
-    call = relative_call(query, key, value, position_key, **options, backend="torch")
+    call = relative_call(RelativeGiven(query, key, value, position_key, **options, backend="torch"))
     return _run(relative_attention.relative_attention_with_weights, check_relative, call)
 
 
@@ -52,7 +55,9 @@ def two_stream_attention_with_weights(
     content_query: Tensor, query_query: Tensor, key: Tensor, value: Tensor, position_key: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`two_stream_attention`, and the weights of the content and of the query stream; see `attention_with_weights`."""
-    call = two_stream_call(content_query, query_query, key, value, position_key, **options, backend="torch")
+    call = two_stream_call(
+        TwoStreamGiven(content_query, query_query, key, value, position_key, **options, backend="torch")
+    )
     return _run(two_stream_attention.two_stream_attention_with_weights, check_two_stream, call)
 
 

@@ -7,7 +7,7 @@ al., "FlashAttention", https://arxiv.org/abs/2205.14135, section B.2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,6 +86,24 @@ class _Attention(OpFunction):
         )
 
 
+class Given(NamedTuple):
+    """The public function's arguments, as a caller gives them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_lengths: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+    attention_mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | int | None = None
+    backend: str | None = None
+
+
 @OP.public
 def attention(
     query: torch.Tensor,
@@ -136,7 +154,7 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    call = call_of(
+    given = Given(
         query,
         key,
         value,
@@ -151,32 +169,20 @@ def attention(
         seed,
         backend,
     )
+    call = call_of(given)
     trained = (call.query, call.key, call.value, call.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
         return apply(_Attention, *call, backward_backend(call.backend))[0]
     return _fwd(call)[0]
 
 
-def call_of(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_lengths: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    attention_mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: torch.Tensor | int | None = None,
-    backend: str | None = None,
-) -> Any:
+def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
-    scale = _scores.check_scale("attention", scale)
-    checks.flag("attention", "causal", causal)
-    max_seqlen = _check_arguments(query, key, value, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias)
-    dropout_p, seed = dropout_of("attention", dropout_p, seed, query.device)
+    query, key, value, bias = given.query, given.key, given.value, given.bias
+    scale = _scores.check_scale("attention", given.scale)
+    checks.flag("attention", "causal", given.causal)
+    max_seqlen = _check_arguments(given)
+    dropout_p, seed = dropout_of("attention", given.dropout_p, given.seed, query.device)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -184,57 +190,46 @@ def call_of(
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if bias is not None and bias.dtype is not torch.float32:
                 bias = bias.to(dtype)
-    if cu_seqlens is None:
+    if given.cu_seqlens is None:
         max_seqlen = 0
     elif max_seqlen is None:
         # A graph cannot hold a value read from a tensor; no sequence is longer than all of them together.
-        compiling = torch.compiler.is_compiling() or cu_seqlens.shape[0] < 2
-        max_seqlen = query.shape[0] if compiling else max(0, int(cu_seqlens.diff().max()))
+        compiling = torch.compiler.is_compiling() or given.cu_seqlens.shape[0] < 2
+        max_seqlen = query.shape[0] if compiling else max(0, int(given.cu_seqlens.diff().max()))
     else:
         max_seqlen = _scores.within(max_seqlen, query.shape[0])
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    backend = OP.resolve(backend, query)
-    return Forward(
-        query,
-        key,
-        value,
-        key_lengths,
-        cu_seqlens,
-        max_seqlen,
-        attention_mask,
-        bias,
-        causal,
-        scale,
-        dropout_p,
-        seed,
-        backend,
+    backend = OP.resolve(given.backend, query)
+    settled = given._replace(
+        query=query,
+        key=key,
+        value=value,
+        max_seqlen=max_seqlen,
+        bias=bias,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
     )
+    return Forward(**settled._asdict())
 
 
-def _check_arguments(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    attention_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> int | None:
+def _check_arguments(given: Given) -> int | None:
     """max_seqlen as an int, if there is one."""
-    op = "attention"
-    _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
-    if cu_seqlens is not None:
-        return _scores.check_packed(
-            op, cu_seqlens, max_seqlen, query, key_lengths=key_lengths, attention_mask=attention_mask, bias=bias
-        )
+    op, query, max_seqlen = "attention", given.query, given.max_seqlen
+    _scores.check_query_key_value(op, query, given.key, given.value, packed=given.cu_seqlens is not None)
+    if given.cu_seqlens is not None:
+        others = {"key_lengths": given.key_lengths, "attention_mask": given.attention_mask, "bias": given.bias}
+        return _scores.check_packed(op, given.cu_seqlens, max_seqlen, query, **others)
     if max_seqlen is not None:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
-    _scores.check_masks(op, key_lengths, attention_mask, query, key.shape[1])
-    if bias is not None:
-        checks.tensor(op, "bias", bias)
-        checks.floating(op, "bias", bias)
-        checks.floating_like(op, "bias", bias, query, parameter=True)
-        _scores.check_scores(op, "bias", bias, query, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
+    keys = given.key.shape[1]
+    _scores.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
+    if given.bias is not None:
+        checks.tensor(op, "bias", given.bias)
+        checks.floating(op, "bias", given.bias)
+        checks.floating_like(op, "bias", given.bias, query, parameter=True)
+        scores = (query.shape[0], query.shape[2], query.shape[1], keys)
+        _scores.check_scores(op, "bias", given.bias, query, scores)
     return None

@@ -10,7 +10,7 @@ of Yang et al., "XLNet", https://arxiv.org/abs/1906.08237, section 2.5.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,6 +92,36 @@ class _RelativeAttention(OpFunction):
         found = _bwd(Backward(dout, *results, *call[:-1], needs, ctx.backend))
         wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return (*wanted[:6], None, *wanted[6:], *(None,) * 17)
+
+
+class Given(NamedTuple):
+    """The public function's arguments, as a caller gives them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    position_key: torch.Tensor
+    content_bias: torch.Tensor | None = None
+    position_bias: torch.Tensor | None = None
+    offset: int | None = None
+    segment_bias: torch.Tensor | None = None
+    segment_embedding: torch.Tensor | None = None
+    query_segments: torch.Tensor | None = None
+    key_segments: torch.Tensor | None = None
+    query_positions: torch.Tensor | None = None
+    key_lengths: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+    query_rank: torch.Tensor | None = None
+    key_rank: torch.Tensor | None = None
+    see_self: bool = False
+    attention_mask: torch.Tensor | None = None
+    causal: bool = False
+    masked_rows: str = "zero"
+    scale: float | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | int | None = None
+    backend: str | None = None
 
 
 @OP.public
@@ -176,7 +206,7 @@ def relative_attention(
             other.
         RuntimeError: the named backend cannot run here.
     """
-    call = call_of(
+    given = Given(
         query,
         key,
         value,
@@ -203,123 +233,91 @@ def relative_attention(
         seed,
         backend,
     )
+    call = call_of(given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
         return apply(_RelativeAttention, *call, backward_backend(call.backend))[0]
     return _fwd(call)[0]
 
 
-def call_of(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    content_bias: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    offset: int | None = None,
-    segment_bias: torch.Tensor | None = None,
-    segment_embedding: torch.Tensor | None = None,
-    query_segments: torch.Tensor | None = None,
-    key_segments: torch.Tensor | None = None,
-    query_positions: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    query_rank: torch.Tensor | None = None,
-    key_rank: torch.Tensor | None = None,
-    see_self: bool = False,
-    attention_mask: torch.Tensor | None = None,
-    causal: bool = False,
-    masked_rows: str = "zero",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: torch.Tensor | int | None = None,
-    backend: str | None = None,
-) -> Any:
+def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
+    query, key, value, offset, max_seqlen = given.query, given.key, given.value, given.offset, given.max_seqlen
     op = "relative_attention"
-    scale = _scores.check_scale(op, scale)
-    checks.flag(op, "causal", causal)
-    checks.flag(op, "see_self", see_self)
-    _scores.check_query_key_value(op, query, key, value, packed=cu_seqlens is not None)
-    uniform = _relative.uniform_rows(op, masked_rows)
-    if cu_seqlens is None:
+    scale = _scores.check_scale(op, given.scale)
+    checks.flag(op, "causal", given.causal)
+    checks.flag(op, "see_self", given.see_self)
+    _scores.check_query_key_value(op, query, key, value, packed=given.cu_seqlens is not None)
+    uniform = _relative.uniform_rows(op, given.masked_rows)
+    if given.cu_seqlens is None:
         if max_seqlen is not None:
             raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
         batch, queries, keys, max_seqlen = query.shape[0], query.shape[1], key.shape[1], 0
         rows, columns, letters = (batch, queries), (batch, keys), ("B, Tq", "B, Tk")
-        _scores.check_masks(op, key_lengths, attention_mask, query, keys)
+        _scores.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
     else:
         max_seqlen = _scores.check_packed(
             op,
-            cu_seqlens,
+            given.cu_seqlens,
             max_seqlen,
             query,
-            key_lengths=key_lengths,
-            attention_mask=attention_mask,
-            query_positions=query_positions,
+            key_lengths=given.key_lengths,
+            attention_mask=given.attention_mask,
+            query_positions=given.query_positions,
         )
         if max_seqlen is None:
             if torch.compiler.is_compiling():
                 raise ValueError(f"{op}: max_seqlen: got None in compiled code, wanted the longest sequence's length")
-            max_seqlen = max(0, int(cu_seqlens.diff().max())) if cu_seqlens.shape[0] > 1 else 0
+            max_seqlen = max(0, int(given.cu_seqlens.diff().max())) if given.cu_seqlens.shape[0] > 1 else 0
         # The default offset is what the caller said; the op needs no more than there are rows.
-        batch, queries, keys = cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
+        batch, queries, keys = given.cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
         max_seqlen = _scores.within(max_seqlen, query.shape[0])
         rows = columns = (query.shape[0],)
         letters = ("total", "total")
-    if query_positions is None:
+    if given.query_positions is None:
         offset = queries if offset is None else offset
-        offset = _relative.check_offset(op, offset, queries - 1, "Tq - 1" if cu_seqlens is None else "max_seqlen - 1")
+        offset = _relative.check_offset(
+            op, offset, queries - 1, "Tq - 1" if given.cu_seqlens is None else "max_seqlen - 1"
+        )
     else:
-        for name, given in (("causal", causal), ("see_self", see_self)):
-            if given:
+        for name, flag in (("causal", given.causal), ("see_self", given.see_self)):
+            if flag:
                 raise ValueError(
                     f"{op}: {name}: got True beside query_positions, wanted query_rank and key_rank instead"
                 )
         if offset is None:
             raise ValueError(f"{op}: offset: got None beside query_positions, wanted the table's row of distance 0")
         offset = _relative.check_offset(op, offset, 0, "no row before the table")
-        _relative.check_numbers(op, "query_positions", query_positions, query, "query", rows, "B, Tq", torch.int32)
+        _relative.check_numbers(
+            op, "query_positions", given.query_positions, query, "query", rows, "B, Tq", torch.int32
+        )
     # A row never looks further ahead than its first key, nor with causal further than its own place.
-    needed = offset + keys - (max(queries - 1, 0) if causal else 0)
-    why = f"offset {offset} and {keys} keys" + (", causal" if causal else "")
-    _relative.check_table(op, position_key, query, batch, needed, why, "query")
-    _relative.check_biases(op, query, "query", content_bias, position_bias, segment_bias, segment_embedding)
-    _relative.check_segments(
-        op, query, "query", segment_embedding, query_segments, key_segments, rows, columns, letters
-    )
-    _relative.check_ranks(op, query, "query", query_rank, key_rank, rows, columns, letters)
-    dropout_p, seed = dropout_of(op, dropout_p, seed, query.device)
+    needed = offset + keys - (max(queries - 1, 0) if given.causal else 0)
+    why = f"offset {offset} and {keys} keys" + (", causal" if given.causal else "")
+    _relative.check_table(op, given.position_key, query, batch, needed, why, "query")
+    _relative.check_biases(op, query, "query", given)
+    _relative.check_segments(op, query, "query", given, rows, columns, letters)
+    _relative.check_ranks(op, query, "query", given, rows, columns, letters)
+    dropout_p, seed = dropout_of(op, given.dropout_p, given.seed, query.device)
     query, key, value, position_key, content_bias, position_bias, segment_bias, segment_embedding = _relative.lower(
-        (query, key, value, position_key), (content_bias, position_bias, segment_bias, segment_embedding)
+        (query, key, value, given.position_key), given
     )
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    backend = OP.resolve(backend, query)
-    return Forward(
-        query,
-        key,
-        value,
-        position_key,
-        content_bias,
-        position_bias,
-        offset,
-        segment_bias,
-        segment_embedding,
-        query_segments,
-        key_segments,
-        query_positions,
-        key_lengths,
-        cu_seqlens,
-        max_seqlen,
-        query_rank,
-        key_rank,
-        see_self,
-        attention_mask,
-        causal,
-        uniform,
-        scale,
-        dropout_p,
-        seed,
-        backend,
-    )
+    backend = OP.resolve(given.backend, query)
+    settled = given._replace(
+        query=query,
+        key=key,
+        value=value,
+        position_key=position_key,
+        content_bias=content_bias,
+        position_bias=position_bias,
+        offset=offset,
+        segment_bias=segment_bias,
+        segment_embedding=segment_embedding,
+        max_seqlen=max_seqlen,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
+    )._asdict() | {"uniform_rows": uniform}
+    return Forward(*(settled[name] for name in Forward._fields))

@@ -8,7 +8,7 @@ Source: Yang et al., "XLNet", https://arxiv.org/abs/1906.08237, section 2.3.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,6 +100,33 @@ class _TwoStreamAttention(OpFunction):
         return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
 
 
+class Given(NamedTuple):
+    """The public function's arguments, as a caller gives them."""
+
+    content_query: torch.Tensor
+    query_query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    position_key: torch.Tensor
+    target_positions: torch.Tensor | None = None
+    content_bias: torch.Tensor | None = None
+    position_bias: torch.Tensor | None = None
+    offset: int | None = None
+    segment_bias: torch.Tensor | None = None
+    segment_embedding: torch.Tensor | None = None
+    query_segments: torch.Tensor | None = None
+    key_segments: torch.Tensor | None = None
+    key_lengths: torch.Tensor | None = None
+    query_rank: torch.Tensor | None = None
+    key_rank: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    masked_rows: str = "zero"
+    scale: float | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | int | None = None
+    backend: str | None = None
+
+
 @OP.public
 def two_stream_attention(
     content_query: torch.Tensor,
@@ -174,7 +201,7 @@ def two_stream_attention(
         ValueError: a shape, a device, a length, a position or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
-    call = call_of(
+    given = Given(
         content_query,
         query_query,
         key,
@@ -198,6 +225,7 @@ def two_stream_attention(
         seed,
         backend,
     )
+    call = call_of(given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
         content, _, query, _ = apply(_TwoStreamAttention, *call, backward_backend(call.backend))
     else:
@@ -205,85 +233,53 @@ def two_stream_attention(
     return content, query
 
 
-def call_of(
-    content_query: torch.Tensor,
-    query_query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor,
-    target_positions: torch.Tensor | None = None,
-    content_bias: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    offset: int | None = None,
-    segment_bias: torch.Tensor | None = None,
-    segment_embedding: torch.Tensor | None = None,
-    query_segments: torch.Tensor | None = None,
-    key_segments: torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-    query_rank: torch.Tensor | None = None,
-    key_rank: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    masked_rows: str = "zero",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: torch.Tensor | int | None = None,
-    backend: str | None = None,
-) -> Any:
+def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
+    content_query, query_query, key, value = given.content_query, given.query_query, given.key, given.value
     op, first = "two_stream_attention", "content_query"
-    scale = _scores.check_scale(op, scale)
+    scale = _scores.check_scale(op, given.scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
-    uniform = _relative.uniform_rows(op, masked_rows)
+    uniform = _relative.uniform_rows(op, given.masked_rows)
     batch, rows, heads, head_size = content_query.shape
     keys = key.shape[1]
     _scores.check_rows(op, "query_query", query_query, content_query, False, first)
-    targets = rows if target_positions is None else query_query.shape[1]
+    targets = rows if given.target_positions is None else query_query.shape[1]
     wanted = (batch, targets, heads, head_size)
-    letters = "content_query's shape, without target_positions" if target_positions is None else "B, M, H, D"
+    letters = "content_query's shape, without target_positions" if given.target_positions is None else "B, M, H, D"
     checks.shape(op, "query_query", query_query, wanted, letters)
     _relative.check_numbers(
-        op, "target_positions", target_positions, content_query, first, (batch, targets), "B, M", torch.int32
+        op, "target_positions", given.target_positions, content_query, first, (batch, targets), "B, M", torch.int32
     )
-    _scores.check_masks(op, key_lengths, attention_mask, content_query, keys, first)
-    offset = rows if offset is None else offset
+    _scores.check_masks(op, given.key_lengths, given.attention_mask, content_query, keys, first)
+    offset = rows if given.offset is None else given.offset
     offset = _relative.check_offset(op, offset, rows - 1, "T - 1")
     why = f"offset {offset} and {keys} keys"
-    _relative.check_table(op, position_key, content_query, batch, offset + keys, why, first)
-    _relative.check_biases(op, content_query, first, content_bias, position_bias, segment_bias, segment_embedding)
+    _relative.check_table(op, given.position_key, content_query, batch, offset + keys, why, first)
+    _relative.check_biases(op, content_query, first, given)
     shapes = ((batch, rows), (batch, keys), ("B, T", "B, Tk"))
-    _relative.check_segments(op, content_query, first, segment_embedding, query_segments, key_segments, *shapes)
-    _relative.check_ranks(op, content_query, first, query_rank, key_rank, *shapes)
-    dropout_p, seed = dropout_of(op, dropout_p, seed, content_query.device)
-    trained = _relative.lower(
-        (content_query, query_query, key, value, position_key),
-        (content_bias, position_bias, segment_bias, segment_embedding),
-    )
+    _relative.check_segments(op, content_query, first, given, *shapes)
+    _relative.check_ranks(op, content_query, first, given, *shapes)
+    dropout_p, seed = dropout_of(op, given.dropout_p, given.seed, content_query.device)
+    trained = _relative.lower((content_query, query_query, key, value, given.position_key), given)
     content_query, query_query, key, value, position_key = trained[:5]
     content_bias, position_bias, segment_bias, segment_embedding = trained[5:]
     if scale is None:
         scale = head_size**-0.5
-    backend = OP.resolve(backend, content_query)
-    return Forward(
-        content_query,
-        query_query,
-        key,
-        value,
-        position_key,
-        content_bias,
-        position_bias,
-        offset,
-        segment_bias,
-        segment_embedding,
-        query_segments,
-        key_segments,
-        target_positions,
-        key_lengths,
-        query_rank,
-        key_rank,
-        attention_mask,
-        uniform,
-        scale,
-        dropout_p,
-        seed,
-        backend,
-    )
+    backend = OP.resolve(given.backend, content_query)
+    settled = given._replace(
+        content_query=content_query,
+        query_query=query_query,
+        key=key,
+        value=value,
+        position_key=position_key,
+        content_bias=content_bias,
+        position_bias=position_bias,
+        offset=offset,
+        segment_bias=segment_bias,
+        segment_embedding=segment_embedding,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        backend=backend,
+    )._asdict() | {"uniform_rows": uniform}
+    return Forward(*(settled[name] for name in Forward._fields))

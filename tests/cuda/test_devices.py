@@ -6,9 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import pyxlbert
 from pyxlbert import backends
-from pyxlbert.backends import OPS
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, as_tuple, to_float64
@@ -48,16 +46,6 @@ def test_this_device_is_one_of_them() -> None:
     if not backends.cuda_is_emulated:
         assert backends.cuda_kernels.covers(backends.cuda_kernels.built, *torch.cuda.get_device_capability())
         assert "there is no CUDA device 99" in backends.cuda_kernels.probe(99)
-
-
-def test_a_device_that_is_not_is_refused_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyxlbert.cuda import _launch
-
-    x, w = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
-    monkeypatch.setattr(_launch, "refusal_of_device", lambda device: "the driver is one for CUDA 12.4")
-    assert all(OPS[op].refusal("cuda", x) == "the driver is one for CUDA 12.4" for op in ("layer_norm", "attention"))
-    with pytest.raises(RuntimeError, match=r"backend .cuda. is unavailable: the driver is one for CUDA 12\.4"):
-        pyxlbert.layer_norm(x, w, w, backend="cuda")
 
 
 def results_of(op: str, arguments: Arguments, **options: str) -> list[torch.Tensor]:
