@@ -17,9 +17,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that a block can have, by architecture.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+ARCHITECTURES = tuple(SHARED)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 

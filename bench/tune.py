@@ -212,7 +212,7 @@ class Search:
         self.seen[self.now] = None
         if self.now == self.wanted and self.candidate is not None:
             return self.candidate
-        return configurations.row_for(kernel, self.architecture, size, head_size, extras)
+        return configurations.row_for(kernel, _card(self.architecture), size, head_size, extras)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
@@ -239,6 +239,11 @@ class Search:
                 if None in self.costs or sum(self.costs) > most:
                     return None
         return sum(self.costs)
+
+
+def _card(architecture: int) -> Any:
+    """The usual card of an architecture: those that are not known have the shared memory of the first."""
+    return configurations.Card(architecture, ahead.SHARED.get(architecture, configurations.LARGE_SHARED))
 
 
 def compiled(architecture: int) -> Callable[..., float | None]:
@@ -284,6 +289,7 @@ def write_table(path: Path, table: dict[Key, Tile]) -> None:
     for key in sorted(table, key=lambda key: (key.kernel, -key.bytes, key.head_size, key.extras, key.architecture)):
         older = [other for other in table if other[2:] == key[2:] and other.kernel == key.kernel]
         older = [other for other in older if other.architecture < key.architecture]
+        older = [other for other in older if configurations.holds_for(other.architecture, _card(key.architecture))]
         if older and table[max(older, key=lambda other: other.architecture)] == table[key]:
             continue
         name, *numbers = key
@@ -333,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device is here: give --compile ARCHITECTURE, or run where one is")
     else:
         device, shapes, judge = "cuda", [(max(1, options.tokens // t), t) for t in (512, 2048)], timed
-        architecture = configurations.architecture(torch.device(device, torch.cuda.current_device()))
+        architecture = configurations.card(torch.device(device, torch.cuda.current_device())).architecture
         if options.part is not None:
             judge = compiling_part(*(int(x) for x in options.part.split("/")))
         elif options.jobs > 1:
@@ -353,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             for key in search.keys(calls):
                 if not key.kernel.startswith(options.kernels):
                     continue
-                before = configurations.row_for(key.kernel, architecture, key.bytes, head_size, key.extras)
+                before = configurations.row_for(key.kernel, _card(architecture), key.bytes, head_size, key.extras)
                 costs: dict[Tile, float] = {}
                 for tile in ([before] if options.mend else []) + candidates(key.kernel, key.bytes):
                     cost = search.cost(key, tile, calls, min(costs.values(), default=math.inf))
@@ -364,7 +370,9 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.part is not None or not costs:
                     continue
                 best = min(costs, key=costs.__getitem__)
-                table[key] = best
+                if not options.mend or best != before:
+                    # A smaller head size without rows of its own goes on taking a larger one's.
+                    table[key] = best
                 unit = "bytes of stack" if options.compile is not None else "ms"
                 was = f"{costs[before]:.3f}" if before in costs else "?"
                 print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of the attention kernels, by kernel, architecture, dtype and head size.
 
 A table and not a search in the user's first call.  Its rows were found by compiling: of several tiles one of the first
-that need no spills on the architecture.  None has been timed yet.
+that need no spills on the architecture, and no more shared memory than its cards have.  None has been timed yet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import INTERPRETED
+from ._launch import INTERPRETED, refusal
 
 
 class Tile(NamedTuple):
@@ -43,7 +43,8 @@ class Key(NamedTuple):
 
     Attributes:
         kernel: its name.
-        architecture: compute capability times ten; the row holds from it up to the next one of the same kind.
+        architecture: compute capability times ten; the row holds from it up to the next one of the same kind, for
+            cards with as much shared memory as those of this architecture (see `holds_for`).
         bytes: of an element.
         head_size: the largest that the row is for; a smaller one without rows of its own takes the row too.
         extras: with a mask, a bias, ranks or dropout, which take registers of their own.
@@ -74,6 +75,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_keys", 80, 4, 128, False): Tile(32, 32, 4, 1),
     Key("attention_bwd_keys", 90, 4, 128, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_keys", 100, 4, 128, False): Tile(32, 16, 8, 1),
+    Key("attention_bwd_keys", 120, 4, 128, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_keys", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("attention_bwd_keys", 80, 4, 256, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_keys", 80, 4, 256, True): Tile(16, 16, 8, 1),
@@ -85,6 +87,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_keys", 80, 2, 64, True): Tile(64, 32, 4, 1),
     Key("attention_bwd_keys", 90, 2, 64, True): Tile(32, 64, 4, 1),
     Key("attention_bwd_keys", 100, 2, 64, True): Tile(64, 64, 4, 2),
+    Key("attention_bwd_keys", 120, 2, 64, True): Tile(64, 32, 8, 1),
     Key("attention_bwd_keys", 80, 2, 96, False): Tile(64, 64, 8, 1),
     Key("attention_bwd_keys", 90, 2, 96, False): Tile(64, 64, 8, 2),
     Key("attention_bwd_keys", 100, 2, 96, False): Tile(64, 64, 4, 2),
@@ -101,7 +104,9 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_keys", 90, 2, 256, True): Tile(64, 32, 8, 1),
     Key("attention_bwd_queries", 80, 4, 64, False): Tile(32, 32, 4, 1),
     Key("attention_bwd_queries", 80, 4, 64, True): Tile(32, 32, 8, 1),
+    Key("attention_bwd_queries", 120, 4, 64, True): Tile(32, 16, 4, 1),
     Key("attention_bwd_queries", 80, 4, 128, False): Tile(32, 32, 4, 1),
+    Key("attention_bwd_queries", 120, 4, 128, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_queries", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("attention_bwd_queries", 80, 4, 256, False): Tile(32, 32, 8, 1),
     Key("attention_bwd_queries", 100, 4, 256, False): Tile(32, 16, 8, 1),
@@ -115,6 +120,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_queries", 80, 2, 128, True): Tile(32, 64, 4, 1),
     Key("attention_bwd_queries", 100, 2, 128, True): Tile(64, 64, 4, 2),
     Key("attention_bwd_queries", 80, 2, 256, False): Tile(64, 64, 8, 2),
+    Key("attention_bwd_queries", 86, 2, 256, False): Tile(32, 64, 8, 1),
     Key("attention_bwd_queries", 90, 2, 256, False): Tile(32, 64, 8, 1),
     Key("attention_bwd_queries", 100, 2, 256, False): Tile(64, 64, 8, 2),
     Key("attention_bwd_queries", 80, 2, 256, True): Tile(32, 64, 8, 1),
@@ -123,6 +129,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_rows", 80, 4, 64, True): Tile(32, 32, 8, 1),
     Key("attention_bwd_rows", 80, 4, 128, False): Tile(32, 32, 4, 1),
     Key("attention_bwd_rows", 90, 4, 128, False): Tile(32, 16, 8, 1),
+    Key("attention_bwd_rows", 120, 4, 128, False): Tile(32, 16, 8, 1),
     Key("attention_bwd_rows", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("attention_bwd_rows", 80, 4, 256, False): Tile(32, 32, 4, 1),
     Key("attention_bwd_rows", 100, 4, 256, False): Tile(32, 32, 8, 1),
@@ -131,30 +138,38 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_rows", 80, 2, 64, True): Tile(64, 64, 4, 2),
     Key("attention_bwd_rows", 80, 2, 128, False): Tile(64, 64, 4, 2),
     Key("attention_bwd_rows", 80, 2, 128, True): Tile(64, 64, 4, 2),
+    Key("attention_bwd_rows", 120, 2, 128, True): Tile(64, 64, 8, 2),
     Key("attention_bwd_rows", 80, 2, 256, False): Tile(64, 64, 4, 2),
     Key("attention_bwd_rows", 80, 2, 256, True): Tile(64, 64, 8, 2),
     Key("attention_bwd_rows", 90, 2, 256, True): Tile(64, 64, 4, 2),
+    Key("attention_bwd_rows", 120, 2, 256, True): Tile(32, 64, 8, 1),
     Key("attention_fwd", 80, 4, 64, False): Tile(64, 16, 4, 1),
+    Key("attention_fwd", 120, 4, 64, False): Tile(32, 32, 4, 1),
     Key("attention_fwd", 80, 4, 64, True): Tile(32, 32, 8, 1),
     Key("attention_fwd", 80, 4, 128, False): Tile(64, 16, 4, 1),
     Key("attention_fwd", 90, 4, 128, False): Tile(32, 32, 8, 1),
+    Key("attention_fwd", 120, 4, 128, False): Tile(32, 32, 8, 1),
     Key("attention_fwd", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("attention_fwd", 80, 4, 256, False): Tile(32, 32, 8, 1),
     Key("attention_fwd", 90, 4, 256, False): Tile(32, 16, 8, 1),
     Key("attention_fwd", 80, 4, 256, True): Tile(16, 16, 8, 1),
     Key("attention_fwd", 80, 2, 64, False): Tile(128, 64, 4, 3),
+    Key("attention_fwd", 86, 2, 64, False): Tile(128, 64, 8, 2),
     Key("attention_fwd", 80, 2, 64, True): Tile(64, 64, 8, 2),
     Key("attention_fwd", 90, 2, 64, True): Tile(128, 64, 8, 2),
     Key("attention_fwd", 80, 2, 128, False): Tile(64, 64, 4, 2),
     Key("attention_fwd", 90, 2, 128, False): Tile(128, 64, 8, 2),
     Key("attention_fwd", 80, 2, 128, True): Tile(64, 32, 8, 1),
-    Key("attention_fwd", 90, 2, 128, True): Tile(64, 64, 8, 2),
+    Key("attention_fwd", 90, 2, 128, True): Tile(64, 32, 4, 2),
     Key("attention_fwd", 100, 2, 128, True): Tile(128, 64, 8, 2),
+    Key("attention_fwd", 120, 2, 128, True): Tile(32, 32, 4, 1),
     Key("attention_fwd", 80, 2, 256, False): Tile(64, 64, 8, 2),
+    Key("attention_fwd", 86, 2, 256, False): Tile(64, 64, 8, 1),
     Key("attention_fwd", 100, 2, 256, False): Tile(128, 64, 8, 2),
     Key("attention_fwd", 80, 2, 256, True): Tile(64, 32, 8, 1),
     Key("attention_fwd", 90, 2, 256, True): Tile(32, 16, 4, 1),
     Key("attention_fwd", 100, 2, 256, True): Tile(64, 64, 8, 2),
+    Key("attention_fwd", 120, 2, 256, True): Tile(32, 16, 4, 1),
     Key("relative_bwd_keys", 80, 4, 64, False): Tile(32, 32, 8, 1),
     Key("relative_bwd_keys", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys", 90, 4, 64, True): Tile(16, 16, 4, 1),
@@ -269,6 +284,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_table", 90, 4, 64, False): Tile(16, 16, 4, 1),
     Key("relative_bwd_table", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_table", 90, 4, 64, True): Tile(16, 16, 8, 1),
+    Key("relative_bwd_table", 120, 4, 64, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, False): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 4, 128, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 80, 2, 32, True): Tile(16, 32, 8, 1),
@@ -309,8 +325,10 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd", 80, 2, 32, True): Tile(64, 64, 4, 2, False),
     Key("relative_fwd", 90, 2, 32, True): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 32, True): Tile(64, 64, 8, 1, True),
-    Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2, True),
+    Key("relative_fwd", 80, 2, 64, False): Tile(32, 64, 4, 1, True),
+    Key("relative_fwd", 90, 2, 64, False): Tile(64, 64, 4, 2, True),
     Key("relative_fwd", 80, 2, 64, True): Tile(32, 64, 4, 1, True),
+    Key("relative_fwd", 86, 2, 64, True): Tile(32, 64, 4, 1, False),
     Key("relative_fwd", 90, 2, 64, True): Tile(64, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 64, True): Tile(64, 64, 8, 1, True),
     Key("relative_fwd", 80, 2, 128, False): Tile(64, 64, 8, 1, True),
@@ -352,33 +370,85 @@ def configuration(kernel: str, query: Tensor, extras: bool) -> Tile:
         if not kernel.startswith("relative"):
             return _INTERPRETED
         return _INTERPRETED_RELATIVE._replace(CARRY=True if kernel in CARRYING else None)
-    return row_for(kernel, architecture(query.device), query.element_size(), query.shape[-1], extras)
+    return row_for(kernel, card(query.device), query.element_size(), query.shape[-1], extras)
+
+
+class Card(NamedTuple):
+    """What rows are chosen by.
+
+    Attributes:
+        architecture: compute capability times ten.
+        shared: bytes of shared memory that a block can have.
+    """
+
+    architecture: int
+    shared: int
+
+
+# What tiles of the rows of SMALL may take, and of all others; and the oldest architecture, whose rows are for both
+# where the small cards have none of their own.
+SMALL_SHARED, LARGE_SHARED = 99 * 1024, 163 * 1024
+SMALL, OLDEST = (86, 89, 120), 80
+
+
+def holds_for(architecture: int, card: Card) -> bool:
+    """Whether rows of an architecture are for such a card: it is not older, and its tiles fit."""
+    small = card.shared < LARGE_SHARED
+    return architecture <= card.architecture and (architecture == OLDEST or (architecture in SMALL) == small)
 
 
 @functools.cache
-def row_for(kernel: str, device: int, size: int, head_size: int, extras: bool) -> Tile:
-    """Of the rows for this head size and larger ones the smallest's; of those the newest that the device is not older
-    than.
-    """
+def row_for(kernel: str, card: Card, size: int, head_size: int, extras: bool) -> Tile:
+    """Of the rows for this head size and larger ones the smallest's; of those the newest that holds for the card."""
     rows = [
         key
         for key in TABLE
         if (key.kernel, key.bytes, key.extras) == (kernel, size, extras)
-        and key.architecture <= device
+        and holds_for(key.architecture, card)
         and head_size <= key.head_size
     ]
     return TABLE[min(rows, key=lambda key: (key.head_size, -key.architecture))]
 
 
 @functools.cache
-def architecture(device: torch.device) -> int:
-    """Compute capability times ten; AMD's devices take the first rows."""
+def card(device: torch.device) -> Card:
+    """The card that a device is; AMD's take the first rows."""
     if torch.version.hip is not None:
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return Card(OLDEST, LARGE_SHARED)
+    properties = torch.cuda.get_device_properties(device)
+    architecture = 10 * properties.major + properties.minor
+    known = SMALL_SHARED if architecture in SMALL else LARGE_SHARED
+    return Card(architecture, getattr(properties, "shared_memory_per_block_optin", known))
+
+
+def refusal_of_heads(kernel: str, *tensors: Tensor | None) -> str | None:
+    """The `supports` of the ops of scores: head sizes that have a tile, on a card that has room for it."""
+    head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
+    most = most_head_size(kernel)
+    if head_size > most:
+        return f"it takes head sizes of at most {most}, not {head_size}"
+    reason = refusal(*tensors)
+    if reason is not None or INTERPRETED or not tensors or tensors[0] is None:
+        return reason
+    return lack_of_room(tensors[0].device.index or 0)
+
+
+def lack_of_room(device: int) -> str | None:
+    """Why no tile fits the CUDA device of this index, or None."""
+    shared = card(torch.device("cuda", device)).shared
+    if shared >= SMALL_SHARED:
+        return None
+    return f"its tiles take up to {SMALL_SHARED} bytes of shared memory, and a block of this device has {shared}"
+
+
+# What `torch.compiler.assume_constant_result` sets: a compiler calls this and does not trace it.
+lack_of_room._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Of each kernel the largest head size that the table has a tile for.
+_MOST_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
 
 
 def most_head_size(kernel: str) -> int:
     """The largest head size that the table has a tile of this kernel for."""
-    return max(key.head_size for key in TABLE if key.kernel == kernel)
+    return _MOST_HEAD_SIZES[kernel]

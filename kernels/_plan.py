@@ -33,20 +33,28 @@ class Plan:
     Args:
         compiled: what the first launch returned.
         grid: of it.
-        arguments: all of them, in the order of the kernel's signature, constants too.
-        holes: place in `arguments` and place among the tensors.
+        arguments: all of them, in the order of the kernel's signature, constants too; records as plain tuples.
+        holes: place in `arguments`, place in the record that stands there or None, and place among the tensors.
     """
 
     def __init__(
-        self, compiled: Any, grid: tuple[int, ...], arguments: list[Any], holes: tuple[tuple[int, int], ...]
+        self,
+        compiled: Any,
+        grid: tuple[int, ...],
+        arguments: list[Any],
+        holes: tuple[tuple[int, int | None, int], ...],
     ) -> None:
         self.compiled, self.arguments, self.holes = compiled, arguments, holes
         self.grid = (*grid, 1, 1)[:3]
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         arguments = self.arguments.copy()
-        for place, tensor in self.holes:
-            arguments[place] = tensors[tensor]
+        for place, field, tensor in self.holes:
+            if field is None:
+                arguments[place] = tensors[tensor]
+            else:
+                record = arguments[place]
+                arguments[place] = (*record[:field], tensors[tensor], *record[field + 1 :])
         self.compiled[self.grid](*arguments)
 
 
@@ -81,18 +89,25 @@ def remember(
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Keeps a launch for `run`, if all that it took are these tensors as they are, each once, and numbers."""
+    """Keeps a launch for `run`, if all that it took are these tensors as they are, each once, and numbers.
+
+    They may stand in records, which hold no records themselves.
+    """
     given = {id(x): place for place, x in enumerate(tensors) if x is not None}
     if compiled is None or not POSSIBLE or len(given) != sum(x is not None for x in tensors):
         return
     filled = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-    holes = []
+    holes: list[tuple[int, int | None, int]] = []
     for place, argument in enumerate(filled):
-        if isinstance(argument, Tensor):
-            if id(argument) not in given:
-                return
-            holes.append((place, given[id(argument)]))
-            filled[place] = None
+        if isinstance(argument, tuple):
+            tensors_of = [(field, x) for field, x in enumerate(argument) if isinstance(x, Tensor)]
+            filled[place] = tuple(None if isinstance(x, Tensor) else x for x in argument)
+        else:
+            tensors_of = [(None, argument)] if isinstance(argument, Tensor) else []
+            filled[place] = None if tensors_of else argument
+        if any(id(x) not in given for _, x in tensors_of):
+            return
+        holes += [(place, field, given[id(x)]) for field, x in tensors_of]
     if len(_plans) >= MOST:
         _plans.clear()
     _plans[kind] = Plan(compiled, grid, filled, tuple(holes))

@@ -1,4 +1,4 @@
-"""What the attention kernels share: sequences, tiles of rows, masks and biases of a tile of scores, dropout's bits.
+"""What the attention kernels share: records of arguments, a program's place, tiles of rows, the steps of the softmax.
 
 i numbers queries, j keys, both within their sequence; a tile has them as `[BLOCK_M, 1]` and `[1, BLOCK_N]`, or the
 other way round where it is transposed.
@@ -11,22 +11,34 @@ multiply-add (products of tiles are not touched by it).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._philox import keep
+from pyxlbert.launch.attention import score_strides, strides
+from pyxlbert.launch.rows import int32
+
+from ._philox import dropout_numbers, keep
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
+# From here on lse is too coarse for exp(s - lse): see `lse_correction` of `Saved`.
+INEXACT_LSE = tl.constexpr(64.0)
 
+# `pyxlbert.reference.relative_attention`: a key of this rank is seen by no row; the score of what is masked where a row
+# without any key averages over all of them.
+UNSEEN_RANK = tl.constexpr(2**31 - 1)
+UNIFORM_SCORE = tl.constexpr(-1e30)
 
 # A tile has at most 128 rows.
 FAR = 2**31 // 128
+
+
+# What kernels take.  A kernel compiles anew for a field that is None, 1 or a multiple of 16, as for any argument.
 
 
 class Rows(NamedTuple):
@@ -38,6 +50,69 @@ class Rows(NamedTuple):
     head: int
 
 
+class Broadcast(NamedTuple):
+    """A mask or bias as an address with strides over B, H, Tq and Tk, 0 along what is broadcast; or None and zeros."""
+
+    tensor: Tensor | None
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Sizes(NamedTuple):
+    """Sequences and heads: their number, and where each sequence begins and ends.
+
+    Attributes:
+        heads: H.
+        queries, keys: Tq and Tk; of packed sequences the most that one may have.
+        total: rows of packed sequences.
+        key_lengths: int32 `[B]` or None.
+        cu_seqlens: int32 `[B + 1]`, where packed sequences begin and end, or None.
+    """
+
+    heads: int
+    queries: int
+    keys: int
+    total: int
+    key_lengths: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Dropout(NamedTuple):
+    """A seed `[1]` or None, what words of random bits are compared with, and the factor of what is kept."""
+
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
+
+
+class Statistics(NamedTuple):
+    """float32 `[B, H, Tq]`, or packed `[H, total]`, as an address with strides over sequence and head."""
+
+    tensor: Tensor
+    batch: int
+    head: int
+
+
+class Saved(NamedTuple):
+    """What backward knows of every row, each laid out as lse, with strides over sequence and head.
+
+    Attributes:
+        lse: logarithm of the sum of the weights; infinite for a row that sees nothing.
+        delta: the sum of dout * out.
+        lse_correction: how far lse is off.  exp(s - lse) has the rounding of lse in it, which grows with |lse| and at
+            the end swallows the number of keys (a row whose scores are finfo.min throughout): of such rows the weights
+            are summed again, and the logarithm of their sum is what is left to subtract.
+    """
+
+    lse: Tensor
+    delta: Tensor
+    lse_correction: Tensor
+    batch: int
+    head: int
+
+
 def rows_of(x: Tensor) -> Rows:
     """x in place where its last dimension is contiguous, else a copy; a packed tensor's batch stride is 0.
 
@@ -45,33 +120,53 @@ def rows_of(x: Tensor) -> Rows:
     """
     if (x.stride(-1) != 1 and x.shape[-1] > 1) or (x.shape[-3] > 1 and x.stride(-3) >= FAR):
         x = x.contiguous()
-    strides = x.stride()
-    return Rows(x, *strides[:3]) if x.dim() == 4 else Rows(x, 0, *strides[:2])
+    return Rows(x, *strides(x))
 
 
-def strides_of_statistics(lse: Tensor) -> tuple[int, int]:
-    """lse `[B, H, Tq]` or packed `[H, total]`: strides over sequence and head."""
-    return (lse.stride(0), lse.stride(1)) if lse.dim() == 3 else (0, lse.stride(0))
+def sizes_of(call: Any, query: Tensor) -> tuple[int, Sizes]:
+    """The number of sequences, and the sizes of a call, or of one of its streams with queries of its own."""
+    heads, lengths, offsets = query.shape[-2], int32(call.key_lengths), int32(call.cu_seqlens)
+    if offsets is None:
+        return query.shape[0], Sizes(heads, query.shape[1], call.key.shape[1], 0, lengths, None)
+    most = call.max_seqlen
+    return offsets.shape[0] - 1, Sizes(heads, most, most, query.shape[0], lengths, offsets)
 
 
-class Broadcast(NamedTuple):
-    """A mask or bias as an address with strides over B, H, Tq and Tk, 0 along what is broadcast."""
+def statistics_of(lse: Tensor) -> Statistics:
+    """Of `[B, H, Tq]` or packed `[H, total]`, contiguous."""
+    return Statistics(lse, *((lse.stride(0), lse.stride(1)) if lse.dim() == 3 else (0, lse.stride(0))))
 
-    tensor: Tensor | None
-    strides: tuple[int, int, int, int]
+
+def saved_of(lse: Tensor) -> Saved:
+    """lse as it is, and room for what else backward wants to know of every row."""
+    return Saved(lse, torch.empty_like(lse), torch.empty_like(lse), *statistics_of(lse)[1:])
 
 
 def broadcast_of(x: Tensor | None) -> Broadcast:
     """Of a tensor that broadcasts to `[B, H, Tq, Tk]`, or None; a boolean one as bytes."""
-    if x is None:
-        return Broadcast(None, (0, 0, 0, 0))
-    strides = tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return Broadcast(x.view(torch.uint8) if x.dtype is torch.bool else x, strides)
+    return Broadcast(x.view(torch.uint8) if x is not None and x.dtype is torch.bool else x, *score_strides(x))
+
+
+def dropout_of(dropout_p: float, seed: Tensor | None) -> Dropout:
+    """Without dropout there is no seed."""
+    return Dropout(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p))
+
+
+def constants_of(head_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel of scores is compiled for."""
+    padded = max(16, triton.next_power_of_2(head_size))
+    return {"PRECISION": precision_of(dtype), "D": head_size, "BLOCK_D": padded}
 
 
 def precision_of(dtype: torch.dtype) -> str:
     """How products of float32 tiles are computed: as float32, unless torch may round to tf32."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype is torch.float32 and _may_round() else "ieee"
+
+
+def _may_round() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # Once the newer name was set the older one raises; the newer one knows what either was set to.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def grid_of(rows: int, block: int, planes: int) -> tuple[int]:
@@ -90,26 +185,67 @@ def block_and_plane(rows, BLOCK: tl.constexpr):
     return tl.program_id(0) % blocks, tl.program_id(0) // blocks
 
 
-@triton.jit
-def sequence(cu_seqlens, key_lengths, b, queries, keys, total, most):
-    """Sequence b: its first row, its queries and keys, and whether the numbers that say so are wrong.
+class Plane(NamedTuple):
+    """A sequence's head, as a program sees it: what `opened` returns.
 
-    Wrong numbers are brought into range, so that nothing outside is read, and the rows become NaN.
+    Attributes:
+        number: among all B * H, which dropout's bits depend on.
+        b, h: sequence and head.
+        start: the row of packed tensors that the sequence begins with, else 0.
+        queries, keys: how many the sequence has; keys without those past its length.
+        extent: its keys with those past its length.
+        shift: query i stands beside key i + shift.
+        wrong: whether the numbers that say all this are out of range.
     """
+
+    number: Any
+    b: Any
+    h: Any
+    start: Any
+    queries: Any
+    keys: Any
+    extent: Any
+    shift: Any
+    wrong: Any
+
+
+@triton.jit
+def opened(sizes, plane):
+    """The plane of this number; numbers out of range are brought into it, so that nothing outside is read."""
+    b = (plane // sizes.heads).to(tl.int64)
+    h = (plane % sizes.heads).to(tl.int64)
     start = 0
+    queries = sizes.queries
+    keys = sizes.keys
+    extent = sizes.keys
     wrong = False
-    if cu_seqlens is not None:
-        first = tl.load(cu_seqlens + b)
-        last = tl.load(cu_seqlens + b + 1)
-        start = tl.minimum(tl.maximum(first, 0), total)
-        queries = tl.minimum(tl.maximum(last, start), total) - start
+    if sizes.cu_seqlens is not None:
+        first = tl.load(sizes.cu_seqlens + b)
+        last = tl.load(sizes.cu_seqlens + b + 1)
+        start = tl.minimum(tl.maximum(first, 0), sizes.total)
+        queries = tl.minimum(tl.maximum(last, start), sizes.total) - start
         keys = queries
-        wrong = (first < 0) | (last < first) | (last > total) | (queries > most)
-    if key_lengths is not None:
-        length = tl.load(key_lengths + b)
+        wrong = (first < 0) | (last < first) | (last > sizes.total) | (queries > sizes.queries)
+    if sizes.key_lengths is not None:
+        length = tl.load(sizes.key_lengths + b)
         wrong = (length < 0) | (length > keys)
         keys = tl.minimum(tl.maximum(length, 0), keys)
-    return tl.cast(start, tl.int64), queries, keys, wrong
+    if sizes.cu_seqlens is not None:
+        extent = keys
+    shift = sizes.keys - sizes.queries
+    return Plane(plane, b, h, tl.cast(start, tl.int64), queries, keys, extent, shift, wrong)
+
+
+@triton.jit
+def first_row(rows, at):
+    """The address of a plane's first row."""
+    return rows.tensor + (at.b * rows.batch + at.start * rows.row + at.h * rows.head)
+
+
+@triton.jit
+def first_statistic(saved, at):
+    """How far from the beginning a plane's first statistic lies."""
+    return at.b * saved.batch + at.h * saved.head + at.start
 
 
 @triton.jit
@@ -118,34 +254,79 @@ def exp(x):
 
 
 @triton.jit
-def load_rows(base, first, count, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + BLOCK - 1 of a `[count, D]` matrix: `[BLOCK, BLOCK_D]` with zeros outside."""
+def load_rows(rows, at, first, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first .. first + BLOCK - 1 of a plane, of which there are `count`: `[BLOCK, BLOCK_D]`, zeros outside."""
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     inside = (first + n < count)[:, None]
     if D != BLOCK_D:
         inside = inside & (d < D)[None, :]
-    place = base + tl.cast(first, tl.int64) * stride
-    return tl.load(place + (n[:, None] * stride + d[None, :]), mask=inside, other=0.0)
+    place = first_row(rows, at) + tl.cast(first, tl.int64) * rows.row
+    return tl.load(place + (n[:, None] * rows.row + d[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, x, first, count, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The counterpart of `load_rows`; x is rounded to what `base` points to."""
+def store_rows(rows, at, x, first, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of `load_rows`; x is rounded to what the rows are."""
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     inside = (first + n < count)[:, None]
     if D != BLOCK_D:
         inside = inside & (d < D)[None, :]
-    place = base + tl.cast(first, tl.int64) * stride
-    tl.store(place + (n[:, None] * stride + d[None, :]), x.to(base.dtype.element_ty), mask=inside)
+    place = first_row(rows, at) + tl.cast(first, tl.int64) * rows.row
+    tl.store(place + (n[:, None] * rows.row + d[None, :]), x.to(rows.tensor.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_scores(base, i, j, queries, keys, i_stride, j_stride):
+def load_douts(dout, at, first_i, lse, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_rows` of dout; a row that sees nothing takes none, which may be anything there."""
+    x = load_rows(dout, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+    return tl.where((lse != INFINITY)[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def load_lse(saved, at, row):
+    """Of rows `[M]` of a plane; those outside see nothing."""
+    return tl.load(saved.lse + (first_statistic(saved, at) + row), mask=row < at.queries, other=INFINITY)
+
+
+@triton.jit
+def load_delta(saved, at, row):
+    """Of rows `[M]` of a plane: delta, and the correction of lse."""
+    place = first_statistic(saved, at) + row
+    delta = tl.load(saved.delta + place, mask=row < at.queries, other=0.0)
+    return delta, tl.load(saved.lse_correction + place, mask=row < at.queries, other=0.0)
+
+
+@triton.jit
+def delta_of(dout, out, at, first_i, lse, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sums of dout * out of BLOCK_M rows."""
+    gradient = load_rows(dout, at, first_i, at.queries, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    result = load_rows(out, at, first_i, at.queries, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    return tl.sum(tl.where((lse != INFINITY)[:, None], gradient * result, 0.0), 1)
+
+
+@triton.jit
+def is_inexact(lse):
+    """Of which rows the weights are summed again."""
+    return (lse != INFINITY) & (tl.abs(lse) >= INEXACT_LSE)
+
+
+@triton.jit
+def store_delta(saved, at, row, delta, inexact, weight):
+    """delta of rows `[M]`, and from the summed weights of those that are `inexact` the correction of lse."""
+    place = first_statistic(saved, at) + row
+    tl.store(saved.delta + place, delta, mask=row < at.queries)
+    correction = tl.where(inexact, tl.log2(tl.where(inexact, weight, 1.0)) * LN2, 0.0)
+    tl.store(saved.lse_correction + place, correction, mask=row < at.queries)
+
+
+@triton.jit
+def load_scores(x, at, i, j):
     """The tile of a mask or bias at (i, j), zeros outside."""
-    place = base + (i.to(tl.int64) * i_stride + j.to(tl.int64) * j_stride)
-    return tl.load(place, mask=(i < queries) & (j < keys), other=0)
+    place = x.tensor + (at.b * x.batch + at.h * x.head)
+    place += i.to(tl.int64) * x.row + j.to(tl.int64) * x.column
+    return tl.load(place, mask=(i < at.queries) & (j < at.keys), other=0)
 
 
 @triton.jit
@@ -155,14 +336,47 @@ def some(tile):
 
 
 @triton.jit
-def some_allowed(mask, i, j, queries, keys, i_stride, j_stride):
-    """Whether anything in the tile of a mask at (i, j) may be attended."""
-    return some(load_scores(mask, i, j, queries, keys, i_stride, j_stride) != 0)
+def kept(dropout, i, first_j, at, TAG: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights of the tile of queries i `[M, 1]` and BLOCK_N keys survive dropout, `[M, BLOCK_N]`."""
+    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    return keep(tl.load(dropout.seed), block, i, at.number, TAG, dropout.threshold)
 
 
 @triton.jit
-def kept(seed, first_i, first_j, plane, threshold, tag: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of the tile at (first_i, first_j) survive dropout, `[BLOCK_M, BLOCK_N]`."""
-    block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-    row = first_i + tl.arange(0, BLOCK_M)[:, None]
-    return keep(tl.load(seed), block, row, plane, tag, threshold)
+def softmax_step(s, weight, top):
+    """The running softmax over one more tile of scores `[M, N]`, given the sum of weights and the largest so far.
+
+    Returns:
+        the tile's weights, what all before it are to be multiplied by, and the sum and the largest now.
+    """
+    above = tl.maximum(top, tl.max(s, 1))
+    # A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
+    level = tl.where(above == -INFINITY, 0.0, above)
+    p = exp(s - level[:, None])
+    less = exp(top - level)
+    return p, less, weight * less + tl.sum(p, 1), above
+
+
+@triton.jit
+def softmax_end(acc, weight, top, factor):
+    """The rows' results `[M, BLOCK_D]`, times a factor, and their lse `[M]`."""
+    some_key = weight > 0
+    result = tl.where(some_key[:, None], acc * (factor / tl.where(some_key, weight, 1.0))[:, None], 0.0)
+    lse = tl.where(some_key, top + tl.log2(tl.where(some_key, weight, 1.0)) * LN2, INFINITY)
+    # A NaN among the scores is one in the weights.
+    result = tl.where((weight != weight)[:, None], weight[:, None], result)
+    return result, tl.where(weight != weight, weight, lse)
+
+
+@triton.jit
+def store_results(
+    out, statistics, at, first_i, acc, weight, top, factor, sizes,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The end of the running softmax, stored; of a sequence whose numbers are out of range NaN."""
+    result, lse = softmax_end(acc, weight, top, factor)
+    if (sizes.key_lengths is not None) or (sizes.cu_seqlens is not None):
+        result = tl.where(at.wrong, float("nan"), result)
+    store_rows(out, at, result, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+    row = first_i + tl.arange(0, BLOCK_M)
+    tl.store(statistics.tensor + (first_statistic(statistics, at) + row), lse, mask=row < at.queries)

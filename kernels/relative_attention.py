@@ -1,4 +1,4 @@
-"""relative_attention in Triton; `_relative.py` has the kernels and draws the tile."""
+"""relative_attention in Triton; `_relative.py` launches the kernels, `_skew.py` draws the tile."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from torch import Tensor
 
 from pyxlbert.launch.relative import gradients_in_order, relative_call
 
-from ._configurations import most_head_size
-from ._launch import refusal
+from ._configurations import refusal_of_heads
 from ._relative import Stream
-
-_MOST_HEAD_SIZE = most_head_size("relative_fwd")
 
 
 def supports(*tensors: Tensor | None) -> str | None:
     """CUDA tensors in float32, bfloat16 and float16, with head sizes that fit into a tile."""
-    head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if head_size > _MOST_HEAD_SIZE:
-        return f"it takes head sizes of at most {_MOST_HEAD_SIZE}, not {head_size}"
-    return refusal(*tensors)
+    return refusal_of_heads("relative_fwd", *tensors)
 
 
 def relative_attention_fwd(call: Any) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,8 @@ CIRCLES: set[tuple[str, str]] = set()
 MOST_PARAMETERS, MOST_LINES = 15, 800
 
 # How many functions of a room have more parameters, and how many files more lines. The numbers only fall.
-LONG_SIGNATURES = {"kernels": 19, "pyxlbert/ops": 2, "pyxlbert/testing": 4}
-LONG_FILES = {"kernels": 2}
+LONG_SIGNATURES = {"kernels": 17, "pyxlbert/ops": 2, "pyxlbert/testing": 4}
+LONG_FILES: dict[str, int] = {}
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}

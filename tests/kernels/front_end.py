@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import triton
-from pyxlbert.bench.ahead import compile_for
+from pyxlbert.bench.ahead import SHARED, compile_for
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -128,7 +128,8 @@ def main(op: str, every: bool) -> None:
     compile_for(ARCHITECTURE)
     packages = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
     modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(packages.glob("*.py"))]
-    importlib.import_module("pyxlbert.kernels._configurations").architecture = lambda device: ARCHITECTURE
+    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    configurations.card = lambda device: configurations.Card(ARCHITECTURE, SHARED[ARCHITECTURE])
     BACKENDS["triton"] = BACKENDS["triton"]._replace(missing=lambda: None)
     front_end = FrontEnd(every)
     JITFunction._do_compile = lambda kernel, *arguments: front_end.compile(kernel, *arguments)

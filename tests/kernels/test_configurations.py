@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib
 
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
-TABLE, Key = configurations.TABLE, configurations.Key
+ahead = importlib.import_module("pyxlbert.bench.ahead")
+TABLE, Key, Card = configurations.TABLE, configurations.Key, configurations.Card
+# Those that kernels are compiled for, and newer ones of both kinds.
+CARDS = [
+    *(Card(*one) for one in ahead.SHARED.items()),
+    Card(87, 163 * 1024),
+    Card(103, 227 * 1024),
+    Card(121, 99 * 1024),
+]
 
 
 def test_every_call_has_a_tile() -> None:
@@ -17,17 +25,30 @@ def test_every_call_has_a_tile() -> None:
                 most = 64
             for head_size in (1, 16, 32, 64, 80, 96, 128, 256):
                 for extras in (False, True) if kernel != "attention_bwd_bias" else (True,):
-                    for device in (80, 86, 89, 90, 100, 120):
+                    for card in CARDS:
                         if head_size <= most:
-                            assert configurations.row_for(kernel, device, size, head_size, extras) in TABLE.values()
+                            assert configurations.row_for(kernel, card, size, head_size, extras) in TABLE.values()
 
 
 def test_a_row_holds_until_the_next_architecture() -> None:
+    """Of the small cards, or of the large ones."""
     for key, tile in TABLE.items():
-        newer = [other.architecture for other in TABLE if other[2:] == key[2:] and other.kernel == key.kernel]
-        assert configurations.row_for(key.kernel, key.architecture, *key[2:]) == tile
-        if key.architecture == max(newer):
-            assert configurations.row_for(key.kernel, 120, *key[2:]) == tile
+        own = Card(key.architecture, ahead.SHARED[key.architecture])
+        assert configurations.row_for(key.kernel, own, *key[2:]) == tile
+        for newer in CARDS:
+            between = [other for other in TABLE if other._replace(architecture=key.architecture) == key]
+            between = [other.architecture for other in between if configurations.holds_for(other.architecture, newer)]
+            if configurations.holds_for(key.architecture, newer) and key.architecture == max(between):
+                assert configurations.row_for(key.kernel, newer, *key[2:]) == tile
+
+
+def test_small_cards_take_no_rows_of_large_ones() -> None:
+    for shared, architectures in (
+        (99 * 1024, {80, 86, 89, 120}),
+        (163 * 1024, {80, 90, 100}),
+        (227 * 1024, {80, 90, 100}),
+    ):
+        assert {n for n in ahead.SHARED if configurations.holds_for(n, Card(999, shared))} == architectures
 
 
 def test_tiles_are_what_the_kernels_can_do() -> None:

@@ -28,7 +28,7 @@ class AnyDevice:
 
 
 def main() -> None:
-    from pyxlbert.bench.ahead import compile_for
+    from pyxlbert.bench.ahead import SHARED, compile_for
     from triton.compiler.compiler import CompiledKernel
 
     from pyxlbert.testing.direct import Direct
@@ -41,7 +41,8 @@ def main() -> None:
     CompiledKernel.function = None
     torch.cuda.current_device = lambda: AnyDevice()
     plan = importlib.import_module("pyxlbert.kernels._plan")
-    importlib.import_module("pyxlbert.kernels._configurations").architecture = lambda device: 90
+    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    configurations.card = lambda device: configurations.Card(90, SHARED[90])
     triton = Direct("triton")
     assert plan.POSSIBLE
 
@@ -51,8 +52,16 @@ def main() -> None:
         for a, b in zip(one, other, strict=True):
             if isinstance(a, torch.Tensor):
                 assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+            elif isinstance(a, tuple):
+                # A record comes back as a plain tuple, which is all that a launch asks of it.
+                assert isinstance(b, tuple)
+                same(a, b)
             else:
                 assert type(a) is type(b) and a == b, (a, b)
+
+    def tensors_in(arguments: tuple) -> list[torch.Tensor]:
+        found = [x for x in arguments if isinstance(x, torch.Tensor)]
+        return found + [x for record in arguments if isinstance(record, tuple) for x in tensors_in(record)]
 
     def twice(call, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Triton's launch, then a remembered one on other tensors of the same kind."""
@@ -64,7 +73,7 @@ def main() -> None:
         results = call(*others)
         assert len(launched) == 2 and len(plan._plans) == before + 1
         same(*launched)
-        given = [id(x) for x in launched[1] if isinstance(x, torch.Tensor)]
+        given = [id(x) for x in tensors_in(launched[1])]
         assert {id(x) for x in others} <= set(given) and not {id(x) for x in tensors} & set(given)
         assert {id(x) for x in results} <= set(given)
         return others

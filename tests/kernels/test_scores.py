@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -197,11 +199,11 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
         return pyxlbert.relative_attention(q, k, v, table, **given, **options)
 
     usual = gradients(call, [q, k, v, table])
-    assert relative._bwd_table in launched
+    assert relative.bwd_table in launched
     launched.clear()
     with pyxlbert.allow_atomics():
         found = gradients(call, [q, k, v, table])
-        assert relative._bwd_table not in launched
+        assert relative.bwd_table not in launched
         launched.clear()
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(True)
@@ -209,7 +211,7 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
             same = gradients(call, [q, k, v, table])
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    assert relative._bwd_table in launched
+    assert relative.bwd_table in launched
     agree(found, usual)
     for place, (one, other) in enumerate(zip(same, usual, strict=True)):
         compare.same_bits(f"result {place}", one, other)
@@ -223,7 +225,7 @@ def test_long_rows_of_float32_leave_the_table_to_its_kernel(dtype: torch.dtype, 
     q, k, v, table = (x.to(dtype).requires_grad_() for x in (q, k, v, table))
     with pyxlbert.allow_atomics():
         pyxlbert.relative_attention(q, k, v, table, **given, backend="triton").sum().backward()
-    assert (relative._bwd_table in launched) == (not by_atomics)
+    assert (relative.bwd_table in launched) == (not by_atomics)
 
 
 def test_atomics_of_two_stream_attention() -> None:
@@ -277,3 +279,27 @@ def test_masks_and_biases_of_far_tensors(axis: int) -> None:
     wanted = pyxlbert.relative_attention(q, k, v, table, attention_mask=mask, backend="triton")
     found = pyxlbert.relative_attention(q, k, v, table, attention_mask=far(mask, axis), backend="triton")
     compare.same_bits("relative_attention", found, wanted)
+
+
+# The older and the newer name for what may round float32 do not mix: each chain is set in a process of its own.
+PRECISIONS = {
+    "older": (("matmul.allow_tf32 = True", "tf32"), ("matmul.allow_tf32 = False", "ieee")),
+    "newer": (
+        ("matmul.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.fp32_precision = 'ieee'", "ieee"),
+        ("matmul.fp32_precision = 'none'; torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_by_either_name(name: str) -> None:
+    if name == "newer" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return
+    program = (
+        "import sys, torch; from pyxlbert.kernels._scores import precision_of; matmul = torch.backends.cuda.matmul"
+    )
+    program += "\nfor setting in sys.argv[1:]: exec(setting); print(*map(precision_of, (torch.float32, torch.float16)))"
+    settings, wanted = zip(*PRECISIONS[name], strict=True)
+    done = subprocess.run([sys.executable, "-c", program, *settings], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{one} ieee" for one in wanted], done.stderr[-2000:]

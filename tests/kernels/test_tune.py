@@ -98,7 +98,8 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     """Of two kernels of the table one is said to spill, at its tile alone."""
     size, extras = (4, 64), (False, True)
     spilling, other = (tune.Key("relative_bwd_rows", 90, *size, extra) for extra in extras)
-    before = {key: configurations.row_for(key.kernel, 90, *size, key.extras) for key in (spilling, other)}
+    card = configurations.Card(90, 227 * 1024)
+    before = {key: configurations.row_for(key.kernel, card, *size, key.extras) for key in (spilling, other)}
     candidates = tune.candidates(spilling.kernel, 4)
     assert len({*before.values(), candidates[0]}) == 3
 

@@ -1,0 +1,252 @@
+"""attention's backward from lse alone; see attention.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._philox import ATTENTION
+from ._scores import (
+    block_and_plane,
+    delta_of,
+    exp,
+    is_inexact,
+    kept,
+    load_delta,
+    load_douts,
+    load_lse,
+    load_rows,
+    opened,
+    store_delta,
+    store_rows,
+)
+
+
+@triton.jit
+def bwd_rows(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    sizes,
+    scale,
+    dropout,
+    dout,
+    out,
+    saved,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What backward needs of every row first: see `Saved`."""
+    block, plane = block_and_plane(sizes.queries, BLOCK_M)
+    at = opened(sizes, plane)
+    first_i = block * BLOCK_M
+    if first_i < at.queries:
+        i = first_i + tl.arange(0, BLOCK_M)
+        lse = load_lse(saved, at, i)
+        delta = delta_of(dout, out, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+        inexact = is_inexact(lse)
+        weight = tl.zeros((BLOCK_M,), tl.float32)
+        if tl.max(inexact.to(tl.int32), 0) > 0:
+            q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+            for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
+                j = first_j + tl.arange(0, BLOCK_N)[None, :]
+                if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
+                    k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+                    s = tile_scores(q, k, i[:, None], j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+                    weight += tl.sum(exp(s - lse[:, None]), 1)
+        store_delta(saved, at, i, delta, inexact, weight)
+
+
+@triton.jit
+def bwd_keys(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    sizes,
+    scale,
+    dropout,
+    dout,
+    saved,
+    dkey,
+    dvalue,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dkey and dvalue of BLOCK_N keys.  Tiles are transposed, `[BLOCK_N, BLOCK_M]`, so that both products take them."""
+    block, plane = block_and_plane(sizes.keys, BLOCK_N)
+    at = opened(sizes, plane)
+    first_j = block * BLOCK_N
+    if first_j < at.extent:
+        k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+        v = load_rows(value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        j = first_j + tl.arange(0, BLOCK_N)[:, None]
+        low = 0
+        if CAUSAL:
+            low = tl.maximum(first_j - at.shift, 0) // BLOCK_M * BLOCK_M
+        for first_i in range(low, tl.where(first_j < at.keys, at.queries, 0), BLOCK_M):
+            i = first_i + tl.arange(0, BLOCK_M)
+            if mask.tensor is None or some_allowed(mask, at, i[None, :], j):
+                lse = load_lse(saved, at, i)
+                delta, lse_correction = load_delta(saved, at, i)
+                q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+                do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+                s = tile_scores(k, q, i[None, :], j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+                p = exp((s - lse[None, :]) - lse_correction[None, :])
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dropped = p
+                if dropout.seed is not None:
+                    keep = tl.trans(kept(dropout, i[:, None], first_j, at, ATTENTION, BLOCK_N))
+                    dropped = tl.where(keep, p * dropout.keep_scale, 0.0)
+                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        store_rows(dkey, at, dk * scale, first_j, at.extent, BLOCK_N, D, BLOCK_D)
+        store_rows(dvalue, at, dv, first_j, at.extent, BLOCK_N, D, BLOCK_D)
+
+
+@triton.jit
+def _tile_gradient(
+    q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of scores `[BLOCK_M, BLOCK_N]`, and its keys."""
+    i = first_i + tl.arange(0, BLOCK_M)[:, None]
+    j = first_j + tl.arange(0, BLOCK_N)[None, :]
+    k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+    v = load_rows(value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+    s = tile_scores(q, k, i, j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+    p = exp((s - lse[:, None]) - lse_correction[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if dropout.seed is not None:
+        dp = tl.where(kept(dropout, i, first_j, at, ATTENTION, BLOCK_N), dp * dropout.keep_scale, 0.0)
+    return p * (dp - delta[:, None]), k
+
+
+@triton.jit
+def bwd_queries(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    sizes,
+    scale,
+    dropout,
+    dout,
+    saved,
+    dquery,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dquery of BLOCK_M queries."""
+    block, plane = block_and_plane(sizes.queries, BLOCK_M)
+    at = opened(sizes, plane)
+    first_i = block * BLOCK_M
+    if first_i < at.queries:
+        i = first_i + tl.arange(0, BLOCK_M)
+        lse = load_lse(saved, at, i)
+        delta, lse_correction = load_delta(saved, at, i)
+        q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+        do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
+            j = first_j + tl.arange(0, BLOCK_N)[None, :]
+            if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
+                ds, k = _tile_gradient(
+                    q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
+                    CAUSAL, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        store_rows(dquery, at, dq * scale, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def bwd_bias(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    sizes,
+    scale,
+    dropout,
+    dout,
+    saved,
+    dbias,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
+    across = tl.cdiv(dbias.columns, BLOCK_N)
+    down = tl.cdiv(dbias.rows, BLOCK_M)
+    at_j = tl.program_id(0) % across * BLOCK_N
+    at_i = tl.program_id(0) // across % down * BLOCK_M
+    at_plane = tl.program_id(0) // (across * down)
+    at_b = at_plane // dbias.heads
+    at_h = at_plane % dbias.heads
+    # How many of each there are to add up: 1 where the bias has that dimension.
+    sequences = tl.where(dbias.batch == dbias.sequences, 1, dbias.sequences)
+    planes = tl.where(dbias.heads == sizes.heads, 1, sizes.heads)
+    tiles_i = tl.where(dbias.rows == sizes.queries, 1, tl.cdiv(sizes.queries, BLOCK_M))
+    tiles_j = tl.where(dbias.columns == sizes.keys, 1, tl.cdiv(sizes.keys, BLOCK_N))
+    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, sequences * planes * tiles_i * tiles_j):
+        first_j = at_j + step % tiles_j * BLOCK_N
+        left = step // tiles_j
+        first_i = at_i + left % tiles_i * BLOCK_M
+        left = left // tiles_i
+        at = opened(sizes, (at_b + left // planes) * sizes.heads + at_h + left % planes)
+        i = first_i + tl.arange(0, BLOCK_M)
+        j = first_j + tl.arange(0, BLOCK_N)[None, :]
+        if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
+            lse = load_lse(saved, at, i)
+            delta, lse_correction = load_delta(saved, at, i)
+            q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+            do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+            ds, _k = _tile_gradient(
+                q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
+                CAUSAL, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            sum += ds
+    base = dbias.tensor + (at_plane.to(tl.int64) * dbias.rows) * dbias.columns
+    i = at_i + tl.arange(0, BLOCK_M)[:, None]
+    j = at_j + tl.arange(0, BLOCK_N)[None, :]
+    # A dimension of one gets the sum of all tiles' rows or columns, and the other is stored as it is.
+    one_row = tl.sum(sum, 0)[None, :]
+    one_column = tl.sum(sum, 1)[:, None]
+    if (dbias.rows == sizes.queries) & (dbias.columns == sizes.keys):
+        place = base + i.to(tl.int64) * dbias.columns + j
+        inside = (i < dbias.rows) & (j < dbias.columns)
+        tl.store(place, sum.to(dbias.tensor.dtype.element_ty), mask=inside)
+    elif dbias.columns == sizes.keys:
+        tl.store(base + j, one_row.to(dbias.tensor.dtype.element_ty), mask=j < dbias.columns)
+    elif dbias.rows == sizes.queries:
+        tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < dbias.rows)
+    else:
+        both = tl.sum(one_row, 1)[:, None]
+        tl.store(base + tl.zeros((1, 1), tl.int32), both.to(dbias.tensor.dtype.element_ty))

@@ -1,0 +1,57 @@
+"""A tile of attention's scores, forward and backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._scores import INFINITY, load_scores, some
+
+
+@triton.jit
+def end_of_keys(at, first_i, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where the keys of BLOCK_M queries end: at the diagonal, or at the sequence's end."""
+    high = at.keys
+    if CAUSAL:
+        high = tl.minimum(high, tl.maximum(first_i + BLOCK_M + at.shift, 0))
+    return high
+
+
+class BiasGradient(NamedTuple):
+    """dbias, contiguous, and its sizes: 1 along what the bias is broadcast; and the number of sequences."""
+
+    tensor: Tensor
+    batch: int
+    heads: int
+    rows: int
+    columns: int
+    sequences: int
+
+
+@triton.jit
+def some_allowed(mask, at, i, j):
+    """Whether the mask leaves anything of a tile."""
+    return some(load_scores(mask, at, i, j) != 0)
+
+
+@triton.jit
+def tile_scores(
+    x, y, i, j, at, mask, bias, scale, CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Scores of x times y, one of them queries i and the other keys j, with the bias, -inf where i may not attend j.
+
+    Without EDGE all keys of the tile are there, before the diagonal.
+    """
+    s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+    if bias.tensor is not None:
+        s += load_scores(bias, at, i, j).to(tl.float32)
+    if mask.tensor is not None:
+        s = tl.where(load_scores(mask, at, i, j) != 0, s, -INFINITY)
+    if EDGE:
+        s = tl.where(j < at.keys, s, -INFINITY)
+        if CAUSAL:
+            s = tl.where(j <= i + at.shift, s, -INFINITY)
+    return s

@@ -1,0 +1,273 @@
+"""A tile of relative attention's scores, forward and backward: its queries, what they may see, the scores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._products import row_products
+from ._scores import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, load_rows, some
+
+# Records that kernels take.
+
+
+class Table(NamedTuple):
+    """The position table `[G, R, H, D]` as an address with strides over table, row and head.
+
+    Attributes:
+        rows: R.
+        offset: query i meets key j at row offset + j - i.
+        sequences: how many follow each other with the same table.
+    """
+
+    tensor: Tensor
+    table: int
+    row: int
+    head: int
+    rows: int
+    offset: int
+    sequences: int
+
+
+class Biases(NamedTuple):
+    """u, v and the segments' bias `[H, D]`, and the segments' embedding `[2, H, D]`; each may be None."""
+
+    content: Tensor | None
+    position: Tensor | None
+    segment: Tensor | None
+    embedding: Tensor | None
+
+
+class Marks(NamedTuple):
+    """int32 numbers of queries `[B, Tq]` and of keys `[B, Tk]`, or packed; each may be None.
+
+    Attributes:
+        positions: where each query stands, -1 for one without a place, in rising order.
+        numbers: the numbers that the queries had before they were sorted by position.
+        query_segments, key_segments, query_rank, key_rank: as the op takes them, the queries' sorted.
+    """
+
+    positions: Tensor | None
+    numbers: Tensor | None
+    query_segments: Tensor | None
+    key_segments: Tensor | None
+    query_rank: Tensor | None
+    key_rank: Tensor | None
+
+
+# Records of a tile.
+
+
+class Lines(NamedTuple):
+    """BLOCK_M queries: what `query_lines` returns.
+
+    Attributes:
+        first: the row of the first.
+        number, position, there: of each `[M]` its number and position, and whether it is there at all.
+        top, bottom: the largest and the smallest position.
+        rank, highest: of each `[M]` its rank, and the largest.
+        mask_row: of each `[M]` the row of the mask.
+    """
+
+    first: Any
+    number: Any
+    position: Any
+    there: Any
+    top: Any
+    bottom: Any
+    rank: Any
+    highest: Any
+    mask_row: Any
+
+
+class Queries(NamedTuple):
+    """A tile of queries: what `load_queries` returns.
+
+    Attributes:
+        content, position: `[M, BLOCK_D]` with the content and with the position bias.
+        same, other: their products `[M]` with the embeddings of the same and of the other segment.
+        segment: their segments `[M]`.
+    """
+
+    content: Any
+    position: Any
+    same: Any
+    other: Any
+    segment: Any
+
+
+@triton.jit
+def numbers_before(rows, sizes, at):
+    """How many numbers of `[B, rows]`, or packed, stand before a sequence's."""
+    if sizes.cu_seqlens is not None:
+        return at.start
+    else:
+        return at.b * rows
+
+
+@triton.jit
+def first_table_row(table, at):
+    """The address of the first row of a plane's table."""
+    return table.tensor + ((at.b // table.sequences) * table.table + at.h * table.head)
+
+
+@triton.jit
+def end_of_keys(
+    at, first_i, CAUSAL: tl.constexpr, UNIFORM: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Where the keys of BLOCK_M queries end; where rows without any key average over all of them, behind the last."""
+    if UNIFORM:
+        return at.extent
+    elif CAUSAL and IN_ORDER:
+        return tl.minimum(at.keys, tl.maximum(first_i + BLOCK_M + at.shift, 0))
+    else:
+        return at.keys
+
+
+@triton.jit
+def query_lines(marks, sizes, at, first_i, BY_POSITION: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the BLOCK_M queries from row first_i on all that is no vector; with BY_POSITION the mask has a row for each
+    position, and not for each query.
+    """
+    row = first_i + tl.arange(0, BLOCK_M)
+    before = numbers_before(sizes.queries, sizes, at)
+    inside = row < at.queries
+    there = inside
+    number = row
+    position = row
+    top = first_i + BLOCK_M - 1
+    bottom = first_i
+    if marks.positions is not None:
+        number = tl.load(marks.numbers + before + row, mask=inside, other=0)
+        position = tl.load(marks.positions + before + row, mask=inside, other=-1)
+        there = inside & (position >= 0)
+        top = tl.max(tl.where(there, position, 0), 0)
+        bottom = tl.minimum(tl.min(tl.where(there, position, 2**30), 0), top)
+        # Lines without a position compute something, of which nothing is used.
+        position = tl.where(there, position, top)
+    rank = tl.zeros((BLOCK_M,), tl.int32)
+    if marks.query_rank is not None:
+        rank = tl.load(marks.query_rank + before + row, mask=inside, other=0)
+    highest = tl.max(tl.where(there, rank, -UNSEEN_RANK), 0)
+    mask_row = number
+    if BY_POSITION:
+        mask_row = position
+    return Lines(first_i, number, position, there, top, bottom, rank, highest, mask_row)
+
+
+@triton.jit
+def load_vector(base, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Row h of `[H, D]` in float32, zeros where there is no such tensor."""
+    d = tl.arange(0, BLOCK_D)
+    if base is not None:
+        return tl.load(base + h * D + d, mask=d < D, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((BLOCK_D,), tl.float32)
+
+
+@triton.jit
+def load_queries(
+    query, biases, marks, sizes, lines, at, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The vectors of the queries of `lines`."""
+    x = load_rows(query, at, lines.first, at.queries, BLOCK_M, D, BLOCK_D)
+    wide = tl.where(lines.there[:, None], x, 0.0).to(tl.float32)
+    content = (wide + load_vector(biases.content, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
+    position = (wide + load_vector(biases.position, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
+    same = tl.zeros((BLOCK_M,), tl.float32)
+    other = tl.zeros((BLOCK_M,), tl.float32)
+    segment = tl.zeros((BLOCK_M,), tl.int32)
+    if marks.query_segments is not None:
+        asks = wide + load_vector(biases.segment, at.h, D, BLOCK_D)[None, :]
+        same = tl.sum(asks * load_vector(biases.embedding, at.h, D, BLOCK_D)[None, :], 1)
+        other = tl.sum(asks * load_vector(biases.embedding, sizes.heads + at.h, D, BLOCK_D)[None, :], 1)
+        row = lines.first + tl.arange(0, BLOCK_M)
+        place = marks.query_segments + numbers_before(sizes.queries, sizes, at) + row
+        segment = tl.load(place, mask=row < at.queries, other=0)
+    return Queries(content, position, same, other, segment)
+
+
+@triton.jit
+def is_other_segment(queries, j, marks, sizes, at):
+    """Of a tile, whether query and key are of different segments; j is `[1, N]` or `[M, N]`."""
+    place = marks.key_segments + numbers_before(sizes.keys, sizes, at) + j
+    return queries.segment[:, None] != tl.load(place, mask=(j >= 0) & (j < at.extent), other=0)
+
+
+@triton.jit
+def allowed_of(lines, j, marks, mask, sizes, at, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr):
+    """Which elements of a tile may be attended; j is `[1, N]` or `[M, N]`."""
+    i = lines.number[:, None]
+    there = lines.there[:, None]
+    real = (j >= 0) & (j < at.extent)
+    allowed = real & (j < at.keys)
+    if CAUSAL:
+        allowed = allowed & (j <= i + at.shift)
+    if mask.tensor is not None:
+        place = mask.tensor + (at.b * mask.batch + at.h * mask.head)
+        place += lines.mask_row[:, None].to(tl.int64) * mask.row + j.to(tl.int64) * mask.column
+        allowed = allowed & (tl.load(place, mask=real & there, other=0) != 0)
+    if marks.key_rank is not None:
+        place = marks.key_rank + numbers_before(sizes.keys, sizes, at) + j
+        order = tl.load(place, mask=real, other=UNSEEN_RANK)
+        allowed = allowed & (lines.rank[:, None] > order)
+        if SEE_SELF:
+            allowed = allowed | ((j == i + at.shift) & (order != UNSEEN_RANK) & real & (j < at.keys))
+    elif SEE_SELF:
+        allowed = allowed | ((j == i + at.shift) & real & (j < at.keys))
+    return allowed & there
+
+
+@triton.jit
+def some_seen(
+    lines, first_j, j, marks, mask, sizes, at, settled, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr,
+    UNIFORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile adds anything, or is left out: see `allowed_of`.
+
+    With UNIFORM a tile that nothing is seen of counts for rows that have seen nothing elsewhere, those not `settled`.
+    """
+    if mask.tensor is None and j.shape[0] == 1:
+        # By the ranks of the keys alone, without the tile.
+        place = marks.key_rank + numbers_before(sizes.keys, sizes, at) + j
+        order = tl.load(place, mask=(j >= 0) & (j < at.keys), other=UNSEEN_RANK)
+        seen = lines.highest > tl.min(tl.min(order, 1), 0)
+        if SEE_SELF:
+            first = lines.first + at.shift
+            seen = seen | ((first + BLOCK_M > first_j) & (first < first_j + BLOCK_N))
+    else:
+        seen = some(allowed_of(lines, j, marks, mask, sizes, at, CAUSAL, SEE_SELF))
+    if UNIFORM:
+        seen = seen | some(lines.there[:, None] & (settled == 0)[:, None])
+    return seen
+
+
+@triton.jit
+def mask_scores(
+    s, queries, lines, j, marks, mask, sizes, at, scale,
+    CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Scores of content and position with the term of segments, scaled; masked ones -inf: see `allowed_of`."""
+    if marks.key_segments is not None:
+        other = is_other_segment(queries, j, marks, sizes, at)
+        s += tl.where(other, queries.other[:, None], queries.same[:, None])
+    s *= scale
+    allowed = allowed_of(lines, j, marks, mask, sizes, at, CAUSAL, SEE_SELF)
+    if UNIFORM:
+        s = tl.where(allowed, s, UNIFORM_SCORE)
+        return tl.where((j >= 0) & (j < at.extent) & lines.there[:, None], s, -INFINITY)
+    else:
+        return tl.where(allowed, s, -INFINITY)
+
+
+@triton.jit
+def tile_scores(
+    s, x, y, queries, lines, j, marks, mask, sizes, at, scale, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr,
+    UNIFORM: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4,
+):  # fmt: skip
+    """The scores of a tile, one term of which is s already and the other lines of x times rows of y."""
+    s = row_products(x, y, s, PRECISION, PIECES)
+    return mask_scores(s, queries, lines, j, marks, mask, sizes, at, scale, CAUSAL, SEE_SELF, UNIFORM)
