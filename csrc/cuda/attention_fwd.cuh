@@ -9,6 +9,7 @@
 // Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 1; attention_lines.cuh for positions.
 #pragma once
 #include "cuda/attention_lines.cuh"
+#include "cuda/softmax.cuh"
 
 namespace pyxlbert::cuda {
 
@@ -308,13 +309,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         __syncthreads();
         const Lines<C> lines = lines_of<C>(p);
         const int tiles = ceil_div(p.walk->high, C::BN);
-        float o[M][D / 8][4], top[M][2], weight[M][2];
+        float o[M][D / 8][4];
+        RunningRows rows[M];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            clear(o[m]);
-            top[m][0] = top[m][1] = -INFINITY_;
-            weight[m][0] = weight[m][1] = 0.0f;
-        }
+        for (int m = 0; m < M; ++m) clear(o[m]);
         Bands<C> bands(p.bands);
         p.ring.base = 0;
         fetch<C>(p, p.ring, 0);
@@ -331,34 +329,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
                 finish<C>(c, lines, first_j, by_number);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        float above = top[m][half];
-#pragma unroll
-                        for (int n = 0; n < N; ++n)
-                            above = fmaxf(above, fmaxf(c[m][n][half * 2], c[m][n][half * 2 + 1]));
-                        above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
-                        above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
-                        // A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
-                        const float level = above == -INFINITY_ ? 0.0f : above;
-                        const float less = exp_of_difference(top[m][half], level);
-                        top[m][half] = above;
-                        float sum = 0.0f;
-#pragma unroll
-                        for (int n = 0; n < N; ++n)
-#pragma unroll
-                            for (int e = 0; e < 2; ++e) {
-                                float& x = c[m][n][half * 2 + e];
-                                x = exp_of_difference(x, level);
-                                sum += x;
-                            }
-                        weight[m][half] = weight[m][half] * less + sum;
-#pragma unroll
-                        for (int d = 0; d < D / 8; ++d) {
-                            o[m][d][half * 2] *= less;
-                            o[m][d][half * 2 + 1] *= less;
-                        }
-                    }
+                    softmax_step(rows[m], c[m], o[m]);
                     if (C::EXTRAS && lines.of(m).drops) {
                         const std::uint32_t bits =
                             kept_bits<N>(lines.of(m), lines.line(m, 0).number, lines.line(m, 1).number, first_j);
@@ -380,31 +351,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         for (int m = 0; m < M; ++m) {
             const QueryStream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int number = lines.line(m, half).number;
-                float sum = weight[m][half];
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-                if (number < 0) continue;
-                // A NaN among the scores is one in the weights.
-                const bool bad = p.walk->sequence.wrong || sum != sum, some = sum > 0.0f;
-                const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
-                T* out = static_cast<T*>(stream.out) +
-                         result_row(a, b, h, p.walk->sequence.start, stream.rows, number) * a.head_size +
-                         lane_id() % 4 * 2;
-#pragma unroll
-                for (int d = 0; d < D / 8; ++d) {
-                    if (d * 8 >= a.head_size) break;
-                    // Zeros, and not what a masked row's zeros times infinity would be.
-                    store_pair(out + d * 8, bad || some ? o[m][d][half * 2] * factor : 0.0f,
-                               bad || some ? o[m][d][half * 2 + 1] * factor : 0.0f);
-                }
-                if (lane_id() % 4 == 0)
-                    stream.lse[statistics_at(a, b, h, p.walk->sequence.start, stream.rows) + number] =
-                        sum != sum ? sum
-                        : some     ? top[m][half] + logf(sum)
-                                   : INFINITY_;
-            }
+            for (int half = 0; half < 2; ++half)
+                store_row<T>(a, stream, p.walk->sequence, b, h, lines.line(m, half).number, half, rows[m], o[m]);
         }
         if (!C::RELATIVE || !more) return;
         __syncthreads();

@@ -23,8 +23,11 @@
 // Source: Shah et al., "FlashAttention-3", https://arxiv.org/abs/2407.08608, section 3.1, without its overlap of one
 // tile's softmax with the next one's product.
 #pragma once
+#include <cstddef>
+
 #include "cuda/attention_lines.cuh"
 #include "cuda/hopper.cuh"
+#include "cuda/softmax.cuh"
 
 namespace pyxlbert::cuda {
 
@@ -40,19 +43,45 @@ struct HopperTile {
     static constexpr int TABLE_STAGES = CONSUMERS + STAGES;
     using GroupBand = Band<64, 64>;
     static constexpr int QUERIES = WINDOW * D * 2, KEYS = BN * D * 2, TABLE = 64 * D * 2;  // bytes
-    static constexpr int TABLES = RELATIVE ? TABLE_STAGES * TABLE : 0;
-    static constexpr int BANDS = RELATIVE ? CONSUMERS * 4 * GroupBand::FLOATS * static_cast<int>(sizeof(float)) : 0;
-    static constexpr int SEGMENTS = RELATIVE ? WINDOW * static_cast<int>(sizeof(float2)) : 0;
-    static constexpr int BARRIERS = 1 + 4 * STAGES + TABLE_STAGES;
-    static constexpr std::size_t SHARED =
-        QUERIES * (RELATIVE ? 2 : 1) + 2 * STAGES * KEYS + TABLES + BANDS + SEGMENTS + BARRIERS * sizeof(std::uint64_t);
     static_assert(!RELATIVE || D == 64, "with more columns tiles and bands would not fit the shared memory");
-    static_assert(SHARED <= 227 * 1024);
     // Registers of a thread once the producer has given and the consumers have taken: a producer needs few.
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * STARTING_REGISTERS<THREADS>,
                   "a consumer would wait for ever for registers that the block does not have");
 };
+
+// What a table needs of shared memory, before all the rest.
+template <class C>
+struct HopperTable {
+    unsigned char blocks[C::TABLE_STAGES][C::TABLE];
+    float bands[C::CONSUMERS * 4][C::GroupBand::FLOATS];  // of each warp
+    float2 segments[C::WINDOW];                           // products of each query with both segment embeddings
+};
+
+// The rest of it: tiles, and for each the barriers that say that it has come and that it has been read.
+template <class C>
+struct HopperShared {
+    unsigned char queries[C::RELATIVE ? 2 : 1][C::QUERIES];  // with the content bias, and with the position bias
+    unsigned char keys[C::STAGES][C::KEYS], values[C::STAGES][C::KEYS];
+    std::uint64_t query_full, key_full[C::STAGES], key_empty[C::STAGES];
+    std::uint64_t value_full[C::STAGES], value_empty[C::STAGES], table_full[C::TABLE_STAGES];
+
+    // Where it begins, behind the table's.
+    static constexpr std::size_t START = C::RELATIVE ? sizeof(HopperTable<C>) : 0;
+    static DEVICE HopperShared& here() { return *reinterpret_cast<HopperShared*>(shared_memory() + START); }
+};
+
+template <class C>
+constexpr std::size_t shared_of_hopper() {
+    using S = HopperShared<C>;
+    // Swizzled tiles begin at multiples of 1024 bytes, barriers at multiples of 8.
+    static_assert(S::START % 1024 == 0 && C::TABLE % 1024 == 0);
+    static_assert(offsetof(S, queries) == 0 && C::QUERIES % 1024 == 0);
+    static_assert(offsetof(S, keys) % 1024 == 0 && offsetof(S, values) % 1024 == 0 && C::KEYS % 1024 == 0);
+    static_assert(offsetof(S, query_full) % 8 == 0);
+    static_assert(S::START + sizeof(S) <= 227 * 1024);
+    return S::START + sizeof(S);
+}
 
 struct HopperMaps {
     TensorMap query, key, value, table;  // relative_attention: all but the query, which takes its biases first
@@ -114,16 +143,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     using T = typename C::T;
     constexpr int D = C::D, N = C::BN / 8;
     const QueryStream& stream = a.stream[0];
-    unsigned char* queries = shared_memory();
-    unsigned char* keys = queries + C::QUERIES * (C::RELATIVE ? 2 : 1);
-    unsigned char* values = keys + C::STAGES * C::KEYS;
-    unsigned char* tables = values + C::STAGES * C::KEYS;
-    unsigned char* bands = tables + C::TABLES;
-    float2* segments = reinterpret_cast<float2*>(bands + C::BANDS);
-    std::uint64_t* query_full = reinterpret_cast<std::uint64_t*>(bands + C::BANDS + C::SEGMENTS);
-    std::uint64_t *key_full = query_full + 1, *key_empty = key_full + C::STAGES;
-    std::uint64_t *value_full = key_empty + C::STAGES, *value_empty = value_full + C::STAGES;
-    std::uint64_t* table_full = value_empty + C::STAGES;
+    HopperShared<C>& shared = HopperShared<C>::here();
+    [[maybe_unused]] HopperTable<C>& table_of_block = *reinterpret_cast<HopperTable<C>*>(shared_memory());
 
     const int windows = ceil_div(stream.rows, C::WINDOW);
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
@@ -135,15 +156,15 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const int tiles = ceil_div(high, C::BN);
     check_shared_memory();
     if (threadIdx.x == 0) {
-        mbarrier_init(query_full, 1);
+        mbarrier_init(&shared.query_full, 1);
         for (int n = 0; n < C::STAGES; ++n) {
-            mbarrier_init(key_full + n, 1);
-            mbarrier_init(value_full + n, 1);
+            mbarrier_init(&shared.key_full[n], 1);
+            mbarrier_init(&shared.value_full[n], 1);
             // A warp arrives for itself: it knows of no other that has finished.
-            mbarrier_init(key_empty + n, C::CONSUMERS * 4);
-            mbarrier_init(value_empty + n, C::CONSUMERS * 4);
+            mbarrier_init(&shared.key_empty[n], C::CONSUMERS * 4);
+            mbarrier_init(&shared.value_empty[n], C::CONSUMERS * 4);
         }
-        for (int n = 0; n < C::TABLE_STAGES; ++n) mbarrier_init(table_full + n, 1);
+        for (int n = 0; n < C::TABLE_STAGES; ++n) mbarrier_init(&shared.table_full[n], 1);
         mbarrier_init_done();
     }
     __syncthreads();
@@ -164,22 +185,22 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         // there.
         [[maybe_unused]] auto ask_table = [&](int block) {
             const int stage = block % C::TABLE_STAGES;
-            ask(tables + stage * C::TABLE, &maps.table, table_full + stage,
+            ask(table_of_block.blocks[stage], &maps.table, &shared.table_full[stage],
                 a.offset - first - C::WINDOW + 1 + block * 64, 64, b / max(1, a.batch / a.tables));
         };
         if constexpr (C::RELATIVE) {
             if (tiles > 0)
                 for (int block = 0; block < C::CONSUMERS; ++block) ask_table(block);
         } else {
-            ask(queries, &maps.query, query_full, row + first, C::WINDOW, batch);
+            ask(shared.queries[0], &maps.query, &shared.query_full, row + first, C::WINDOW, batch);
         }
         for (int t = 0; t < tiles; ++t) {
             const int stage = t % C::STAGES, turn = t / C::STAGES & 1;
-            mbarrier_wait(key_empty + stage, turn ^ 1);
-            ask(keys + stage * C::KEYS, &maps.key, key_full + stage, row + t * C::BN, C::BN, batch);
+            mbarrier_wait(&shared.key_empty[stage], turn ^ 1);
+            ask(shared.keys[stage], &maps.key, &shared.key_full[stage], row + t * C::BN, C::BN, batch);
             if constexpr (C::RELATIVE) ask_table(t + C::CONSUMERS);
-            mbarrier_wait(value_empty + stage, turn ^ 1);
-            ask(values + stage * C::KEYS, &maps.value, value_full + stage, row + t * C::BN, C::BN, batch);
+            mbarrier_wait(&shared.value_empty[stage], turn ^ 1);
+            ask(shared.values[stage], &maps.value, &shared.value_full[stage], row + t * C::BN, C::BN, batch);
         }
         return;
     }
@@ -188,14 +209,15 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const int t2 = lane_id() % 4 * 2, thread = static_cast<int>(threadIdx.x) % 128;
     // Of this thread: the first of its two rows, the other is 8 behind.
     const int number = first + group * 64 + thread / 32 * 16 + lane_id() / 4;
-    float o[D / 8][4], top[2] = {-INFINITY_, -INFINITY_}, weight[2] = {0.0f, 0.0f};
+    float o[D / 8][4];
     clear(o);
+    RunningRows rows;
     [[maybe_unused]] typename C::GroupBand band;
     // d [64, 64]: products with a block of the table.
     [[maybe_unused]] auto multiply_positions = [&](float (&d)[8][4], int block, auto meanwhile) {
         const int stage = block % C::TABLE_STAGES;
-        const Factor position(queries + C::QUERIES + group * 64 * 128, 0), table(tables + stage * C::TABLE, 0);
-        mbarrier_wait(table_full + stage, block / C::TABLE_STAGES & 1);
+        const Factor position(shared.queries[1] + group * 64 * 128, 0), table(table_of_block.blocks[stage], 0);
+        mbarrier_wait(&shared.table_full[stage], block / C::TABLE_STAGES & 1);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < D; k += 16) wgmma_shared(d, position.at(k * 2), table.at(k * 2), k > 0, T());
@@ -208,8 +230,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     [[maybe_unused]] float2 of_segment[2];
     [[maybe_unused]] const std::int32_t* key_segments = nullptr;
     if constexpr (C::RELATIVE) {
-        load_biased_swizzled<C>(queries + group * 64 * 128, queries + C::QUERIES + group * 64 * 128,
-                                segments + group * 64, a, b, h, s, first + group * 64);
+        load_biased_swizzled<C>(shared.queries[0] + group * 64 * 128, shared.queries[1] + group * 64 * 128,
+                                table_of_block.segments + group * 64, a, b, h, s, first + group * 64);
         fence_shared_for_wgmma();
         named_barrier(1 + group, 128);
         key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
@@ -218,24 +240,24 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 segment[half] = query_segments[min(number + half * 8, min(stream.rows, s.queries) - 1)];
-                of_segment[half] = segments[number + half * 8 - first];
+                of_segment[half] = table_of_block.segments[number + half * 8 - first];
             }
         }
-        band.line0 = reinterpret_cast<float*>(bands) + (group * 4 + thread / 32) * C::GroupBand::FLOATS;
+        band.line0 = table_of_block.bands[group * 4 + thread / 32];
         if (tiles > 0) {
             float d[8][4];
             multiply_positions(d, C::CONSUMERS - 1 - group, [] {});
             band.template write<8>(0, d);
         }
     } else {
-        mbarrier_wait(query_full, 0);
+        mbarrier_wait(&shared.query_full, 0);
     }
-    const Factor query(queries + group * 64 * 128, 0);
+    const Factor query(shared.queries[0] + group * 64 * 128, 0);
     for (int t = 0; t < tiles; ++t) {
         const int stage = t % C::STAGES, turn = t / C::STAGES & 1, first_j = t * C::BN;
         float c[N][4];
-        mbarrier_wait(key_full + stage, turn);
-        const Factor key(keys + stage * C::KEYS, 0);
+        mbarrier_wait(&shared.key_full[stage], turn);
+        const Factor key(shared.keys[stage], 0);
         auto multiply_content = [&] {
 #pragma unroll
             for (int k = 0; k < D; k += 16)
@@ -269,7 +291,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             wgmma_commit();
             wgmma_wait<0>();
         }
-        if (lane_id() == 0) mbarrier_arrive(key_empty + stage);
+        if (lane_id() == 0) mbarrier_arrive(&shared.key_empty[stage]);
 
         const bool edge = first_j + C::BN > s.keys || (a.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
 #pragma unroll
@@ -282,35 +304,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                     if (j >= s.keys || (a.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
                 }
             }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float above = top[half];
-#pragma unroll
-            for (int n = 0; n < N; ++n) above = fmaxf(above, fmaxf(c[n][half * 2], c[n][half * 2 + 1]));
-            above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
-            above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
-            const float level = above == -INFINITY_ ? 0.0f : above;
-            const float less = exp_of_difference(top[half], level);
-            top[half] = above;
-            float sum = 0.0f;
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float& x = c[n][half * 2 + e];
-                    x = exp_of_difference(x, level);
-                    sum += x;
-                }
-            weight[half] = weight[half] * less + sum;
-#pragma unroll
-            for (int d = 0; d < D / 8; ++d) {
-                o[d][half * 2] *= less;
-                o[d][half * 2 + 1] *= less;
-            }
-        }
+        softmax_step(rows, c, o);
 
-        mbarrier_wait(value_full + stage, turn);
-        unsigned char* tile = values + stage * C::KEYS;
+        mbarrier_wait(&shared.value_full[stage], turn);
+        unsigned char* tile = shared.values[stage];
         if (first_j + C::BN > s.keys) {
             // Both groups write the same zeros, each before it reads.
             const int real = s.keys - first_j, pieces = (C::BN - real) * 8;
@@ -333,29 +330,13 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         for (int k = 0; k < C::BN / 16; ++k) wgmma_registers(o, p[k], value.at(k * 16 * 128), T());
         wgmma_commit();
         wgmma_wait<0>();
-        if (lane_id() == 0) mbarrier_arrive(value_empty + stage);
+        if (lane_id() == 0) mbarrier_arrive(&shared.value_empty[stage]);
     }
+    const int count = min(stream.rows, s.queries);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = number + half * 8;
-        float sum = weight[half];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (row >= min(stream.rows, s.queries)) continue;
-        // A NaN among the scores is one in the weights.
-        const bool bad = s.wrong || sum != sum, some = sum > 0.0f;
-        const float factor = bad ? NAN_ : some ? 1.0f / sum : 0.0f;
-        T* out = static_cast<T*>(stream.out) + result_row(a, b, h, s.start, stream.rows, row) * a.head_size + t2;
-#pragma unroll
-        for (int d = 0; d < D / 8; ++d) {
-            if (d * 8 >= a.head_size) break;
-            store_pair(out + d * 8, bad || some ? o[d][half * 2] * factor : 0.0f,
-                       bad || some ? o[d][half * 2 + 1] * factor : 0.0f);
-        }
-        if (lane_id() % 4 == 0)
-            stream.lse[statistics_at(a, b, h, s.start, stream.rows) + row] = sum != sum ? sum
-                                                                             : some     ? top[half] + logf(sum)
-                                                                                        : INFINITY_;
+        store_row<T>(a, stream, s, b, h, row < count ? row : -1, half, rows, o);
     }
 #endif
 }
@@ -400,7 +381,8 @@ void launch_attention_fwd_hopper(const Attention& a, Stream stream) {
     else
         maps.query = map(a.stream[0].query, batch, queries, C::WINDOW);
     const std::int64_t windows = ceil_div(a.stream[0].rows, C::WINDOW);
-    launch<attention_fwd_hopper<C>, C::SHARED>(grid_of(windows * a.batch * a.heads), C::THREADS, stream, a, maps);
+    launch<attention_fwd_hopper<C>, shared_of_hopper<C>()>(grid_of(windows * a.batch * a.heads), C::THREADS, stream, a,
+                                                           maps);
 }
 
 }  // namespace pyxlbert::cuda
