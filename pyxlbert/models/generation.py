@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyxlbert.models.inputs import check_device, check_range, check_shape, check_tensors, check_tokens, check_zero_one
-from pyxlbert.nn import HIDDEN_RANK, RelativeLayout, TokenLayout, relative_positions
+from pyxlbert.nn import UNSEEN_RANK, RelativeLayout, TokenLayout, relative_positions
 
 # With memories transformers computes this many of the last tokens again at every step.
 RECOMPUTED = 2
@@ -181,7 +181,7 @@ class LeftToRight:
         self.capacity = capacity
         self.key_rank = torch.arange(capacity, dtype=torch.int32, device=device).repeat(batch, 1)
         if tokens is not None:
-            self.key_rank[:, :prompt].masked_fill_(~tokens, HIDDEN_RANK)
+            self.key_rank[:, :prompt].masked_fill_(~tokens, UNSEEN_RANK)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The next token's, [B, V], after the text [B, T] of which all but the end has been given before."""

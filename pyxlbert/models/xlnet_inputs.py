@@ -21,7 +21,7 @@ from pyxlbert.models.inputs import (
     check_zero_one,
 )
 from pyxlbert.models.xlnet_config import XLNetConfig
-from pyxlbert.nn import HIDDEN_RANK, MEMORY_RANK, PADDING_RANK, TokenLayout, has_values
+from pyxlbert.nn import MEMORY_RANK, PADDING_RANK, UNSEEN_RANK, TokenLayout, has_values
 
 
 class XLNetInputs(NamedTuple):
@@ -308,8 +308,8 @@ def _masks(
     if key_rank is not None and hidden is not None:
         # The average of masked_rows="uniform" is over padding too.
         own_row = padding_read or config.masked_rows == "uniform"
-        key_rank = key_rank.masked_fill(hidden, PADDING_RANK if own_row else HIDDEN_RANK)
-        key_rank[:, :memory].masked_fill_(hidden[:, :memory], HIDDEN_RANK)
+        key_rank = key_rank.masked_fill(hidden, PADDING_RANK if own_row else UNSEEN_RANK)
+        key_rank[:, :memory].masked_fill_(hidden[:, :memory], UNSEEN_RANK)
     return {
         "query_rank": query_rank,
         "key_rank": key_rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
-from pyxlbert.nn.distances import HIDDEN_RANK, MEMORY_RANK, PADDING_RANK, LastTable, relative_positions
+from pyxlbert.nn.distances import MEMORY_RANK, PADDING_RANK, UNSEEN_RANK, LastTable, relative_positions
 from pyxlbert.nn.embeddings import Embeddings
 from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
 from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_fixed
@@ -13,9 +13,9 @@ from pyxlbert.nn.self_attention import SelfAttention
 
 __all__ = [
     "ACTIVATIONS",
-    "HIDDEN_RANK",
     "MEMORY_RANK",
     "PADDING_RANK",
+    "UNSEEN_RANK",
     "DropoutAddLayerNorm",
     "Embeddings",
     "LastTable",

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyxlbert.nn.layout import sizes_are_fixed
 
 # Above every rank a query has, and never read.
-HIDDEN_RANK = 2**31 - 1
+UNSEEN_RANK = 2**31 - 1
 # Above every rank a query has too, but a row of the content stream with it sees itself: padding whose own row is read.
 PADDING_RANK = 2**31 - 2
 # Below every rank a query has: memories are seen by all.

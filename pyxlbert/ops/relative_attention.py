@@ -1,6 +1,6 @@
 """relative_attention: attention whose scores hold a term of the distance between query and key.
 
-score[i, j] = scale * ((q_i + u) . k_j + (q_i + w) . r[c + j - p_i] + (q_i + s) . e[segment_i != segment_j])
+score[i, j] = scale * ((q_i + u) . k_j + (q_i + v) . r[c + j - p_i] + (q_i + s) . e[segment_i != segment_j])
 
 No Tq x Tk tensor is needed, forward or backward: a tile of queries and keys meets a band of the table r.
 

@@ -11,7 +11,7 @@ from pyxlbert import relative_attention
 from pyxlbert.backends import OPS
 
 BACKENDS = list(OPS["relative_attention"].backends)
-UNSEEN = 2**31 - 1
+UNSEEN_RANK = 2**31 - 1
 
 
 def generator(seed: int = 0) -> torch.Generator:

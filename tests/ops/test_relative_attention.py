@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from relative_inputs import BACKENDS, UNSEEN, generator, lse_of, segments, tensors, trained
+from relative_inputs import BACKENDS, UNSEEN_RANK, generator, lse_of, segments, tensors, trained
 
 from pyxlbert import relative_attention
 from pyxlbert.reference import relative_attention as reference
@@ -16,7 +16,7 @@ from pyxlbert.testing import compare, tolerances
 
 RANKS = {
     "query_rank": torch.tensor([[0, 2, 1, 4], [3, 0, 0, 2]], dtype=torch.int32),
-    "key_rank": torch.tensor([[-1, 1, 2, 0, UNSEEN], [-1, -1, 2, 1, 0]], dtype=torch.int32),
+    "key_rank": torch.tensor([[-1, 1, 2, 0, UNSEEN_RANK], [-1, -1, 2, 1, 0]], dtype=torch.int32),
 }
 GRADCHECK = {
     "every option": {**RANKS, "see_self": True, "key_lengths": torch.tensor([5, 3]), "dropout_p": 0.3, "seed": 5},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from relative_inputs import BACKENDS, UNSEEN, generator, lse_of, tensors, trained
+from relative_inputs import BACKENDS, UNSEEN_RANK, generator, lse_of, tensors, trained
 
 from pyxlbert import relative_attention
 from pyxlbert.testing import compare, tolerances
@@ -18,7 +18,7 @@ def test_ranks_equal_the_dense_mask(backend: str, see_self: bool) -> None:
     draw = generator(4)
     key_rank = torch.stack([torch.randperm(26, generator=draw) for _ in range(3)]).int()
     key_rank[torch.rand(3, 26, generator=draw) < 0.3] = -1
-    key_rank[:, 24] = UNSEEN
+    key_rank[:, 24] = UNSEEN_RANK
     query_rank = key_rank[:, 6:].clamp(max=20) + torch.randint(0, 2, (3, 20), generator=draw).int()
     dense = query_rank[:, :, None] > key_rank[:, None]
     if see_self:
@@ -45,7 +45,7 @@ def test_all_masks_hold_together_and_see_self_stands_above(backend: str) -> None
     options = {
         "attention_mask": mask[None, None],
         "query_rank": torch.tensor([[1, 3, 2, 2]], dtype=torch.int32),
-        "key_rank": torch.tensor([[-1, 0, 1, 2, UNSEEN, 0]], dtype=torch.int32),
+        "key_rank": torch.tensor([[-1, 0, 1, 2, UNSEEN_RANK, 0]], dtype=torch.int32),
         "causal": True,
         "key_lengths": torch.tensor([5]),
     }
@@ -66,8 +66,8 @@ def test_nan_in_unseen_keys_does_not_leak(backend: str, dtype: torch.dtype) -> N
     a = tensors(3, 40, head_size=24, dtype=dtype)
     lengths = torch.tensor([0, 13, 40])
     key_rank = torch.full((3, 40), -1, dtype=torch.int32)
-    key_rank[2, 7:20] = UNSEEN
-    unseen = (torch.arange(40) >= lengths[:, None]) | (key_rank == UNSEEN)
+    key_rank[2, 7:20] = UNSEEN_RANK
+    unseen = (torch.arange(40) >= lengths[:, None]) | (key_rank == UNSEEN_RANK)
     with torch.no_grad():
         for name in ("key", "value"):
             a[name][unseen] = float("nan")

@@ -15,7 +15,7 @@ from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, repl
 # Arguments that have a row a token, so that packed ones are cut by sequence.
 _BY_TOKEN = ("query", "key", "value", "query_segments", "key_segments", "query_rank", "key_rank")
 
-UNSEEN = 2**31 - 1
+UNSEEN_RANK = 2**31 - 1
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -105,7 +105,7 @@ def pairs_allowed(
         eye = torch.ones(queries, keys, dtype=torch.bool, device=device)
         allowed = allowed | (eye.tril(keys - queries) & eye.triu(keys - queries))
     if key_rank is not None:
-        allowed = allowed & (key_rank != UNSEEN)[:, None, None]
+        allowed = allowed & (key_rank != UNSEEN_RANK)[:, None, None]
     if key_lengths is not None:
         allowed = allowed & (torch.arange(keys, device=device) < key_lengths[:, None, None, None])
     if query_positions is not None:
@@ -314,12 +314,12 @@ def draw_relative(
     biases: str,
     parameters: Any,
 ) -> None:
-    """Adds the table and, as `biases` holds their letters, u, w, s and e."""
+    """Adds the table and, as `biases` holds their letters, u, v, s and e."""
     shape = (rows, heads, head_size)
     arguments["position_key"] = draw(*shape) if tables == 0 else draw(tables, *shape)
     for letter, name, wanted in (
         ("u", "content_bias", (heads, head_size)),
-        ("w", "position_bias", (heads, head_size)),
+        ("v", "position_bias", (heads, head_size)),
         ("s", "segment_bias", (heads, head_size)),
         ("e", "segment_embedding", (2, heads, head_size)),
     ):
@@ -334,7 +334,7 @@ def draw_ranks(
     queries, keys = rows[-1], columns[-1]
     key_rank = torch.randint(0, max(keys, 1), columns, generator=generator)
     key_rank = key_rank.masked_fill(torch.rand(columns, generator=generator) < 0.3, -1)
-    key_rank = key_rank.masked_fill(torch.rand(columns, generator=generator) < 0.1, UNSEEN)
+    key_rank = key_rank.masked_fill(torch.rand(columns, generator=generator) < 0.1, UNSEEN_RANK)
     query_rank = torch.randint(-1, max(queries, 1), rows, generator=generator)
     return query_rank.to(device, torch.int32), key_rank.to(device, torch.int32)
 
@@ -349,7 +349,7 @@ def _case(
     head_size: int = 16,
     tables: int = 0,
     rows: int | None = None,
-    biases: str = "uw",
+    biases: str = "uv",
     float32: bool = False,
     lengths: tuple[int, ...] | None = None,
     packed: tuple[int, ...] | None = None,
@@ -610,7 +610,7 @@ SPEC = Spec(
             11,
             tables=2,
             rows=20,
-            biases="uwse",
+            biases="uvse",
             lengths=(11, 4),
             ranks=True,
             see_self=True,
@@ -621,43 +621,43 @@ SPEC = Spec(
         _case("plain", 37, head_size=64),
         _case("no biases", 21, biases=""),
         _case("content bias alone", 21, biases="u"),
-        _case("position bias alone", 21, biases="w"),
-        _case("Conformer", 40, biases="uw", offset=39, rows=79, lengths=(40, 31)),
-        _case("Transformer-XL", 20, 43, biases="uw", offset=19, rows=43, causal=True, layout="apart"),
+        _case("position bias alone", 21, biases="v"),
+        _case("Conformer", 40, biases="uv", offset=39, rows=79, lengths=(40, 31)),
+        _case("Transformer-XL", 20, 43, biases="uv", offset=19, rows=43, causal=True, layout="apart"),
         _case("Funnel", 15, 33, offset=33, layout="apart"),
         _case("one token", 1, head_size=32, offset=0),
         _case("one query, many keys", 1, 530, head_size=32, layout="apart", small=False),
         _case("many queries, one key", 50, 1, layout="apart"),
         _case("more queries than keys", 70, 19, head_size=24, layout="apart"),
-        _case("memory", 20, 47, biases="uwse", layout="apart"),
+        _case("memory", 20, 47, biases="uvse", layout="apart"),
         _case("no queries", 0, 7, layout="apart"),
         _case("no keys", 5, 0, layout="apart"),
         _case("no batch", 5, batch=0),
-        _case("one head", 20, heads=1, head_size=40, biases="uwse"),
+        _case("one head", 20, heads=1, head_size=40, biases="uvse"),
         _case("tables of a longer text", 25, rows=90, offset=40),
         _case("a table each", 19, batch=4, tables=4),
-        _case("two tables for four", 19, 26, batch=4, tables=2, biases="uwse", layout="apart"),
+        _case("two tables for four", 19, 26, batch=4, tables=2, biases="uvse", layout="apart"),
         _case("one table in four dimensions", 19, tables=1),
         _case("segments without bias", 22, biases="e"),
         _case("segments, memory", 22, 31, biases="se", layout="apart"),
-        _case("lengths 0, 1 and all", 33, batch=4, lengths=(0, 1, 33, 17), biases="uwse"),
+        _case("lengths 0, 1 and all", 33, batch=4, lengths=(0, 1, 33, 17), biases="uvse"),
         *(
             _case(f"head size {d}", 35, head_size=d, lengths=(35, 20), layout="heads first")
             for d in (1, 3, 33, 80, 128)
         ),
-        _case("few rows", 4, 23, head_size=40, biases="uwse", ranks=True, see_self=True, lengths=(23, 9)),
+        _case("few rows", 4, 23, head_size=40, biases="uvse", ranks=True, see_self=True, lengths=(23, 9)),
         _case("few rows, places", 3, 20, positions=((5, 0, -1), (7, 7, 2)), offset=8, head_size=7, mask=(2, 1, 3, 20)),
         _case("few rows, causal", 2, 530, batch=4, tables=2, rows=531, causal=True, head_size=80, small=False),
         _case("few rows, uniform", 2, 12, rows=14, lengths=(12, 0), ranks=True, causal=True, masked_rows="uniform"),
-        _case("few rows, dropout", 1, 600, head_size=64, dropout_p=0.3, seed=4, biases="uwse", small=False),
+        _case("few rows, dropout", 1, 600, head_size=64, dropout_p=0.3, seed=4, biases="uvse", small=False),
         _case("long", 530, batch=1, head_size=64, small=False),
-        _case("memory, long", 70, 1100, batch=1, head_size=32, biases="uwse", layout="apart", small=False),
+        _case("memory, long", 70, 1100, batch=1, head_size=32, biases="uvse", layout="apart", small=False),
         _case("few heads, long", 64, 1200, batch=1, heads=1, head_size=32, layout="apart", small=False),
         _case("causal", 61, causal=True),
         _case("causal, fewer keys", 43, 20, causal=True, rows=21 + 1, offset=43, layout="apart"),
         _case("causal, long", 560, batch=1, causal=True, lengths=(500,), dropout_p=0.1, seed=1, small=False),
         _case("ranks", 50, ranks=True),
-        _case("ranks, see self", 50, ranks=True, see_self=True, biases="uwse"),
+        _case("ranks, see self", 50, ranks=True, see_self=True, biases="uvse"),
         _case("ranks, memory, lengths", 30, 47, ranks=True, see_self=True, lengths=(47, 20), layout="apart"),
         _case("ranks, long", 540, batch=1, ranks=True, see_self=True, small=False),
         _case("mask of every pair", 29, 41, mask=(2, 2, 29, 41), layout="apart"),
@@ -672,31 +672,31 @@ SPEC = Spec(
             positions=((7, -1, 19, 2), (-1, -1, -1, -1)),
             offset=20,
             ranks=True,
-            biases="uwse",
+            biases="uvse",
             dropout_p=0.3,
             seed=8,
             layout="apart",
         ),
-        _case("uniform", 30, ranks=True, masked_rows="uniform", lengths=(30, 0), biases="uwse"),
+        _case("uniform", 30, ranks=True, masked_rows="uniform", lengths=(30, 0), biases="uvse"),
         _case("uniform, mask", 20, 33, mask=(2, 1, 20, 1), masked_rows="uniform", layout="apart"),
         _case("uniform, packed", 0, packed=(9, 0, 20), ranks=True, masked_rows="uniform"),
         _case("uniform, positions", 2, 9, positions=((8, -1), (2, 1)), offset=9, ranks=True, masked_rows="uniform"),
         _case("uniform, causal", 20, 33, causal=True, lengths=(33, 9), masked_rows="uniform", layout="apart"),
         _case("dropout", 30, 50, dropout_p=0.3, seed=-5, layout="apart"),
         _case("dropout of everything", 10, dropout_p=1.0, seed=0),
-        _case("packed", 0, packed=(5, 0, 1, 33, 18), head_size=32, biases="uwse"),
+        _case("packed", 0, packed=(5, 0, 1, 33, 18), head_size=32, biases="uvse"),
         _case("packed, causal, dropout", 0, packed=(40, 7, 64), causal=True, dropout_p=0.2, seed=2**40),
-        _case("packed, ranks, tables", 0, packed=(12, 30, 7, 9), tables=2, ranks=True, see_self=True, biases="uwse"),
+        _case("packed, ranks, tables", 0, packed=(12, 30, 7, 9), tables=2, ranks=True, see_self=True, biases="uvse"),
         _case("packed, Conformer", 0, packed=(12, 30), offset=29, rows=59),
         _case("packed, nothing", 0, packed=()),
         _case("packed, empty sequences", 0, packed=(0, 0)),
-        _case("float32 parameters", 23, biases="uwse", float32=True, tables=2),
+        _case("float32 parameters", 23, biases="uvse", float32=True, tables=2),
         _case("strided", 21, layout="strided"),
         _case("expanded", 21, layout="expanded"),
         _case("scale 0", 15, scale=0.0),
-        _case("scale negative", 15, scale=-0.3, lengths=(15, 6), biases="uwse"),
-        _case("huge", 25, magnitude=20.0, biases="uwse"),
-        _case("tiny", 25, magnitude=1e-3, biases="uwse"),
+        _case("scale negative", 15, scale=-0.3, lengths=(15, 6), biases="uvse"),
+        _case("huge", 25, magnitude=20.0, biases="uvse"),
+        _case("tiny", 25, magnitude=1e-3, biases="uvse"),
     ),
     bad=(
         Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),

@@ -83,7 +83,7 @@ def _case(
     head_size: int = 16,
     tables: int = 0,
     table_rows: int | None = None,
-    biases: str = "uwse",
+    biases: str = "uvse",
     float32: bool = False,
     lengths: tuple[int, ...] | None = None,
     mask: tuple[int, ...] | None = None,
@@ -201,7 +201,7 @@ SPEC = Spec(
         _case("no rows", 0, ((), ()), 5),
         _case("no rows, targets", 0, ((-1, -1), (-1, -1)), 5, ranks=True),
         _case("no rows, targets, mask", 0, ((-1,), (-1,)), 5, mask=(2, 1, 0, 5)),
-        _case("no keys", 4, None, 0, biases="uw"),
+        _case("no keys", 4, None, 0, biases="uv"),
         _case("no batch", 4, (), batch=0),
         _case("more targets than positions", 3, ((0, 1, 2, 2, 1, 0), (2,) * 6), ranks=True),
         _case("lengths", 30, ((29, 2), (5, 20), (0, 1)), batch=3, lengths=(30, 0, 1)),
@@ -212,7 +212,7 @@ SPEC = Spec(
             _case(f"head size {d}", 25, ((24, 3), (5, 5)), head_size=d, ranks=True, layout="heads first")
             for d in (1, 33, 80)
         ),
-        _case("offset T - 1", 18, ((17, 0), (5, 6)), offset=17, biases="uw"),
+        _case("offset T - 1", 18, ((17, 0), (5, 6)), offset=17, biases="uv"),
         _case("long", 540, (_every(540, 6),), batch=1, ranks=True, small=False),
         _case("memory, long", 64, (_every(64, 6),), 1100, batch=1, ranks=True, small=False),
         _case("uniform", 15, ((3, 14, -1), (0, 1, 2)), 22, ranks=True, lengths=(22, 9), masked_rows="uniform"),
