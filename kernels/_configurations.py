@@ -329,7 +329,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd", 90, 2, 64, False): Tile(64, 64, 4, 2, True),
     Key("relative_fwd", 80, 2, 64, True): Tile(32, 64, 4, 1, True),
     Key("relative_fwd", 86, 2, 64, True): Tile(32, 64, 4, 1, False),
-    Key("relative_fwd", 90, 2, 64, True): Tile(64, 32, 8, 1, False),
+    Key("relative_fwd", 90, 2, 64, True): Tile(32, 64, 8, 1, False),
     Key("relative_fwd", 100, 2, 64, True): Tile(64, 64, 8, 1, True),
     Key("relative_fwd", 80, 2, 128, False): Tile(64, 64, 8, 1, True),
     Key("relative_fwd", 90, 2, 128, False): Tile(64, 64, 8, 1, False),
