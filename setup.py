@@ -36,7 +36,10 @@ X86_LEVELS = {
     "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 # The files that differ where there are tiles; of the others the fifth level runs an earlier version.
-AMX_SOURCES = ("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention")
+AMX_SOURCES = (
+    *("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention"),
+    *("packed_matrix", "packed_linear", "encoder_layer"),
+)
 OTHER_LEVELS = {"portable": ""}
 # For the tests: PYXLBERT_SANITIZE=address,undefined builds the kernels of the levels in PYXLBERT_SANITIZE_LEVELS, or of
 # all, under these sanitizers.

@@ -17,40 +17,16 @@
 #ifdef PYXLBERT_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
-#include "levels.h"
+#include "encoder.h"
+#include "run.h"
 #include "workspace.h"
 
 namespace py = pybind11;
+using pyxlbert::Address;
 using pyxlbert::DType;
-using Address = std::uintptr_t;
+using pyxlbert::pointer;
 
 namespace {
-
-template <class T = void>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// Runs the active level's version of a kernel with the GIL released; `last` is the level whose version runs at amx.
-#if defined(__x86_64__)
-#define PYXLBERT_RUN_AMX(function, arguments, last)                                                       \
-    do {                                                                                                  \
-        using Function = void (*)(const decltype(arguments)&);                                            \
-        static constexpr Function table[] = {pyxlbert::portable::function, pyxlbert::avx2::function,      \
-                                             pyxlbert::avx512::function, pyxlbert::avx512_bf16::function, \
-                                             pyxlbert::last::function};                                   \
-        const Function run = table[static_cast<int>(pyxlbert::active_level())];                           \
-        py::gil_scoped_release release;                                                                   \
-        run(arguments);                                                                                   \
-    } while (false)
-#else
-#define PYXLBERT_RUN_AMX(function, arguments, last) \
-    do {                                            \
-        py::gil_scoped_release release;             \
-        pyxlbert::portable::function(arguments);    \
-    } while (false)
-#endif
-#define PYXLBERT_RUN(function, arguments) PYXLBERT_RUN_AMX(function, arguments, avx512_bf16)
 
 using Strides3 = std::array<std::int64_t, 3>;  // batch, row, head
 using Strides4 = std::array<std::int64_t, 4>;  // batch, head, query, key
@@ -418,6 +394,7 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
     cpu.def("linear_fwd", &linear_fwd);
+    pyxlbert::bind_encoder(cpu);
 
 #ifdef PYXLBERT_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

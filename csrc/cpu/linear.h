@@ -3,8 +3,12 @@
 #include <cstdint>
 
 #include "../types.h"
+#include "packed_matrix.h"
 
 namespace pyxlbert {
+
+// What follows a product; the order is pyxlbert.cpu's.
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, silu = 4 };
 
 struct LinearFwd {
     const void* x;                                // [M, K], rows x_stride apart
@@ -17,6 +21,24 @@ struct LinearFwd {
     int threads;
 };
 
+// A linear layer whose weight is packed.
+struct PackedLinear {
+    PackedMatrix weight;
+    const float* bias;  // [N], then zeros to the end of the last panel, which is at most 64 columns wide
+};
+
+struct PackedLinearFwd {
+    const PackedLinear* layer;
+    const void* x;  // [M, K], rows x_stride apart
+    void* y;        // [M, N], contiguous
+    std::int64_t rows, x_stride;
+    DType dtype;  // of x, y and the weight before it was packed
+    Activation activation;
+    int threads;
+};
+
 PYXLBERT_DECLARE_LEVELS(linear_fwd, LinearFwd)
+PYXLBERT_DECLARE_LEVELS(packed_linear_fwd, PackedLinearFwd)
+PYXLBERT_DECLARE_AMX(packed_linear_fwd, PackedLinearFwd)
 
 }  // namespace pyxlbert

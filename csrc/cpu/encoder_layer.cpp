@@ -1,0 +1,298 @@
+// Encoder layers in one call: products with packed weights, attention, and LayerNorm over rows that stay in the caches.
+//
+// The residual stream is float32.  Beside it lie the rows that the products read, in the element in which the level
+// multiplies.  A thread takes a panel of rows through everything between two attentions: the projection back,
+// LayerNorm, the feed-forward network, LayerNorm, and query, key and value of the next layer.  With few rows the
+// columns of each product are divided instead.  All intermediates lie in one workspace, so after the first call no page
+// is new.
+#include "encoder_layer.h"
+
+#include "epilogue.h"
+#include "quantised.h"
+
+namespace pyxlbert::PYXLBERT_LEVEL {
+namespace {
+
+// Cuts one allocation into arrays that begin at cache lines.
+struct Arena {
+    char* data;
+    std::int64_t used;
+
+    template <class T>
+    PYXLBERT_INLINE T* take(std::int64_t count) {
+        T* found = reinterpret_cast<T*>(data + used);
+        used += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
+        return found;
+    }
+};
+
+template <class T>
+class Encoder {
+    using U = typename Packed<T>::Unit;
+    using E = typename Packed<T>::Element;
+    static constexpr bool COPIED = sizeof(E) == 2;  // products read a copy of the stream and not the stream
+
+    const EncoderLayersFwd& a;
+    const std::int64_t width, inner, table_rows;  // H D, F, rows of all tables
+    // Strides between rows, in elements.
+    const std::int64_t stream_stride, row_stride, hidden_stride;
+    const int threads;
+    const Division cut;
+    float* stream;
+    E *rows, *qkv, *mixed, *hidden, *positions, *table;
+    float *lse, *scratch;
+    std::int32_t* offsets;
+
+    static PYXLBERT_INLINE std::int64_t widest(const EncoderLayersFwd& a) {
+        std::int64_t most = 0;
+        for (int l = 0; l < a.count; ++l)
+            if (a.layers[l].up.weight.columns > most) most = a.layers[l].up.weight.columns;
+        return most;
+    }
+    PYXLBERT_INLINE std::int64_t hidden_rows() const { return cut.column_tasks > 1 ? a.rows : threads * cut.row_step; }
+    PYXLBERT_INLINE std::int64_t scratch_floats() const { return ProductScratch::floats(scratch_rows(), deepest()); }
+    PYXLBERT_INLINE std::int64_t scratch_rows() const {
+        return cut.row_step > table_step() ? cut.row_step : table_step();
+    }
+    PYXLBERT_INLINE std::int64_t deepest() const {
+        const std::int64_t most = inner > width ? inner : width;
+        return most > a.hidden ? most : a.hidden;
+    }
+    PYXLBERT_INLINE std::int64_t table_step() const { return round_to((table_rows + threads - 1) / threads, STRIP); }
+
+    void take_memory(Arena arena) {
+        stream = arena.take<float>(a.rows * stream_stride);
+        rows = COPIED ? arena.take<E>(a.rows * row_stride) : reinterpret_cast<E*>(stream);
+        qkv = arena.take<E>(a.rows * 3 * width);
+        mixed = arena.take<E>(a.rows * width);
+        hidden = arena.take<E>(hidden_rows() * hidden_stride);
+        positions = arena.take<E>(table_rows * row_stride);
+        table = arena.take<E>(table_rows * width);
+        lse = arena.take<float>(a.rows * a.attention.heads);
+        scratch = arena.take<float>(threads * scratch_floats());
+        offsets = arena.take<std::int32_t>(a.attention.batch + 1);
+        size = arena.used;
+    }
+
+    std::int64_t size;
+
+    PYXLBERT_INLINE ProductScratch my_scratch() const {
+        return {scratch + omp_get_thread_num() * scratch_floats(), scratch_rows(), deepest()};
+    }
+
+    // Products of `count` rows from `row` on with panels first .. last - 1 of a layer's weights.
+    void project(const EncoderLayer& layer, std::int64_t row, std::int64_t count, std::int64_t first,
+                 std::int64_t last) const {
+        multiply_rows<U>(rows + row * row_stride, row_stride, count, layer.qkv.weight, first, last, my_scratch(),
+                         StoreRows<E>{qkv + row * 3 * width, 3 * width, layer.qkv.bias, Activation::none});
+    }
+    void project_back(const EncoderLayer& layer, std::int64_t row, std::int64_t count, std::int64_t first,
+                      std::int64_t last) const {
+        multiply_rows<U>(mixed + row * width, width, count, layer.out.weight, first, last, my_scratch(),
+                         AddRows{stream + row * stream_stride, stream_stride, layer.out.bias});
+    }
+    void up(const EncoderLayer& layer, E* wide, std::int64_t row, std::int64_t count, std::int64_t first,
+            std::int64_t last) const {
+        multiply_rows<U>(rows + row * row_stride, row_stride, count, layer.up.weight, first, last, my_scratch(),
+                         StoreRows<E>{wide, hidden_stride, layer.up.bias, layer.activation});
+    }
+    void down(const EncoderLayer& layer, const E* wide, std::int64_t row, std::int64_t count, std::int64_t first,
+              std::int64_t last) const {
+        multiply_rows<U>(wide, hidden_stride, count, layer.down.weight, first, last, my_scratch(),
+                         AddRows{stream + row * stream_stride, stream_stride, layer.down.bias});
+    }
+
+    // LayerNorm of the stream in place, and the rows that the next product reads.
+    void normalise(const NormParameters& norm, std::int64_t row, std::int64_t count) const {
+        for (std::int64_t r = row; r < row + count; ++r) {
+            float* x = stream + r * stream_stride;
+            Vec sum = zero();
+            for_vectors(a.hidden, [&](std::int64_t j, int n) PYXLBERT_LAMBDA { sum += load_some(x + j, n); });
+            const Statistics found = statistics(x, a.hidden, sum, norm.eps);
+            normalised(x, a.hidden, found.mean, found.rstd, norm.weight, norm.bias,
+                       [&](std::int64_t j, int n, Vec y) PYXLBERT_LAMBDA {
+                           store_some(x + j, y, n);
+                           if constexpr (COPIED) store_some(rows + r * row_stride + j, y, n);
+                       });
+        }
+    }
+
+    // The whole of a layer after its attention, for one panel of rows, and the projections of the next.
+    void finish(int l, std::int64_t row, std::int64_t count, E* wide) const {
+        const EncoderLayer& layer = a.layers[l];
+        project_back(layer, row, count, 0, panels_of(layer.out.weight));
+        normalise(layer.attention_norm, row, count);
+        up(layer, wide, row, count, 0, panels_of(layer.up.weight));
+        down(layer, wide, row, count, 0, panels_of(layer.down.weight));
+        normalise(layer.norm, row, count);
+        if (l + 1 < a.count) project(a.layers[l + 1], row, count, 0, panels_of(a.layers[l + 1].qkv.weight));
+    }
+
+    // step(row, count) for the panels of rows.
+    template <class F>
+    void over_rows(F step) const {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+        for (std::int64_t task = 0; task < cut.row_tasks; ++task) {
+            const std::int64_t row = task * cut.row_step;
+            step(row, a.rows - row < cut.row_step ? a.rows - row : cut.row_step);
+        }
+    }
+    // step(first, last) for as many runs of panels of a weight as there are threads.
+    template <class F>
+    void over_columns(const PackedMatrix& weight, F step) const {
+        const std::int64_t panels = panels_of(weight);
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int part = 0; part < threads; ++part)
+            step(block_start(panels, threads, part), block_start(panels, threads, part + 1));
+    }
+    void normalise_all(const NormParameters& norm) const {
+        const int blocks = team(threads, a.rows * a.hidden);
+#pragma omp parallel for schedule(static) num_threads(blocks)
+        for (int b = 0; b < blocks; ++b) {
+            const std::int64_t row = block_start(a.rows, blocks, b);
+            normalise(norm, row, block_start(a.rows, blocks, b + 1) - row);
+        }
+    }
+
+    void finish_by_columns(int l) const {
+        const EncoderLayer& layer = a.layers[l];
+        using Panel = std::int64_t;
+        over_columns(layer.out.weight, [&](Panel first, Panel last) { project_back(layer, 0, a.rows, first, last); });
+        normalise_all(layer.attention_norm);
+        over_columns(layer.up.weight, [&](Panel first, Panel last) { up(layer, hidden, 0, a.rows, first, last); });
+        over_columns(layer.down.weight, [&](Panel first, Panel last) { down(layer, hidden, 0, a.rows, first, last); });
+        normalise_all(layer.norm);
+        if (l + 1 < a.count) project_by_columns(l + 1);
+    }
+    void project_by_columns(int l) const {
+        const EncoderLayer& layer = a.layers[l];
+        over_columns(layer.qkv.weight,
+                     [&](std::int64_t first, std::int64_t last) { project(layer, 0, a.rows, first, last); });
+    }
+
+    void attend(const EncoderLayer& layer) const {
+        AttentionInputs in = a.attention;
+        in.dtype = COPIED ? DType::bfloat16 : DType::float32;
+        if (in.cu_seqlens == nullptr && offsets[0] == 0) {
+            in.cu_seqlens = offsets;
+            in.total = a.rows;
+        }
+        const std::int64_t stride = 3 * width, batch = in.queries * stride;
+        AttentionTensor* const tensors[] = {&in.query, &in.key, &in.value};
+        for (int i = 0; i < 3; ++i) *tensors[i] = {qkv + i * width, batch, stride, in.head_size};
+        if (table_rows == 0) {
+            attention_fwd({in, mixed, lse});
+            return;
+        }
+        const std::int64_t step = table_step();
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (std::int64_t row = 0; row < table_rows; row += step) {
+            const std::int64_t count = table_rows - row < step ? table_rows - row : step;
+            const StoreRows<E> epilogue{table + row * width, width, layer.position.bias, Activation::none};
+            multiply_rows<U>(positions + row * row_stride, row_stride, count, layer.position.weight, 0,
+                             panels_of(layer.position.weight), my_scratch(), epilogue);
+        }
+        RelativeAttentionFwd relative{a.relative, {a.relative_rows, {}}};
+        relative.in.in = in;
+        relative.in.table = {table, a.relative.table_rows * width, width, in.head_size};
+        relative.in.content_bias = layer.content_bias;
+        relative.in.position_bias = layer.position_bias;
+        relative.in.segment_bias = layer.segment_bias;
+        relative.in.segment_embedding = layer.segment_embedding;
+        relative.rows[0].query = in.query;
+        relative.rows[0].out = mixed;
+        relative.rows[0].lse = lse;
+        relative_attention_fwd(relative);
+    }
+
+    // Whether sequences of equal length can be described as packed rows, whose bits do not depend on the batch.
+    PYXLBERT_INLINE bool plain() const {
+        const AttentionInputs& in = a.attention;
+        return in.cu_seqlens == nullptr && in.key_lengths == nullptr && in.mask.data == nullptr &&
+               in.bias.data == nullptr;
+    }
+
+    template <class From, class To>
+    static PYXLBERT_INLINE void convert(const From* from, To* to, std::int64_t n, std::int64_t padded) {
+        for (std::int64_t j = 0; j < padded; j += W) {
+            const std::int64_t left = n - j;
+            store(to + j, left >= W ? load(from + j) : left > 0 ? load(from + j, static_cast<int>(left)) : zero());
+        }
+    }
+
+    void read() const {
+        const std::int64_t n = a.hidden;
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (std::int64_t r = 0; r < a.rows; ++r) {
+                with_type(a.stream_dtype, [&](auto type) {
+                    const auto* from = static_cast<const decltype(type)*>(a.residual) + r * n;
+                    convert(from, stream + r * stream_stride, n, stream_stride);
+                });
+                if constexpr (COPIED) convert(static_cast<const T*>(a.x) + r * n, rows + r * row_stride, n, row_stride);
+            }
+#pragma omp for schedule(static)
+            for (std::int64_t r = 0; r < table_rows; ++r)
+                convert(static_cast<const T*>(a.positions) + r * n, positions + r * row_stride, n, row_stride);
+        }
+        offsets[0] = plain() ? 0 : -1;
+        for (std::int64_t b = 1; b <= a.attention.batch; ++b)
+            offsets[b] = static_cast<std::int32_t>(b * a.attention.queries);
+    }
+    void write() const {
+        const std::int64_t n = a.hidden;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (std::int64_t r = 0; r < a.rows; ++r) {
+            const float* x = stream + r * stream_stride;
+            narrow_row(x, static_cast<T*>(a.y) + r * n, n);
+            if (a.y_stream == nullptr) continue;
+            with_type(a.stream_dtype,
+                      [&](auto type) { narrow_row(x, static_cast<decltype(type)*>(a.y_stream) + r * n, n); });
+        }
+    }
+
+  public:
+    explicit Encoder(const EncoderLayersFwd& given)
+        : a(given),
+          width(given.attention.heads * given.attention.head_size),
+          inner(widest(given)),
+          table_rows(given.positions == nullptr ? 0 : given.relative.tables * given.relative.table_rows),
+          stream_stride(round_to(given.hidden, W)),
+          row_stride(COPIED ? round_to(given.hidden, 2 * W) : stream_stride),
+          hidden_stride(round_to(inner, 2 * W)),
+          threads(product_team(given.attention.threads, given.rows * given.hidden * inner)),
+          cut(divide(given.rows, threads)) {
+        take_memory({nullptr, 0});
+        take_memory({static_cast<char*>(workspace(Slot::encoder, static_cast<std::size_t>(size))), 0});
+    }
+
+    void run() const {
+        read();
+        const bool by_columns = cut.column_tasks > 1;
+        if (by_columns)
+            project_by_columns(0);
+        else
+            over_rows([&](std::int64_t row, std::int64_t count) {
+                project(a.layers[0], row, count, 0, panels_of(a.layers[0].qkv.weight));
+            });
+        for (int l = 0; l < a.count; ++l) {
+            attend(a.layers[l]);
+            if (by_columns)
+                finish_by_columns(l);
+            else
+                over_rows([&](std::int64_t row, std::int64_t count) {
+                    finish(l, row, count, hidden + omp_get_thread_num() * cut.row_step * hidden_stride);
+                });
+        }
+        write();
+    }
+};
+
+}  // namespace
+
+void encoder_layers_fwd(const EncoderLayersFwd& arguments) {
+    with_type(arguments.dtype, [&](auto type) { Encoder<decltype(type)>(arguments).run(); });
+}
+
+}  // namespace pyxlbert::PYXLBERT_LEVEL

@@ -1,0 +1,46 @@
+// Parameters of encoder_layer on the CPU: a stack of layers, each attention and a feed-forward network with LayerNorm
+// after either residual sum.
+#pragma once
+#include "linear.h"
+#include "relative_attention.h"
+
+namespace pyxlbert {
+
+struct NormParameters {
+    const float *weight, *bias;  // [E]
+    float eps;
+};
+
+struct EncoderLayer {
+    PackedLinear qkv;   // query, key and value, one below the other: [3 H D, E]
+    PackedLinear out;   // [E, H D]
+    PackedLinear up;    // [F, E]
+    PackedLinear down;  // [E, F]
+    NormParameters attention_norm, norm;
+    Activation activation;
+    // Of relative attention; `position` [H D, E] has no columns where there is none.
+    PackedLinear position;
+    const float *content_bias, *position_bias, *segment_bias, *segment_embedding;  // see RelativeInputs
+};
+
+struct EncoderLayersFwd {
+    const EncoderLayer* layers;
+    int count;
+    const void* x;         // [M, E] in dtype, contiguous
+    const void* residual;  // [M, E] in stream_dtype, contiguous
+    void* y;               // [M, E] in dtype
+    void* y_stream;        // [M, E] in stream_dtype, or null: y is both
+    std::int64_t rows, hidden;
+    DType dtype, stream_dtype;
+    // Where the rows lie and what masks them; query, key, value and dtype are the layers' own.
+    AttentionInputs attention;
+    // Of relative attention: [tables R, E] in dtype, and the inputs whose `in` and table are the layers' own.
+    const void* positions;
+    RelativeInputs relative;
+    QueryRows relative_rows;
+};
+
+PYXLBERT_DECLARE_LEVELS(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_DECLARE_AMX(encoder_layers_fwd, EncoderLayersFwd)
+
+}  // namespace pyxlbert

@@ -1,0 +1,201 @@
+#include "encoder.h"
+
+#include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/encoder_layer.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace pyxlbert {
+namespace {
+
+// Memory that lives as long as its owner.  A large weight lies on huge pages if the system has them: a product reads it
+// from end to end, and every 4 KiB would cost a look at the page table.
+class Memory {
+  public:
+    explicit Memory(std::size_t bytes) {
+        constexpr std::size_t huge = 2 << 20, line = 64;
+        const std::size_t alignment = bytes >= huge ? huge : line;
+        const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
+        data_ = std::aligned_alloc(alignment, size < line ? line : size);
+        if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+        if (alignment == huge) madvise(data_, size, MADV_HUGEPAGE);
+#endif
+    }
+    ~Memory() { std::free(data_); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+
+    void* data() const { return data_; }
+
+  private:
+    void* data_;
+};
+
+// A copy of n floats with zeros behind them; of none if the address is 0.
+std::unique_ptr<Memory> floats(Address source, std::int64_t n, std::int64_t padded) {
+    auto memory = std::make_unique<Memory>(static_cast<std::size_t>(padded) * sizeof(float));
+    auto* target = static_cast<float*>(memory->data());
+    const std::int64_t given = source == 0 ? 0 : n;
+    if (given > 0) std::memcpy(target, pointer(source), static_cast<std::size_t>(given) * sizeof(float));
+    std::memset(target + given, 0, static_cast<std::size_t>(padded - given) * sizeof(float));
+    return memory;
+}
+
+using Part = std::array<std::int64_t, 4>;  // address, rows, row stride, inner stride
+
+// The weights of one or more linear layers of K inputs, one below the other, packed for the active level.
+class OwnedLinear {
+  public:
+    OwnedLinear(const std::vector<Part>& given, Address bias, std::int64_t inner, int dtype, bool quantised)
+        : level_(active_level()) {
+        std::vector<WeightRows> parts;
+        PackedMatrix& w = linear.weight;
+        w = {nullptr, 0, inner, DType(dtype), quantised, nullptr, nullptr, 0};
+        for (const Part& part : given) {
+            parts.push_back({pointer<const void>(static_cast<Address>(part[0])), part[1], part[2], part[3]});
+            w.columns += part[1];
+        }
+        const PackMatrix pack{&w, parts.data(), static_cast<int>(parts.size())};
+        run(pack);
+        weight_ = std::make_unique<Memory>(static_cast<std::size_t>(w.bytes));
+        w.data = weight_->data();
+        constexpr std::int64_t widest_panel = 64;
+        if (quantised) {
+            scales_ = floats(0, 0, w.columns + widest_panel);
+            sums_ = floats(0, 0, w.columns + widest_panel);
+            w.scales = static_cast<float*>(scales_->data());
+            w.sums = static_cast<float*>(sums_->data());
+        }
+        run(pack);
+        bias_ = floats(bias, w.columns, w.columns + widest_panel);
+        linear.bias = static_cast<const float*>(bias_->data());
+    }
+
+    PackedLinear linear{};
+    // The level whose order this is; another one cannot read it.
+    std::string level() const { return level_name(level_); }
+    bool readable() const { return level_ == active_level(); }
+
+  private:
+    static void run(const PackMatrix& pack) { PYXLBERT_RUN_AMX(pack_matrix, pack, amx); }
+
+    Level level_;
+    std::unique_ptr<Memory> weight_, bias_, scales_, sums_;
+};
+
+void packed_linear_fwd(const OwnedLinear& layer, Address x, Address y, std::int64_t rows, std::int64_t x_stride,
+                       int dtype, int activation, int threads) {
+    if (!layer.readable()) throw std::invalid_argument("a weight packed for level " + layer.level());
+    const PackedLinearFwd arguments{&layer.linear,          pointer(x), pointer(y), rows, x_stride, DType(dtype),
+                                    Activation(activation), threads};
+    PYXLBERT_RUN_AMX(packed_linear_fwd, arguments, amx);
+}
+
+using Norm = std::tuple<Address, Address, float>;  // weight and bias in float32, eps
+
+// Layers of one width, in order.
+class EncoderLayers {
+  public:
+    explicit EncoderLayers(std::int64_t hidden) : hidden_(hidden) {}
+
+    // terms: of relative attention, the biases and embeddings of RelativeInputs in float32 with their sizes.
+    void add(std::shared_ptr<OwnedLinear> qkv, std::shared_ptr<OwnedLinear> out, std::shared_ptr<OwnedLinear> up,
+             std::shared_ptr<OwnedLinear> down, const Norm& attention_norm, const Norm& norm, int activation,
+             std::shared_ptr<OwnedLinear> position, const std::array<std::pair<Address, std::int64_t>, 4>& terms) {
+        EncoderLayer layer{};
+        layer.qkv = qkv->linear;
+        layer.out = out->linear;
+        layer.up = up->linear;
+        layer.down = down->linear;
+        layer.attention_norm = keep(attention_norm);
+        layer.norm = keep(norm);
+        layer.activation = Activation(activation);
+        if (position != nullptr) layer.position = position->linear;
+        const float** const targets[] = {&layer.content_bias, &layer.position_bias, &layer.segment_bias,
+                                         &layer.segment_embedding};
+        for (std::size_t i = 0; i < terms.size(); ++i)
+            if (terms[i].first != 0) *targets[i] = keep(terms[i].first, terms[i].second);
+        for (auto& one : {qkv, out, up, down, position})
+            if (one != nullptr) linears_.push_back(one);
+        layers_.push_back(layer);
+    }
+
+    std::int64_t count() const { return static_cast<std::int64_t>(layers_.size()); }
+    std::int64_t hidden() const { return hidden_; }
+    const EncoderLayer* layers() const { return layers_.data(); }
+    bool readable() const {
+        for (const auto& one : linears_)
+            if (!one->readable()) return false;
+        return true;
+    }
+
+  private:
+    const float* keep(Address source, std::int64_t n) {
+        memory_.push_back(floats(source, n, n));
+        return static_cast<const float*>(memory_.back()->data());
+    }
+    NormParameters keep(const Norm& norm) {
+        return {keep(std::get<0>(norm), hidden_), keep(std::get<1>(norm), hidden_), std::get<2>(norm)};
+    }
+
+    std::int64_t hidden_;
+    std::vector<EncoderLayer> layers_;
+    std::vector<std::shared_ptr<OwnedLinear>> linears_;
+    std::vector<std::unique_ptr<Memory>> memory_;
+};
+
+// Layers first .. first + count - 1.
+void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::int64_t count, Address x,
+                        Address residual, Address y, Address y_stream, std::int64_t rows,
+                        const std::array<int, 2>& dtypes, const AttentionInputs& attention, Address positions,
+                        const RelativeInputs* relative, const QueryRows* relative_rows) {
+    if (!layers.readable()) throw std::invalid_argument("layers packed for another instruction-set level");
+    const EncoderLayersFwd arguments{layers.layers() + first,
+                                     static_cast<int>(count),
+                                     pointer(x),
+                                     pointer(residual),
+                                     pointer(y),
+                                     pointer(y_stream),
+                                     rows,
+                                     layers.hidden(),
+                                     DType(dtypes[0]),
+                                     DType(dtypes[1]),
+                                     attention,
+                                     pointer(positions),
+                                     relative == nullptr ? RelativeInputs{} : *relative,
+                                     relative_rows == nullptr ? QueryRows{} : *relative_rows};
+    PYXLBERT_RUN_AMX(encoder_layers_fwd, arguments, amx);
+}
+
+}  // namespace
+
+void bind_encoder(py::module_& cpu) {
+    py::class_<OwnedLinear, std::shared_ptr<OwnedLinear>>(cpu, "PackedLinear")
+        .def(py::init<const std::vector<Part>&, Address, std::int64_t, int, bool>())
+        .def_property_readonly("columns", [](const OwnedLinear& one) { return one.linear.weight.columns; })
+        .def_property_readonly("inner", [](const OwnedLinear& one) { return one.linear.weight.inner; })
+        .def_property_readonly("bytes", [](const OwnedLinear& one) { return one.linear.weight.bytes; })
+        .def_property_readonly("level", &OwnedLinear::level);
+    cpu.def("packed_linear_fwd", &packed_linear_fwd);
+    py::class_<EncoderLayers>(cpu, "EncoderLayers")
+        .def(py::init<std::int64_t>())
+        .def("add", &EncoderLayers::add)
+        .def("__len__", &EncoderLayers::count);
+    cpu.def("encoder_layers_fwd", &encoder_layers_fwd);
+}
+
+}  // namespace pyxlbert

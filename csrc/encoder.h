@@ -1,0 +1,10 @@
+// Packed weights and stacks of encoder layers as Python objects.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace pyxlbert {
+
+// After AttentionInputs, RelativeInputs and QueryRows.
+void bind_encoder(pybind11::module_& cpu);
+
+}  // namespace pyxlbert
