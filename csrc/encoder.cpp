@@ -113,11 +113,16 @@ class EncoderLayers {
     explicit EncoderLayers(std::int64_t hidden) : hidden_(hidden) {}
 
     // terms: of relative attention, the biases and embeddings of RelativeInputs in float32 with their sizes.
-    void add(std::shared_ptr<OwnedLinear> qkv, std::shared_ptr<OwnedLinear> out, std::shared_ptr<OwnedLinear> up,
-             std::shared_ptr<OwnedLinear> down, const Norm& attention_norm, const Norm& norm, int activation,
-             std::shared_ptr<OwnedLinear> position, const std::array<std::pair<Address, std::int64_t>, 4>& terms) {
+    // projections: one or two, see EncoderLayer.
+    void add(const std::vector<std::shared_ptr<OwnedLinear>>& projections, std::shared_ptr<OwnedLinear> out,
+             std::shared_ptr<OwnedLinear> up, std::shared_ptr<OwnedLinear> down, const Norm& attention_norm,
+             const Norm& norm, int activation, std::shared_ptr<OwnedLinear> position,
+             const std::array<std::pair<Address, std::int64_t>, 4>& terms) {
         EncoderLayer layer{};
-        layer.qkv = qkv->linear;
+        for (const auto& one : projections) {
+            layer.projections[layer.projection_count++] = one->linear;
+            linears_.push_back(one);
+        }
         layer.out = out->linear;
         layer.up = up->linear;
         layer.down = down->linear;
@@ -129,7 +134,7 @@ class EncoderLayers {
                                          &layer.segment_embedding};
         for (std::size_t i = 0; i < terms.size(); ++i)
             if (terms[i].first != 0) *targets[i] = keep(terms[i].first, terms[i].second);
-        for (auto& one : {qkv, out, up, down, position})
+        for (const auto& one : {out, up, down, position})
             if (one != nullptr) linears_.push_back(one);
         layers_.push_back(layer);
     }

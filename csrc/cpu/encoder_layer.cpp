@@ -81,10 +81,16 @@ class Encoder {
     }
 
     // Products of `count` rows from `row` on with panels first .. last - 1 of a layer's weights.
-    void project(const EncoderLayer& layer, std::int64_t row, std::int64_t count, std::int64_t first,
+    void project(const EncoderLayer& layer, int which, std::int64_t row, std::int64_t count, std::int64_t first,
                  std::int64_t last) const {
-        multiply_rows<U>(rows + row * row_stride, row_stride, count, layer.qkv.weight, first, last, my_scratch(),
-                         StoreRows<E>{qkv + row * 3 * width, 3 * width, layer.qkv.bias, Activation::none});
+        const PackedLinear& projection = layer.projections[which];
+        const std::int64_t column = which == 0 ? 0 : layer.projections[0].weight.columns;
+        multiply_rows<U>(rows + row * row_stride, row_stride, count, projection.weight, first, last, my_scratch(),
+                         StoreRows<E>{qkv + row * 3 * width + column, 3 * width, projection.bias, Activation::none});
+    }
+    void project(const EncoderLayer& layer, std::int64_t row, std::int64_t count) const {
+        for (int i = 0; i < layer.projection_count; ++i)
+            project(layer, i, row, count, 0, panels_of(layer.projections[i].weight));
     }
     void project_back(const EncoderLayer& layer, std::int64_t row, std::int64_t count, std::int64_t first,
                       std::int64_t last) const {
@@ -125,7 +131,7 @@ class Encoder {
         up(layer, wide, row, count, 0, panels_of(layer.up.weight));
         down(layer, wide, row, count, 0, panels_of(layer.down.weight));
         normalise(layer.norm, row, count);
-        if (l + 1 < a.count) project(a.layers[l + 1], row, count, 0, panels_of(a.layers[l + 1].qkv.weight));
+        if (l + 1 < a.count) project(a.layers[l + 1], row, count);
     }
 
     // step(row, count) for the panels of rows.
@@ -166,8 +172,9 @@ class Encoder {
     }
     void project_by_columns(int l) const {
         const EncoderLayer& layer = a.layers[l];
-        over_columns(layer.qkv.weight,
-                     [&](std::int64_t first, std::int64_t last) { project(layer, 0, a.rows, first, last); });
+        for (int i = 0; i < layer.projection_count; ++i)
+            over_columns(layer.projections[i].weight,
+                         [&](std::int64_t first, std::int64_t last) { project(layer, i, 0, a.rows, first, last); });
     }
 
     void attend(const EncoderLayer& layer) const {
@@ -197,8 +204,10 @@ class Encoder {
         relative.in.table = {table, a.relative.table_rows * width, width, in.head_size};
         relative.in.content_bias = layer.content_bias;
         relative.in.position_bias = layer.position_bias;
-        relative.in.segment_bias = layer.segment_bias;
-        relative.in.segment_embedding = layer.segment_embedding;
+        if (relative.in.key_segments != nullptr) {
+            relative.in.segment_bias = layer.segment_bias;
+            relative.in.segment_embedding = layer.segment_embedding;
+        }
         relative.rows[0].query = in.query;
         relative.rows[0].out = mixed;
         relative.rows[0].lse = lse;
@@ -273,9 +282,7 @@ class Encoder {
         if (by_columns)
             project_by_columns(0);
         else
-            over_rows([&](std::int64_t row, std::int64_t count) {
-                project(a.layers[0], row, count, 0, panels_of(a.layers[0].qkv.weight));
-            });
+            over_rows([&](std::int64_t row, std::int64_t count) { project(a.layers[0], row, count); });
         for (int l = 0; l < a.count; ++l) {
             attend(a.layers[l]);
             if (by_columns)

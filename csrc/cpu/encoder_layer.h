@@ -12,7 +12,9 @@ struct NormParameters {
 };
 
 struct EncoderLayer {
-    PackedLinear qkv;   // query, key and value, one below the other: [3 H D, E]
+    // Query, key and value, one below the other, [3 H D, E]: as one weight, or query alone before the other two.
+    PackedLinear projections[2];
+    int projection_count;
     PackedLinear out;   // [E, H D]
     PackedLinear up;    // [F, E]
     PackedLinear down;  // [E, F]

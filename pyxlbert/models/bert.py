@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.models.config import ModelConfig
-from pyxlbert.models.few_rows import EncoderAddresses, Unusual
 from pyxlbert.models.inputs import IGNORED, check_device, check_ids, check_tensors, check_tokens
 from pyxlbert.models.losses import LOW_PRECISION
 from pyxlbert.models.outputs import BaseModelOutputWithPooling, ModelOutput, PackedModelOutput
@@ -33,7 +32,8 @@ from pyxlbert.nn import (
     activation_kind,
     rows_and_stream,
 )
-from pyxlbert.ops._encoder_layers import encoder_layers_fwd, takes
+from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers, watched_linear
+from pyxlbert.nn.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -124,6 +124,9 @@ class BertResidual(nn.Module):
         return rows_and_stream(self.LayerNorm(self.dense(x), residual, copy_dtype))
 
 
+Stream = tuple[Tensor, Tensor]  # the rows for the next product and the residual stream, which may be one tensor
+
+
 class BertAttention(nn.Module):
     """Self-attention (under Hugging Face's name ``self``) and its residual."""
 
@@ -143,6 +146,8 @@ class BertIntermediate(nn.Module):
 
 class BertLayer(nn.Module):
     """One layer: attention and feed-forward network, each with its residual and LayerNorm."""
+
+    is_encoder_layer = True
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -176,38 +181,44 @@ class BertLayer(nn.Module):
         x, residual = self.output(inner, residual, copy_dtype)  # [B, T, E], packed [total, E]
         return x, residual, weights
 
+    def parts(self, watch: Watch) -> LayerParts:
+        """See `PackedLayers`."""
+        attention, intermediate = watch.child(self, "attention", BertAttention), watch.child(self, "intermediate")
+        own = watch.child(attention, "self", SelfAttention)
+        mixed, output = watch.child(attention, "output", BertResidual), watch.child(self, "output", BertResidual)
+        for name in ("query", "key", "value"):
+            watched_linear(watch, own, name, Linear)
+        up = watched_linear(watch, intermediate, "dense", LinearActivation)
+        return LayerParts(
+            *(own, ("",)),
+            (watched_linear(watch, mixed, "dense", Linear), ""),
+            (up, ""),
+            (watched_linear(watch, output, "dense", Linear), ""),
+            watch.child(mixed, "LayerNorm", DropoutAddLayerNorm),
+            watch.child(output, "LayerNorm", DropoutAddLayerNorm),
+            *(watch.attribute(own, "num_attention_heads"), watch.attribute(own, "head_size")),
+            watch.attribute(up, "activation"),
+        )
+
 
 class BertEncoder(nn.Module):
     """The stack of layers."""
 
-    # The layers as the kernels take them, found at the first use.
-    addresses: EncoderAddresses | None = None
-
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.together: PackedLayers | None = None
 
-    def few_rows(self, x: Tensor, residual: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
-        """All layers in one go, with the same bits; None where they are to be called one by one."""
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or self.training
-            or layout.attention_mask is not None
-            or layout.bias is not None
-            or not takes(x)
-        ):
-            return None
-        addresses = self.addresses
-        if addresses is None or not addresses.unchanged():
-            try:
-                self.addresses = addresses = EncoderAddresses(self, BertLayer, BertResidual)
-            except Unusual:
-                self.addresses = None
-                return None
-        if x.dtype is not addresses.dtype or x.shape[-1] != addresses.hidden:
-            return None
-        return encoder_layers_fwd(x, residual, addresses.layers, layout.cu_seqlens, layout.max_seqlen)
+    def in_one_call(self, stream: Stream, layout: TokenLayout, which: slice = slice(None)) -> Stream | None:
+        """Packed layers together, without calling their modules; None where they are to be called one by one."""
+        if self.together is None:
+            self.together = PackedLayers(self._parts)
+        return self.together.run(stream, layout, which)
+
+    def _parts(self, watch: Watch) -> list[LayerParts]:
+        watch.module(self)
+        layers = watch.child(self, "layer", nn.ModuleList)
+        return [watch.child(layers, name, BertLayer).parts(watch) for name in watch.children(layers)]
 
 
 class BertPooler(nn.Module):
@@ -257,9 +268,6 @@ class BertInputs(NamedTuple):
     inputs_embeds: Tensor | None = None
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None
-
-
-Stream = tuple[Tensor, Tensor]  # the rows for the next product and the residual stream, which may be one tensor
 
 
 class _Ran(NamedTuple):
@@ -438,10 +446,16 @@ class BertModel(BertPreTrainedModel):
         recompute = self.checkpointing is not None and self.training and torch.is_grad_enabled()
         done = None
         if not (given.output_attentions or given.output_hidden_states):
-            done = self.encoder.few_rows(*stream, layout)
+            done = self.encoder.in_one_call(stream, layout)
         if done is not None:
             stream = done
-        for layer in self.encoder.layer if done is None else ():
+        for index, layer in enumerate(self.encoder.layer if done is None else ()):
+            if states is not None and attentions is None:
+                done = self.encoder.in_one_call(stream, layout, slice(index, index + 1))
+                if done is not None:
+                    stream = done
+                    states.append(self._public(stream))
+                    continue
             inputs = (*stream, layout, copy_dtype, given.output_attentions)
             *stream, weights = checkpoint(layer, *inputs, **self.checkpointing) if recompute else layer(*inputs)
             if states is not None:

@@ -34,6 +34,8 @@ from pyxlbert.nn import (
     TokenLayout,
     rows_and_stream,
 )
+from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers, watched_linear
+from pyxlbert.nn.watch import Watch
 
 
 class XLNetRelativeAttention(RelativeAttention):
@@ -65,6 +67,8 @@ Stream = tuple[Tensor, Tensor]  # the rows for the next product and the residual
 
 class XLNetLayer(nn.Module):
     """One layer: attention and feed-forward network, for one stream or two."""
+
+    is_encoder_layer = True
 
     def __init__(self, config: XLNetConfig) -> None:
         super().__init__()
@@ -106,6 +110,26 @@ class XLNetLayer(nn.Module):
         content = None if mixed is None else self.finish(mixed, content, copy_dtype)
         query = None if target is None else self.finish(target, query, copy_dtype)
         return content, query, weights
+
+    def parts(self, watch: Watch) -> LayerParts:
+        """See `PackedLayers`."""
+        attention, ff = watch.child(self, "rel_attn", XLNetRelativeAttention), watch.child(self, "ff", XLNetFeedForward)
+        for name in ("q", "k", "v", "o", "r"):
+            watch.parameter(attention, name)
+        up = watched_linear(watch, ff, "layer_1", LinearActivation)
+        watch.child(ff, "dropout", nn.Dropout)
+        return LayerParts(
+            *(attention, ("q", "kv")),
+            (attention, "o"),
+            (up, ""),
+            (watched_linear(watch, ff, "layer_2", Linear), ""),
+            watch.child(attention, "layer_norm", DropoutAddLayerNorm),
+            watch.child(ff, "layer_norm", DropoutAddLayerNorm),
+            *(watch.attribute(attention, "num_attention_heads"), watch.attribute(attention, "head_size")),
+            watch.attribute(up, "activation"),
+            "r",
+            ("r_w_bias", "r_r_bias", "r_s_bias", "seg_embed"),
+        )
 
     def finish(self, mixed: Tensor, stream: Stream, copy_dtype: torch.dtype | None) -> Stream:
         """What follows attention: its residual and the feed-forward network."""
@@ -199,6 +223,7 @@ class XLNetModel(XLNetPreTrainedModel):
         self.layer = nn.ModuleList([XLNetLayer(config) for _ in range(config.n_layer)])
         self.dropout = nn.Dropout(config.dropout)
         self.checkpointing: dict[str, Any] | None = None
+        self.together: PackedLayers | None = None
         self.distances = LastTable()
         self.tie_weights()
         self.init_weights()
@@ -369,12 +394,21 @@ class XLNetModel(XLNetPreTrainedModel):
                 states.append(public(query))  # [B, M, E]
 
         recompute = self.checkpointing is not None and self.training and torch.is_grad_enabled()
+        alone = query is None and arranged.seen_mems is None and not given.output_attentions
+        step = 1 if given.use_mems or given.output_hidden_states else len(self.layer)
         for index, layer in enumerate(self.layer):
             if given.use_mems:
                 old = None if arranged.mems is None else arranged.mems[index]
                 mems.append(self._next_memory(public(content), old))
             if given.output_hidden_states:
                 keep(content, query)
+            if alone and index % step == 0:
+                done = self._in_one_call(content, layout, slice(index, index + step))
+                if done is not None:
+                    content = done
+                    if step > 1:
+                        break
+                    continue
             last = index == len(self.layer) - 1
             inputs = (
                 content,
@@ -398,6 +432,16 @@ class XLNetModel(XLNetPreTrainedModel):
             tuple(states) if given.output_hidden_states else None,
             tuple(attentions) if given.output_attentions else None,
         )
+
+    def _in_one_call(self, content: Stream, layout: RelativeLayout, which: slice) -> Stream | None:
+        """Packed layers together, without calling their modules; None where they are to be called one by one."""
+        if self.together is None:
+            self.together = PackedLayers(self._parts)
+        return self.together.run(content, layout, which)
+
+    def _parts(self, watch: Watch) -> list[LayerParts]:
+        layers = watch.child(self, "layer", nn.ModuleList)
+        return [watch.child(layers, name, XLNetLayer).parts(watch) for name in watch.children(layers)]
 
     def _next_memory(self, states: Tensor, memory: Tensor | None) -> Tensor:
         """The last `mem_len` rows of the old memory and the first `reuse_len` rows of these states [B, T, E]."""

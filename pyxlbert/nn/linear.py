@@ -52,12 +52,13 @@ class LinearActivation(Packable, torch.nn.Linear):
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.packed_product(x, self.activation)
+        if y is not None:
+            return y
         approximate = _GELU.get(self.activation)
-        y = self.packed_product(x, approximate)
         if approximate is not None:
-            return linear_gelu(x, self.weight, self.bias, approximate=approximate) if y is None else y
-        if y is None:
-            y = linear(x, self.weight, self.bias)
+            return linear_gelu(x, self.weight, self.bias, approximate=approximate)
+        y = linear(x, self.weight, self.bias)
         return F.relu(y) if self.activation == "relu" else F.silu(y)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.ops._linear import onednn
+from pyxlbert.ops import _packed
+from pyxlbert.ops._torch import is_zerotensor, watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Packable(torch.nn.Module):
 
     # By the names of `packed_products`; set on the instance by `pack`.
     packed: PackedProducts | None = None
+    # Products that keep their dtype if a model is packed in eight-bit integers.
+    never_quantised: tuple[str, ...] = ()
 
     def packed_layers(self, product: str = "") -> Layers:
         """The layers whose outputs a product holds side by side: the module itself, unless it says otherwise."""
@@ -52,18 +55,18 @@ class Packable(torch.nn.Module):
         """The names of the products, of a module that has several."""
         return ("",)
 
-    def packed_product(self, x: Tensor, approximate: str | None = None, product: str = "") -> Tensor | None:
+    def packed_product(self, x: Tensor, activation: str = "none", product: str = "") -> Tensor | None:
         """The outputs of `packed_layers` side by side, `[..., N]`, or None where the layers are to be called.
 
         Args:
             x: `[..., K]`.
-            approximate: None for no activation, else the form of gelu.
+            activation: "none", "gelu" (erf), "gelu_tanh", "relu" or "silu".
             product: one of `packed_products`.
         """
         packed = self.packed
         if packed is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return packed[product].product(x, self.packed_layers(product), approximate)
+        return packed[product].product(x, self.packed_layers(product), activation)
 
     def train(self, mode: bool = True) -> Packable:
         if mode:
@@ -85,31 +88,32 @@ class PackedWeight:
     It follows its originals: a parameter that was written to or replaced is packed again at its next use.  Not seen
     are writes past autograd's version counter, through `.data` or through memory shared with another library.
     Threads may use it at once.
+
+    Args:
+        quantised: as eight-bit integers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantised: bool = False) -> None:
+        self.quantised = quantised
         # One attribute, replaced as a whole, so that a thread never sees half of a new copy.
         self._copy: _Copy | None = None
 
-    def product(self, x: Tensor, layers: Layers, approximate: str | None = None) -> Tensor | None:
+    def product(self, x: Tensor, layers: Layers, activation: str) -> Tensor | None:
         """See `Packable.packed_product`."""
+        if not _takes(x, layers[0]):
+            return None
+        packed = self.current(layers)
+        return None if packed is None else _packed.product(x, packed, activation)
+
+    def current(self, layers: Layers) -> Any:
+        """The packed weight of the layers as they are now; None where there is nothing to gain."""
         parameters = _parameters(layers)
-        if parameters is None or not _takes(x, layers[0]):
+        if parameters is None:
             return None
         copy = self._copy
         if copy is None or not copy.follows(parameters):
-            self._copy = copy = _Copy.of(layers, parameters)
-        # The kernel for few rows reads a weight [N, K] as it lies, which a projection to heads is not.
-        turned = isinstance(layers[0], Projection) and layers[0].to_heads and x.numel() > 0
-        if copy is None or not (turned or onednn.reordered_is_faster(x, copy.columns)):
-            return None
-        return onednn.product(x, copy.weight, copy.bias, approximate)
-
-    def fill(self, layers: Layers) -> bool:
-        """Packs now; False where there is nothing to gain."""
-        parameters = _parameters(layers)
-        self._copy = None if parameters is None else _Copy.of(layers, parameters)
-        return self._copy is not None
+            self._copy = copy = _Copy.of(layers, parameters, self.quantised)
+        return None if copy is None else copy.packed
 
 
 class PackedProducts(dict[str, PackedWeight]):
@@ -126,65 +130,74 @@ class _Copy:
     An alias of each parameter is kept, so that no other tensor can come to lie at its address.
     """
 
-    def __init__(self, parameters: list[Tensor], weight: Tensor, bias: Tensor | None, columns: int) -> None:
-        self.weight, self.bias, self.columns = weight, bias, columns
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.packed: Any = None
         self._sources = [(one.detach(), one.data_ptr(), one._version) for one in parameters]
 
     @classmethod
-    def of(cls, layers: Layers, parameters: list[Tensor]) -> _Copy | None:
+    def of(cls, layers: Layers, parameters: list[Tensor], quantised: bool) -> _Copy | None:
         weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # The versions are read before the values: a write in between is then seen as one.
-        copy = cls(parameters, weights[0], None, sum(one.shape[0] for one in weights))
-        weight = onednn.reorder(torch.cat(weights) if len(weights) > 1 else weights[0])
-        if weight is None:
-            return None
-        copy.weight = weight
-        copy.bias = torch.cat(biases) if biases else None
-        return copy
+        copy = cls(parameters)
+        copy.packed = _packed.pack(weights, biases or None, quantised)
+        return None if copy.packed is None else copy
 
     def follows(self, parameters: list[Tensor]) -> bool:
-        return len(parameters) == len(self._sources) and all(
-            one._version == version
-            and one.data_ptr() == address
-            and one.dtype is source.dtype
-            and one.shape == source.shape
-            and one.stride() == source.stride()
-            for one, (source, address, version) in zip(parameters, self._sources, strict=True)
+        return (
+            len(parameters) == len(self._sources)
+            and _packed.readable(self.packed)
+            and all(
+                one._version == version
+                and one.data_ptr() == address
+                and one.dtype is source.dtype
+                and one.shape == source.shape
+                and one.stride() == source.stride()
+                for one, (source, address, version) in zip(parameters, self._sources, strict=True)
+            )
         )
 
 
-def pack(model: torch.nn.Module) -> torch.nn.Module:
+def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
     """Keeps the weights of a model's linear layers a second time, in the order in which the processor multiplies.
 
     Query, key and value of a self-attention become one product, and so do key and value of XLNet's.  The copies are
     used in eval mode where gradients are off (`torch.no_grad`, `torch.inference_mode`), and take as much memory as the
-    weights.  They follow writes to the weights, except through `.data`; `model.train()`, `load_state_dict` and `.to()`
-    drop them, and a copied or unpickled model has none.  Where the processor or the dtype has nothing to gain the model
-    stays as it is.
+    weights; the layers of an encoder then run in one call.  They follow writes to the weights, except through `.data`;
+    `model.train()`, `load_state_dict` and `.to()` drop them, and a copied or unpickled model has none.  Where the
+    processor has nothing to gain the model stays as it is.
 
     Args:
         model: in eval mode; layers of `pyxlbert.nn` anywhere in it are packed.
+        dtype: "int8" multiplies in the encoder's layers by eight-bit integers: of weights with a scale for each output,
+            of rows with a smallest value and a scale for each row.  None keeps the model's own dtype.
 
     Returns:
         the same model.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is in training mode, where the copies would not be used.
+        ValueError: model is in training mode, where the copies would not be used, or dtype is another word.
     """
     _check_module("pack", model)
+    if dtype not in (None, "int8"):
+        raise ValueError(f"pack: dtype: got {dtype!r}, wanted None or 'int8'")
     if model.training:
         raise ValueError("pack: model: got a model in training mode, wanted one in eval mode: call model.eval() first")
+    quantised: set[int] = set()
+    if dtype == "int8":
+        layers = [module for module in model.modules() if getattr(module, "is_encoder_layer", False)]
+        quantised = {id(part) for layer in layers for part in layer.modules()}
     covered: set[int] = set()
     for module in model.modules():
         if not isinstance(module, Packable) or id(module) in covered:
             continue
         copies = PackedProducts()
         for product in module.packed_products():
-            layers, packed = module.packed_layers(product), PackedWeight()
-            if packed.fill(layers):
-                covered.update(id(layer) for layer in layers)
+            parts = module.packed_layers(product)
+            packed = PackedWeight(id(module) in quantised and product not in module.never_quantised)
+            if packed.current(parts) is not None:
+                covered.update(id(part) for part in parts)
                 copies[product] = packed
         if len(copies) == len(module.packed_products()):
             module.packed = copies
@@ -259,4 +272,7 @@ def _takes(x: Tensor, layer: torch.nn.Linear | Projection) -> bool:
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        # Addresses are read: not of a view that negates what lies there, nor past a mode that wants to see the call.
+        and not (x.is_neg() or is_zerotensor(x))
+        and not watched()
     )

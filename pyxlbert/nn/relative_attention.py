@@ -97,6 +97,9 @@ class RelativeAttention(Packable):
         Dai et al., "Transformer-XL", 2019, section 3.3; Yang et al., "XLNet", 2019, section 2.
     """
 
+    # A few rows a call, whose error every score would have.
+    never_quantised = ("r",)
+
     def __init__(self, hidden_size: int, num_attention_heads: int, head_size: int, dropout_p: float = 0.0) -> None:
         super().__init__()
         self.num_attention_heads = num_attention_heads

@@ -1,0 +1,64 @@
+"""Packed weights of linear layers through the native module, and their product with any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyxlbert import _C
+from pyxlbert.launch.rows import DTYPE, rows
+
+# csrc/cpu/linear.h, enum Activation.
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
+
+PackedLinear = _C.cpu.PackedLinear
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool) -> PackedLinear | None:
+    """The weights `[N, K]` of some layers, one below the other, in the order of the active instruction-set level.
+
+    Args:
+        weights: CPU tensors of one dtype and K; any strides.
+        biases: one for each, or None.
+        quantised: as eight-bit integers with a scale for each output.
+
+    Returns:
+        None if there is nothing to gain: without AVX2, or if there is no weight.
+    """
+    first = weights[0]
+    if _C.level() == "portable" or any(one.numel() == 0 for one in weights) or first.dtype not in DTYPE:
+        return None
+    bias = None if biases is None else torch.cat([one.detach().reshape(-1).float() for one in biases])
+    parts = [(one.data_ptr(), one.shape[0], *one.stride()) for one in weights]
+    return PackedLinear(parts, 0 if bias is None else bias.data_ptr(), first.shape[1], DTYPE[first.dtype], quantised)
+
+
+def readable(packed: PackedLinear) -> bool:
+    """Whether the active instruction-set level is the one that it was packed for."""
+    return packed.level == _C.level()
+
+
+def product(x: Tensor, packed: PackedLinear, activation: str) -> Tensor:
+    """activation(x weightᵀ + bias), `[..., N]` in x's dtype.
+
+    Args:
+        x: `[..., K]`, of the dtype that the weight had; any strides.
+        packed: for the active level.
+        activation: a name of `ACTIVATIONS`.
+    """
+    y = x.new_empty(*x.shape[:-1], packed.columns)
+    if y.numel():
+        source, stride = rows(x)
+        _C.cpu.packed_linear_fwd(
+            packed,
+            source.data_ptr(),
+            y.data_ptr(),
+            x.numel() // packed.inner,
+            stride,
+            DTYPE[x.dtype],
+            ACTIVATIONS[activation],
+            torch.get_num_threads(),
+        )
+    return y
