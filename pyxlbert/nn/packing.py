@@ -267,6 +267,7 @@ def _takes(x: Tensor, layer: torch.nn.Linear | Projection) -> bool:
         type(x) is Tensor
         and x.dtype is weight.dtype
         and x.is_cpu
+        and x.numel() > 0
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and backends.default_backend() in (None, "cpu")

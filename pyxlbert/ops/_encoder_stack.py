@@ -30,6 +30,7 @@ def takes(x: Tensor, residual: Tensor) -> bool:
         and x.is_cpu
         and x.dtype in DTYPE
         and residual.dtype in (x.dtype, torch.float32)
+        and residual.shape == x.shape
         and x.numel() > 0
         and x.is_contiguous()
         and residual.is_contiguous()

@@ -48,9 +48,12 @@ MODEL_FEW = 64
 # arithmetic has none of its own.
 MODEL_SMALL_GRADIENT = 1e-3
 
-# A small model with packed weights against itself without, relative to the largest element: another product of the same
-# vendor, which sums in another order.
-PACKED = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+# A small model with packed weights against itself without, relative to the largest element: another product, which sums
+# in another order and rounds less often.
+PACKED = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# A small model in eight-bit integers against itself in float64, by the norm of the difference.
+INT8 = 2e-2
 
 # Worst 1 - cosine of a sentence vector against transformers in float32.
 COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}

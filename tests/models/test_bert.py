@@ -9,16 +9,15 @@ import pytest
 import torch
 from small_bert import FLOAT32, GRADIENT, IDS, MASK, REAL, build, gradients
 
-import pyxlbert.cpu
+import pyxlbert.cpu._packed
+import pyxlbert.cpu.encoder_layer
 import pyxlbert.nn.self_attention
 from pyxlbert import models
 from pyxlbert.backends.native import _C
-from pyxlbert.cpu import _onednn
 from pyxlbert.models import (
     BertForMaskedLM,
     BertForPreTraining,
 )
-from pyxlbert.ops import _encoder_layers
 from pyxlbert.testing import compare
 
 
@@ -90,20 +89,13 @@ class Counter:
         return hook
 
 
-@pytest.mark.skipif(_C is None or _C.level() == "portable", reason="few rows have no kernel here")
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> None:
-    """As above where the modules are not called: layers in one go, and products with packed weights."""
-    model, size = build(BertForMaskedLM), 5 if packed else 1
-    ids, mask = IDS.repeat(size, 1), MASK.repeat(size, 1)
-    if packed:
-        pyxlbert.pack(model)
-        monkeypatch.setattr(_onednn, "torch_is_faster", lambda *_, **__: False)  # as for large ones
-    monkeypatch.setattr(pyxlbert.cpu._few_rows, "most_rows", lambda *_: 32)
-    with torch.no_grad():
-        model(ids, mask)  # the first call tries the products out
+@pytest.mark.skipif(_C is None or _C.level() == "portable", reason="nothing is packed without AVX2")
+def test_packed_layers_get_the_real_tokens_only(monkeypatch) -> None:
+    """As above where the modules are not called: layers in one call, and the products behind them."""
+    model = pyxlbert.pack(build(BertForMaskedLM))
     rows: list[int] = []
     pairs: list[int] = []
+    products: list[int] = []
 
     class Counting:
         """The native module and its kernels, with a look at their sizes."""
@@ -115,9 +107,13 @@ def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> 
         def cpu(self) -> Counting:
             return self
 
-        def linear_fwd(self, *arguments: Any) -> None:
-            rows.append(arguments[4])
-            _C.cpu.linear_fwd(*arguments)
+        def encoder_layers_fwd(self, *arguments: Any) -> None:
+            rows.append(arguments[7])
+            _C.cpu.encoder_layers_fwd(*arguments)
+
+        def packed_linear_fwd(self, *arguments: Any) -> None:
+            products.append(arguments[3])
+            _C.cpu.packed_linear_fwd(*arguments)
 
         def AttentionInputs(self, *arguments: Any) -> Any:
             cu_seqlens = ctypes.cast(arguments[7], ctypes.POINTER(ctypes.c_int))
@@ -125,22 +121,15 @@ def test_no_kernel_gets_more_than_the_real_tokens(packed: bool, monkeypatch) -> 
             pairs.append(sum(length**2 for length in lengths))
             return _C.cpu.AttentionInputs(*arguments)
 
-    real = _onednn.product
-
-    def product(x: torch.Tensor, *arguments: Any) -> Any:
-        rows.append(x.numel() // x.shape[-1])
-        return real(x, *arguments)
-
     counting = Counting()
-    for module in (_encoder_layers, pyxlbert.cpu._attention, pyxlbert.cpu._few_rows):
+    for module in (pyxlbert.cpu.encoder_layer, pyxlbert.cpu._packed):
         monkeypatch.setattr(module, "_C", counting)
-    monkeypatch.setattr(_onednn, "product", product)
     with torch.no_grad():
-        model(ids, mask)
-    tokens = int(mask.sum())
-    # Query, key and value are one product of packed weights; after the layers two more, to the vocabulary.
-    assert rows == [tokens] * (2 * (4 if packed else 6) + 2)
-    assert set(pairs) == {int(mask.sum(1).square().sum())}
+        model(IDS, MASK)
+    tokens = int(MASK.sum())
+    # After the layers two more, to the vocabulary.
+    assert rows == [tokens] and products == [tokens] * 2
+    assert pairs == [int(MASK.sum(1).square().sum())]
 
 
 @pytest.mark.parametrize("mask", [None, MASK, torch.zeros_like(MASK)])

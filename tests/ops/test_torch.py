@@ -6,7 +6,8 @@ import torch
 import torch.utils._python_dispatch
 
 import pyxlbert
-from pyxlbert.ops import _define, _encoder_layers, _torch
+from pyxlbert.backends.native import _C
+from pyxlbert.ops import _define, _encoder_stack, _torch
 from pyxlbert.testing import compare
 
 SCALE = 3.0
@@ -84,9 +85,10 @@ def test_the_short_way_has_the_same_bits(monkeypatch) -> None:
     compare.same_bits("dispatched", pyxlbert.layer_norm(x, weight, weight), short)
 
 
-def test_few_rows_in_one_go_are_rows_in_memory() -> None:
+def test_layers_in_one_call_are_rows_in_memory() -> None:
     """All layers at once read addresses: a view that negates what lies there goes the ordinary way."""
     x = torch.randn(2, 8)
-    assert not _encoder_layers.takes(torch._neg_view(x))
-    assert not _encoder_layers.takes(torch._efficientzerotensor((2, 8)))
-    assert _encoder_layers.takes(x) == _encoder_layers._onednn.few_rows(x)
+    for odd in (torch._neg_view(x), torch._efficientzerotensor((2, 8)), x.t(), x.double(), x[:0]):
+        assert not _encoder_stack.takes(odd, odd)
+        assert not _encoder_stack.takes(x, odd)
+    assert _encoder_stack.takes(x, x) == (_C is not None)

@@ -1,0 +1,372 @@
+"""Packed layers in one call: as right as the modules, the same bits in any company, and only where nobody wants the
+modules called."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyxlbert
+from pyxlbert.backends import native
+from pyxlbert.models import BertConfig, BertModel, XLNetConfig, XLNetModel
+from pyxlbert.models.pretrained import PretrainedModel
+from pyxlbert.nn.encoder_layers import PackedLayers
+from pyxlbert.testing import compare, tolerances
+
+pytestmark = pytest.mark.skipif(
+    native._C is None or native._C.level() == "portable", reason="nothing is packed without AVX2"
+)
+SIZES = {
+    "hidden_size": 48,
+    "num_attention_heads": 3,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "vocab_size": 90,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _shaken(model: PretrainedModel, dtype: torch.dtype) -> PretrainedModel:
+    """No parameter is zero or one, so that none can be left out unseen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype).eval()
+
+
+def model(dtype: torch.dtype = torch.float32, **options: object) -> BertModel:
+    torch.manual_seed(0)
+    return pyxlbert.pack(_shaken(BertModel(BertConfig(**SIZES, **options)), dtype))
+
+
+def xlnet(dtype: torch.dtype = torch.float32, **options: object) -> XLNetModel:
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=90, d_model=48, n_layer=2, n_head=3, d_inner=100, dropout=0.0, **options)
+    return pyxlbert.pack(_shaken(XLNetModel(config), dtype))
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(0, 90, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[bool]:
+    """For each time that layers were to run, whether they did so in one call."""
+    found: list[bool] = []
+    right = PackedLayers.run
+
+    def record(*arguments: object) -> object:
+        done = right(*arguments)
+        found.append(done is not None)
+        return done
+
+    monkeypatch.setattr(PackedLayers, "run", record)
+    return found
+
+
+@pytest.fixture
+def poisoned():
+    """Scratch memory is full of NaN each time that a kernel takes it."""
+    native._C.poison_workspaces(True)
+    yield
+    native._C.poison_workspaces(False)
+
+
+def by_modules(one: PretrainedModel, **inputs: object) -> Tensor:
+    """The same call, every module called, with weights that are not packed."""
+    alone = copy.deepcopy(one)
+    with torch.no_grad():
+        return alone(**inputs).last_hidden_state
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """By the norm of the difference."""
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+RAGGED = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+SEEN = torch.rand(3, 7, 7, generator=torch.Generator().manual_seed(3)) > 0.4
+BERT_INPUTS = {
+    "alone": {"input_ids": ids(1, 7)},
+    "one token": {"input_ids": ids(1, 1)},
+    "padded": {"input_ids": ids(3, 7), "attention_mask": RAGGED},
+    "packed": {"input_ids": ids(8), "cu_seqlens": torch.tensor([0, 3, 3, 8], dtype=torch.int32), "max_seqlen": 5},
+    "long": {"input_ids": ids(2, 130)},
+    "mask": {"input_ids": ids(3, 7), "attention_mask": SEEN.long()},
+    "bias": {"input_ids": ids(3, 7), "attention_mask": torch.randn(3, 1, 7, 7)},
+    "states": {"input_ids": ids(3, 7), "output_hidden_states": True},
+}
+RANK = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(3)]).int()
+XLNET_INPUTS = {
+    "alone": {"input_ids": ids(1, 7)},
+    "padded": {"input_ids": ids(3, 7), "attention_mask": RAGGED, "use_mems": False},
+    "types": {"input_ids": ids(3, 7), "token_type_ids": torch.arange(21).view(3, 7) % 3},
+    "perm_mask": {"input_ids": ids(3, 7), "perm_mask": SEEN.float()},
+    "ranks": {"input_ids": ids(3, 7), "query_rank": RANK, "key_rank": RANK.flip(0)},
+    "packed": {"input_ids": ids(8), "cu_seqlens": torch.tensor([0, 3, 3, 8], dtype=torch.int32), "max_seqlen": 5},
+    "states": {"input_ids": ids(3, 7), "output_hidden_states": True},
+    "long": {"input_ids": ids(2, 130), "use_mems": False},
+}
+CASES = [(model, name, inputs) for name, inputs in BERT_INPUTS.items()]
+CASES += [(xlnet, name, inputs) for name, inputs in XLNET_INPUTS.items()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("build", "name", "inputs"), CASES)
+def test_it_is_as_right_as_the_modules(
+    build, name: str, inputs: dict[str, object], dtype: torch.dtype, runs: list[bool], poisoned: None
+) -> None:
+    """Against float64, by the error of the modules in the same dtype; in every state if they are asked for."""
+    packed = build(dtype)
+    exact = copy.deepcopy(packed).double()
+    if "attention_mask" in inputs and inputs["attention_mask"].is_floating_point():
+        inputs = inputs | {"attention_mask": inputs["attention_mask"].to(torch.float32)}
+    plain = copy.deepcopy(packed)
+    with torch.inference_mode():
+        found = packed(**inputs)
+        assert runs and all(runs)
+        truth, modules = exact(**inputs), plain(**inputs)
+    states = zip(*((one.hidden_states or (one.last_hidden_state,)) for one in (found, modules, truth)), strict=True)
+    for ours, theirs, wanted in states:
+        assert error(ours, wanted) <= tolerances.FACTOR * error(theirs, wanted) + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("build", [model, xlnet])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_integers_are_near(build, dtype: torch.dtype, runs: list[bool]) -> None:
+    packed = build(dtype)
+    exact = copy.deepcopy(packed).double()
+    pyxlbert.pack(packed, dtype="int8")
+    with torch.inference_mode():
+        found, truth = packed(ids(3, 40)).last_hidden_state, exact(ids(3, 40)).last_hidden_state
+        far = error(found, truth)
+    assert runs and runs[0]
+    assert far < tolerances.INT8
+    if dtype is torch.float32:
+        assert far > tolerances.MODEL_FLOAT32, "it is not in integers"
+
+
+OPTIONS = [{"hidden_act": "gelu_new", "residual_in_fp32": False}, {"hidden_act": "relu"}, {"hidden_act": "silu"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda one: one["hidden_act"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options(options: dict[str, object], dtype: torch.dtype, runs: list[bool]) -> None:
+    packed = model(dtype, **options)
+    exact = copy.deepcopy(packed).double()
+    with torch.inference_mode():
+        found, truth = packed(ids(2, 9)).last_hidden_state, exact(ids(2, 9)).last_hidden_state
+    assert runs[0]
+    assert error(found, truth) < 8 * torch.finfo(dtype).eps
+
+
+LENGTHS = ([5, 1, 7, 130, 2], [16, 33, 64], [90, 3, 300, 1, 1, 1, 40])
+
+
+@pytest.mark.parametrize("build", [model, xlnet])
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
+@pytest.mark.parametrize("level", native._C.levels()[1:] if native._C else [])
+def test_the_same_bits_in_any_company(build, dtype: torch.dtype, kept: str | None, level: str) -> None:
+    """A text alone, in any batch, packed or padded, on any number of threads, after any other call."""
+    before, threads = native._C.level(), torch.get_num_threads()
+    native._C.set_level(level)
+    try:
+        packed = pyxlbert.pack(build(dtype), dtype=kept)
+        generator = torch.Generator().manual_seed(5)
+        for number, lengths in enumerate(LENGTHS):
+            texts = [torch.randint(0, 90, (length,), generator=generator) for length in lengths]
+            offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+            longest = max(lengths)
+            padded = torch.zeros(len(texts), longest, dtype=torch.long)
+            mask = torch.zeros_like(padded)
+            for row, text in enumerate(texts):
+                padded[row, : len(text)], mask[row, : len(text)] = text, 1
+            options = {} if build is model else {"use_mems": False}
+            with torch.inference_mode():
+                torch.set_num_threads(1 + number)
+                whole = packed(torch.cat(texts), cu_seqlens=offsets, max_seqlen=longest).last_hidden_state
+                torch.set_num_threads(3 - number)
+                rows = packed(padded, mask, **options).last_hidden_state
+                for row, text in enumerate(texts):
+                    alone = packed(text[None], **options).last_hidden_state[0]
+                    compare.same_bits("packed", whole[offsets[row] : offsets[row + 1]], alone)
+                    compare.same_bits("padded", rows[row, : len(text)], alone)
+    finally:
+        native._C.set_level(before)
+        torch.set_num_threads(threads)
+
+
+def test_threads_share_a_model() -> None:
+    packed = model()
+    texts = [ids(1, n) for n in (3, 40, 7, 130)]
+    with torch.inference_mode():
+        wanted = [packed(text).last_hidden_state for text in texts]
+    wrong: list[str] = []
+
+    def work() -> None:
+        with torch.inference_mode():
+            for _ in range(10):
+                for text, right in zip(texts, wanted, strict=True):
+                    if not torch.equal(packed(text).last_hidden_state, right):
+                        wrong.append(str(text.shape))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_step_of_training_is_seen() -> None:
+    packed = model()
+    optimizer = torch.optim.SGD(packed.parameters(), lr=0.5)
+    for _ in range(2):
+        packed(ids(2, 9)).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            found, wanted = packed(ids(2, 9)).last_hidden_state, by_modules(packed, input_ids=ids(2, 9))
+        compare.close("after a step", found, wanted, tolerances.PACKED[torch.float32])
+
+
+def test_only_where_the_modules_need_not_be_called(runs: list[bool]) -> None:
+    bert, few = model(), ids(1, 6)
+    bert(input_ids=few)
+    with torch.no_grad():
+        bert(input_ids=few, output_attentions=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            bert(input_ids=few)
+        with pyxlbert.use_backend("torch"):
+            bert(input_ids=few)
+        with torch.profiler.profile() as profile:
+            bert(input_ids=few)
+        bert.train()(input_ids=few)
+        pyxlbert.pack(bert.eval()).encoder.layer[1].output.LayerNorm.train()
+        bert(input_ids=few)
+        pyxlbert.unpack(bert.eval())(input_ids=few)
+        bert.eval().double()(input_ids=few)
+    assert not any(runs)
+    assert "pyxlbert::attention_fwd" in {event.key for event in profile.key_averages()}
+
+
+def _hook(bert: BertModel) -> None:
+    bert.encoder.layer[1].attention.self.key.register_forward_hook(lambda module, inputs, y: y + 1)
+
+
+def _pre_hook(bert: BertModel) -> None:
+    bert.encoder.layer[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1, *inputs[1:]))
+
+
+def _adapter(bert: BertModel) -> None:
+    class Adapter(pyxlbert.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    bert.encoder.layer[0].attention.output.dense = Adapter(48, 48)
+
+
+def _patched(bert: BertModel) -> None:
+    dense = bert.encoder.layer[1].output.dense
+    dense.forward = lambda x: torch.nn.functional.linear(x, dense.weight) + 1
+
+
+def _activation(bert: BertModel) -> None:
+    bert.encoder.layer[0].intermediate.dense.activation = "gelu_tanh"
+
+
+def _eps(bert: BertModel) -> None:
+    bert.encoder.layer[0].output.LayerNorm.eps = 0.5
+
+
+def _fewer_layers(bert: BertModel) -> None:
+    del bert.encoder.layer[1]
+
+
+def _other_order(bert: BertModel) -> None:
+    bert.encoder.layer = torch.nn.ModuleList(reversed(bert.encoder.layer))
+
+
+def _parameter(bert: BertModel) -> None:
+    bert.encoder.layer[0].attention.self.query.weight = torch.nn.Parameter(torch.eye(48))
+
+
+def _written(bert: BertModel) -> None:
+    bert.encoder.layer[1].intermediate.dense.bias.zero_()
+
+
+def _data(bert: BertModel) -> None:
+    bert.encoder.layer[1].output.dense.weight.data = torch.ones(48, 100)
+
+
+def _transposed(bert: BertModel) -> None:
+    weight = bert.encoder.layer[0].attention.self.value.weight
+    weight.data = weight.data.t()
+
+
+def _no_bias(bert: BertModel) -> None:
+    bert.encoder.layer[0].attention.self.value.bias = None
+
+
+def _loaded(bert: BertModel) -> None:
+    bert.load_state_dict({name: value + 1 for name, value in bert.state_dict().items()})
+
+
+def _rounded(bert: BertModel) -> None:
+    bert.half()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_hook, _pre_hook, _adapter, _patched, _activation, _eps, _fewer_layers, _other_order),
+        *(_parameter, _written, _data, _transposed, _no_bias, _loaded, _rounded),
+    ],
+    ids=lambda change: change.__name__.strip("_"),
+)
+def test_a_changed_model_computes_what_it_says(change) -> None:
+    """Whatever was changed after the first use, the next call computes what the modules compute."""
+    bert, inputs = model(), {"input_ids": ids(1, 7)}
+    with torch.no_grad():
+        before = bert(**inputs).last_hidden_state
+        change(bert)
+        after = bert(**inputs).last_hidden_state
+        assert not torch.equal(after, before)
+        tolerance = 1e-3 if after.dtype is torch.float16 else tolerances.PACKED[torch.float32]
+        compare.close("changed", after.float(), by_modules(bert, **inputs).float(), tolerance)
+
+
+def test_a_global_hook_sees_every_module() -> None:
+    bert, seen = model(), []
+    with torch.no_grad():
+        bert(input_ids=ids(1, 7))
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+        try:
+            bert(input_ids=ids(1, 7))
+        finally:
+            handle.remove()
+    # Query, key and value are one packed product, and no module of theirs is called.
+    assert seen.count(pyxlbert.nn.Linear) == 2 * 2 + 1 and seen.count(pyxlbert.nn.LinearActivation) == 2
+
+
+def test_copies_find_their_own_parameters(runs: list[bool]) -> None:
+    bert, inputs = model(), {"input_ids": ids(1, 7)}
+    with torch.no_grad():
+        wanted = bert(**inputs).last_hidden_state
+        for other in (copy.deepcopy(bert), pickle.loads(pickle.dumps(bert))):
+            pyxlbert.pack(other)
+            compare.same_bits("copy", other(**inputs).last_hidden_state, wanted)
+            other.encoder.layer[0].output.dense.weight.zero_()
+            assert not torch.equal(other(**inputs).last_hidden_state, wanted)
+            compare.same_bits("original", bert(**inputs).last_hidden_state, wanted)
+    assert all(runs)
+
+
+def test_a_max_seqlen_that_is_too_small_is_named() -> None:
+    cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)
+    with torch.no_grad(), pytest.raises(ValueError, match="max_seqlen: got 4, wanted at least 6"):
+        model()(input_ids=ids(9), cu_seqlens=cu_seqlens, max_seqlen=4)
