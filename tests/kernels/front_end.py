@@ -48,13 +48,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def calls(spec: Spec, every: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every case, its name and what calls it forward and backward."""
-    for place, case in enumerate(spec.cases):
+    for place, case in enumerate(spec.suite):
         for dtype in DTYPES if every else (DTYPES[place % 2],):
 
             def call(case: Case = case, dtype: torch.dtype = dtype) -> None:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.id}".encode()))
-                arguments = case.make(generator, dtype, torch.device("cpu"))
-                names = [name for name in spec.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+                arguments = spec.arguments(case, generator, dtype, torch.device("cpu"))
+                names = spec.leaves(arguments)
                 arguments |= {name: arguments[name].detach().requires_grad_() for name in names}
                 for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
                     outputs = as_tuple(spec.function(**arguments, backend="triton"))
