@@ -7,10 +7,28 @@ from typing import Self
 
 import torch
 
-from pyxlbert.testing.specs._spec import Arguments, Draw
+from pyxlbert.testing.specs._spec import BOTH, HALF, SINGLE, Arguments, Draw, Dtypes, Use
 
 # Of a mask's or a bias's shape: the size that it is broadcast to.
 WHOLE = -1
+FLOAT16: Dtypes = (torch.float16,)
+# What kernels are compiled ahead for: head sizes, the usual dtypes, and those if all are asked for.
+HEAD_SIZES: dict[int, tuple[Dtypes, Dtypes]] = {
+    64: (BOTH, FLOAT16),
+    128: (HALF, SINGLE),
+    32: ((), HALF),
+    80: ((), HALF),
+    96: ((), FLOAT16),
+    256: ((), BOTH),
+}
+
+
+def compiled(head_size: int, usual: Dtypes | None = None) -> dict[Use, Dtypes]:
+    """The uses of a case with this head size that is compiled ahead, usually in other dtypes than HEAD_SIZES says."""
+    first, more = HEAD_SIZES[head_size]
+    if usual is not None:
+        first, more = usual, tuple(dtype for dtype in first + more if dtype not in usual)
+    return {Use.AHEAD: first, Use.AHEAD_ALL: more}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,18 @@ import torch
 
 from pyxlbert.ops.attention import attention
 from pyxlbert.reference.philox import keep_scores
-from pyxlbert.testing.specs._scores import Scores, flops_of, lengths_of, mask_of, packing, query_key_value
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec, bytes_of, replace
+from pyxlbert.testing.specs._scores import (
+    HEAD_SIZES,
+    WHOLE,
+    Scores,
+    compiled,
+    flops_of,
+    lengths_of,
+    mask_of,
+    packing,
+    query_key_value,
+)
+from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -168,6 +178,15 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
 
 
 _INT32 = torch.int32
+_EVERYTHING = Inputs(
+    1,
+    layout="by head",
+    fill=1.0,
+    mask=(WHOLE, 1, WHOLE, WHOLE),
+    bias=(1, WHOLE, WHOLE, WHOLE),
+    causal=True,
+    dropout_p=0.1,
+)
 
 SPEC = Spec(
     name="attention",
@@ -231,6 +250,48 @@ SPEC = Spec(
         Case("scale negative", Inputs(15, scale=-0.3, lengths=(15, 6))),
         Case("huge", Inputs(25, magnitude=30.0)),
         Case("tiny", Inputs(25, magnitude=1e-3)),
+        # Four tiles of 64 keys, seven of 32, and seven windows of 32 queries.
+        Case("emulated", Inputs(200, batch=1, head_size=64, layout="apart"), {Use.EMULATION: HALF}),
+        Case(
+            "emulated, everything",
+            Inputs(
+                200,
+                batch=1,
+                head_size=64,
+                layout="apart",
+                mask=(1, 1, WHOLE, WHOLE),
+                bias=(1, 1, WHOLE, WHOLE),
+                hidden=0.1,
+                causal=True,
+                dropout_p=0.2,
+                seed=5,
+            ),
+            {Use.EMULATION: HALF},
+        ),
+        # Three tiles of 128 keys, three windows of 128 queries, the last of each a part.
+        *(
+            Case(f"Hopper, {id}", Inputs(330, layout=layout, head_size=size, **options), {Use.HOPPER: HALF})
+            for id, layout, size, options in (
+                ("lengths", "by head", 64, {"lengths": (330, 201), "unseen": True}),
+                ("causal", "by head", 64, {"causal": True}),
+                ("packed", "by head", 64, {"packed": (200, 1, 459)}),
+                ("long heads", "by head", 128, {"lengths": (330, 201), "unseen": True}),
+                # Strides of 0, which the copy engine does not know: the other kernel's.
+                ("expanded", "expanded", 64, {}),
+            )
+        ),
+        *(
+            Case(
+                f"D={d} {kind}", inputs.sized(2, 512, d, 12), compiled(d, usual) | ({Use.TILES: ()} if d == 64 else {})
+            )
+            for d in HEAD_SIZES
+            for kind, inputs, usual in (
+                ("plain", Inputs(1, layout="by head"), HALF if d == 256 else None),
+                ("everything", _EVERYTHING, None if d != 256 else ()),
+                ("packed", Inputs(1, layout="by head", fill=1.0, packed=True), ()),
+            )
+        ),
+        Case("lengths", Inputs(512, heads=12, head_size=64, layout="by head", fill=1.0), {Use.TILES: ()}),
     ),
     bad=(
         Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from pyxlbert.ops.bias_gelu import bias_gelu
-from pyxlbert.testing.specs._spec import VIEWS, Arguments, Bad, Case, Draw, Spec, bytes_of, replace, view_of
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    view_of,
+)
 
 
 def plain(x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none") -> torch.Tensor:
@@ -81,6 +94,12 @@ SPEC = Spec(
         Case("from -16 to 16", Inputs(sweep=True)),
         Case("from -16 to 16 tanh", Inputs(sweep=True, approximate="tanh")),
         *(Case(name, Inputs(view=name)) for name in VIEWS),
+        Case("emulated", Inputs((21, 768)), {Use.EMULATION: HALF}),
+        *(
+            Case(f"4096x{n} {form}", Inputs((4096, n), approximate=form), {use: BOTH})
+            for n, use in ((3072, Use.AHEAD), (1536, Use.AHEAD_ALL), (4096, Use.AHEAD_ALL))
+            for form in ("none", "tanh")
+        ),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: 1.0), TypeError, ("x", "float", "wanted a tensor")),

@@ -8,7 +8,20 @@ import torch
 
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import VIEWS, Arguments, Bad, Case, Draw, Spec, bytes_of, replace, view_of
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    view_of,
+)
 
 SEED = 20181011
 
@@ -47,7 +60,7 @@ def plain(
 @dataclass(frozen=True)
 class Inputs:
     """x and residual of `shape`, or views by their name in VIEWS; `stream`: the residual in float32, `wide`: the
-    parameters; `copy`: copy_dtype."""
+    parameters; `copy`: copy_dtype, True for x's."""
 
     shape: tuple[int, ...] = ()
     view: str = ""
@@ -55,7 +68,7 @@ class Inputs:
     dropout_p: float = 0.0
     stream: bool = False
     wide: bool = False
-    copy: torch.dtype | None = None
+    copy: torch.dtype | bool | None = None
     scale: float = 1.0
     shift: float = 0.0
     eps: float = 1e-12
@@ -87,7 +100,7 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
     if inputs.dropout_p:
         arguments |= {"dropout_p": inputs.dropout_p, "seed": draw.numbers([SEED], torch.int64)}
     if inputs.copy is not None:
-        arguments["copy_dtype"] = inputs.copy
+        arguments["copy_dtype"] = draw.dtype if inputs.copy is True else inputs.copy
     return arguments
 
 
@@ -148,6 +161,12 @@ SPEC = Spec(
         Case("huge", Inputs((3, 65), scale=1e4)),
         Case("many rows", Inputs((1500, 129), dropout_p=0.1), small=False),
         *(Case(name, Inputs(view=name, dropout_p=0.1)) for name in VIEWS),
+        Case("emulated", Inputs((21, 768), x_bias=True, dropout_p=0.2, stream=True), {Use.EMULATION: HALF}),
+        *(
+            Case(f"4096x{n} stream{kind}", Inputs((4096, n), stream=True, copy=True, **options), {use: BOTH})
+            for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
+            for kind, options in (("", {}), (" with bias, dropout", {"x_bias": True, "dropout_p": 0.1}))
+        ),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: None), TypeError, ("x", "NoneType", "wanted a tensor")),

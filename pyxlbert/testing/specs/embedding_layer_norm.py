@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec, bytes_of, replace
+from pyxlbert.testing.specs._spec import BOTH, HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
 
 
 def plain(
@@ -53,11 +53,11 @@ def plain(
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids of `shape`, of tables with `columns` columns, the words' with `entries` rows.
+    """ids of `shape`, of tables with `columns` columns, the words' with `entries` rows, the positions' with `places`.
 
     Attributes:
         tables: the names of the other two tables, as far as there are any.
-        ids: "own", "default" (none are given), "broadcast", "int32", or "views" (of words and ids).
+        ids: "own", "types" (no positions), "default" (neither), "broadcast", "int32", or "views" (of words and ids).
         wide: parameters in float32.
         mixed: float32 and a copy in the tables' 16 bits; of tables of 32 bits a copy in 16.
     """
@@ -65,6 +65,7 @@ class Inputs:
     shape: tuple[int, ...]
     columns: int = 40
     entries: int = 50
+    places: int | None = None
     scale: float = 1.0
     tables: tuple[str, ...] = ("position", "token_type")
     ids: str = "own"
@@ -77,7 +78,8 @@ class Inputs:
 def make(inputs: Inputs, draw: Draw) -> Arguments:
     """See `Spec`."""
     shape, columns, entries = inputs.shape, inputs.columns, inputs.entries
-    places, parameter = shape[-1] + 3, draw.single if inputs.wide else draw.dtype
+    places = shape[-1] + 3 if inputs.places is None else inputs.places
+    parameter = draw.single if inputs.wide else draw.dtype
     has_types, has_places = ("token_type" in inputs.tables), ("position" in inputs.tables)
     arguments: Arguments = {
         "input_ids": draw.below(entries, *shape),
@@ -96,6 +98,8 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
         arguments |= {"dropout_p": inputs.dropout_p, "seed": draw.numbers([-77], torch.int64)}
     if inputs.ids == "int32":
         arguments["input_ids"] = arguments["input_ids"].int()
+    elif inputs.ids == "types":
+        arguments["position_ids"] = None
     elif inputs.ids == "default":
         arguments["position_ids"] = arguments["token_type_ids"] = None
     elif inputs.ids == "broadcast":
@@ -174,6 +178,17 @@ SPEC = Spec(
         Case("two outputs with dropout", Inputs((3, 7), columns=48, mixed=True, dropout_p=0.1)),
         Case("huge", Inputs((3, 7), scale=1e3)),
         Case("many tokens", Inputs((8, 128), columns=130, entries=300), small=False),
+        Case("emulated", Inputs((3, 90), columns=64, ids="default"), {Use.EMULATION: HALF}),
+        *(
+            Case(
+                f"8x512x{n}",
+                Inputs(
+                    (8, 512), columns=n, entries=3000, ids="types", places=512, mixed=True, padding_idx=0, dropout_p=0.1
+                ),
+                {use: BOTH},
+            )
+            for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
+        ),
     ),
     bad=(
         _bad("input_ids float", TypeError, "input_ids float32", input_ids=lambda a: a["input_ids"].float()),

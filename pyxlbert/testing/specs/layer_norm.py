@@ -7,7 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from pyxlbert.ops.layer_norm import layer_norm
-from pyxlbert.testing.specs._spec import VIEWS, Arguments, Bad, Case, Draw, Spec, bytes_of, replace, view_of
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    view_of,
+)
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
@@ -78,6 +91,10 @@ SPEC = Spec(
         Case("tiny", Inputs((3, 65), scale=1e-3, eps=1e-12)),
         Case("many rows", Inputs((1500, 129)), small=False),
         *(Case(name, Inputs(view=name, eps=1e-12)) for name in VIEWS),
+        Case("emulated, long rows", Inputs((21, 2048)), {Use.EMULATION: HALF}),
+        Case("emulated, short rows", Inputs((21, 768)), {Use.EMULATION: HALF}),
+        Case("4096x768", Inputs((4096, 768)), {Use.AHEAD: BOTH}),
+        *(Case(f"4096x{n}", Inputs((4096, n)), {Use.AHEAD_ALL: BOTH}) for n in (384, 1024)),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),

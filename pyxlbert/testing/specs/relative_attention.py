@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,8 +13,17 @@ from pyxlbert.ops.relative_attention import relative_attention
 from pyxlbert.reference.philox import Tag, keep_scores
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs._relative import SHARED_BAD, UNSEEN_RANK, RelativeInputs
-from pyxlbert.testing.specs._scores import flops_of, lengths_of, mask_of, packing, query_key_value
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec, bytes_of, replace
+from pyxlbert.testing.specs._scores import (
+    HEAD_SIZES,
+    WHOLE,
+    compiled,
+    flops_of,
+    lengths_of,
+    mask_of,
+    packing,
+    query_key_value,
+)
+from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
 
 # Arguments that have a row a token, so that packed ones are cut by sequence.
 _BY_TOKEN = ("query", "key", "value", "query_segments", "key_segments", "query_rank", "key_rank")
@@ -300,7 +310,8 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
     arguments: Arguments = inputs.options("offset", "see_self", "masked_rows") | packing(inputs, draw)
     q, k, v = query_key_value(inputs, draw)
     arguments |= {"query": q, "key": k, "value": v}
-    arguments |= inputs.relative_arguments(draw, inputs.queries if inputs.sequences is None else inputs.longest)
+    offset = inputs.queries if inputs.sequences is None and inputs.positions is not True else inputs.longest
+    arguments |= inputs.relative_arguments(draw, offset)
     if inputs.layout in ("heads first", "strided") and inputs.tables == 0:
         count, heads, size = arguments["position_key"].shape
         table = draw.normal(heads, count, size, scale=inputs.magnitude * inputs.table_scale)
@@ -309,8 +320,7 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
     arguments |= inputs.rank_arguments(draw)
     if inputs.positions is True:
         arguments["query_positions"] = draw.orders(inputs.batch, inputs.key_count)[:, : inputs.queries].contiguous()
-        # Of a text as long as the keys.
-        arguments.setdefault("offset", inputs.key_count)
+        arguments.setdefault("offset", offset)
     elif inputs.positions:
         arguments["query_positions"] = draw.numbers(inputs.positions)
     arguments |= lengths_of(inputs, draw, arguments)
@@ -341,6 +351,25 @@ def _place(**changes: Any) -> Any:
 
 
 _INT32 = torch.int32
+_PLAIN = Inputs(1, layout="by head")
+_SEGMENTS = changed(_PLAIN, biases="uvse")
+_RANKS = changed(_SEGMENTS, ranks="order", see_self=True)
+_ALL = {"mask": (WHOLE, 1, WHOLE, WHOLE), "hidden": 0.0, "dropout_p": 0.1}
+# Kinds of launches that are compiled ahead, and kinds that tiles are searched for, at any sizes.
+_KINDS = {
+    "plain": changed(_PLAIN, fill=1.0),
+    "XLNet": changed(_RANKS, fill=1.0),
+    "everything": changed(_RANKS, fill=1.0, **_ALL),
+    "positions": changed(_RANKS, fill=1.0, positions=True, see_self=None),
+}
+_TILES = {
+    "plain": _PLAIN,
+    "segments": _SEGMENTS,
+    "ranks": _RANKS,
+    "dropout": changed(_RANKS, dropout_p=0.1),
+    "everything": changed(_RANKS, fill=1.0, **_ALL),
+}
+_TARGETS = {"queries": 1, "keys": 6, "positions": True, "see_self": None}
 
 
 def _bytes_moved(a: Arguments, backward: bool) -> int:
@@ -478,6 +507,49 @@ SPEC = Spec(
         Case("scale negative", Inputs(15, scale=-0.3, lengths=(15, 6), biases="uvse")),
         Case("huge", Inputs(25, magnitude=20.0, biases="uvse")),
         Case("tiny", Inputs(25, magnitude=1e-3, biases="uvse")),
+        Case("emulated", Inputs(200, batch=1, head_size=64, layout="apart"), {Use.EMULATION: HALF}),
+        Case(
+            "emulated, everything",
+            Inputs(
+                200,
+                batch=1,
+                head_size=64,
+                layout="apart",
+                biases="uvse",
+                ranks="order",
+                see_self=True,
+                dropout_p=0.2,
+                seed=5,
+            ),
+            {Use.EMULATION: HALF},
+        ),
+        # Three windows of 128 queries and six tiles of 64 keys, more than the table's blocks that are kept.
+        *(
+            Case(f"Hopper, {id}", Inputs(330, layout="by head", head_size=size, **options), {Use.HOPPER: HALF})
+            for id, size, options in (
+                ("segments", 64, {"biases": "uvse", "lengths": (330, 201), "unseen": True}),
+                ("causal with memory", 64, {"keys": 400, "causal": True, "offset": 400, "table_rows": 730}),
+                ("packed, segments", 64, {"biases": "uvse", "packed": (200, 1, 459)}),
+                ("short heads", 40, {}),
+                (
+                    "segments, expanded",
+                    64,
+                    {"biases": "uvse", "lengths": (330, 201), "unseen": True, "table_layout": "expanded"},
+                ),
+            )
+        ),
+        *(
+            Case(f"D={d} {kind}", inputs.sized(2, 512, d, 12), compiled(d, usual))
+            for d in HEAD_SIZES
+            if d <= 128
+            for kind, inputs in _KINDS.items()
+            for usual in (None if kind == "XLNet" else HALF if d == 64 else (),)
+        ),
+        *(
+            Case(f"tiles, {kind}{stream}", changed(inputs, **own).sized(2, 512, 64, 12), {Use.TILES: ()})
+            for stream, own in (("", {}), (", positions", _TARGETS))
+            for kind, inputs in _TILES.items()
+        ),
     ),
     bad=(
         Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),

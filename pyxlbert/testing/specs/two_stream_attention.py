@@ -11,8 +11,8 @@ import torch
 from pyxlbert.ops.two_stream_attention import two_stream_attention
 from pyxlbert.reference.philox import Tag
 from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
-from pyxlbert.testing.specs._scores import lengths_of, mask_of, query_key_value, rows
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec, bytes_of, replace
+from pyxlbert.testing.specs._scores import HEAD_SIZES, compiled, lengths_of, mask_of, query_key_value, rows
+from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
 from pyxlbert.testing.specs.relative_attention import (
     rounding_of,
     stream,
@@ -144,6 +144,8 @@ def _bytes_moved(a: Arguments, backward: bool) -> int:
     return (3 if backward else 1) * each
 
 
+_RANKS = Inputs(6, targets=1, layout="by head", ranks="order", dropout_p=0.1)
+
 SPEC = Spec(
     name="two_stream_attention",
     function=two_stream_attention,
@@ -220,6 +222,16 @@ SPEC = Spec(
         Case("scale negative", Inputs(15, targets=((1, 2), (9, 14)), scale=-0.3)),
         Case("huge", Inputs(25, targets=((1, 2), (9, 24)), ranks="random", magnitude=20.0)),
         Case("tiny", Inputs(25, targets=((1, 2), (9, 24)), ranks="random", magnitude=1e-3)),
+        Case(
+            "emulated",
+            Inputs(200, targets=40, batch=1, head_size=64, layout="apart", ranks="order"),
+            {Use.EMULATION: HALF},
+        ),
+        *(
+            Case(f"D={d}", _RANKS.sized(2, 512, d, 12), compiled(d, HALF if d == 64 else ()))
+            for d in HEAD_SIZES
+            if d <= 128
+        ),
     ),
     bad=(
         Bad(
