@@ -79,7 +79,7 @@ class Scores:
         """The lengths that `fill` says."""
         fill = 1.0 if self.fill is None else self.fill
         least = max(1, self.key_count * (2 * fill - 1))
-        return tuple(torch.linspace(least, self.key_count, self.batch).round().int().tolist())
+        return tuple(torch.linspace(least, self.key_count, self.batch, device="cpu").round().int().tolist())
 
     @property
     def sequences(self) -> tuple[int, ...] | None:

@@ -14,6 +14,8 @@ Dtypes = tuple[torch.dtype, ...]
 HALF: Dtypes = (torch.bfloat16,)
 SINGLE: Dtypes = (torch.float32,)
 BOTH: Dtypes = SINGLE + HALF
+# Rows, or tokens, of the races on a GPU.
+ROWS = 16384
 
 
 class Use(enum.Enum):
@@ -33,6 +35,11 @@ class Use(enum.Enum):
     PREFER = "bench/prefer.py"
 
 
+# Each in these dtypes.
+Uses = Mapping[Use, Dtypes]
+NONE: Uses = {}
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of an op before its tensors are made.
@@ -40,7 +47,7 @@ class Case:
     Attributes:
         id: short, unique within the op; of a race, what the table of results says.
         inputs: a record of the op's own: sizes, which options there are, how the tensors lie in memory.
-        uses: who calls the op with it, each in these dtypes.
+        uses: who calls the op with it, and in which dtypes.
         gradients: whether the backward pass is compared, or timed, too.
         small: in the suite: at most a second on the slowest backend (interpreter, emulation, sanitizer).
         full_only: in the suite: runs only in `make test-all`.
@@ -48,7 +55,7 @@ class Case:
 
     id: str
     inputs: Any
-    uses: Mapping[Use, Dtypes] = field(default_factory=lambda: {Use.SUITE: ()})
+    uses: Uses = field(default_factory=lambda: {Use.SUITE: ()})
     gradients: bool = True
     small: bool = True
     full_only: bool = False
@@ -93,6 +100,20 @@ class Draw(NamedTuple):
     def numbers(self, values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         """The values themselves."""
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def timed(inputs: Any, forward: Uses = NONE, both: Uses = NONE, kind: str = "") -> Iterator[Case]:
+    """The case of a race forward and that of one forward and backward, as far as they have uses.
+
+    Args:
+        inputs: whose text is that of the case.
+        forward, both: the uses of each.
+        kind: what else the case says.
+    """
+    if forward:
+        yield Case(f"{inputs}{kind}", inputs, forward, gradients=False)
+    if both:
+        yield Case(f"{inputs} forward+backward{kind}", inputs, both)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,21 @@ from pyxlbert.testing.specs._scores import (
     packing,
     query_key_value,
 )
-from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    SINGLE,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -188,6 +202,12 @@ _EVERYTHING = Inputs(
     dropout_p=0.1,
 )
 
+
+def _bert(batch: int, length: int, **options: Any) -> Inputs:
+    """As BERT-base calls it, every key real unless `fill` says how many."""
+    return Inputs(length, batch=batch, **{"heads": 12, "head_size": 64, "fill": 1.0, **options})
+
+
 SPEC = Spec(
     name="attention",
     function=attention,
@@ -292,6 +312,43 @@ SPEC = Spec(
             )
         ),
         Case("lengths", Inputs(512, heads=12, head_size=64, layout="by head", fill=1.0), {Use.TILES: ()}),
+        *(
+            case
+            for batch, length in ((32, 16), (32, 32), (16, 64), (2, 512), (1, 8192))
+            for case in timed(_bert(batch, length), {Use.RACE: BOTH}, {Use.RACE: BOTH} if length == 512 else {})
+        ),
+        *timed(_bert(8, 128), {Use.RACE: BOTH}, {Use.RACE: BOTH}),
+        *timed(_bert(1, 2048), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.PREFER: BOTH}),
+        *timed(_bert(8, 512, fill=0.56), {Use.RACE: BOTH}),
+        *timed(_bert(8, 128, head_size=32), {Use.RACE: BOTH}),
+        *(
+            case
+            for batch, length in ((8, 128), (2, 512), (1, 2048))
+            for case in timed(
+                _bert(batch, length, dropout_p=0.1),
+                {Use.RACE: BOTH} if length == 512 else {},
+                {Use.RACE: BOTH},
+                " dropout 0.1",
+            )
+        ),
+        *timed(_bert(2, 512, fill=None, bias=(1, WHOLE, WHOLE, WHOLE)), both={Use.RACE: BOTH}, kind=" bias gradient"),
+        *timed(_bert(ROWS // 512, 512), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *timed(_bert(ROWS // 2048, 2048), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *timed(_bert(ROWS // 8192, 8192), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *(
+            case
+            for length in (512, 2048)
+            for case in timed(_bert(ROWS // length, length, fill=0.5, packed=True), {Use.GPU: HALF}, kind=", packed")
+        ),
+        *timed(_bert(8, 2048, heads=8, head_size=128), {Use.GPU: HALF}, {Use.GPU: HALF}),
+        *timed(_bert(8, 2048, fill=0.5), {Use.GPU: HALF}, {Use.GPU: HALF}),
+        *timed(_bert(1, 128), both={Use.PREFER: BOTH}),
+        *(
+            case
+            for batch, length in ((1, 128), (1, 2048), (8, 2048))
+            for case in timed(_bert(batch, length, head_size=128), both={Use.PREFER: BOTH})
+        ),
+        *timed(Inputs(16, batch=1, heads=12, head_size=64, layout="apart"), {Use.HOST: HALF}),
     ),
     bad=(
         Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),

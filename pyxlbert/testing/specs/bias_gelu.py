@@ -10,6 +10,7 @@ from pyxlbert.ops.bias_gelu import bias_gelu
 from pyxlbert.testing.specs._spec import (
     BOTH,
     HALF,
+    ROWS,
     VIEWS,
     Arguments,
     Bad,
@@ -19,6 +20,7 @@ from pyxlbert.testing.specs._spec import (
     Use,
     bytes_of,
     replace,
+    timed,
     view_of,
 )
 
@@ -40,6 +42,9 @@ class Inputs:
     bias: bool = True
     scale: float = 1.0
     wide: bool = False
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.approximate}"
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -97,9 +102,17 @@ SPEC = Spec(
         Case("emulated", Inputs((21, 768)), {Use.EMULATION: HALF}),
         *(
             Case(f"4096x{n} {form}", Inputs((4096, n), approximate=form), {use: BOTH})
-            for n, use in ((3072, Use.AHEAD), (1536, Use.AHEAD_ALL), (4096, Use.AHEAD_ALL))
+            for n, use in ((1536, Use.AHEAD_ALL), (4096, Use.AHEAD_ALL))
             for form in ("none", "tanh")
         ),
+        *(
+            case
+            for form in ("none", "tanh")
+            for case in timed(Inputs((1024, 3072), approximate=form), {Use.RACE: BOTH, Use.AHEAD: BOTH})
+        ),
+        *timed(Inputs((ROWS, 3072)), {Use.TARGET: HALF}, {Use.PREFER: BOTH}),
+        *(case for n in (1536, 4096) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
+        *(case for rows in (128, 2048) for case in timed(Inputs((rows, 3072)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: 1.0), TypeError, ("x", "float", "wanted a tensor")),

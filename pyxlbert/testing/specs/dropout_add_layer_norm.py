@@ -11,6 +11,7 @@ from pyxlbert.reference.philox import Tag, keep_rows
 from pyxlbert.testing.specs._spec import (
     BOTH,
     HALF,
+    ROWS,
     VIEWS,
     Arguments,
     Bad,
@@ -20,6 +21,7 @@ from pyxlbert.testing.specs._spec import (
     Use,
     bytes_of,
     replace,
+    timed,
     view_of,
 )
 
@@ -72,6 +74,9 @@ class Inputs:
     scale: float = 1.0
     shift: float = 0.0
     eps: float = 1e-12
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape))
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -166,6 +171,14 @@ SPEC = Spec(
             Case(f"4096x{n} stream{kind}", Inputs((4096, n), stream=True, copy=True, **options), {use: BOTH})
             for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
             for kind, options in (("", {}), (" with bias, dropout", {"x_bias": True, "dropout_p": 0.1}))
+        ),
+        *(case for shape in ((16, 384), (1024, 768), (4096, 384)) for case in timed(Inputs(shape), {Use.RACE: BOTH})),
+        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF}),
+        *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
+        *(
+            case
+            for rows in (128, 2048, ROWS)
+            for case in timed(Inputs((rows, 768), dropout_p=0.1), both={Use.PREFER: BOTH}, kind=" dropout 0.1")
         ),
     ),
     bad=(

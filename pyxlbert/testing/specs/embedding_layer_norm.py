@@ -11,7 +11,20 @@ from torch import Tensor
 
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import BOTH, HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 
 
 def plain(
@@ -73,6 +86,9 @@ class Inputs:
     mixed: bool = False
     padding_idx: int | None = None
     dropout_p: float | None = None
+
+    def __str__(self) -> str:
+        return "x".join(map(str, (*self.shape, self.columns)))
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -151,6 +167,10 @@ def _bytes_moved(a: Arguments, backward: bool) -> int:
     return 2 * rows + (2 * rows + bytes_of(a["word"]) if backward else 0)
 
 
+def _bert(shape: tuple[int, ...], columns: int = 768) -> Inputs:
+    return Inputs(shape, columns, entries=30522, places=512, ids="default")
+
+
 SPEC = Spec(
     name="embedding_layer_norm",
     function=embedding_layer_norm,
@@ -189,6 +209,10 @@ SPEC = Spec(
             )
             for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
         ),
+        *timed(_bert((8, 128)), {Use.RACE: BOTH}),
+        *timed(_bert((ROWS // 512, 512)), {Use.TARGET: HALF}),
+        *(case for n in (384, 1024) for case in timed(_bert((ROWS // 512, 512), n), {Use.GPU: HALF})),
+        *(case for rows in (128, 2048, ROWS) for case in timed(_bert((rows // 128, 128)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         _bad("input_ids float", TypeError, "input_ids float32", input_ids=lambda a: a["input_ids"].float()),

@@ -10,6 +10,8 @@ from pyxlbert.ops.layer_norm import layer_norm
 from pyxlbert.testing.specs._spec import (
     BOTH,
     HALF,
+    ROWS,
+    SINGLE,
     VIEWS,
     Arguments,
     Bad,
@@ -19,6 +21,7 @@ from pyxlbert.testing.specs._spec import (
     Use,
     bytes_of,
     replace,
+    timed,
     view_of,
 )
 
@@ -38,6 +41,9 @@ class Inputs:
     shift: float = 0.0
     eps: float = 1e-5
     wide: bool = False
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape))
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -93,8 +99,14 @@ SPEC = Spec(
         *(Case(name, Inputs(view=name, eps=1e-12)) for name in VIEWS),
         Case("emulated, long rows", Inputs((21, 2048)), {Use.EMULATION: HALF}),
         Case("emulated, short rows", Inputs((21, 768)), {Use.EMULATION: HALF}),
-        Case("4096x768", Inputs((4096, 768)), {Use.AHEAD: BOTH}),
-        *(Case(f"4096x{n}", Inputs((4096, n)), {Use.AHEAD_ALL: BOTH}) for n in (384, 1024)),
+        *timed(Inputs((16, 384)), {Use.RACE: BOTH}),
+        *timed(Inputs((1024, 768)), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.AHEAD: BOTH}),
+        *timed(Inputs((4096, 384)), {Use.RACE: BOTH, Use.AHEAD_ALL: BOTH}),
+        *timed(Inputs((4096, 1024)), {Use.AHEAD_ALL: BOTH}),
+        *timed(Inputs((16, 768)), {Use.HOST: SINGLE}),
+        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF}, {Use.GPU: HALF})),
+        *(case for rows in (128, 2048) for case in timed(Inputs((rows, 768)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),

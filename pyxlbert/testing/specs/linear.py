@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from pyxlbert.ops.linear import linear
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    replace,
+    timed,
+)
 
 VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depend on their number"
 
@@ -31,6 +41,9 @@ class Inputs:
     wide: bool = False
     scale: float = 1.0
     views: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}->{self.outputs}"
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -142,7 +155,10 @@ SPEC = Spec(
     plain=plain,
     make=make,
     differentiable=("x", "weight", "bias"),
-    cases=CASES,
+    cases=(
+        *CASES,
+        *(case for rows in (16, 1024) for case in timed(Inputs((rows, 768), 768), {Use.RACE: BOTH})),
+    ),
     bad=BAD,
     terms=terms,
     vendor=VENDOR,

@@ -9,7 +9,16 @@ import torch
 
 from pyxlbert.ops.linear_gelu import linear_gelu
 from pyxlbert.testing.specs import linear
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Draw, Spec
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    timed,
+)
 
 
 def plain(
@@ -57,7 +66,12 @@ SPEC = Spec(
     plain=plain,
     make=make,
     differentiable=("x", "weight", "bias"),
-    cases=(*_ERF, *_TANH, *(_inference(case) for case in (*_ERF, *_TANH))),
+    cases=(
+        *_ERF,
+        *_TANH,
+        *(_inference(case) for case in (*_ERF, *_TANH)),
+        *(case for rows in (16, 1024) for case in timed(Inputs((rows, 768), 3072), {Use.RACE: BOTH})),
+    ),
     bad=(
         *linear.BAD,
         Bad(

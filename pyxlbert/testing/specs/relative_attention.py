@@ -23,7 +23,21 @@ from pyxlbert.testing.specs._scores import (
     packing,
     query_key_value,
 )
-from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    SINGLE,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 
 # Arguments that have a row a token, so that packed ones are cut by sequence.
 _BY_TOKEN = ("query", "key", "value", "query_segments", "key_segments", "query_rank", "key_rank")
@@ -372,6 +386,11 @@ _TILES = {
 _TARGETS = {"queries": 1, "keys": 6, "positions": True, "see_self": None}
 
 
+def _xlnet(batch: int, length: int, head_size: int = 64) -> Inputs:
+    """XLNet-base's term of content and position, no mask, scores of the size that a model's have."""
+    return Inputs(length, batch=batch, heads=12, head_size=head_size, table_scale=0.5, bias_scale=0.3)
+
+
 def _bytes_moved(a: Arguments, backward: bool) -> int:
     """query, key, value and table read, the output written; backward reads them and its gradient and writes four."""
     each = bytes_of(*(a[n] for n in ("query", "query", "key", "value", "position_key")))
@@ -549,6 +568,28 @@ SPEC = Spec(
             Case(f"tiles, {kind}{stream}", changed(inputs, **own).sized(2, 512, 64, 12), {Use.TILES: ()})
             for stream, own in (("", {}), (", positions", _TARGETS))
             for kind, inputs in _TILES.items()
+        ),
+        *(
+            case
+            for batch, length in ((8, 128), (2, 512))
+            for case in timed(_xlnet(batch, length), {Use.RACE: BOTH}, {Use.RACE: BOTH})
+        ),
+        *timed(
+            _xlnet(1, 2048), {Use.RACE: BOTH, Use.LENGTHS: BOTH}, {Use.RACE: BOTH, Use.LENGTHS: BOTH, Use.PREFER: BOTH}
+        ),
+        *timed(_xlnet(1, 128), {Use.LENGTHS: BOTH}, {Use.LENGTHS: BOTH, Use.PREFER: BOTH}),
+        *(
+            case
+            for length in (256, 512, 1024, 4096, 8192)
+            for case in timed(_xlnet(1, length), {Use.LENGTHS: BOTH}, {Use.LENGTHS: BOTH})
+        ),
+        *timed(_xlnet(ROWS // 512, 512), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *timed(_xlnet(ROWS // 2048, 2048), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *timed(_xlnet(ROWS // 8192, 8192), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *(
+            case
+            for batch, length in ((1, 128), (1, 2048), (8, 2048))
+            for case in timed(_xlnet(batch, length, 128), both={Use.PREFER: BOTH})
         ),
     ),
     bad=(

@@ -12,7 +12,19 @@ from pyxlbert.ops.two_stream_attention import two_stream_attention
 from pyxlbert.reference.philox import Tag
 from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
 from pyxlbert.testing.specs._scores import HEAD_SIZES, compiled, lengths_of, mask_of, query_key_value, rows
-from pyxlbert.testing.specs._spec import HALF, Arguments, Bad, Case, Draw, Spec, Use, bytes_of, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 from pyxlbert.testing.specs.relative_attention import (
     rounding_of,
     stream,
@@ -144,6 +156,21 @@ def _bytes_moved(a: Arguments, backward: bool) -> int:
     return (3 if backward else 1) * each
 
 
+def _xlnet(batch: int, length: int, head_size: int = 64) -> Inputs:
+    """XLNet-base's pretraining: a permutation by ranks, a sixth of the tokens at its end are the targets."""
+    return Inputs(
+        length,
+        targets=length // 6,
+        batch=batch,
+        heads=12,
+        head_size=head_size,
+        biases="uv",
+        table_scale=0.5,
+        bias_scale=0.3,
+        ranks="order",
+    )
+
+
 _RANKS = Inputs(6, targets=1, layout="by head", ranks="order", dropout_p=0.1)
 
 SPEC = Spec(
@@ -231,6 +258,17 @@ SPEC = Spec(
             Case(f"D={d}", _RANKS.sized(2, 512, d, 12), compiled(d, HALF if d == 64 else ()))
             for d in HEAD_SIZES
             if d <= 128
+        ),
+        *(
+            case
+            for batch, length in ((8, 128), (4, 512))
+            for case in timed(_xlnet(batch, length), {Use.RACE: BOTH}, {Use.RACE: BOTH})
+        ),
+        *timed(_xlnet(1, 2048), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.PREFER: BOTH}),
+        *(
+            case
+            for batch, length, head_size in ((1, 128, 64), (8, 2048, 64), (1, 128, 128), (1, 2048, 128), (8, 2048, 128))
+            for case in timed(_xlnet(batch, length, head_size), both={Use.PREFER: BOTH})
         ),
     ),
     bad=(
