@@ -5,17 +5,22 @@ In a process of its own: a process that interprets kernels (TRITON_INTERPRET=1) 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+
+from pyxlbert.backends.presence import BACKENDS
 
 # Bytes of shared memory that a block can have, by architecture.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -44,6 +49,31 @@ class Driver:
 def compile_for(architecture: int) -> None:
     """From here on `warmup` of a kernel compiles for this architecture (compute capability times ten)."""
     triton.runtime.driver.set_active(Driver(architecture))
+
+
+@contextlib.contextmanager
+def launching(launch: Callable[..., Any], architecture: int) -> Iterator[None]:
+    """Inside of it backend "triton" takes CPU tensors, as if they were on the usual card of this architecture.
+
+    Args:
+        launch: takes every launch in the device's place: (kernel, grid, device, *arguments, **options).
+        architecture: compute capability times ten.
+    """
+    folder = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
+    modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(folder.glob("*.py"))]
+    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    patches = [(module, "launch", launch) for module in modules if hasattr(module, "launch")]
+    patches += [(module, "supports", lambda *tensors: None) for module in modules if hasattr(module, "supports")]
+    card = configurations.Card(architecture, SHARED.get(architecture, configurations.LARGE_SHARED))
+    patches.append((configurations, "card", lambda device: card))
+    here = BACKENDS["triton"]
+    with contextlib.ExitStack() as undo:
+        for owner, name, value in patches:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        undo.callback(BACKENDS.__setitem__, "triton", here)
+        BACKENDS["triton"] = here._replace(missing=lambda: None)
+        yield
 
 
 def report(kernel: Any) -> dict[str, Any]:

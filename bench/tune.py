@@ -19,7 +19,8 @@ import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,18 @@ from pyxlbert.bench import ahead
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.testing.direct import Direct
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import Arguments, Draw, Spec, Use
 
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 attention = importlib.import_module("pyxlbert.kernels.attention")
 relative = importlib.import_module("pyxlbert.kernels._relative")
 
-TRITON = Direct("triton")
 Key, Tile = configurations.Key, configurations.Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-HEADS = 12
+# Of the ops whose kernels hold a window of the table too.
+MOST_HEAD_SIZE = {"relative_attention": 128}
 Call = Callable[[], Any]
 
 
@@ -102,78 +104,28 @@ def candidates(kernel: str, size: int) -> list[Tile]:
     return [tile._replace(CARRY=carry, maxnreg=most) for tile in found for carry in carries for most in registers]
 
 
-def _attention_calls(head_size: int, dtype: torch.dtype, batch: int, length: int, device: str) -> Iterator[Call]:
-    def numbers(*shape: int) -> Tensor:
-        return torch.full(shape, length, dtype=torch.int32, device=device)
-
-    q, k, v = torch.randn(batch, length, HEADS, 3 * head_size, device=device).to(dtype).split(head_size, -1)
-    packed = [x.flatten(0, 1) for x in (q, k, v)]
-    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device)
-    bias = torch.zeros(1, HEADS, length, length, dtype=dtype, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
-    offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-    scale = head_size**-0.5
-    for tensors, options in (
-        ((q, k, v), (None, None, 0, None, None, False, scale, 0.0, None)),
-        ((q, k, v), (numbers(batch), None, 0, None, None, False, scale, 0.0, None)),
-        (packed, (None, offsets, length, None, None, False, scale, 0.0, None)),
-        ((q, k, v), (numbers(batch), None, 0, mask, bias, True, scale, 0.1, seed)),
-    ):
-
-        def call(tensors: Any = tensors, options: Any = options) -> None:
-            out, lse = TRITON.attention_fwd(*tensors, *options)
-            TRITON.attention_bwd(out, out, lse, *tensors, *options, options[4] is not None)
-
-        yield call
+def calls(head_size: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]], device: str) -> Iterator[Call]:
+    """Every case that tiles are searched for (`Use.TILES`), forward and backward, at each (sequences, length)."""
+    generator = torch.Generator(device).manual_seed(0)
+    for batch, length in shapes:
+        for spec in SPECS.values():
+            for case in spec.used(Use.TILES):
+                if head_size > MOST_HEAD_SIZE.get(spec.name, head_size):
+                    continue
+                inputs = case.inputs.sized(batch, length, head_size)
+                arguments = spec.make(inputs, Draw(generator, dtype, torch.device(device)))
+                yield partial(_both_ways, spec, arguments)
 
 
-def _relative_calls(head_size: int, dtype: torch.dtype, batch: int, length: int, device: str) -> Iterator[Call]:
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
-
-    q, k, v = randn(batch, length, HEADS, 3 * head_size).split(head_size, -1)
-    table, bias, embedding = randn(2 * length, HEADS, head_size), randn(HEADS, head_size), randn(2, HEADS, head_size)
-    segments = (torch.arange(length, device=device) >= length // 2).int().expand(batch, length).contiguous()
-    generator = torch.Generator().manual_seed(0)
-    rank = torch.stack([torch.randperm(length, generator=generator) for _ in range(batch)]).int().to(device)
-    mask = torch.ones(batch, 1, length, length, dtype=torch.bool, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
-    scale = head_size**-0.5
-    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-    targets = rank[:, : length // 6].contiguous()
-    for query, positions in ((q, None), (q[:, : length // 6], targets)):
-        kinds = torch.zeros_like(targets) if positions is not None else segments
-        for with_segments, ranks, masked, drops in (
-            (False, False, False, False),
-            (True, False, False, False),
-            (True, True, False, False),
-            (True, True, False, True),
-            (True, True, True, True),
-        ):
-
-            def call(
-                query: Tensor = query,
-                positions: Tensor | None = positions,
-                kinds: Tensor = kinds,
-                with_segments: bool = with_segments,
-                ranks: bool = ranks,
-                masked: bool = masked,
-                drops: bool = drops,
-            ) -> None:
-                options = (
-                    *(table, bias, bias, length),
-                    *((bias, embedding, kinds, segments) if with_segments else (None,) * 4),
-                    *(positions, lengths if masked else None, None, 0),
-                    *((rank[:, : query.shape[1]].contiguous(), rank) if ranks else (None, None)),
-                    *(ranks and positions is None, mask if masked else None, False, False, scale),
-                    *(0.1 if drops else 0.0, seed if drops else None),
-                )
-                out, lse = TRITON.relative_attention_fwd(query, k, v, *options)
-                for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
-                    with atomics:
-                        TRITON.relative_attention_bwd(out, out, lse, query, k, v, *options, [True] * 8)
-
-            yield call
+def _both_ways(spec: Spec, arguments: Arguments) -> None:
+    names = spec.leaves(arguments)
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    out = spec.function(**arguments | leaves, backend="triton")
+    dout = out.detach()
+    # Only relative attention's gradient of the table knows another way.
+    for atomics in (contextlib.nullcontext(), backends.allow_atomics())[: 1 if spec.name == "attention" else 2]:
+        with atomics:
+            torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True)
 
 
 class Search:
@@ -197,13 +149,15 @@ class Search:
     def watching(self) -> Iterator[None]:
         """Inside the block the kernels ask here for their tiles, and are launched here."""
         before = [(module, module.configuration, module.launch) for module in (attention, relative)]
-        for module, _, _ in before:
-            module.configuration, module.launch = self._configuration, self._launch
-        try:
-            yield
-        finally:
-            for module, configuration, launch in before:
-                module.configuration, module.launch = configuration, launch
+        anywhere = contextlib.nullcontext() if self.run else ahead.launching(self._launch, self.architecture)
+        with anywhere:
+            for module, _, _ in before:
+                module.configuration, module.launch = self._configuration, self._launch
+            try:
+                yield
+            finally:
+                for module, configuration, launch in before:
+                    module.configuration, module.launch = configuration, launch
 
     def _configuration(self, kernel: str, query: Tensor, extras: bool) -> Tile:
         size, head_size = query.element_size(), query.shape[-1]
@@ -351,18 +305,14 @@ def main(arguments: list[str] | None = None) -> int:
     table = dict(configurations.TABLE)
     for head_size in options.head_sizes:
         for dtype in options.dtypes:
-            calls = []
-            for batch, length in shapes:
-                for make in (_attention_calls, _relative_calls):
-                    if make is _attention_calls or head_size <= 128:
-                        calls += list(make(head_size, DTYPES[dtype], batch, length, device))
-            for key in search.keys(calls):
+            made = list(calls(head_size, DTYPES[dtype], shapes, device))
+            for key in search.keys(made):
                 if not key.kernel.startswith(options.kernels):
                     continue
                 before = configurations.row_for(key.kernel, _card(architecture), key.bytes, head_size, key.extras)
                 costs: dict[Tile, float] = {}
                 for tile in ([before] if options.mend else []) + candidates(key.kernel, key.bytes):
-                    cost = search.cost(key, tile, calls, min(costs.values(), default=math.inf))
+                    cost = search.cost(key, tile, made, min(costs.values(), default=math.inf))
                     if cost is not None:
                         costs[tile] = cost
                     if cost == 0.0 and options.compile is not None:

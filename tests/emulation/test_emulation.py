@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from pyxlbert.backends import OPS
+
 HERE = Path(__file__).parent
 
 
@@ -27,30 +29,36 @@ build, runs = _file("build.py"), _file("runs.py")
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 
-def run(module: Path, *ops: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(HERE / "runs.py"), str(module), *ops]
+def run(module: Path, *wanted: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "runs.py"), str(module), *wanted]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_every_op_of_cuda_is_walked() -> None:
+    walked = {one.partition(":")[0] for one in runs.RUNS}
+    assert walked == {name for name, op in OPS.items() if "cuda" in op.backends}
+    assert {one.partition(":")[0] for one in runs.HOPPER_RUNS} == {"attention", "relative_attention"}
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
 def test_right_in_both_orders(order: str) -> None:
-    done = run(build.build(), *runs.OPS, CUDA_EMULATION_ORDER=order)
+    done = run(build.build(), *runs.RUNS, CUDA_EMULATION_ORDER=order)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.OPS]
+    assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
 def test_hopper_is_right_in_both_orders(order: str) -> None:
-    done = run(build.build(), *runs.HOPPER_OPS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
+    done = run(build.build(), *runs.HOPPER_RUNS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.HOPPER_OPS]
+    assert done.stdout.splitlines() == [f"{one}: right" for one in runs.HOPPER_RUNS]
 
 
 class Bug(NamedTuple):
     """A line of the sources and what is wrong about another in its place."""
 
     name: str
-    op: str
+    run: str  # of runs.py
     unit: str
     file: str
     old: str
@@ -59,64 +67,65 @@ class Bug(NamedTuple):
 
 
 BUGS = (
-    Bug("a sum overwritten before all have read it", "layer_norm", "layer_norm", "rows.cuh",
+    Bug("a sum overwritten before all have read it", "layer_norm: emulated, long rows", "layer_norm", "rows.cuh",
         "__syncthreads();  // the previous sum has been read\n", "\n"),
-    Bug("a sum read before all have written it", "layer_norm", "layer_norm", "rows.cuh",
+    Bug("a sum read before all have written it", "layer_norm: emulated, long rows", "layer_norm", "rows.cuh",
         "parts[warp_id()] = x;\n        __syncthreads();", "parts[warp_id()] = x;"),
-    Bug("shares of rows added up without waiting", "layer_norm of short rows", "layer_norm", "rows.cuh",
+    Bug("shares of rows added up without waiting", "layer_norm: emulated, short rows", "layer_norm", "rows.cuh",
         "for (int group = 0; group < S::ROWS; ++group) {\n            __syncthreads();",
         "for (int group = 0; group < S::ROWS; ++group) {"),
-    Bug("a shuffle that half of a warp takes part in", "layer_norm of short rows", "layer_norm", "rows.cuh",
+    Bug("a shuffle that half of a warp takes part in", "layer_norm: emulated, short rows", "layer_norm", "rows.cuh",
         "for (int offset = 16; offset > 0; offset /= 2) {\n        x.first",
         "for (int offset = lane_id() < 16 ? 16 : 0; offset > 0; offset /= 2) {\n        x.first", "deadlock"),
-    Bug("a thread that leaves before a shuffle", "layer_norm of short rows", "layer_norm", "rows.cuh",
+    Bug("a thread that leaves before a shuffle", "layer_norm: emulated, short rows", "layer_norm", "rows.cuh",
         "    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * each;\n    for (std::int64_t at",
         "    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * each;\n"
         "    if (threadIdx.x == 5) return;\n    for (std::int64_t at", "deadlock"),
-    Bug("a copy that is waited for too little", "attention", "attention.bfloat16", "attention_fwd.cuh",
+    Bug("a copy that is waited for too little", "attention: emulated", "attention.bfloat16", "attention_fwd.cuh",
         "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();",
         "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<1>();"),
-    Bug("others' copies that are not waited for", "attention", "attention.bfloat16", "attention_fwd.cuh",
+    Bug("others' copies that are not waited for", "attention: emulated", "attention.bfloat16", "attention_fwd.cuh",
         "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();\n            __syncthreads();",
         "for (int t = 0; t < tiles; ++t) {\n            cp_async_wait<0>();"),
-    Bug("copies that no group has", "attention", "attention.bfloat16", "attention_fwd.cuh",
+    Bug("copies that no group has", "attention: emulated", "attention.bfloat16", "attention_fwd.cuh",
         "    cp_async_commit();\n}", "}", "nobody waited for"),
-    Bug("rows of a tile that are not at multiples of 16 bytes", "attention", "attention.bfloat16", "tiles.cuh",
-        "constexpr int LD = D + 8;", "constexpr int LD = D + 4;", "16"),
-    Bug("too little shared memory", "relative_attention", "relative_attention.bfloat16", "attention_fwd.cuh",
+    Bug("rows of a tile that are not at multiples of 16 bytes", "attention: emulated", "attention.bfloat16",
+        "tiles.cuh", "constexpr int LD = D + 8;", "constexpr int LD = D + 4;", "16"),
+    Bug("too little shared memory", "relative_attention: emulated", "relative_attention.bfloat16", "attention_fwd.cuh",
         "PLACES + BANDS + (QUERIES", "PLACES + (QUERIES", "outside of shared memory"),
-    Bug("a band read before the warp has written it", "relative_attention", "relative_attention.bfloat16",
+    Bug("a band read before the warp has written it", "relative_attention: emulated", "relative_attention.bfloat16",
         "attention_fwd.cuh", "bands.begun = true;\n        __syncwarp();", "bands.begun = true;"),
-    Bug("a ring of one tile of table rows too few", "relative_attention", "relative_attention.bfloat16",
+    Bug("a ring of one tile of table rows too few", "relative_attention: emulated", "relative_attention.bfloat16",
         "attention_fwd.cuh", "RING = WINDOW + 2 * BN;", "RING = WINDOW + BN;", "wrong|outside of shared memory"),
-    Bug("weights read before other warps have written them", "attention", "attention_bwd.bfloat16",
+    Bug("weights read before other warps have written them", "attention: emulated", "attention_bwd.bfloat16",
         "attention_bwd_walk.cuh", "next_more = __syncthreads_or(next_more);", "next_more = next_more;"),
-    Bug("queries overwritten by the next ones", "attention", "attention_bwd.bfloat16", "attention_bwd_walk.cuh",
-        "side.fetch(next, places + (1 - buffer) * C::BM, 1 - buffer,",
+    Bug("queries overwritten by the next ones", "attention: emulated", "attention_bwd.bfloat16",
+        "attention_bwd_walk.cuh", "side.fetch(next, places + (1 - buffer) * C::BM, 1 - buffer,",
         "side.fetch(next, places + (1 - buffer) * C::BM, buffer,"),
-    Bug("a skew written before the zeros beside it", "relative_attention", "relative_attention_bwd.bfloat16",
+    Bug("a skew written before the zeros beside it", "relative_attention: emulated", "relative_attention_bwd.bfloat16",
         "attention_bwd_queries.cuh",
         "make_uint4(0, 0, 0, 0);\n                    }\n                    __syncwarp();",
         "make_uint4(0, 0, 0, 0);\n                    }"),
-    Bug("a tile that is overwritten while it is read", "attention on Hopper", "attention_hopper.bfloat16",
+    Bug("a tile that is overwritten while it is read", "attention: Hopper, lengths", "attention_hopper.bfloat16",
         "attention_hopper.cuh", "mbarrier_wait(&shared.key_empty[stage], turn ^ 1);", "", "wrong|arrivals"),
-    Bug("a wait for the wrong phase", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
+    Bug("a wait for the wrong phase", "attention: Hopper, lengths", "attention_hopper.bfloat16", "attention_hopper.cuh",
         "mbarrier_wait(&shared.value_full[stage], turn);", "mbarrier_wait(&shared.value_full[stage], turn ^ 1);",
         "wrong|deadlock|arrivals"),
-    Bug("too few bytes expected", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
+    Bug("too few bytes expected", "attention: Hopper, lengths", "attention_hopper.bfloat16", "attention_hopper.cuh",
         "mbarrier_expect(full, rows * D * 2);", "mbarrier_expect(full, rows * D);", "wrong|deadlock"),
-    Bug("a step through a factor that is half as long", "attention on Hopper", "attention_hopper.bfloat16",
+    Bug("a step through a factor that is half as long", "attention: Hopper, lengths", "attention_hopper.bfloat16",
         "attention_hopper.cuh", "key.at(k / 64 * C::BN * 128 + k % 64 * 2)", "key.at(k / 64 * C::BN * 128 + k % 64)"),
-    Bug("values behind the keys that are not zeroed", "attention on Hopper", "attention_hopper.bfloat16",
+    Bug("values behind the keys that are not zeroed", "attention: Hopper, lengths", "attention_hopper.bfloat16",
         "attention_hopper.cuh", "if (first_j + C::BN > s.keys) {", "if (false) {"),
-    Bug("a block of the table that is overwritten while it is read", "relative_attention on Hopper, segments",
+    Bug("a block of the table that is overwritten while it is read", "relative_attention: Hopper, segments",
         "attention_hopper.bfloat16", "attention_hopper.cuh",
         "TABLE_STAGES = CONSUMERS + STAGES;", "TABLE_STAGES = CONSUMERS + STAGES - 1;", "wrong|arrivals"),
-    Bug("a band of four warps read before it is written", "relative_attention on Hopper, segments",
+    Bug("a band of four warps read before it is written", "relative_attention: Hopper, segments",
         "attention_hopper.bfloat16", "attention_hopper.cuh",
         "band.template write<8>(64, d);\n            __syncwarp();", "band.template write<8>(64, d);"),
-    Bug("more registers taken than given", "attention on Hopper", "attention_hopper.bfloat16", "attention_hopper.cuh",
-        "give_registers<C::PRODUCER_REGISTERS>();", "give_registers<32>();", "deadlock: .* waits for registers"),
+    Bug("more registers taken than given", "attention: Hopper, lengths", "attention_hopper.bfloat16",
+        "attention_hopper.cuh", "give_registers<C::PRODUCER_REGISTERS>();", "give_registers<32>();",
+        "deadlock: .* waits for registers"),
 )  # fmt: skip
 
 
@@ -125,8 +134,8 @@ def test_a_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
     module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
     said = ""
     for order in ("forwards", "reversed"):
-        hopper = "1" if bug.op in runs.HOPPER_OPS else "0"
-        done = run(module, bug.op, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER=hopper)
+        hopper = "1" if bug.run in runs.HOPPER_RUNS else "0"
+        done = run(module, bug.run, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER=hopper)
         assert "Traceback" not in done.stderr, done.stderr[-2000:]
         said = done.stdout if done.returncode == 0 else done.stderr
         if re.search(bug.says, said):
@@ -145,6 +154,6 @@ def test_clean_under_sanitizers() -> None:
         "-fno-omit-frame-pointer -Wno-uninitialized -DPYXLBERT_ONE_SIZE -DPYXLBERT_FEW_TYPES",
         only=lambda unit: not unit.endswith((".float", ".float16")),
     )
-    done = run(module, *runs.OPS, LD_PRELOAD=build.sanitizer(), ASAN_OPTIONS="detect_leaks=0")
+    done = run(module, *runs.RUNS, LD_PRELOAD=build.sanitizer(), ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines() == [f"{op}: right" for op in runs.OPS]
+    assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]

@@ -30,12 +30,12 @@ def main() -> int:
         for name, spec in SPECS.items():
             if backend not in OPS[name].backends:
                 continue
-            cases = [case for case in spec.cases if case.small and case.gradients][:CASES]
+            cases = [case for case in spec.suite if case.small and case.gradients][:CASES]
             # In CUDA C++ 16-bit products are other instructions.
             dtypes = (torch.float32, torch.bfloat16) if backend == "cuda" else (torch.float32,)
             for case, dtype in ((case, dtype) for case in cases for dtype in dtypes):
-                arguments = case.make(torch.Generator().manual_seed(1), dtype, device)
-                names = [n for n in spec.differentiable if isinstance(arguments.get(n), torch.Tensor)]
+                arguments = spec.arguments(case, torch.Generator().manual_seed(1), dtype, device)
+                names = spec.leaves(arguments)
                 for n in names:
                     arguments[n] = arguments[n].detach().requires_grad_()
                 outputs = as_tuple(spec.function(**arguments, backend=backend))

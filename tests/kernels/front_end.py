@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -29,14 +28,13 @@ from typing import Any
 
 import torch
 import triton
-from pyxlbert.bench.ahead import SHARED, compile_for
+from pyxlbert.bench.ahead import compile_for, launching
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from pyxlbert import backends
-from pyxlbert.backends.presence import BACKENDS
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Case, Spec, as_tuple
 
@@ -48,13 +46,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def calls(spec: Spec, every: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every case, its name and what calls it forward and backward."""
-    for place, case in enumerate(spec.cases):
+    for place, case in enumerate(spec.suite):
         for dtype in DTYPES if every else (DTYPES[place % 2],):
 
             def call(case: Case = case, dtype: torch.dtype = dtype) -> None:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.id}".encode()))
-                arguments = case.make(generator, dtype, torch.device("cpu"))
-                names = [name for name in spec.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+                arguments = spec.arguments(case, generator, dtype, torch.device("cpu"))
+                names = spec.leaves(arguments)
                 arguments |= {name: arguments[name].detach().requires_grad_() for name in names}
                 for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
                     outputs = as_tuple(spec.function(**arguments, backend="triton"))
@@ -126,24 +124,15 @@ class FrontEnd:
 
 def main(op: str, every: bool) -> None:
     compile_for(ARCHITECTURE)
-    packages = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
-    modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(packages.glob("*.py"))]
-    configurations = importlib.import_module("pyxlbert.kernels._configurations")
-    configurations.card = lambda device: configurations.Card(ARCHITECTURE, SHARED[ARCHITECTURE])
-    BACKENDS["triton"] = BACKENDS["triton"]._replace(missing=lambda: None)
     front_end = FrontEnd(every)
     JITFunction._do_compile = lambda kernel, *arguments: front_end.compile(kernel, *arguments)
 
     def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
         kernel.warmup(*arguments, grid=grid, **options)
 
-    for module in modules:
-        if hasattr(module, "launch"):
-            module.launch = record
-        if hasattr(module, "supports"):
-            module.supports = lambda *tensors: None
-    for front_end.case, call in calls(SPECS[op], every):
-        call()
+    with launching(record, ARCHITECTURE):
+        for front_end.case, call in calls(SPECS[op], every):
+            call()
     print(json.dumps({"kinds": front_end.kinds, "failures": front_end.failures}))
 
 

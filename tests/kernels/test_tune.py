@@ -60,12 +60,7 @@ def test_calls_ask_for_every_row_of_the_table() -> None:
     search = tune.Search(90, lambda *_: 0.0, run=False)
     for head_size in (32, 64, 96, 128):
         for dtype in (torch.bfloat16, torch.float32):
-            calls = [
-                call
-                for make in (tune._attention_calls, tune._relative_calls)
-                for call in make(head_size, dtype, 1, 32, "cpu")
-            ]
-            met = set(search.keys(calls))
+            met = set(search.keys(list(tune.calls(head_size, dtype, [(1, 32)], "cpu"))))
             wanted = {k for k in configurations.TABLE if (k.bytes, k.head_size) == (dtype.itemsize, head_size)}
             wanted = {key._replace(architecture=90) for key in wanted}
             # Every kernel has rows for 64 and 128; between and below them only those whose tiles spill there.
@@ -81,7 +76,7 @@ def test_a_search_takes_the_cheapest(monkeypatch) -> None:
         return costs[tile] if tile.num_stages < 3 else None
 
     search = tune.Search(90, judge, run=False)
-    calls = list(tune._attention_calls(64, torch.bfloat16, 1, 32, "cpu"))
+    calls = list(tune.calls(64, torch.bfloat16, [(1, 32)], "cpu"))
     key = tune.Key("attention_fwd", 90, 2, 64, False)
     for tile, cost in costs.items():
         wanted = None if tile.num_stages == 3 else 3 * cost

@@ -79,17 +79,13 @@ def running(runner: str) -> Iterator[str]:
 
 def arguments_of(spec: Spec, case: Case, dtype: torch.dtype, device: torch.device = CPU) -> Arguments:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.id}".encode()))
-    return case.make(generator, dtype, device)
-
-
-def differentiable(spec: Spec, arguments: Arguments) -> list[str]:
-    return [name for name in spec.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+    return spec.arguments(case, generator, dtype, device)
 
 
 def with_gradients(spec: Spec, arguments: Arguments) -> Arguments:
     """Arguments whose differentiable tensors are leaves (strides kept) that require a gradient."""
     result = dict(arguments)
-    for name in differentiable(spec, arguments):
+    for name in spec.leaves(arguments):
         result[name] = arguments[name].detach().requires_grad_()
     return result
 
@@ -106,7 +102,7 @@ def run(function, spec: Spec, arguments: Arguments, gradients: bool, cotangents=
     outputs = as_tuple(function(**arguments))
     results = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
     if gradients:
-        names = differentiable(spec, arguments)
+        names = spec.leaves(arguments)
         if cotangents is None:
             cotangents = cotangents_of(outputs)
         cotangents = tuple(c.to(o) for c, o in zip(cotangents, outputs, strict=True))
@@ -120,7 +116,7 @@ def run(function, spec: Spec, arguments: Arguments, gradients: bool, cotangents=
 def _expected(op: str, case_id: str, dtype: torch.dtype) -> tuple[dict, dict, dict]:
     """Plain PyTorch's results, the truth and the sums of absolute terms: one set for all runners."""
     spec = SPECS[op]
-    case = next(case for case in spec.cases if case.id == case_id)
+    case = next(case for case in spec.suite if case.id == case_id)
     arguments = arguments_of(spec, case, dtype)
     wide = to_float64(arguments)
     plain = run(spec.plain, spec, arguments, case.gradients)
@@ -145,7 +141,7 @@ def check_against_truth(spec: Spec, case: Case, ours: dict, dtype: torch.dtype, 
 
 def grid() -> Iterator[tuple[Spec, Case]]:
     for spec in SPECS.values():
-        for case in spec.cases:
+        for case in spec.suite:
             if (ALL or not case.full_only) and (case.small or not SMALL):
                 yield spec, case
 
@@ -166,5 +162,5 @@ def deciding(arguments: Arguments) -> torch.Tensor:
 
 
 def first_tensors(spec: Spec) -> list[tuple[str, torch.Tensor]]:
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
     return [(name, value) for name, value in arguments.items() if isinstance(value, torch.Tensor)]

@@ -81,7 +81,7 @@ def test_compiles_as_one_graph(spec: Spec) -> None:
     compiled = torch.compile(
         lambda **a: spec.function(**a, backend=best(spec)), fullgraph=True, dynamic=True, backend="aot_eager"
     )
-    small = [case for case in spec.cases if case.small and case.gradients]
+    small = [case for case in spec.suite if case.small and case.gradients]
     for case in (small[0], small[1], small[2], small[-3]):
         arguments = arguments_of(spec, case, torch.float32)
         ours = run(compiled, spec, arguments, True)
@@ -113,7 +113,7 @@ def test_inductor_gets_the_strides_it_was_promised(backend: str, tmp_path, monke
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_exports(spec: Spec) -> None:
     """torch.export keeps the op as one node and the exported program computes the same."""
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     others = {name: value for name, value in arguments.items() if name not in tensors}
 
@@ -132,7 +132,7 @@ def test_exports(spec: Spec) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_checkpointed(spec: Spec) -> None:
     """torch.utils.checkpoint recomputes to the same gradients."""
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
     names = list(arguments)
 
     def checkpointed(**a):

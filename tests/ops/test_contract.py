@@ -12,7 +12,6 @@ import pytest
 import torch
 from runners import (
     arguments_of,
-    differentiable,
     first_tensors,
     ids_of,
     run,
@@ -30,7 +29,7 @@ def test_bad_input(spec: Spec, bad: Bad) -> None:
     """The same exception with the same text on every backend; it names the argument, what came, what was wanted."""
     texts = set()
     for runner in (None, *OPS[spec.name].backends):
-        arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.cases[0], torch.float32))
+        arguments = {"backend": runner} | bad.change(arguments_of(spec, spec.suite[0], torch.float32))
         with pytest.raises(bad.error) as caught:
             spec.function(**arguments)
         texts.add(str(caught.value))
@@ -43,7 +42,7 @@ def test_bad_input(spec: Spec, bad: Bad) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_numbers_of_numpy_are_numbers(spec: Spec) -> None:
     """A scalar of NumPy means what the same number of Python means."""
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
     kinds = {float: np.float64, int: np.int64}
     given = {n: kinds[type(v)](v) for n, v in arguments.items() if type(v) in kinds}
     if "dropout_p" in arguments:
@@ -60,7 +59,7 @@ def test_autocast_casts_no_float64(spec: Spec) -> None:
     for name, tensor in first_tensors(spec):
         if not tensor.is_floating_point():
             continue
-        usual = arguments_of(spec, spec.cases[0], torch.float32)
+        usual = arguments_of(spec, spec.suite[0], torch.float32)
         for arguments in (usual | {name: tensor.double()}, to_float64(usual) | {name: tensor}):
             texts = []
             for mode in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
@@ -84,7 +83,7 @@ LAYOUTS = {
 def test_tensors_of_other_layouts_are_refused(spec: Spec, layout: str) -> None:
     """Sparse, mkldnn and nested tensors, in place of any tensor."""
     for name, tensor in first_tensors(spec):
-        arguments = arguments_of(spec, spec.cases[0], torch.float32)
+        arguments = arguments_of(spec, spec.suite[0], torch.float32)
         arguments[name] = LAYOUTS[layout](tensor)
         with pytest.raises(TypeError, match=rf"{spec.name}: {name}: got a tensor of layout \w+, wanted a strided one"):
             spec.function(**arguments)
@@ -97,7 +96,7 @@ def test_values_that_are_not_those_in_memory(spec: Spec, backend: str) -> None:
     for name, tensor in first_tensors(spec):
         if name not in spec.differentiable:
             continue
-        usual = arguments_of(spec, spec.cases[0], torch.float32)
+        usual = arguments_of(spec, spec.suite[0], torch.float32)
         for given, same in (
             (torch._neg_view(tensor), -tensor),
             (torch.complex(tensor, tensor).conj().imag, -tensor),
@@ -162,7 +161,7 @@ INDICES = [
 def test_backward_checks_values_again(op: str, case: str, argument: str, backend: str) -> None:
     """What a caller writes into a saved tensor past autograd's eyes is an error too, not a write out of bounds."""
     spec = SPECS[op]
-    arguments = arguments_of(spec, next(c for c in spec.cases if c.id == case), torch.float32)
+    arguments = arguments_of(spec, next(c for c in spec.suite if c.id == case), torch.float32)
     outputs = as_tuple(spec.function(**with_gradients(spec, arguments), backend=backend))
     arguments[argument].data.view(-1)[-1] = 2**20
     with pytest.raises(ValueError, match=rf"{op}: {argument}: got .*1048576"):
@@ -183,7 +182,7 @@ CAST = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids_of)
 def test_autocast(spec: Spec, dtype: torch.dtype) -> None:
     """Under autocast the op equals itself on inputs cast as documented; gradients have their parameter's dtype."""
-    usual = arguments_of(spec, spec.cases[0], torch.float32)
+    usual = arguments_of(spec, spec.suite[0], torch.float32)
     arguments = with_gradients(spec, usual)
     with torch.autocast("cpu", dtype=dtype):
         outputs = as_tuple(spec.function(**arguments))
@@ -193,7 +192,7 @@ def test_autocast(spec: Spec, dtype: torch.dtype) -> None:
     sum(o.float().sum() for o in wanted).backward()
     for place, (ours, other) in enumerate(zip(outputs, wanted, strict=True)):
         compare.same_bits(f"{spec.name} out {place}", ours, other)
-    for name in differentiable(spec, arguments):
+    for name in spec.leaves(arguments):
         assert arguments[name].grad.dtype is torch.float32
         compare.same_bits(f"{spec.name} grad {name}", arguments[name].grad, cast[name].grad.float())
 
@@ -201,8 +200,8 @@ def test_autocast(spec: Spec, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gradients", [False, True], ids=["plain", "with gradients"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_double_backward_and_vmap_are_named_errors(spec: Spec, gradients: bool) -> None:
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
-    names = differentiable(spec, arguments)
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
+    names = spec.leaves(arguments)
     if gradients:
         arguments = with_gradients(spec, arguments)
         outputs = as_tuple(spec.function(**arguments))
@@ -224,8 +223,8 @@ def test_double_backward_and_vmap_are_named_errors(spec: Spec, gradients: bool) 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=ids_of)
 def test_transforms_are_named_errors(spec: Spec, gradients: bool) -> None:
     """Forward-mode differentiation, which would be a tangent of zeros, and torch.func's backward."""
-    arguments = arguments_of(spec, spec.cases[0], torch.float32)
-    for name in differentiable(spec, arguments):
+    arguments = arguments_of(spec, spec.suite[0], torch.float32)
+    for name in spec.leaves(arguments):
         x = arguments[name].detach().requires_grad_(gradients)
 
         def call(value: torch.Tensor, name: str = name) -> torch.Tensor:

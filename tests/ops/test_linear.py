@@ -18,7 +18,7 @@ from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import to_float64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = [case for case in SPECS["linear"].cases if case.small]
+SMALL = [case for case in SPECS["linear"].suite if case.small]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def any_empty(*tensors: torch.Tensor | None) -> bool:
 
 def check(case, dtype: torch.dtype) -> None:
     spec = SPECS["linear"]
-    given = case.make(torch.Generator().manual_seed(5), dtype, torch.device("cpu"))
+    given = spec.arguments(case, torch.Generator().manual_seed(5), dtype, torch.device("cpu"))
     dy = torch.randn(spec.plain(**given).shape, generator=torch.Generator().manual_seed(6)).to(dtype)
 
     def run(function, given, dy) -> dict[str, torch.Tensor]:

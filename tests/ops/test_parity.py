@@ -95,7 +95,7 @@ def test_reference_in_float64(spec: Spec, case: Case) -> None:
 )
 def test_any_backward_follows_any_forward(spec: Spec, forward: str, backward: str) -> None:
     """Every backend saves the same tensors, so one's backward may follow another's forward."""
-    for case in [c for c in spec.cases if c.small and c.gradients][:4]:
+    for case in [c for c in spec.suite if c.small and c.gradients][:4]:
         arguments = arguments_of(spec, case, torch.float32, device_of(forward))
         with running(forward) as f:
             other = backward.partition("/")[0]
@@ -128,7 +128,7 @@ def test_deterministic_on_a_gpu(spec: Spec, runner: str) -> None:
     if runner not in OPS[spec.name].backends:
         assert spec.vendor, "every op but the vendors' products has a kernel on every backend"
         return
-    for case in [case for case in spec.cases if case.small][: 1 if runner in SLOWEST else None]:
+    for case in [case for case in spec.suite if case.small][: 1 if runner in SLOWEST else None]:
         arguments = arguments_of(spec, case, torch.float32, device_of(runner))
         if OPS[spec.name].refusal(runner, deciding(arguments)) is not None:
             continue

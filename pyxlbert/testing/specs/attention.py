@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,32 @@ import torch
 
 from pyxlbert.ops.attention import attention
 from pyxlbert.reference.philox import keep_scores
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._scores import (
+    HEAD_SIZES,
+    WHOLE,
+    Scores,
+    compiled,
+    flops_of,
+    lengths_of,
+    mask_of,
+    packing,
+    query_key_value,
+)
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    SINGLE,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -78,65 +104,32 @@ def _weights(
     return p * factor, factor
 
 
-def _case(
-    id: str,
-    queries: int,
-    keys: int | None = None,
-    *,
-    batch: int = 2,
-    heads: int = 2,
-    head_size: int = 16,
-    lengths: tuple[int, ...] | None = None,
-    packed: tuple[int, ...] | None = None,
-    mask: tuple[int, ...] | None = None,
-    bias: tuple[int, ...] | None = None,
-    bias_float32: bool = False,
-    hidden: float = 0.0,
-    magnitude: float = 1.0,
-    layout: str = "fused",
-    small: bool = True,
-    full_only: bool = False,
-    **options: Any,
-) -> Case:
-    """`mask` and `bias` are shapes; `hidden` is the share of mask or -inf bias elements that may not attend."""
+@dataclass(frozen=True)
+class Inputs(Scores):
+    """See `Scores`.
 
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        def draw(*shape: int) -> torch.Tensor:
-            return randn(generator, *shape, dtype=dtype, device=device, scale=magnitude)
+    Attributes:
+        bias: its shape, with WHOLE for the sizes themselves; of one without a mask `hidden` is -inf.
+        bias_float32: the bias in float32.
+    """
 
-        def share(shape: tuple[int, ...]) -> torch.Tensor:
-            return (torch.rand(shape, generator=generator) < hidden).to(device)
+    hidden: float = 0.0
+    bias: tuple[int, ...] | None = None
+    bias_float32: bool = False
 
-        arguments: Arguments = dict(options)
-        key_count = queries if keys is None else keys
-        if packed is not None:
-            q, k, v = draw(sum(packed), 3, heads, head_size).unbind(1)
-            offsets = torch.tensor((0, *packed)).cumsum(0).to(device=device, dtype=torch.int32)
-            arguments["cu_seqlens"] = offsets
-            arguments["max_seqlen"] = max((0, *packed))
-        elif layout == "fused" and key_count == queries:
-            q, k, v = draw(batch, queries, 3, heads, head_size).unbind(2)
-        elif layout == "heads first":
-            q, k, v = (draw(batch, heads, t, head_size).transpose(1, 2) for t in (queries, key_count, key_count))
-        elif layout == "strided":
-            q, k, v = (draw(batch, t, heads, 2 * head_size)[..., ::2] for t in (queries, key_count, key_count))
-        elif layout == "expanded":
-            q = draw(1, queries, heads, head_size).expand(batch, -1, -1, -1)
-            k, v = (draw(batch, key_count, 1, head_size).expand(-1, -1, heads, -1) for _ in range(2))
-        else:
-            q, k, v = (draw(batch, t, heads, head_size) for t in (queries, key_count, key_count))
-        if lengths is not None:
-            arguments["key_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
-        if mask is not None:
-            arguments["attention_mask"] = ~share(mask)
-        if bias is not None:
-            wide = torch.float32 if bias_float32 and dtype is not torch.float64 else dtype
-            arguments["bias"] = randn(generator, *bias, dtype=wide, device=device, scale=magnitude)
-            if mask is None and hidden:
-                arguments["bias"] = arguments["bias"].masked_fill(share(bias), -torch.inf)
-        return {"query": q, "key": k, "value": v} | arguments
 
-    return Case(id, make, small=small, full_only=full_only)
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    q, k, v = query_key_value(inputs, draw)
+    arguments = {"query": q, "key": k, "value": v, **inputs.options(), **packing(inputs, draw)}
+    arguments |= lengths_of(inputs, draw, arguments)
+    arguments |= mask_of(inputs, draw)
+    if inputs.bias is not None:
+        shape, wide = inputs.whole(inputs.bias), draw.single if inputs.bias_float32 else draw.dtype
+        arguments["bias"] = draw.normal(*shape, scale=inputs.magnitude, dtype=wide)
+        if inputs.mask is None and inputs.hidden:
+            arguments["bias"] = arguments["bias"].masked_fill(draw.share(inputs.hidden, shape), -torch.inf)
+    return arguments
 
 
 def _pack(**changes: Any) -> Any:
@@ -198,73 +191,164 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
     )
 
 
-def _flops(a: Arguments) -> int:
-    if a.get("cu_seqlens") is not None:
-        lengths = a["cu_seqlens"].diff().long()
-        return int(4 * (lengths * lengths).sum() * a["query"].shape[-1] * a["query"].shape[-2])
-    batch, queries, heads, head_size = a["query"].shape
-    return 4 * batch * heads * queries * a["key"].shape[1] * head_size
-
-
 _INT32 = torch.int32
+_EVERYTHING = Inputs(
+    1,
+    layout="by head",
+    fill=1.0,
+    mask=(WHOLE, 1, WHOLE, WHOLE),
+    bias=(1, WHOLE, WHOLE, WHOLE),
+    causal=True,
+    dropout_p=0.1,
+)
+
+
+def _bert(batch: int, length: int, **options: Any) -> Inputs:
+    """As BERT-base calls it, every key real unless `fill` says how many."""
+    return Inputs(length, batch=batch, **{"heads": 12, "head_size": 64, "fill": 1.0, **options})
+
 
 SPEC = Spec(
     name="attention",
     function=attention,
     plain=plain,
+    make=make,
     differentiable=("query", "key", "value", "bias"),
     cases=(
-        _case("bias and lengths", 13, 11, lengths=(11, 4), bias=(1, 2, 13, 11), dropout_p=0.2, seed=3),
-        _case("fused", 37, head_size=64),
-        _case("one token", 1, head_size=32),
-        _case("one query, many keys", 1, 530, head_size=32, layout="apart", small=False),
-        _case("few queries", 4, 21, head_size=40, lengths=(21, 10), mask=(2, 1, 4, 21), layout="apart"),
-        _case(
-            "few queries, causal", 3, 530, head_size=80, causal=True, dropout_p=0.2, seed=2, layout="apart", small=False
+        Case("bias and lengths", Inputs(13, 11, lengths=(11, 4), bias=(1, 2, 13, 11), dropout_p=0.2, seed=3)),
+        Case("fused", Inputs(37, head_size=64)),
+        Case("one token", Inputs(1, head_size=32)),
+        Case("one query, many keys", Inputs(1, 530, head_size=32, layout="apart"), small=False),
+        Case("few queries", Inputs(4, 21, head_size=40, lengths=(21, 10), mask=(2, 1, 4, 21), layout="apart")),
+        Case(
+            "few queries, causal",
+            Inputs(3, 530, head_size=80, causal=True, dropout_p=0.2, seed=2, layout="apart"),
+            small=False,
         ),
-        _case("few queries, bias", 2, 19, head_size=7, bias=(2, 2, 2, 19), layout="strided"),
-        _case("many queries, one key", 50, 1, layout="apart"),
-        _case("more queries than keys", 70, 19, head_size=24, layout="apart"),
-        _case("no queries", 0, 7, layout="apart"),
-        _case("no keys", 5, 0, layout="apart"),
-        _case("no batch", 5, batch=0),
-        _case("one head", 20, heads=1, head_size=40),
-        _case("lengths 0, 1 and all", 33, batch=4, lengths=(0, 1, 33, 17)),
+        Case("few queries, bias", Inputs(2, 19, head_size=7, bias=(2, 2, 2, 19), layout="strided")),
+        Case("many queries, one key", Inputs(50, 1, layout="apart")),
+        Case("more queries than keys", Inputs(70, 19, head_size=24, layout="apart")),
+        Case("no queries", Inputs(0, 7, layout="apart")),
+        Case("no keys", Inputs(5, 0, layout="apart")),
+        Case("no batch", Inputs(5, batch=0)),
+        Case("one head", Inputs(20, heads=1, head_size=40)),
+        Case("lengths 0, 1 and all", Inputs(33, batch=4, lengths=(0, 1, 33, 17))),
         *(
-            _case(f"head size {d}", 35, head_size=d, lengths=(35, 20), layout="heads first")
+            Case(f"head size {d}", Inputs(35, head_size=d, lengths=(35, 20), layout="heads first"))
             for d in (1, 3, 33, 80, 96, 128)
         ),
-        _case("head size 200", 20, head_size=200),
-        _case("two key blocks", 30, 600, head_size=32, lengths=(600, 300), layout="apart", small=False),
-        _case("long", 530, batch=1, head_size=64, small=False),
-        _case("few heads, long", 64, 1200, batch=1, heads=1, head_size=32, layout="apart", small=False),
-        _case("causal", 61, causal=True),
-        _case("causal, memory", 20, 43, causal=True, layout="apart"),
-        _case("causal, fewer keys", 43, 20, causal=True, layout="apart"),
-        _case("causal, long", 560, batch=1, causal=True, lengths=(500,), dropout_p=0.1, seed=1, small=False),
-        _case("mask of every pair", 29, 41, mask=(2, 2, 29, 41), hidden=0.4, layout="apart"),
-        _case("mask of keys", 29, mask=(2, 1, 1, 29), hidden=0.5),
-        _case("mask of queries", 29, mask=(1, 1, 29, 1), hidden=0.3),
-        _case("all masks", 40, lengths=(40, 9), mask=(1, 2, 40, 40), bias=(2, 1, 1, 40), hidden=0.3, causal=True),
+        Case("head size 200", Inputs(20, head_size=200)),
+        Case("two key blocks", Inputs(30, 600, head_size=32, lengths=(600, 300), layout="apart"), small=False),
+        Case("long", Inputs(530, batch=1, head_size=64), small=False),
+        Case("few heads, long", Inputs(64, 1200, batch=1, heads=1, head_size=32, layout="apart"), small=False),
+        Case("causal", Inputs(61, causal=True)),
+        Case("causal, memory", Inputs(20, 43, causal=True, layout="apart")),
+        Case("causal, fewer keys", Inputs(43, 20, causal=True, layout="apart")),
+        Case("causal, long", Inputs(560, batch=1, causal=True, lengths=(500,), dropout_p=0.1, seed=1), small=False),
+        Case("mask of every pair", Inputs(29, 41, mask=(2, 2, 29, 41), hidden=0.4, layout="apart")),
+        Case("mask of keys", Inputs(29, mask=(2, 1, 1, 29), hidden=0.5)),
+        Case("mask of queries", Inputs(29, mask=(1, 1, 29, 1), hidden=0.3)),
+        Case(
+            "all masks", Inputs(40, lengths=(40, 9), mask=(1, 2, 40, 40), bias=(2, 1, 1, 40), hidden=0.3, causal=True)
+        ),
         *(
-            _case(f"bias {'x'.join(map(str, shape))}", 23, 37, bias=shape, hidden=0.1, layout="apart")
+            Case(f"bias {'x'.join(map(str, shape))}", Inputs(23, 37, bias=shape, hidden=0.1, layout="apart"))
             for shape in ((2, 2, 23, 37), (1, 2, 23, 37), (2, 1, 1, 37), (1, 1, 23, 37), (1, 1, 1, 1), (2, 1, 23, 1))
         ),
-        _case("float32 bias", 23, bias=(1, 2, 23, 23), bias_float32=True),
-        _case("bias, long", 70, 1100, batch=1, bias=(1, 1, 70, 1100), layout="apart", small=False),
-        _case("bias of queries, long", 70, 1100, batch=1, bias=(1, 1, 70, 1), layout="apart", small=False),
-        _case("dropout", 30, 50, dropout_p=0.3, seed=-5, layout="apart"),
-        _case("dropout of everything", 10, dropout_p=1.0, seed=0),
-        _case("packed", 0, packed=(5, 0, 1, 33, 18), head_size=32),
-        _case("packed, causal, dropout", 0, packed=(40, 7, 64), causal=True, dropout_p=0.2, seed=2**40),
-        _case("packed, nothing", 0, packed=()),
-        _case("packed, empty sequences", 0, packed=(0, 0)),
-        _case("strided", 21, layout="strided"),
-        _case("expanded", 21, layout="expanded"),
-        _case("scale 0", 15, scale=0.0),
-        _case("scale negative", 15, scale=-0.3, lengths=(15, 6)),
-        _case("huge", 25, magnitude=30.0),
-        _case("tiny", 25, magnitude=1e-3),
+        Case("float32 bias", Inputs(23, bias=(1, 2, 23, 23), bias_float32=True)),
+        Case("bias, long", Inputs(70, 1100, batch=1, bias=(1, 1, 70, 1100), layout="apart"), small=False),
+        Case("bias of queries, long", Inputs(70, 1100, batch=1, bias=(1, 1, 70, 1), layout="apart"), small=False),
+        Case("dropout", Inputs(30, 50, dropout_p=0.3, seed=-5, layout="apart")),
+        Case("dropout of everything", Inputs(10, dropout_p=1.0, seed=0)),
+        Case("packed", Inputs(0, packed=(5, 0, 1, 33, 18), head_size=32)),
+        Case("packed, causal, dropout", Inputs(0, packed=(40, 7, 64), causal=True, dropout_p=0.2, seed=2**40)),
+        Case("packed, nothing", Inputs(0, packed=())),
+        Case("packed, empty sequences", Inputs(0, packed=(0, 0))),
+        Case("strided", Inputs(21, layout="strided")),
+        Case("expanded", Inputs(21, layout="expanded")),
+        Case("scale 0", Inputs(15, scale=0.0)),
+        Case("scale negative", Inputs(15, scale=-0.3, lengths=(15, 6))),
+        Case("huge", Inputs(25, magnitude=30.0)),
+        Case("tiny", Inputs(25, magnitude=1e-3)),
+        # Four tiles of 64 keys, seven of 32, and seven windows of 32 queries.
+        Case("emulated", Inputs(200, batch=1, head_size=64, layout="apart"), {Use.EMULATION: HALF}),
+        Case(
+            "emulated, everything",
+            Inputs(
+                200,
+                batch=1,
+                head_size=64,
+                layout="apart",
+                mask=(1, 1, WHOLE, WHOLE),
+                bias=(1, 1, WHOLE, WHOLE),
+                hidden=0.1,
+                causal=True,
+                dropout_p=0.2,
+                seed=5,
+            ),
+            {Use.EMULATION: HALF},
+        ),
+        # Three tiles of 128 keys, three windows of 128 queries, the last of each a part.
+        *(
+            Case(f"Hopper, {id}", Inputs(330, layout=layout, head_size=size, **options), {Use.HOPPER: HALF})
+            for id, layout, size, options in (
+                ("lengths", "by head", 64, {"lengths": (330, 201), "unseen": True}),
+                ("causal", "by head", 64, {"causal": True}),
+                ("packed", "by head", 64, {"packed": (200, 1, 459)}),
+                ("long heads", "by head", 128, {"lengths": (330, 201), "unseen": True}),
+                # Strides of 0, which the copy engine does not know: the other kernel's.
+                ("expanded", "expanded", 64, {}),
+            )
+        ),
+        *(
+            Case(
+                f"D={d} {kind}", inputs.sized(2, 512, d, 12), compiled(d, usual) | ({Use.TILES: ()} if d == 64 else {})
+            )
+            for d in HEAD_SIZES
+            for kind, inputs, usual in (
+                ("plain", Inputs(1, layout="by head"), HALF if d == 256 else None),
+                ("everything", _EVERYTHING, None if d != 256 else ()),
+                ("packed", Inputs(1, layout="by head", fill=1.0, packed=True), ()),
+            )
+        ),
+        Case("lengths", Inputs(512, heads=12, head_size=64, layout="by head", fill=1.0), {Use.TILES: ()}),
+        *(
+            case
+            for batch, length in ((32, 16), (32, 32), (16, 64), (2, 512), (1, 8192))
+            for case in timed(_bert(batch, length), {Use.RACE: BOTH}, {Use.RACE: BOTH} if length == 512 else {})
+        ),
+        *timed(_bert(8, 128), {Use.RACE: BOTH}, {Use.RACE: BOTH}),
+        *timed(_bert(1, 2048), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.PREFER: BOTH}),
+        *timed(_bert(8, 512, fill=0.56), {Use.RACE: BOTH}),
+        *timed(_bert(8, 128, head_size=32), {Use.RACE: BOTH}),
+        *(
+            case
+            for batch, length in ((8, 128), (2, 512), (1, 2048))
+            for case in timed(
+                _bert(batch, length, dropout_p=0.1),
+                {Use.RACE: BOTH} if length == 512 else {},
+                {Use.RACE: BOTH},
+                " dropout 0.1",
+            )
+        ),
+        *timed(_bert(2, 512, fill=None, bias=(1, WHOLE, WHOLE, WHOLE)), both={Use.RACE: BOTH}, kind=" bias gradient"),
+        *timed(_bert(ROWS // 512, 512), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *timed(_bert(ROWS // 2048, 2048), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *timed(_bert(ROWS // 8192, 8192), {Use.TARGET: HALF}, {Use.TARGET: HALF}),
+        *(
+            case
+            for length in (512, 2048)
+            for case in timed(_bert(ROWS // length, length, fill=0.5, packed=True), {Use.GPU: HALF}, kind=", packed")
+        ),
+        *timed(_bert(8, 2048, heads=8, head_size=128), {Use.GPU: HALF}, {Use.GPU: HALF}),
+        *timed(_bert(8, 2048, fill=0.5), {Use.GPU: HALF}, {Use.GPU: HALF}),
+        *timed(_bert(1, 128), both={Use.PREFER: BOTH}),
+        *(
+            case
+            for batch, length in ((1, 128), (1, 2048), (8, 2048))
+            for case in timed(_bert(batch, length, head_size=128), both={Use.PREFER: BOTH})
+        ),
+        *timed(Inputs(16, batch=1, heads=12, head_size=64, layout="apart"), {Use.HOST: HALF}),
     ),
     bad=(
         Bad("query no tensor", replace(query=lambda a: [1.0]), TypeError, ("query", "list", "wanted a tensor")),
@@ -359,6 +443,10 @@ SPEC = Spec(
     ),
     terms=_terms,
     tiles=True,
-    flops=_flops,
-    bytes_moved=lambda a: sum(a[n].numel() * a[n].element_size() for n in ("query", "query", "key", "value")),
+    # Two products forward, five backward.
+    flops=lambda a, backward: flops_of(7 if backward else 2, a),
+    # Backward reads the same and the output's gradient, and writes three.
+    bytes_moved=lambda a, backward: (
+        (3 if backward else 1) * bytes_of(*(a[n] for n in ("query", "query", "key", "value")))
+    ),
 )

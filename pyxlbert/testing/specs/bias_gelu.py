@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pyxlbert.ops.bias_gelu import bias_gelu
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+    view_of,
+)
 
 
 def plain(x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none") -> torch.Tensor:
@@ -14,50 +31,36 @@ def plain(x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str
     return torch.nn.functional.gelu(z, approximate=approximate)
 
 
-def _case(
-    id: str,
-    *shape: int,
-    approximate: str = "none",
-    bias: bool = True,
-    scale: float = 1.0,
-    wide: bool = False,
-    small: bool = True,
-) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        parameter = torch.float32 if wide and dtype is not torch.float64 else dtype
-        arguments: Arguments = {
-            "x": randn(generator, *shape, dtype=dtype, device=device, scale=scale),
-            "approximate": approximate,
-        }
-        if bias:
-            arguments["bias"] = randn(generator, shape[-1], dtype=parameter, device=device)
-        return arguments
+@dataclass(frozen=True)
+class Inputs:
+    """x of `shape`, a view by its name in VIEWS, or 4001 values from -16 to 16; the bias in float32 if `wide`."""
 
-    return Case(id, make, small=small)
+    shape: tuple[int, ...] = ()
+    view: str = ""
+    sweep: bool = False
+    approximate: str = "none"
+    bias: bool = True
+    scale: float = 1.0
+    wide: bool = False
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.approximate}"
 
 
-def _view(id: str, change: str) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        x = randn(generator, 6, 5, 3 * 40, dtype=dtype, device=device)
-        x = {
-            "slice": lambda: x[..., 40:80],
-            "transposed": lambda: x[..., :40].transpose(0, 1),
-            "last dimension strided": lambda: x[..., ::3],
-            "expanded": lambda: x[:1, :, :40].expand(4, 5, 40),
-        }[change]()
-        return {"x": x, "bias": randn(generator, 80, dtype=dtype, device=device)[::2]}
-
-    return Case(id, make)
-
-
-def _sweep(id: str, approximate: str) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        return {
-            "x": torch.linspace(-16, 16, 4001).to(dtype=dtype, device=device).view(1, -1),
-            "approximate": approximate,
-        }
-
-    return Case(id, make)
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    if inputs.view:
+        return {"x": view_of(draw, inputs.view, 1), "bias": draw.normal(80)[::2]}
+    if inputs.sweep:
+        x = torch.linspace(-16, 16, 4001).to(dtype=draw.dtype, device=draw.device)
+        return {"x": x.view(1, -1), "approximate": inputs.approximate}
+    arguments: Arguments = {
+        "x": draw.normal(*inputs.shape, scale=inputs.scale),
+        "approximate": inputs.approximate,
+    }
+    if inputs.bias:
+        arguments["bias"] = draw.normal(inputs.shape[-1], dtype=draw.single if inputs.wide else draw.dtype)
+    return arguments
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
@@ -77,27 +80,39 @@ SPEC = Spec(
     name="bias_gelu",
     function=bias_gelu,
     plain=plain,
+    make=make,
     differentiable=("x", "bias"),
     cases=(
-        _case("odd", 4, 7, 35),
-        _case("odd tanh", 4, 7, 35, approximate="tanh"),
-        _case("without bias", 9, 67, bias=False),
-        _case("feed-forward 3072", 5, 3072),
-        _case("feed-forward 3072 tanh", 5, 3072, approximate="tanh"),
-        _case("one dimension", 9001),
-        _case("no rows", 0, 48),
-        _case("one column", 5, 1),
-        _case("float32 bias", 6, 96, wide=True),
-        _case("huge", 3, 65, scale=1e4),
-        _case("huge tanh", 3, 65, scale=1e4, approximate="tanh"),
-        _case("tiny", 3, 65, scale=1e-3, bias=False),
-        _case("many rows", 1500, 129, small=False),
-        _sweep("from -16 to 16", "none"),
-        _sweep("from -16 to 16 tanh", "tanh"),
-        _view("slice of a wider buffer", "slice"),
-        _view("transposed", "transposed"),
-        _view("last dimension strided", "last dimension strided"),
-        _view("expanded", "expanded"),
+        Case("odd", Inputs((4, 7, 35))),
+        Case("odd tanh", Inputs((4, 7, 35), approximate="tanh")),
+        Case("without bias", Inputs((9, 67), bias=False)),
+        Case("feed-forward 3072", Inputs((5, 3072))),
+        Case("feed-forward 3072 tanh", Inputs((5, 3072), approximate="tanh")),
+        Case("one dimension", Inputs((9001,))),
+        Case("no rows", Inputs((0, 48))),
+        Case("one column", Inputs((5, 1))),
+        Case("float32 bias", Inputs((6, 96), wide=True)),
+        Case("huge", Inputs((3, 65), scale=1e4)),
+        Case("huge tanh", Inputs((3, 65), scale=1e4, approximate="tanh")),
+        Case("tiny", Inputs((3, 65), scale=1e-3, bias=False)),
+        Case("many rows", Inputs((1500, 129)), small=False),
+        Case("from -16 to 16", Inputs(sweep=True)),
+        Case("from -16 to 16 tanh", Inputs(sweep=True, approximate="tanh")),
+        *(Case(name, Inputs(view=name)) for name in VIEWS),
+        Case("emulated", Inputs((21, 768)), {Use.EMULATION: HALF}),
+        *(
+            Case(f"4096x{n} {form}", Inputs((4096, n), approximate=form), {use: BOTH})
+            for n, use in ((1536, Use.AHEAD_ALL), (4096, Use.AHEAD_ALL))
+            for form in ("none", "tanh")
+        ),
+        *(
+            case
+            for form in ("none", "tanh")
+            for case in timed(Inputs((1024, 3072), approximate=form), {Use.RACE: BOTH, Use.AHEAD: BOTH})
+        ),
+        *timed(Inputs((ROWS, 3072)), {Use.TARGET: HALF}, {Use.PREFER: BOTH}),
+        *(case for n in (1536, 4096) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
+        *(case for rows in (128, 2048) for case in timed(Inputs((rows, 3072)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: 1.0), TypeError, ("x", "float", "wanted a tensor")),
@@ -110,5 +125,5 @@ SPEC = Spec(
         Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
     ),
     terms=_terms,
-    bytes_moved=lambda a: 2 * a["x"].numel() * a["x"].element_size(),
+    bytes_moved=lambda a, backward: (5 if backward else 2) * bytes_of(a["x"]),
 )

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+    view_of,
+)
 
 SEED = 20181011
 
@@ -42,64 +59,54 @@ def plain(
     return y if copy_dtype is None else (y, y.to(copy_dtype))
 
 
-def _case(
-    id: str,
-    *shape: int,
-    x_bias: bool = False,
-    dropout_p: float = 0.0,
-    stream: bool = False,
-    wide: bool = False,
-    copy: torch.dtype | None = None,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    eps: float = 1e-12,
-    small: bool = True,
-) -> Case:
-    """`stream`: the residual in float32; `wide`: the parameters in float32."""
+@dataclass(frozen=True)
+class Inputs:
+    """x and residual of `shape`, or views by their name in VIEWS; `stream`: the residual in float32, `wide`: the
+    parameters; `copy`: copy_dtype, True for x's."""
 
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        n = shape[-1]
-        single = torch.float32 if dtype is not torch.float64 else dtype
-        parameter = single if wide else dtype
-        arguments: Arguments = {
-            "x": randn(generator, *shape, dtype=dtype, device=device, scale=scale),
-            "residual": randn(generator, *shape, dtype=single if stream else dtype, device=device, scale=scale) + shift,
-            "weight": randn(generator, n, dtype=parameter, device=device) * 0.5 + 1,
-            "bias": randn(generator, n, dtype=parameter, device=device),
-            "eps": eps,
-        }
-        if x_bias:
-            arguments["x_bias"] = randn(generator, n, dtype=parameter, device=device)
-        if dropout_p:
-            arguments |= {"dropout_p": dropout_p, "seed": torch.tensor([SEED], device=device)}
-        if copy is not None:
-            arguments["copy_dtype"] = copy
-        return arguments
+    shape: tuple[int, ...] = ()
+    view: str = ""
+    x_bias: bool = False
+    dropout_p: float = 0.0
+    stream: bool = False
+    wide: bool = False
+    copy: torch.dtype | bool | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+    eps: float = 1e-12
 
-    return Case(id, make, small=small)
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape))
 
 
-def _view(id: str, change: str) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        x, residual = (randn(generator, 6, 5, 3 * 40, dtype=dtype, device=device) for _ in range(2))
-        view = {
-            "slice": lambda t, k: t[..., 40 * k : 40 * k + 40],
-            "rows": lambda t, k: t[k::2, :, :40],
-            "transposed": lambda t, k: t[..., :40].transpose(0, 1),
-            "last dimension strided": lambda t, k: t[..., k::3],
-            "expanded": lambda t, k: t[:1, :, :40].expand(4, 5, 40),
-        }[change]
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    if inputs.view:
         return {
-            "x": view(x, 0),
-            "residual": view(residual, 1),
-            "weight": randn(generator, 40, dtype=dtype, device=device),
-            "bias": randn(generator, 80, dtype=dtype, device=device)[::2],
-            "x_bias": randn(generator, 80, dtype=dtype, device=device)[1::2],
-            "dropout_p": 0.1,
+            "x": view_of(draw, inputs.view, 0),
+            "residual": view_of(draw, inputs.view, 1),
+            "weight": draw.normal(40),
+            "bias": draw.normal(80)[::2],
+            "x_bias": draw.normal(80)[1::2],
+            "dropout_p": inputs.dropout_p,
             "seed": SEED,
         }
-
-    return Case(id, make)
+    n, parameter = inputs.shape[-1], draw.single if inputs.wide else draw.dtype
+    stream = draw.single if inputs.stream else draw.dtype
+    arguments: Arguments = {
+        "x": draw.normal(*inputs.shape, scale=inputs.scale),
+        "residual": draw.normal(*inputs.shape, scale=inputs.scale, dtype=stream) + inputs.shift,
+        "weight": draw.normal(n, dtype=parameter) * 0.5 + 1,
+        "bias": draw.normal(n, dtype=parameter),
+        "eps": inputs.eps,
+    }
+    if inputs.x_bias:
+        arguments["x_bias"] = draw.normal(n, dtype=parameter)
+    if inputs.dropout_p:
+        arguments |= {"dropout_p": inputs.dropout_p, "seed": draw.numbers([SEED], torch.int64)}
+    if inputs.copy is not None:
+        arguments["copy_dtype"] = draw.dtype if inputs.copy is True else inputs.copy
+    return arguments
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
@@ -126,35 +133,53 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
     return grown * (ds if name == "grad x" else ds.expand(x.shape).reshape(-1, n).sum(0))
 
 
+def _bytes_moved(a: Arguments, backward: bool) -> int:
+    """x and residual read, their sum written, its copy too; backward reads dy and both again and writes two."""
+    copy = a["x"].numel() * getattr(a.get("copy_dtype"), "itemsize", 0)
+    each = bytes_of(a["x"], a["residual"])
+    return each + bytes_of(a["residual"]) + copy + (2 * each + bytes_of(a["residual"]) if backward else 0)
+
+
 SPEC = Spec(
     name="dropout_add_layer_norm",
     function=dropout_add_layer_norm,
     plain=plain,
+    make=make,
     differentiable=("x", "residual", "weight", "bias", "x_bias"),
     cases=(
-        _case("odd", 4, 7, 35, x_bias=True, dropout_p=0.1, copy=torch.bfloat16),
-        _case("sum only", 4, 7, 35),
-        _case("hidden 384", 2, 9, 384),
-        _case("hidden 768 float32 stream", 33, 768, stream=True, copy=torch.bfloat16),
-        _case("dropout", 6, 200, dropout_p=0.3),
-        _case("dropout of all", 6, 40, x_bias=True, dropout_p=1.0),
-        _case("bias", 6, 65, x_bias=True),
-        _case("float32 parameters", 6, 96, x_bias=True, wide=True),
-        _case("all mixed", 5, 130, x_bias=True, dropout_p=0.5, stream=True, wide=True, copy=torch.float16),
-        _case("copy in float32", 5, 48, copy=torch.float32),
-        _case("one row", 1, 64, dropout_p=0.1),
-        _case("one dimension", 50, x_bias=True),
-        _case("no rows", 0, 48, x_bias=True, dropout_p=0.1, copy=torch.bfloat16),
-        _case("one column", 5, 1),
-        _case("two columns", 300, 2, dropout_p=0.25, eps=1e-5),
-        _case("large mean", 8, 100, shift=200.0),
-        _case("huge", 3, 65, scale=1e4),
-        _case("many rows", 1500, 129, dropout_p=0.1, small=False),
-        _view("slice of a wider buffer", "slice"),
-        _view("every other row", "rows"),
-        _view("transposed", "transposed"),
-        _view("last dimension strided", "last dimension strided"),
-        _view("expanded", "expanded"),
+        Case("odd", Inputs((4, 7, 35), x_bias=True, dropout_p=0.1, copy=torch.bfloat16)),
+        Case("sum only", Inputs((4, 7, 35))),
+        Case("hidden 384", Inputs((2, 9, 384))),
+        Case("hidden 768 float32 stream", Inputs((33, 768), stream=True, copy=torch.bfloat16)),
+        Case("dropout", Inputs((6, 200), dropout_p=0.3)),
+        Case("dropout of all", Inputs((6, 40), x_bias=True, dropout_p=1.0)),
+        Case("bias", Inputs((6, 65), x_bias=True)),
+        Case("float32 parameters", Inputs((6, 96), x_bias=True, wide=True)),
+        Case("all mixed", Inputs((5, 130), x_bias=True, dropout_p=0.5, stream=True, wide=True, copy=torch.float16)),
+        Case("copy in float32", Inputs((5, 48), copy=torch.float32)),
+        Case("one row", Inputs((1, 64), dropout_p=0.1)),
+        Case("one dimension", Inputs((50,), x_bias=True)),
+        Case("no rows", Inputs((0, 48), x_bias=True, dropout_p=0.1, copy=torch.bfloat16)),
+        Case("one column", Inputs((5, 1))),
+        Case("two columns", Inputs((300, 2), dropout_p=0.25, eps=1e-5)),
+        Case("large mean", Inputs((8, 100), shift=200.0)),
+        Case("huge", Inputs((3, 65), scale=1e4)),
+        Case("many rows", Inputs((1500, 129), dropout_p=0.1), small=False),
+        *(Case(name, Inputs(view=name, dropout_p=0.1)) for name in VIEWS),
+        Case("emulated", Inputs((21, 768), x_bias=True, dropout_p=0.2, stream=True), {Use.EMULATION: HALF}),
+        *(
+            Case(f"4096x{n} stream{kind}", Inputs((4096, n), stream=True, copy=True, **options), {use: BOTH})
+            for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
+            for kind, options in (("", {}), (" with bias, dropout", {"x_bias": True, "dropout_p": 0.1}))
+        ),
+        *(case for shape in ((16, 384), (1024, 768), (4096, 384)) for case in timed(Inputs(shape), {Use.RACE: BOTH})),
+        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF}),
+        *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
+        *(
+            case
+            for rows in (128, 2048, ROWS)
+            for case in timed(Inputs((rows, 768), dropout_p=0.1), both={Use.PREFER: BOTH}, kind=" dropout 0.1")
+        ),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: None), TypeError, ("x", "NoneType", "wanted a tensor")),
@@ -180,8 +205,5 @@ SPEC = Spec(
         Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
     ),
     terms=_terms,
-    bytes_moved=lambda a: (
-        a["x"].numel()
-        * (a["x"].element_size() + 2 * a["residual"].element_size() + getattr(a.get("copy_dtype"), "itemsize", 0))
-    ),
+    bytes_moved=_bytes_moved,
 )

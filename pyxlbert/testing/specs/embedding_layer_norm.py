@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,20 @@ from torch import Tensor
 
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 from pyxlbert.reference.philox import Tag, keep_rows
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 
 
 def plain(
@@ -34,7 +47,7 @@ def plain(
     """The same by torch.nn.functional, one call after the other."""
     total = F.embedding(input_ids, word, padding_idx)
     if position is not None:
-        places = torch.arange(input_ids.shape[-1]) if position_ids is None else position_ids
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device) if position_ids is None else position_ids
         total = total + F.embedding(places.expand(input_ids.shape), position)
     if token_type is not None:
         kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -51,57 +64,70 @@ def plain(
     return y, y.clone() if wide else y.to(copy_dtype)
 
 
-def _case(
-    id: str,
-    *shape: int,
-    columns: int = 40,
-    entries: int = 50,
-    scale: float = 1.0,
-    tables: str = "position token_type",
-    small: bool = True,
-    **options: Any,
-) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        def table(rows: int) -> Tensor:
-            return randn(generator, rows, columns, dtype=dtype, device=device, scale=scale)
+@dataclass(frozen=True)
+class Inputs:
+    """ids of `shape`, of tables with `columns` columns, the words' with `entries` rows, the positions' with `places`.
 
-        def ids(limit: int, *size: int) -> Tensor:
-            return torch.randint(0, limit, size or shape, generator=generator)
+    Attributes:
+        tables: the names of the other two tables, as far as there are any.
+        ids: "own", "types" (no positions), "default" (neither), "broadcast", "int32", or "views" (of words and ids).
+        wide: parameters in float32.
+        mixed: float32 and a copy in the tables' 16 bits; of tables of 32 bits a copy in 16.
+    """
 
-        parameter = torch.float32 if options.get("wide") and dtype is not torch.float64 else dtype
-        places = shape[-1] + 3
-        arguments: Arguments = {
-            "input_ids": ids(entries),
-            "word": table(entries),
-            "token_type": table(2) if "token_type" in tables else None,
-            "position": table(places) if "position" in tables else None,
-            "weight": randn(generator, columns, dtype=parameter, device=device) * 0.5 + 1,
-            "bias": randn(generator, columns, dtype=parameter, device=device),
-            "token_type_ids": ids(2) if "token_type" in tables else None,
-            "position_ids": ids(places) if "position" in tables else None,
-            "eps": 1e-6,
-        }
-        for name in ("padding_idx", "dropout_p"):
-            if name in options:
-                arguments[name] = options[name]
-        if "dropout_p" in options:
-            arguments["seed"] = torch.tensor([-77], dtype=torch.int64)
-        if options.get("int32"):
-            arguments["input_ids"] = arguments["input_ids"].int()
-        if options.get("default_ids"):
-            arguments["position_ids"] = arguments["token_type_ids"] = None
-        if options.get("broadcast"):
-            arguments["position_ids"], arguments["token_type_ids"] = ids(places, 1, shape[-1]), ids(2, shape[-1])
-        if options.get("views"):
-            arguments["word"] = randn(generator, entries, 2 * columns, dtype=dtype, device=device)[:, ::2]
-            arguments["input_ids"] = ids(entries, *reversed(shape)).t()
-        if options.get("mixed") and dtype in (torch.bfloat16, torch.float16):
-            arguments |= {"out_dtype": torch.float32, "copy_dtype": dtype}
-        elif options.get("mixed"):
-            arguments |= {"copy_dtype": torch.bfloat16}
-        return arguments
+    shape: tuple[int, ...]
+    columns: int = 40
+    entries: int = 50
+    places: int | None = None
+    scale: float = 1.0
+    tables: tuple[str, ...] = ("position", "token_type")
+    ids: str = "own"
+    wide: bool = False
+    mixed: bool = False
+    padding_idx: int | None = None
+    dropout_p: float | None = None
 
-    return Case(id, make, small=small)
+    def __str__(self) -> str:
+        return "x".join(map(str, (*self.shape, self.columns)))
+
+
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    shape, columns, entries = inputs.shape, inputs.columns, inputs.entries
+    places = shape[-1] + 3 if inputs.places is None else inputs.places
+    parameter = draw.single if inputs.wide else draw.dtype
+    has_types, has_places = ("token_type" in inputs.tables), ("position" in inputs.tables)
+    arguments: Arguments = {
+        "input_ids": draw.below(entries, *shape),
+        "word": draw.normal(entries, columns, scale=inputs.scale),
+        "token_type": draw.normal(2, columns, scale=inputs.scale) if has_types else None,
+        "position": draw.normal(places, columns, scale=inputs.scale) if has_places else None,
+        "weight": draw.normal(columns, dtype=parameter) * 0.5 + 1,
+        "bias": draw.normal(columns, dtype=parameter),
+        "token_type_ids": draw.below(2, *shape) if has_types else None,
+        "position_ids": draw.below(places, *shape) if has_places else None,
+        "eps": 1e-6,
+    }
+    if inputs.padding_idx is not None:
+        arguments["padding_idx"] = inputs.padding_idx
+    if inputs.dropout_p is not None:
+        arguments |= {"dropout_p": inputs.dropout_p, "seed": draw.numbers([-77], torch.int64)}
+    if inputs.ids == "int32":
+        arguments["input_ids"] = arguments["input_ids"].int()
+    elif inputs.ids == "types":
+        arguments["position_ids"] = None
+    elif inputs.ids == "default":
+        arguments["position_ids"] = arguments["token_type_ids"] = None
+    elif inputs.ids == "broadcast":
+        arguments["position_ids"] = draw.below(places, 1, shape[-1])
+        arguments["token_type_ids"] = draw.below(2, shape[-1])
+    elif inputs.ids == "views":
+        arguments["word"] = draw.normal(entries, 2 * columns)[:, ::2]
+        arguments["input_ids"] = draw.below(entries, *reversed(shape)).t()
+    if inputs.mixed:
+        half = draw.dtype in (torch.bfloat16, torch.float16)
+        arguments |= {"out_dtype": torch.float32, "copy_dtype": draw.dtype} if half else {"copy_dtype": torch.bfloat16}
+    return arguments
 
 
 def _bad(id: str, error: type[Exception], words: str, **changes: Callable[[Arguments], object]) -> Bad:
@@ -134,32 +160,59 @@ def _terms(name: str, a: Arguments, cotangents: tuple[Tensor, ...]) -> Tensor | 
     return count * dy * rstd * float(a["weight"].abs().max()) * (1 + spread)
 
 
+def _bytes_moved(a: Arguments, backward: bool) -> int:
+    """A row of the words' table read per token, many of them more than once, and one written; backward reads both and
+    writes the table's whole gradient."""
+    rows = a["input_ids"].numel() * a["word"].shape[1] * a["word"].element_size()
+    return 2 * rows + (2 * rows + bytes_of(a["word"]) if backward else 0)
+
+
+def _bert(shape: tuple[int, ...], columns: int = 768) -> Inputs:
+    return Inputs(shape, columns, entries=30522, places=512, ids="default")
+
+
 SPEC = Spec(
     name="embedding_layer_norm",
     function=embedding_layer_norm,
     plain=plain,
+    make=make,
     differentiable=("word", "token_type", "position", "weight", "bias"),
     cases=(
-        _case("padded", 3, 7),
-        _case("packed", 23, columns=35),
-        _case("hidden 384", 2, 9, columns=384),
-        _case("default positions and types", 3, 7, default_ids=True),
-        _case("broadcast positions and types", 3, 7, broadcast=True),
-        _case("word alone", 3, 7, tables=""),
-        _case("no token types", 3, 7, tables="position"),
-        _case("one token", 1, 1, columns=1),
-        _case("no tokens", 0, 5),
-        _case("length 0", 4, 0),
-        _case("int32 ids", 3, 7, int32=True),
-        _case("padding row", 3, 40, entries=5, padding_idx=2),
-        _case("float32 parameters", 3, 7, wide=True),
-        _case("views", 3, 7, views=True),
-        _case("dropout", 4, 9, columns=67, dropout_p=0.3),
-        _case("everything dropped", 2, 3, dropout_p=1.0),
-        _case("two outputs", 3, 7, columns=48, mixed=True),
-        _case("two outputs with dropout", 3, 7, columns=48, mixed=True, dropout_p=0.1),
-        _case("huge", 3, 7, scale=1e3),
-        _case("many tokens", 8, 128, columns=130, entries=300, small=False),
+        Case("padded", Inputs((3, 7))),
+        Case("packed", Inputs((23,), columns=35)),
+        Case("hidden 384", Inputs((2, 9), columns=384)),
+        Case("default positions and types", Inputs((3, 7), ids="default")),
+        Case("broadcast positions and types", Inputs((3, 7), ids="broadcast")),
+        Case("word alone", Inputs((3, 7), tables=())),
+        Case("no token types", Inputs((3, 7), tables=("position",))),
+        Case("one token", Inputs((1, 1), columns=1)),
+        Case("no tokens", Inputs((0, 5))),
+        Case("length 0", Inputs((4, 0))),
+        Case("int32 ids", Inputs((3, 7), ids="int32")),
+        Case("padding row", Inputs((3, 40), entries=5, padding_idx=2)),
+        Case("float32 parameters", Inputs((3, 7), wide=True)),
+        Case("views", Inputs((3, 7), ids="views")),
+        Case("dropout", Inputs((4, 9), columns=67, dropout_p=0.3)),
+        Case("everything dropped", Inputs((2, 3), dropout_p=1.0)),
+        Case("two outputs", Inputs((3, 7), columns=48, mixed=True)),
+        Case("two outputs with dropout", Inputs((3, 7), columns=48, mixed=True, dropout_p=0.1)),
+        Case("huge", Inputs((3, 7), scale=1e3)),
+        Case("many tokens", Inputs((8, 128), columns=130, entries=300), small=False),
+        Case("emulated", Inputs((3, 90), columns=64, ids="default"), {Use.EMULATION: HALF}),
+        *(
+            Case(
+                f"8x512x{n}",
+                Inputs(
+                    (8, 512), columns=n, entries=3000, ids="types", places=512, mixed=True, padding_idx=0, dropout_p=0.1
+                ),
+                {use: BOTH},
+            )
+            for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
+        ),
+        *timed(_bert((8, 128)), {Use.RACE: BOTH}),
+        *timed(_bert((ROWS // 512, 512)), {Use.TARGET: HALF}),
+        *(case for n in (384, 1024) for case in timed(_bert((ROWS // 512, 512), n), {Use.GPU: HALF})),
+        *(case for rows in (128, 2048, ROWS) for case in timed(_bert((rows // 128, 128)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         _bad("input_ids float", TypeError, "input_ids float32", input_ids=lambda a: a["input_ids"].float()),
@@ -203,5 +256,5 @@ SPEC = Spec(
         _bad("eps negative", ValueError, "eps -1.0", eps=lambda a: -1.0),
     ),
     terms=_terms,
-    bytes_moved=lambda a: 2 * a["input_ids"].numel() * a["word"].shape[1] * a["word"].element_size(),
+    bytes_moved=_bytes_moved,
 )

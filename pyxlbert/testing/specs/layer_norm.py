@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pyxlbert.ops.layer_norm import layer_norm
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    ROWS,
+    SINGLE,
+    VIEWS,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+    view_of,
+)
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12) -> torch.Tensor:
@@ -13,46 +31,33 @@ def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: flo
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
-def _case(
-    id: str,
-    *shape: int,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    eps: float = 1e-5,
-    wide: bool = False,
-    small: bool = True,
-) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        n = shape[-1]
-        parameter = torch.float32 if wide and dtype is not torch.float64 else dtype
-        return {
-            "x": randn(generator, *shape, dtype=dtype, device=device, scale=scale) + shift,
-            "weight": randn(generator, n, dtype=parameter, device=device) * 0.5 + 1,
-            "bias": randn(generator, n, dtype=parameter, device=device),
-            "eps": eps,
-        }
+@dataclass(frozen=True)
+class Inputs:
+    """x of `shape`, or a view by its name in VIEWS; parameters in float32 if `wide`."""
 
-    return Case(id, make, small=small)
+    shape: tuple[int, ...] = ()
+    view: str = ""
+    scale: float = 1.0
+    shift: float = 0.0
+    eps: float = 1e-5
+    wide: bool = False
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.shape))
 
 
-def _view(id: str, change: str) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        x = randn(generator, 6, 5, 3 * 40, dtype=dtype, device=device)
-        x = {
-            "slice": lambda: x[..., 40:80],
-            "rows": lambda: x[::2, :, :40],
-            "transposed": lambda: x[..., :40].transpose(0, 1),
-            "last dimension strided": lambda: x[..., ::3],
-            "expanded": lambda: x[:1, :, :40].expand(4, 5, 40),
-        }[change]()
-        return {
-            "x": x,
-            "weight": randn(generator, 40, dtype=dtype, device=device),
-            "bias": randn(generator, 80, dtype=dtype, device=device)[::2],
-            "eps": 1e-12,
-        }
-
-    return Case(id, make)
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    if inputs.view:
+        x = view_of(draw, inputs.view, 1)
+        return {"x": x, "weight": draw.normal(40), "bias": draw.normal(80)[::2], "eps": inputs.eps}
+    n, parameter = inputs.shape[-1], draw.single if inputs.wide else draw.dtype
+    return {
+        "x": draw.normal(*inputs.shape, scale=inputs.scale) + inputs.shift,
+        "weight": draw.normal(n, dtype=parameter) * 0.5 + 1,
+        "bias": draw.normal(n, dtype=parameter),
+        "eps": inputs.eps,
+    }
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
@@ -75,26 +80,33 @@ SPEC = Spec(
     name="layer_norm",
     function=layer_norm,
     plain=plain,
+    make=make,
     differentiable=("x", "weight", "bias"),
     cases=(
-        _case("odd", 4, 7, 35),
-        _case("hidden 384", 2, 9, 384),
-        _case("hidden 768", 33, 768),
-        _case("one row", 1, 64),
-        _case("one dimension", 50),
-        _case("no rows", 0, 48),
-        _case("one column", 5, 1),
-        _case("two columns", 300, 2),
-        _case("float32 parameters", 6, 96, wide=True),
-        _case("large mean", 8, 100, shift=200.0),
-        _case("huge", 3, 65, scale=1e4),
-        _case("tiny", 3, 65, scale=1e-3, eps=1e-12),
-        _case("many rows", 1500, 129, small=False),
-        _view("slice of a wider buffer", "slice"),
-        _view("every other row", "rows"),
-        _view("transposed", "transposed"),
-        _view("last dimension strided", "last dimension strided"),
-        _view("expanded", "expanded"),
+        Case("odd", Inputs((4, 7, 35))),
+        Case("hidden 384", Inputs((2, 9, 384))),
+        Case("hidden 768", Inputs((33, 768))),
+        Case("one row", Inputs((1, 64))),
+        Case("one dimension", Inputs((50,))),
+        Case("no rows", Inputs((0, 48))),
+        Case("one column", Inputs((5, 1))),
+        Case("two columns", Inputs((300, 2))),
+        Case("float32 parameters", Inputs((6, 96), wide=True)),
+        Case("large mean", Inputs((8, 100), shift=200.0)),
+        Case("huge", Inputs((3, 65), scale=1e4)),
+        Case("tiny", Inputs((3, 65), scale=1e-3, eps=1e-12)),
+        Case("many rows", Inputs((1500, 129)), small=False),
+        *(Case(name, Inputs(view=name, eps=1e-12)) for name in VIEWS),
+        Case("emulated, long rows", Inputs((21, 2048)), {Use.EMULATION: HALF}),
+        Case("emulated, short rows", Inputs((21, 768)), {Use.EMULATION: HALF}),
+        *timed(Inputs((16, 384)), {Use.RACE: BOTH}),
+        *timed(Inputs((1024, 768)), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.AHEAD: BOTH}),
+        *timed(Inputs((4096, 384)), {Use.RACE: BOTH, Use.AHEAD_ALL: BOTH}),
+        *timed(Inputs((4096, 1024)), {Use.AHEAD_ALL: BOTH}),
+        *timed(Inputs((16, 768)), {Use.HOST: SINGLE}),
+        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF}, {Use.GPU: HALF})),
+        *(case for rows in (128, 2048) for case in timed(Inputs((rows, 768)), both={Use.PREFER: BOTH})),
     ),
     bad=(
         Bad("x no tensor", replace(x=lambda a: [1.0]), TypeError, ("x", "list", "wanted a tensor")),
@@ -114,5 +126,5 @@ SPEC = Spec(
         Bad("backend unknown", replace(backend=lambda a: "mkl"), ValueError, ("backend", "mkl", "cpu")),
     ),
     terms=_terms,
-    bytes_moved=lambda a: 2 * a["x"].numel() * a["x"].element_size(),
+    bytes_moved=lambda a, backward: (5 if backward else 2) * bytes_of(a["x"]),
 )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from pyxlbert.ops.linear import linear
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    replace,
+    timed,
+)
 
 VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depend on their number"
 
@@ -17,35 +28,44 @@ def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def case(
-    id: str, *shape: int, n: int, bias: bool = True, wide: bool = False, scale: float = 1.0, small: bool = True
-) -> Case:
-    """x of `shape`, its last dimension K, to N columns; parameters in float32 when `wide`."""
+@dataclass(frozen=True)
+class Inputs:
+    """x of `shape`, its last dimension K, to `outputs` columns; parameters in float32 if `wide`.
 
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        k = shape[-1]
-        parameter = torch.float32 if wide and dtype is not torch.float64 else dtype
-        arguments = {
-            "x": randn(generator, *shape, dtype=dtype, device=device, scale=scale),
-            "weight": randn(generator, n, k, dtype=parameter, device=device, scale=max(k, 1) ** -0.5),
-        }
-        if bias:
-            arguments["bias"] = randn(generator, n, dtype=parameter, device=device, scale=scale)
-        return arguments
+    `views`: of tensors three times as large, what x `[6, 5, 40]`, weight `[24, 40]` and bias `[24]` are cut out as.
+    """
 
-    return Case(id, make, small=small)
+    shape: tuple[int, ...] = (6, 5, 40)
+    outputs: int = 24
+    bias: bool = True
+    wide: bool = False
+    scale: float = 1.0
+    views: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}->{self.outputs}"
 
 
-def view(id: str, **changes: Callable[[torch.Tensor], torch.Tensor]) -> Case:
-    """x `[6, 5, 40]`, weight `[24, 40]`, bias `[24]`, each cut by its change out of a larger tensor."""
-    sizes = {"x": (6, 5, 3 * 40), "weight": (3 * 24, 3 * 40), "bias": (3 * 24,)}
-    usual = {"x": lambda t: t[..., :40], "weight": lambda t: t[:24, :40], "bias": lambda t: t[:24]}
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    (*rows, k), n = inputs.shape, inputs.outputs
+    if inputs.views is not None:
+        whole = {"x": draw.normal(*rows, 3 * k), "weight": draw.normal(3 * n, 3 * k), "bias": draw.normal(3 * n)}
+        usual = {"x": lambda t: t[..., :k], "weight": lambda t: t[:n, :k], "bias": lambda t: t[:n]}
+        return {name: (usual | dict(inputs.views))[name](tensor) for name, tensor in whole.items()}
+    parameter = draw.single if inputs.wide else draw.dtype
+    arguments = {
+        "x": draw.normal(*inputs.shape, scale=inputs.scale),
+        "weight": draw.normal(n, k, dtype=parameter, scale=max(k, 1) ** -0.5),
+    }
+    if inputs.bias:
+        arguments["bias"] = draw.normal(n, dtype=parameter, scale=inputs.scale)
+    return arguments
 
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        whole = {name: randn(generator, *size, dtype=dtype, device=device) for name, size in sizes.items()}
-        return {name: (usual | changes)[name](tensor) for name, tensor in whole.items()}
 
-    return Case(id, make)
+def view(id: str, **views: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+    """See `Inputs`."""
+    return Case(id, Inputs(views=views))
 
 
 VIEWS = (
@@ -63,23 +83,23 @@ VIEWS = (
 )
 
 CASES = (
-    case("odd", 3, 5, 37, n=29),
-    case("hidden 384", 2, 9, 384, n=384),
-    case("hidden 768 to 3072", 33, 768, n=3072, small=False),
-    case("hidden 3072 to 768", 20, 3072, n=768, small=False),
-    case("one dimension", 24, n=16),
-    case("one row", 1, 64, n=48),
-    case("one column out", 7, 32, n=1),
-    case("one column in", 7, 1, n=12),
-    case("two classes", 5, 50, n=2),
-    case("no rows", 2, 0, 24, n=16),
-    case("nothing in", 3, 0, n=4),
-    case("nothing out", 3, 24, n=0),
-    case("no bias", 9, 48, n=40, bias=False),
-    case("float32 parameters", 6, 96, n=64, wide=True),
-    case("huge", 4, 65, n=33, scale=1e3),
-    case("tiny", 4, 65, n=33, scale=1e-3),
-    case("many rows", 1100, 100, n=70, small=False),
+    Case("odd", Inputs((3, 5, 37), outputs=29)),
+    Case("hidden 384", Inputs((2, 9, 384), outputs=384)),
+    Case("hidden 768 to 3072", Inputs((33, 768), outputs=3072), small=False),
+    Case("hidden 3072 to 768", Inputs((20, 3072), outputs=768), small=False),
+    Case("one dimension", Inputs((24,), outputs=16)),
+    Case("one row", Inputs((1, 64), outputs=48)),
+    Case("one column out", Inputs((7, 32), outputs=1)),
+    Case("one column in", Inputs((7, 1), outputs=12)),
+    Case("two classes", Inputs((5, 50), outputs=2)),
+    Case("no rows", Inputs((2, 0, 24), outputs=16)),
+    Case("nothing in", Inputs((3, 0), outputs=4)),
+    Case("nothing out", Inputs((3, 24), outputs=0)),
+    Case("no bias", Inputs((9, 48), outputs=40, bias=False)),
+    Case("float32 parameters", Inputs((6, 96), outputs=64, wide=True)),
+    Case("huge", Inputs((4, 65), outputs=33, scale=1e3)),
+    Case("tiny", Inputs((4, 65), outputs=33, scale=1e-3)),
+    Case("many rows", Inputs((1100, 100), outputs=70), small=False),
     *VIEWS,
 )
 
@@ -117,23 +137,28 @@ def terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torc
     return rows.sum(0)
 
 
-def flops(arguments: Arguments) -> int:
-    """Two per product."""
-    return 2 * arguments["x"].shape[:-1].numel() * arguments["weight"].numel()
+def flops(arguments: Arguments, backward: bool) -> int:
+    """Two per product; backward makes two products of the forward's size."""
+    return (6 if backward else 2) * arguments["x"].shape[:-1].numel() * arguments["weight"].numel()
 
 
-def bytes_moved(arguments: Arguments) -> int:
-    """x and the weight read, y written, once."""
+def bytes_moved(arguments: Arguments, backward: bool) -> int:
+    """x and the weight read, y written, once; as much in each product of backward."""
     x, weight = arguments["x"], arguments["weight"]
-    return (x.numel() + weight.numel() + x.shape[:-1].numel() * weight.shape[0]) * x.element_size()
+    each = (x.numel() + weight.numel() + x.shape[:-1].numel() * weight.shape[0]) * x.element_size()
+    return (3 if backward else 1) * each
 
 
 SPEC = Spec(
     name="linear",
     function=linear,
     plain=plain,
+    make=make,
     differentiable=("x", "weight", "bias"),
-    cases=CASES,
+    cases=(
+        *CASES,
+        *(case for rows in (16, 1024) for case in timed(Inputs((rows, 768), 768), {Use.RACE: BOTH})),
+    ),
     bad=BAD,
     terms=terms,
     vendor=VENDOR,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from dataclasses import replace as changed
 
 import torch
 
 from pyxlbert.ops.linear_gelu import linear_gelu
 from pyxlbert.testing.specs import linear
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    timed,
+)
 
 
 def plain(
@@ -18,11 +28,20 @@ def plain(
     return torch.nn.functional.gelu(linear.plain(x, weight, bias), approximate=approximate)
 
 
-def _with(case: Case, approximate: str) -> Case:
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        return case.make(generator, dtype, device) | {"approximate": approximate}
+@dataclass(frozen=True)
+class Inputs(linear.Inputs):
+    """linear's, and the form of the activation."""
 
-    return changed(case, id=f"{case.id} {approximate}", make=make)
+    approximate: str = "none"
+
+
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    return linear.make(inputs, draw) | {"approximate": inputs.approximate}
+
+
+def _with(case: Case, approximate: str) -> Case:
+    return changed(case, id=f"{case.id} {approximate}", inputs=Inputs(**vars(case.inputs), approximate=approximate))
 
 
 def _inference(case: Case) -> Case:
@@ -45,8 +64,14 @@ SPEC = Spec(
     name="linear_gelu",
     function=linear_gelu,
     plain=plain,
+    make=make,
     differentiable=("x", "weight", "bias"),
-    cases=(*_ERF, *_TANH, *(_inference(case) for case in (*_ERF, *_TANH))),
+    cases=(
+        *_ERF,
+        *_TANH,
+        *(_inference(case) for case in (*_ERF, *_TANH)),
+        *(case for rows in (16, 1024) for case in timed(Inputs((rows, 768), 3072), {Use.RACE: BOTH})),
+    ),
     bad=(
         *linear.BAD,
         Bad(

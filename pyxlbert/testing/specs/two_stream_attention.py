@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Any, Self
 
 import torch
 
 from pyxlbert.ops.two_stream_attention import two_stream_attention
 from pyxlbert.reference.philox import Tag
-from pyxlbert.testing.specs._spec import Arguments, Bad, Case, Spec, randn, replace
+from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
+from pyxlbert.testing.specs._scores import HEAD_SIZES, compiled, lengths_of, mask_of, query_key_value, rows
+from pyxlbert.testing.specs._spec import (
+    BOTH,
+    HALF,
+    Arguments,
+    Bad,
+    Case,
+    Draw,
+    Spec,
+    Use,
+    bytes_of,
+    replace,
+    timed,
+)
 from pyxlbert.testing.specs.relative_attention import (
-    SHARED_BAD,
-    draw_ranks,
-    draw_relative,
     rounding_of,
     stream,
     stream_terms,
@@ -72,82 +85,54 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
     return found[0][wanted] + found[1][wanted]
 
 
-def _case(
-    id: str,
-    rows: int,
-    targets: tuple[tuple[int, ...], ...] | None,
-    keys: int | None = None,
-    *,
-    batch: int = 2,
-    heads: int = 2,
-    head_size: int = 16,
-    tables: int = 0,
-    table_rows: int | None = None,
-    biases: str = "uvse",
-    float32: bool = False,
-    lengths: tuple[int, ...] | None = None,
-    mask: tuple[int, ...] | None = None,
-    hidden: float = 0.3,
-    ranks: bool = False,
-    layout: str = "fused",
-    magnitude: float = 1.0,
-    small: bool = True,
-    **options: Any,
-) -> Case:
-    """`rows` is T; with `targets` None the query stream has a row for every position."""
+@dataclass(frozen=True)
+class Inputs(RelativeInputs):
+    """See `RelativeInputs`; `queries` is T.
 
-    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
-        def draw(*shape: int) -> torch.Tensor:
-            return randn(generator, *shape, dtype=dtype, device=device, scale=magnitude)
+    Attributes:
+        targets: target_positions; how many, the last ones by `ranks` "order"; None: the query stream has a row for
+            every position.
+    """
 
-        def parameters(*shape: int) -> torch.Tensor:
-            wide = torch.float32 if float32 and dtype is not torch.float64 else dtype
-            return randn(generator, *shape, dtype=wide, device=device, scale=magnitude)
+    biases: str = "uvse"
+    targets: tuple[tuple[int, ...], ...] | int | None = None
 
-        arguments: Arguments = dict(options)
-        key_count = rows if keys is None else keys
-        count = rows if targets is None else len(targets[0]) if targets else 0
-        if layout == "fused" and key_count == rows:
-            content, k, v = draw(batch, rows, 3, heads, head_size).unbind(2)
-            query = draw(batch, count, heads, head_size)
-        elif layout == "strided":
-            content, k, v, query = (
-                draw(batch, t, heads, 2 * head_size)[..., ::2] for t in (rows, key_count, key_count, count)
-            )
-        elif layout == "heads first":
-            content, k, v, query = (
-                draw(batch, heads, t, head_size).transpose(1, 2) for t in (rows, key_count, key_count, count)
-            )
-        else:
-            content, k, v, query = (draw(batch, t, heads, head_size) for t in (rows, key_count, key_count, count))
-        arguments |= {"content_query": content, "query_query": query, "key": k, "value": v}
-        offset = options.get("offset", rows)
-        draw_relative(
-            parameters if float32 else draw,
-            arguments,
-            heads,
-            head_size,
-            offset + key_count if table_rows is None else table_rows,
-            tables=tables,
-            biases=biases,
-            parameters=parameters,
-        )
-        shapes = (batch, rows), (batch, key_count)
-        if "e" in biases:
-            for name, shape in zip(("query_segments", "key_segments"), shapes, strict=True):
-                arguments[name] = torch.randint(0, 3, shape, generator=generator).to(device)
-        if ranks:
-            arguments["query_rank"], arguments["key_rank"] = draw_ranks(generator, *shapes, device)
-        if targets is not None:
-            positions = torch.tensor(targets, dtype=torch.int32, device=device)
-            arguments["target_positions"] = positions.view(batch, count)
-        if lengths is not None:
-            arguments["key_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=device)
-        if mask is not None:
-            arguments["attention_mask"] = (torch.rand(mask, generator=generator) >= hidden).to(device)
-        return arguments
+    @property
+    def target_count(self) -> int:
+        """Rows of the query stream."""
+        if self.targets is None:
+            return self.queries
+        if isinstance(self.targets, int):
+            return self.targets
+        return len(self.targets[0]) if self.targets else 0
 
-    return Case(id, make, small=small)
+    def sized(self, batch: int, length: int, head_size: int, heads: int | None = None) -> Self:
+        """The same call with this many keys per sequence, and as many targets in proportion."""
+        sized = super().sized(batch, length, head_size, heads)
+        if isinstance(self.targets, int):
+            sized = changed(sized, targets=self.targets * length // self.key_count)
+        return sized
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" M={self.targets}" if isinstance(self.targets, int) else "")
+
+
+def make(inputs: Inputs, draw: Draw) -> Arguments:
+    """See `Spec`."""
+    arguments: Arguments = inputs.options("offset", "masked_rows")
+    content, k, v = query_key_value(inputs, draw)
+    query = rows(inputs, draw, inputs.target_count)
+    arguments |= {"content_query": content, "query_query": query, "key": k, "value": v}
+    arguments |= inputs.relative_arguments(draw, inputs.queries)
+    arguments |= inputs.segment_arguments(draw)
+    arguments |= inputs.rank_arguments(draw)
+    if isinstance(inputs.targets, int):
+        last = arguments["query_rank"].argsort(1)[:, inputs.queries - inputs.targets :]
+        arguments["target_positions"] = last.sort(1).values.to(torch.int32)
+    elif inputs.targets is not None:
+        arguments["target_positions"] = draw.numbers(inputs.targets).view(inputs.batch, inputs.target_count)
+    arguments |= lengths_of(inputs, draw, arguments)
+    return arguments | mask_of(inputs, draw)
 
 
 def _targets(**changes: Any) -> Any:
@@ -159,10 +144,40 @@ def _every(n: int, step: int) -> tuple[int, ...]:
     return tuple(range(0, n, step))
 
 
+def _flops(a: Arguments, backward: bool) -> int:
+    """Three products of both streams' rows forward; backward repeats two and makes six more."""
+    rows = a["content_query"].numel() + a["query_query"].numel()
+    return 2 * (11 if backward else 3) * rows * a["key"].shape[1]
+
+
+def _bytes_moved(a: Arguments, backward: bool) -> int:
+    """As relative_attention's, of two queries."""
+    each = bytes_of(*(a[n] for n in (*_STREAMS, *_STREAMS, "key", "value", "position_key")))
+    return (3 if backward else 1) * each
+
+
+def _xlnet(batch: int, length: int, head_size: int = 64) -> Inputs:
+    """XLNet-base's pretraining: a permutation by ranks, a sixth of the tokens at its end are the targets."""
+    return Inputs(
+        length,
+        targets=length // 6,
+        batch=batch,
+        heads=12,
+        head_size=head_size,
+        biases="uv",
+        table_scale=0.5,
+        bias_scale=0.3,
+        ranks="order",
+    )
+
+
+_RANKS = Inputs(6, targets=1, layout="by head", ranks="order", dropout_p=0.1)
+
 SPEC = Spec(
     name="two_stream_attention",
     function=two_stream_attention,
     plain=plain,
+    make=make,
     differentiable=(
         *_STREAMS,
         "key",
@@ -174,55 +189,87 @@ SPEC = Spec(
         "segment_embedding",
     ),
     cases=(
-        _case(
+        Case(
             "everything",
-            7,
-            ((6, 0, 3), (2, -1, 2)),
-            11,
-            tables=2,
-            table_rows=20,
-            lengths=(11, 4),
-            ranks=True,
-            mask=(2, 1, 7, 11),
-            dropout_p=0.2,
-            seed=3,
+            Inputs(
+                7,
+                11,
+                targets=((6, 0, 3), (2, -1, 2)),
+                tables=2,
+                table_rows=20,
+                lengths=(11, 4),
+                ranks="random",
+                mask=(2, 1, 7, 11),
+                dropout_p=0.2,
+                seed=3,
+            ),
         ),
-        _case("XLNet", 48, ((40, 3, 17, 22, 9, 31, 47, 0),) * 2, head_size=64, ranks=True),
-        _case("XLNet, memory, two tables", 24, ((1, 5), (20, 8), (3, -1), (23, 0)), 44, batch=4, tables=2, ranks=True),
-        _case("no masks", 20, ((4, 19), (0, 7))),
-        _case("a row a position", 21, None, ranks=True),
-        _case("a row a position, mask", 21, None, 30, mask=(2, 2, 21, 30)),
-        _case("no targets", 12, ((), ()), ranks=True),
-        _case("no target is real", 12, ((-1, -1), (-1, -1)), ranks=True),
-        _case("one target, no biases", 33, ((32,), (0,)), biases="", ranks=True),
-        _case("one token", 1, ((0,), (0,)), ranks=True),
-        _case("few rows", 2, ((1,), (0,)), 19, ranks=True, mask=(2, 1, 2, 19), head_size=40),
-        _case("few rows, long", 1, ((0, -1), (-1, 0)), 530, ranks=True, head_size=80, small=False),
-        _case("no rows", 0, ((), ()), 5),
-        _case("no rows, targets", 0, ((-1, -1), (-1, -1)), 5, ranks=True),
-        _case("no rows, targets, mask", 0, ((-1,), (-1,)), 5, mask=(2, 1, 0, 5)),
-        _case("no keys", 4, None, 0, biases="uv"),
-        _case("no batch", 4, (), batch=0),
-        _case("more targets than positions", 3, ((0, 1, 2, 2, 1, 0), (2,) * 6), ranks=True),
-        _case("lengths", 30, ((29, 2), (5, 20), (0, 1)), batch=3, lengths=(30, 0, 1)),
-        _case("mask of keys", 26, ((3, 4, 5), (25, 24, 0)), mask=(2, 1, 1, 26), hidden=0.6),
-        _case("mask of all sequences", 26, ((3, 4, 5), (25, 24, 0)), mask=(1, 1, 26, 26), hidden=0.6),
-        _case("mask of every head", 26, ((3, 4, 5), (25, 24, 0)), 32, mask=(2, 2, 26, 32)),
+        Case("XLNet", Inputs(48, targets=((40, 3, 17, 22, 9, 31, 47, 0),) * 2, head_size=64, ranks="random")),
+        Case(
+            "XLNet, memory, two tables",
+            Inputs(24, 44, targets=((1, 5), (20, 8), (3, -1), (23, 0)), batch=4, tables=2, ranks="random"),
+        ),
+        Case("no masks", Inputs(20, targets=((4, 19), (0, 7)))),
+        Case("a row a position", Inputs(21, ranks="random")),
+        Case("a row a position, mask", Inputs(21, 30, mask=(2, 2, 21, 30))),
+        Case("no targets", Inputs(12, targets=((), ()), ranks="random")),
+        Case("no target is real", Inputs(12, targets=((-1, -1), (-1, -1)), ranks="random")),
+        Case("one target, no biases", Inputs(33, targets=((32,), (0,)), biases="", ranks="random")),
+        Case("one token", Inputs(1, targets=((0,), (0,)), ranks="random")),
+        Case("few rows", Inputs(2, 19, targets=((1,), (0,)), ranks="random", mask=(2, 1, 2, 19), head_size=40)),
+        Case("few rows, long", Inputs(1, 530, targets=((0, -1), (-1, 0)), ranks="random", head_size=80), small=False),
+        Case("no rows", Inputs(0, 5, targets=((), ()))),
+        Case("no rows, targets", Inputs(0, 5, targets=((-1, -1), (-1, -1)), ranks="random")),
+        Case("no rows, targets, mask", Inputs(0, 5, targets=((-1,), (-1,)), mask=(2, 1, 0, 5))),
+        Case("no keys", Inputs(4, 0, biases="uv")),
+        Case("no batch", Inputs(4, targets=(), batch=0)),
+        Case("more targets than positions", Inputs(3, targets=((0, 1, 2, 2, 1, 0), (2,) * 6), ranks="random")),
+        Case("lengths", Inputs(30, targets=((29, 2), (5, 20), (0, 1)), batch=3, lengths=(30, 0, 1))),
+        Case("mask of keys", Inputs(26, targets=((3, 4, 5), (25, 24, 0)), mask=(2, 1, 1, 26), hidden=0.6)),
+        Case("mask of all sequences", Inputs(26, targets=((3, 4, 5), (25, 24, 0)), mask=(1, 1, 26, 26), hidden=0.6)),
+        Case("mask of every head", Inputs(26, 32, targets=((3, 4, 5), (25, 24, 0)), mask=(2, 2, 26, 32))),
         *(
-            _case(f"head size {d}", 25, ((24, 3), (5, 5)), head_size=d, ranks=True, layout="heads first")
+            Case(
+                f"head size {d}",
+                Inputs(25, targets=((24, 3), (5, 5)), head_size=d, ranks="random", layout="heads first"),
+            )
             for d in (1, 33, 80)
         ),
-        _case("offset T - 1", 18, ((17, 0), (5, 6)), offset=17, biases="uv"),
-        _case("long", 540, (_every(540, 6),), batch=1, ranks=True, small=False),
-        _case("memory, long", 64, (_every(64, 6),), 1100, batch=1, ranks=True, small=False),
-        _case("uniform", 15, ((3, 14, -1), (0, 1, 2)), 22, ranks=True, lengths=(22, 9), masked_rows="uniform"),
-        _case("dropout", 30, (_every(30, 3),) * 2, ranks=True, dropout_p=0.3, seed=-5),
-        _case("dropout of everything", 10, ((1,), (2,)), dropout_p=1.0, seed=0),
-        _case("float32 parameters", 23, ((1, 2), (9, 22)), float32=True, ranks=True),
-        _case("strided", 21, ((1, 2), (9, 20)), ranks=True, layout="strided"),
-        _case("scale negative", 15, ((1, 2), (9, 14)), scale=-0.3),
-        _case("huge", 25, ((1, 2), (9, 24)), ranks=True, magnitude=20.0),
-        _case("tiny", 25, ((1, 2), (9, 24)), ranks=True, magnitude=1e-3),
+        Case("offset T - 1", Inputs(18, targets=((17, 0), (5, 6)), offset=17, biases="uv")),
+        Case("long", Inputs(540, targets=(_every(540, 6),), batch=1, ranks="random"), small=False),
+        Case("memory, long", Inputs(64, 1100, targets=(_every(64, 6),), batch=1, ranks="random"), small=False),
+        Case(
+            "uniform",
+            Inputs(15, 22, targets=((3, 14, -1), (0, 1, 2)), ranks="random", lengths=(22, 9), masked_rows="uniform"),
+        ),
+        Case("dropout", Inputs(30, targets=(_every(30, 3),) * 2, ranks="random", dropout_p=0.3, seed=-5)),
+        Case("dropout of everything", Inputs(10, targets=((1,), (2,)), dropout_p=1.0, seed=0)),
+        Case("float32 parameters", Inputs(23, targets=((1, 2), (9, 22)), wide=True, ranks="random")),
+        Case("strided", Inputs(21, targets=((1, 2), (9, 20)), ranks="random", layout="strided")),
+        Case("scale negative", Inputs(15, targets=((1, 2), (9, 14)), scale=-0.3)),
+        Case("huge", Inputs(25, targets=((1, 2), (9, 24)), ranks="random", magnitude=20.0)),
+        Case("tiny", Inputs(25, targets=((1, 2), (9, 24)), ranks="random", magnitude=1e-3)),
+        Case(
+            "emulated",
+            Inputs(200, targets=40, batch=1, head_size=64, layout="apart", ranks="order"),
+            {Use.EMULATION: HALF},
+        ),
+        *(
+            Case(f"D={d}", _RANKS.sized(2, 512, d, 12), compiled(d, HALF if d == 64 else ()))
+            for d in HEAD_SIZES
+            if d <= 128
+        ),
+        *(
+            case
+            for batch, length in ((8, 128), (4, 512))
+            for case in timed(_xlnet(batch, length), {Use.RACE: BOTH}, {Use.RACE: BOTH})
+        ),
+        *timed(_xlnet(1, 2048), {Use.RACE: BOTH}, {Use.RACE: BOTH, Use.PREFER: BOTH}),
+        *(
+            case
+            for batch, length, head_size in ((1, 128, 64), (8, 2048, 64), (1, 128, 128), (1, 2048, 128), (8, 2048, 128))
+            for case in timed(_xlnet(batch, length, head_size), both={Use.PREFER: BOTH})
+        ),
     ),
     bad=(
         Bad(
@@ -257,8 +304,6 @@ SPEC = Spec(
     ),
     tiles=True,
     terms=_terms,
-    flops=lambda a: 6 * (a["content_query"].numel() + a["query_query"].numel()) * a["key"].shape[1],
-    bytes_moved=lambda a: sum(
-        a[n].numel() * a[n].element_size() for n in (*_STREAMS, *_STREAMS, "key", "value", "position_key")
-    ),
+    flops=_flops,
+    bytes_moved=_bytes_moved,
 )
