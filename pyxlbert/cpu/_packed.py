@@ -16,20 +16,20 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 PackedLinear = _C.cpu.PackedLinear
 
 
-def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool) -> PackedLinear | None:
+def gains(weights: Sequence[Tensor]) -> bool:
+    """Whether a product with these weights, packed, is faster than one with them as they are."""
+    return _C.level() != "portable" and all(one.numel() and one.dtype in DTYPE for one in weights)
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> PackedLinear:
     """The weights `[N, K]` of some layers, one below the other, in the order of the active instruction-set level.
 
     Args:
-        weights: CPU tensors of one dtype and K; any strides.
+        weights: CPU tensors of one dtype and K; any strides, no dimension 0.
         biases: one for each, or None.
         quantised: as eight-bit integers with a scale for each output.
-
-    Returns:
-        None if there is nothing to gain: without AVX2, or if there is no weight.
     """
     first = weights[0]
-    if _C.level() == "portable" or any(one.numel() == 0 for one in weights) or first.dtype not in DTYPE:
-        return None
     bias = None if biases is None else torch.cat([one.detach().reshape(-1).float() for one in biases])
     parts = [(one.data_ptr(), one.shape[0], *one.stride()) for one in weights]
     return PackedLinear(parts, 0 if bias is None else bias.data_ptr(), first.shape[1], DTYPE[first.dtype], quantised)

@@ -129,6 +129,28 @@ class Stack:
         return y, y_stream
 
 
+def encoder_layer_fwd(call: Any) -> Tensor:
+    """See `pyxlbert.reference.encoder_layer.encoder_layer_fwd`."""
+    hidden, width = call.x.shape[-1], call.out_weight.shape[1]
+    x = call.x.contiguous()
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if x.dtype is torch.bfloat16 and (hidden % 2 or width % 2):
+        # Pairs of bfloat16 are multiplied, and a row of an odd number is no row of pairs.
+        x = x.float()
+
+    def packed(name: str) -> _packed.PackedLinear:
+        bias = getattr(call, f"{name}_bias")
+        return _packed.pack([getattr(call, f"{name}_weight").to(x.dtype)], None if bias is None else [bias])
+
+    norms = [(getattr(call, f"{n}_weight"), getattr(call, f"{n}_bias"), call.eps) for n in ("attention_norm", "norm")]
+    layer = Layer((packed("qkv"),), *map(packed, ("out", "up", "down")), *norms, call.activation)
+    head_size = width // call.num_heads
+    masks = (call.cu_seqlens, call.key_lengths, call.attention_mask, call.bias)
+    places = Places(call.num_heads, head_size, head_size**-0.5, *masks)
+    return Stack([layer], hidden).run(x, x.float(), places, None, 0, 1)[0].to(call.x.dtype)
+
+
 def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
     """The native description of a call's rows, and the tensors that must live as long as it does."""
     packed = places.cu_seqlens is not None

@@ -4,6 +4,7 @@ from pyxlbert.ops.attention import attention
 from pyxlbert.ops.bias_gelu import bias_gelu
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
+from pyxlbert.ops.encoder_layer import encoder_layer
 from pyxlbert.ops.layer_norm import layer_norm
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.linear_gelu import linear_gelu
@@ -15,6 +16,7 @@ __all__ = [
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
+    "encoder_layer",
     "layer_norm",
     "linear",
     "linear_gelu",

@@ -14,8 +14,8 @@ except ImportError:  # backend "cpu" is not here
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> Any:
-    """See `pyxlbert.cpu._packed.pack`; None without backend "cpu"."""
-    return None if _packed is None else _packed.pack(weights, biases, quantised)
+    """See `pyxlbert.cpu._packed.pack`; None if there is nothing to gain."""
+    return _packed.pack(weights, biases, quantised) if _packed is not None and _packed.gains(weights) else None
 
 
 def readable(packed: Any) -> bool:

@@ -155,6 +155,7 @@ class Spec:
         vendor: set where backend "cpu" calls a vendor's library: what the common suite cannot ask of it, in one
             sentence.  Such an op has no instruction-set levels of its own, and the same bits are asked of it for
             the same number of threads only.
+        composed: with a gradient to come it is made of other ops, and has no backward of its own.
         tiles: the cpu backend has a version for bfloat16 tiles; without one, level "amx" is "avx512_bf16" again.
     """
 
@@ -170,6 +171,7 @@ class Spec:
     dtypes: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
     terms: Callable[[str, Arguments, tuple[torch.Tensor, ...]], torch.Tensor | float | None] | None = None
     vendor: str | None = None
+    composed: bool = False
     tiles: bool = False
 
     @property
