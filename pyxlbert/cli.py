@@ -21,7 +21,7 @@ import pyxlbert
 from pyxlbert import backends
 from pyxlbert.files import whole_file
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
 # Packages whose versions matter in a report; read from their metadata, so that none is imported.
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyxlbert.backends import native
 from pyxlbert.backends.choice import OPS, PREFERENCE, explain
-from pyxlbert.backends.native import choose_level, emulate_cuda
+from pyxlbert.backends.native import choose_level, emulate_cuda, multiplies_bfloat16
 from pyxlbert.backends.presence import NAMES, available, unavailable
 from pyxlbert.backends.switches import (
     allow_atomics,
@@ -32,6 +32,7 @@ __all__ = [
     "default_backward",
     "emulate_cuda",
     "explain",
+    "multiplies_bfloat16",
     "unavailable",
     "use_backend",
 ]

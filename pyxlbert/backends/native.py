@@ -31,6 +31,11 @@ def emulate_cuda(kernels: ModuleType) -> None:
     cuda_kernels, cuda_is_emulated = kernels, True
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the active instruction-set level has products of bfloat16; elsewhere they are products of float32."""
+    return _C is not None and _C.level() in ("avx512_bf16", "amx")
+
+
 def choose_level() -> None:
     """Takes the instruction-set level that PYXLBERT_ISA names.
 

@@ -357,6 +357,7 @@ class BertModel(BertPreTrainedModel):
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
+        self.pack_if_due()
         layout = self._arrange(given, cu_seqlens, max_seqlen)
         stream = self._embed(given, layout)
         ran = self._run(stream, given, layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
+from pyxlbert.nn.packing import PacksItself
 
 _CHECKPOINT_OPTIONS = {
     "use_reentrant",
@@ -30,13 +32,14 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= _NAMED_AT_MOST else f"{shown} and {len(names) - _NAMED_AT_MOST} more"
 
 
-class PretrainedModel(torch.nn.Module):
+class PretrainedModel(PacksItself):
     """A model with a configuration that can be read from and written to a Hugging Face directory.
 
     Attributes:
         config: its configuration.
         loading_info: what `from_pretrained` found: ``missing_keys`` (set to fresh values) and ``unexpected_keys``
             (left out). None for a model that was not loaded.
+        packs: how an encoder packs its weights at its first forward pass without gradients: see `from_pretrained`.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -167,6 +170,7 @@ class PretrainedModel(torch.nn.Module):
         config: ModelConfig | None = None,
         dtype: torch.dtype | str | None = "auto",
         output_loading_info: bool = False,
+        pack: bool | None = None,
         **overrides: Any,
     ) -> Self | tuple[Self, dict[str, list[str]]]:
         """A model in evaluation mode, read from a local Hugging Face directory.
@@ -180,6 +184,9 @@ class PretrainedModel(torch.nn.Module):
             config: used in place of ``config.json``.
             dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's.
             output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
+            pack: whether the encoder packs its linear layers at its first forward pass without gradients on the CPU,
+                which takes their memory a second time (`pyxlbert.pack`). None: unless the environment says
+                PYXLBERT_PACK=0.
             overrides: fields of the configuration to replace, such as ``num_labels=3``; also ``add_pooling_layer``
                 where the constructor takes it. `torch_dtype` is another name of `dtype`.
 
@@ -236,6 +243,8 @@ class PretrainedModel(torch.nn.Module):
         model.loading_info = {"missing_keys": sorted(missing), "unexpected_keys": sorted(unexpected)}
         cls._report(model.loading_info, directory)
         model.eval()
+        wanted_packed = os.environ.get("PYXLBERT_PACK") != "0" if pack is None else pack
+        model.base_model.packs = "own" if wanted_packed else None
         return (model, model.loading_info) if output_loading_info else model
 
     @classmethod

@@ -308,6 +308,7 @@ class XLNetModel(XLNetPreTrainedModel):
             max_seqlen,
             reads,
         )
+        self.pack_if_due()
         arranged = arrange(given, config, self.word_embedding.weight)
         layout = self._layout(arranged)
         content, query = self._embed(given, arranged)

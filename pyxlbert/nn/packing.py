@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from pyxlbert import backends
 from pyxlbert.ops import _packed
 from pyxlbert.ops._torch import is_zerotensor, watched
+
+_LOG = logging.getLogger("pyxlbert")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,41 @@ class Packable(torch.nn.Module):
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         self.packed = None
         super()._load_from_state_dict(*arguments, **options)
+
+
+class PacksItself(torch.nn.Module):
+    """A model that packs its weights when it first runs for inference, and again after whatever has dropped them.
+
+    Attributes:
+        packs: None: it does not; "own": in its own dtype; "int8".
+        pack_due: whether it has not done so since.
+    """
+
+    packs: str | None = None
+    pack_due = True
+
+    def train(self, mode: bool = True) -> PacksItself:
+        self.pack_due = self.pack_due or mode
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self.pack_due = True
+        return super()._apply(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.pack_due = True
+        super()._load_from_state_dict(*arguments, **options)
+
+    def pack_if_due(self) -> None:
+        """Packs before a forward pass whose copies may be used."""
+        if self.packs is None or not self.pack_due or self.training or torch.is_grad_enabled():
+            return
+        first = next(self.parameters())
+        if torch.compiler.is_compiling() or not first.is_cpu or torch.is_autocast_enabled("cpu"):
+            return
+        pack(self, None if self.packs == "own" else self.packs)
+        size = sum(one.numel() * one.element_size() for one in self.parameters() if one.dim() > 1) >> 20
+        _LOG.info("%s: linear layers are packed, at most %d MB; pack=False leaves that out", type(self).__name__, size)
 
 
 class PackedWeight:
@@ -201,11 +239,14 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
                 copies[product] = packed
         if len(copies) == len(module.packed_products()):
             module.packed = copies
+    for module in model.modules():
+        if isinstance(module, PacksItself):
+            module.packs, module.pack_due = module.packs and (dtype or "own"), False
     return model
 
 
 def unpack(model: torch.nn.Module) -> torch.nn.Module:
-    """Drops what `pack` has kept.
+    """Drops what `pack` has kept, and what a model was to pack by itself.
 
     Args:
         model: any module.
@@ -220,6 +261,8 @@ def unpack(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, Packable):
             module.packed = None
+        elif isinstance(module, PacksItself):
+            module.packs = None
     return model
 
 

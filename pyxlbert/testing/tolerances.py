@@ -58,6 +58,9 @@ INT8 = 2e-2
 # Worst 1 - cosine of a sentence vector against transformers in float32.
 COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}
 
+# The same in eight-bit integers.
+COSINE_INT8 = 1e-2
+
 # A contestant of a race that is not held to plain PyTorch's error, relative to the largest element: it may round as it
 # likes, and what is further off computes something else.
 CONTESTANT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}

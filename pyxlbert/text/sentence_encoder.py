@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pyxlbert import backends
 from pyxlbert.files import read_optional_json
 from pyxlbert.models import BertModel, XLNetModel
 from pyxlbert.nn.packing import pack
@@ -45,12 +46,17 @@ class SentenceEncoder:
             speed.
         tokenizer: gives at most as many tokens as the model has positions.
         modules: what happens after the model; None is mean pooling without normalisation.
+        quantised: multiply in the layers by eight-bit integers: see `pyxlbert.pack`.
     """
 
     def __init__(
-        self, model: BertModel | XLNetModel, tokenizer: TextTokenizer, modules: SentenceModules | None = None
+        self,
+        model: BertModel | XLNetModel,
+        tokenizer: TextTokenizer,
+        modules: SentenceModules | None = None,
+        quantised: bool = False,
     ) -> None:
-        self.model = pack(model.eval().requires_grad_(False))
+        self.model = pack(model.eval().requires_grad_(False), "int8" if quantised else None)
         self.tokenizer = tokenizer
         modules = SentenceModules() if modules is None else modules
         # XLNet's classification token stands behind the text.
@@ -58,21 +64,25 @@ class SentenceEncoder:
         self.modules = replace(modules, modes=tuple(map(self._mode, modules.modes)))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> SentenceEncoder:
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | str = torch.float32) -> SentenceEncoder:
         """Reads a Hugging Face or sentence-transformers directory.
 
         Args:
             directory: a model's folder. With `modules.json` its pooling, dense layers and normalisation are followed;
                 without it texts are mean-pooled.
-            dtype: of the model's weights and products; vectors are float32 always.
+            dtype: of the model's weights and products; vectors are float32 always. "int8" multiplies in the layers by
+                eight-bit integers, with all else in bfloat16 where the processor multiplies it, in float32 elsewhere.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
             ValueError: a file is corrupt or asks for what is not supported; the message names it.
             TypeError: `dtype` is not one that models run in.
         """
+        quantised = dtype == "int8"
+        if quantised:
+            dtype = torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16 or torch.float16")
+            raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16, torch.float16 or 'int8'")
         modules, folder = read_modules(directory)
         with warnings.catch_warnings():
             # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
@@ -91,7 +101,7 @@ class SentenceEncoder:
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
                 f"{model.config.vocab_size}"
             )
-        return cls(model, tokenizer, modules)
+        return cls(model, tokenizer, modules, quantised)
 
     def _mode(self, mode: str) -> str:
         return self._cls if mode == "cls" else mode

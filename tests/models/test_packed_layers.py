@@ -370,3 +370,74 @@ def test_a_max_seqlen_that_is_too_small_is_named() -> None:
     cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)
     with torch.no_grad(), pytest.raises(ValueError, match="max_seqlen: got 4, wanted at least 6"):
         model()(input_ids=ids(9), cu_seqlens=cu_seqlens, max_seqlen=4)
+
+
+def _packed(one: PretrainedModel) -> bool:
+    return one.encoder.layer[0].attention.self.packed is not None
+
+
+@pytest.fixture
+def directory(tmp_path):
+    pyxlbert.unpack(model()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_loaded_model_packs_itself(directory, runs: list[bool], caplog) -> None:
+    loaded = BertModel.from_pretrained(directory)
+    assert not _packed(loaded)
+    loaded(ids(1, 5))
+    assert not _packed(loaded) and not any(runs)
+    with caplog.at_level("INFO", "pyxlbert"), torch.inference_mode():
+        loaded(ids(1, 5))
+    assert _packed(loaded) and runs[-1]
+    assert [record.message for record in caplog.records if "packed" in record.message]
+    for drop in (lambda: loaded.train().eval(), lambda: loaded.load_state_dict(loaded.state_dict()), loaded.bfloat16):
+        drop()
+        assert not _packed(loaded)
+        with torch.no_grad():
+            loaded(ids(1, 5))
+        assert _packed(loaded) and runs[-1]
+    pyxlbert.unpack(loaded)
+    with torch.no_grad():
+        loaded(ids(1, 5))
+    assert not _packed(loaded)
+
+
+def test_a_loaded_model_stays_in_integers(directory) -> None:
+    loaded = pyxlbert.pack(BertModel.from_pretrained(directory), dtype="int8")
+    with torch.no_grad():
+        before = loaded(ids(1, 5)).last_hidden_state
+        loaded.train().eval()
+        compare.same_bits("again", loaded(ids(1, 5)).last_hidden_state, before)
+        plain = BertModel.from_pretrained(directory)(ids(1, 5)).last_hidden_state
+    assert not torch.equal(plain, before)
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_loaded_model_need_not_pack_itself(directory, how: str, monkeypatch) -> None:
+    if how == "environment":
+        monkeypatch.setenv("PYXLBERT_PACK", "0")
+    loaded = BertModel.from_pretrained(directory, **{"pack": False} if how == "argument" else {})
+    with torch.no_grad():
+        loaded(ids(1, 5))
+    assert not _packed(loaded)
+    assert BertModel.from_pretrained(directory, pack=True).packs == "own"
+
+
+def test_memory_stays_flat_over_new_lengths() -> None:
+    """A library keeps something for each number of rows that it meets; a workspace has the largest size there was."""
+    packed, generator = model(torch.bfloat16), torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 400, (600,), generator=generator).tolist()
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    with torch.inference_mode():
+        packed(ids(3, 400))
+        for length in lengths[:100]:
+            packed(ids(1, length))
+        before = resident()
+        for length in lengths[100:]:
+            packed(ids(1, length))
+    assert resident() < 1.05 * before

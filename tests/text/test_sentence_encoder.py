@@ -356,3 +356,29 @@ def test_prompts_of_a_wrong_type(tmp_path: Path) -> None:
     (root / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query", "prompts": ["query"]}')
     with pytest.raises(ValueError, match=r"config_sentence_transformers\.json: prompts"):
         SentenceEncoder.from_pretrained(root)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8"])
+def test_a_vector_has_the_same_bits_in_any_company(directory: Path, dtype: torch.dtype | str) -> None:
+    encoder = SentenceEncoder.from_pretrained(directory, dtype)
+    alone = [encoder.encode(text) for text in TEXTS]
+    for batch_size in (1, 2, 3, 8):
+        for vector, other in zip(encoder.encode(TEXTS, batch_size=batch_size), alone, strict=True):
+            assert np.array_equal(vector, other)
+    # On another number of threads, in another order, after other calls.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        turned = encoder.encode(TEXTS[::-1], batch_size=5)[::-1]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(np.array_equal(vector, other) for vector, other in zip(turned, alone, strict=True))
+
+
+def test_eight_bit_integers(directory: Path, encoder: SentenceEncoder) -> None:
+    found, wanted = (one.encode(TEXTS) for one in (SentenceEncoder.from_pretrained(directory, "int8"), encoder))
+    cosine = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert 1 - cosine.min() < tolerances.COSINE_INT8
+    assert np.abs(found - wanted).max() > tolerances.MODEL_FLOAT32 * np.abs(wanted).max(), "it is not in integers"
+    with pytest.raises(TypeError, match=r"dtype: got 'int4', wanted .* or 'int8'"):
+        SentenceEncoder.from_pretrained(directory, "int4")
