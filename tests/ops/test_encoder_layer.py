@@ -87,7 +87,8 @@ def test_sums_of_integers_are_exact(level: str, inner: int) -> None:
     error = (found - exact).abs()
     rounding = tolerances.TERMS * torch.finfo(torch.float32).eps * (x.abs().double() @ weight.abs().double().t())
     assert (error <= slack + rounding).all()
-    assert (error > rounding).sum() <= max(2, found.numel() // 20), "more than ties"
+    # A tie in x is seen in every column, one in the weight in every row.
+    assert (error > rounding).sum() <= 2 * weight.shape[0], "more than ties"
 
 
 def test_infinities_stay_in_their_rows() -> None:
