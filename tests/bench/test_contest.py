@@ -10,6 +10,7 @@ from pyxlbert.bench import limits, on_gpu, ops, report, tables
 from pyxlbert.bench.contest import poisons
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Failed, Timing, copies_for, race
+from small_cases import small
 
 from pyxlbert.testing import tolerances
 
@@ -40,9 +41,9 @@ def test_a_race_builds_as_many_inputs_as_the_cache_asks_for(monkeypatch) -> None
     def build() -> ops.Built:
         x = torch.randn(8)
         built.append(x)
-        return ops.Built(lambda: taken.append(x) or 2 * x, {"peer": lambda: x + x}, lambda: 2 * x.double())
+        return ops.Built(lambda: taken.append(x) or 2 * x, {"peer": lambda: x + x}, lambda: 2 * x.double(), 32)
 
-    found = ops.Race("double", "8", torch.float32, build, 32, rounds=2).run(cache_bytes=100)
+    found = ops.Race("double", "8", torch.float32, build, rounds=2).run(cache_bytes=100)
     assert len(built) == 7 and not found.failed
     assert {id(x) for x in taken} == {id(x) for x in built}
     assert len({float(x[0]) for x in built}) == 7
@@ -67,15 +68,15 @@ def test_what_poisons_a_process() -> None:
 
 
 def test_on_a_gpu_nothing_is_timed_without_a_truth(monkeypatch) -> None:
-    race = ops.Race("x", "y", torch.float32, lambda: ops.Built(lambda: None, {}, None), 4)
+    race = ops.Race("x", "y", torch.float32, lambda: ops.Built(lambda: None, {}, None, 4))
     with pytest.raises(ValueError, match=r"x y torch\.float32: got no truth, wanted one"):
         race.run("meta", cache_bytes=0)
 
 
-# One of every kind, the last in the list: of few sequences.
+# One of every kind, the last in the list, on few tokens.
 TINY = {
     (race.subject, race.case.partition(" ")[2]): race
-    for race in on_gpu.races(32, (8, 16, 32), 1)
+    for race in on_gpu.races(small)
     if isinstance(race, ops.Race) and race.dtype is torch.bfloat16
 }
 
