@@ -315,7 +315,7 @@ def race_of(spec: Spec, case: Case, dtype: torch.dtype, rounds: int | None = Non
 ROUNDS = {"attention": (11, 7), "relative_attention": (9, 5), "two_stream_attention": (9, 9)}
 # What a suite of the command holds.
 SUITES = {
-    "ops": tuple(name for name in SPECS if name not in ("relative_attention", "two_stream_attention")),
+    "ops": (*(name for name in SPECS if "attention" not in name), "attention"),
     "attention": ("attention",),
     "relative": ("relative_attention",),
     "two_stream": ("two_stream_attention",),
