@@ -47,7 +47,7 @@ class Opponents(NamedTuple):
     peers: dict[str, Peer]
 
 
-def first_is_right(**peers: Peer) -> Opponents:
+def first_is_right(peers: dict[str, Peer]) -> Opponents:
     """The first peer in float64 is the truth."""
     first = next(iter(peers.values()))
     return Opponents(lambda a: first.bind(first.change(a)), peers)
@@ -143,13 +143,13 @@ def _attention(case: Case) -> Opponents:
             "SDPA over padding": Peer(_over_padding, _padded, _over_padding),
         }
         return Opponents(_by_padding, peers)
-    bound = Peer(sdpa, _with_mask)
+    peers = {"SDPA": Peer(sdpa, _with_mask)}
     # With dropout the two draw different masks: the op suite compares them, bit by bit.
-    return Opponents(None, {"SDPA": bound}) if case.inputs.dropout_p else first_is_right(SDPA=bound)
+    return Opponents(None, peers) if case.inputs.dropout_p else first_is_right(peers)
 
 
 def _rows(name: str, bind: Bind) -> Callable[[Case], Opponents]:
-    return lambda case: first_is_right(**{name: Peer(bind)})
+    return lambda case: first_is_right({name: Peer(bind)})
 
 
 OPPONENTS: dict[str, Callable[[Case], Opponents]] = {

@@ -187,7 +187,7 @@ class Drawn:
         self.arguments = spec.make(case.inputs, self._draw)
         self.part = _some_heads(case.inputs) if isinstance(case.inputs, Scores) else _itself
         self._cotangents: dict[tuple[int, torch.Size], torch.Tensor] = {}
-        self._projections: dict[int, torch.Tensor] = {}
+        self._projection: torch.Tensor | None = None
 
     def call(self, bind: Bind, change: Change = unchanged) -> Call:
         """The call of a contestant on the arguments, or on what it changes them to."""
@@ -236,11 +236,12 @@ class Drawn:
         together = [arguments[name] for name in slices]
         if getattr(self.case.inputs, "layout", "") != "fused" or len({x.shape for x in together}) != 1:
             return {name: arguments[name] for name in names}
-        # Contestants of the same tensors share the projection.
-        place = id(arguments["key"])
-        if place not in self._projections:
-            self._projections[place] = torch.stack(together, -3)
-        return {slices: self._projections[place]} | {name: arguments[name] for name in names if name not in slices}
+        # Contestants on the same tensors share the projection.
+        shared = all(arguments[name] is self.arguments[name] for name in slices)
+        if shared and self._projection is None:
+            self._projection = torch.stack(together, -3)
+        projection = self._projection if shared else torch.stack(together, -3)
+        return {slices: projection} | {name: arguments[name] for name in names if name not in slices}
 
     def cotangent(self, place: int, shape: torch.Size) -> torch.Tensor:
         """Of an output by its place; the same for all whose output has this shape, drawn when it is first asked for."""

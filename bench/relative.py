@@ -79,8 +79,5 @@ def _attention(a: Arguments) -> Call:
 def opponents(case: Case) -> Opponents:
     """See `Opponents`."""
     given = {} if case.gradients else {"SDPA, bias given": Peer(sdpa, _with_bias)}
-    return first_is_right(
-        **{"einsum, gather, SDPA": Peer(_einsum), "transformers": Peer(_transformers)},
-        **given,
-        **{"pyxlbert attention": Peer(_attention, own=sdpa)},
-    )
+    plain = {"einsum, gather, SDPA": Peer(_einsum), "transformers": Peer(_transformers)}
+    return first_is_right({**plain, **given, "pyxlbert attention": Peer(_attention, own=sdpa)})
