@@ -11,24 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import apart, lengths, models, on_gpu, ops, relative, report, two_stream
+from pyxlbert.bench import apart, lengths, models, on_gpu, ops, report
 from pyxlbert.bench.report import Row
 
 # By the device that they run on.
-SUITES = {"cpu": ("ops", "attention", "relative", "two_stream", "lengths", "models", "text"), "cuda": ("gpu",)}
+SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text"), "cuda": ("gpu",)}
 # glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 
 
 def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
-    if suite == "ops":
-        return ops.races()
-    if suite == "attention":
-        return ops.attention_races()
-    if suite == "relative":
-        return relative.races()
-    if suite == "two_stream":
-        return two_stream.races()
+    if suite in ops.SUITES:
+        return ops.races(suite)
     if suite == "lengths":
         return lengths.races()
     if suite == "models":

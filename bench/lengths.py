@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pyxlbert.bench import memory
-from pyxlbert.bench.relative import Problem
+from pyxlbert.bench import memory, ops
 from pyxlbert.bench.report import Row, is_peer
 from pyxlbert.bench.timer import race
 
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+from pyxlbert.testing.specs._spec import Case, Use
+
 SUBJECT = "relative_attention by length"
 
 
@@ -21,32 +21,33 @@ SUBJECT = "relative_attention by length"
 class LengthRace:
     """One sequence, 12 heads of 64."""
 
-    problem: Problem
+    case: Case
+    dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{SUBJECT} {self.problem.case} {self.problem.dtype}"
+        return f"{SUBJECT} {self.case.id} {self.dtype}"
 
     def run(self) -> Row:
         """Measures the memory of each contestant in its own process; those that fit are timed, taking turns."""
-        problem = self.problem
-        names = problem.contestants()
-        peaks = {name: memory.measure(problem, name) for name in names}
+        peaks = {name: memory.measure(self.case, self.dtype, name) for name in memory.contestants(self.case)}
         failed = {name: f"needs more than {memory.MOST >> 30} GiB" for name, peak in peaks.items() if peak is None}
         torch.manual_seed(0)
-        inputs = problem.inputs()
-        calls = {name: problem.call(name, inputs) for name in names if name not in failed}
-        timings = race(calls, rounds=3 if problem.length >= 4096 else 7)
-        dtype = str(problem.dtype).removeprefix("torch.")
+        drawn = ops.Drawn(memory.SPEC, self.case, self.dtype)
+        calls = {name: memory.call_of(drawn, name) for name in peaks if name not in failed}
+        timings = race(calls, rounds=3 if self.case.inputs.queries >= 4096 else 7)
+        dtype = str(self.dtype).removeprefix("torch.")
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        return Row(SUBJECT, problem.case, dtype, timings, problem.limit(), failed=failed, memory=known)
+        return Row(SUBJECT, self.case.id, dtype, timings, drawn.limit(), failed=failed, memory=known)
 
 
 def races() -> Iterator[LengthRace]:
     """Every race of `python -m pyxlbert.bench lengths`."""
     for dtype in (torch.float32, torch.bfloat16):
-        for backward in (False, True):
-            for length in LENGTHS:
-                yield LengthRace(Problem(1, length, dtype, backward))
+        for gradients in (False, True):
+            cases = [case for case in memory.SPEC.used(Use.LENGTHS) if case.gradients == gradients]
+            for case in sorted(cases, key=lambda case: case.inputs.queries):
+                if dtype in case.uses[Use.LENGTHS]:
+                    yield LengthRace(case, dtype)
 
 
 def draw(results: Path, picture: Path) -> None:
@@ -62,12 +63,14 @@ def draw(results: Path, picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in json.loads(results.read_text(encoding="utf-8"))["rows"] if row["subject"] == SUBJECT]
+    forward = [case for case in memory.SPEC.used(Use.LENGTHS) if not case.gradients]
+    names, ticks = memory.contestants(forward[0]), sorted(case.inputs.queries for case in forward)
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey="row", layout="constrained")
     kinds = [(dtype, backward) for dtype in ("float32", "bfloat16") for backward in (False, True)]
     for column, (dtype, backward) in enumerate(kinds):
         of_kind = [row for row in rows if row["dtype"] == dtype and ("backward" in row["case"]) == backward]
         lengths = dict(sorted((int(row["case"].split("x")[1]), row) for row in of_kind))
-        for index, name in enumerate(Problem(1, 1, torch.float32).contestants()):
+        for index, name in enumerate(names):
             style = {"label": name, "color": f"C{index}", "marker": "o", "linewidth": 1 if index else 2}
             timed = [(t, row["timings"][name]["median"]) for t, row in lengths.items() if name in row["timings"]]
             peaks = [(t, max(row["memory"][name], 1e6) / 1e6) for t, row in lengths.items() if name in row["memory"]]
@@ -80,7 +83,7 @@ def draw(results: Path, picture: Path) -> None:
         axes[1, column].set_xlabel("tokens")
         for axis in axes[:, column]:
             axis.set_yscale("log", base=10)
-            axis.set_xticks(LENGTHS, [str(length) for length in LENGTHS], rotation=45)
+            axis.set_xticks(ticks, [str(length) for length in ticks], rotation=45)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("seconds a call")

@@ -1,4 +1,4 @@
-"""Peak memory of one contestant of `relative.Problem`, in a process of its own."""
+"""Peak memory of one contestant of relative attention, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,19 +6,36 @@ import argparse
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
-from pyxlbert.bench.relative import Problem
+from pyxlbert.bench import ops
 
 from pyxlbert.testing.memory import peak_memory
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import Case
 
 MOST = 20 << 30  # bytes; what asks for more has failed
+SPEC = SPECS["relative_attention"]
 
 
-def measure(problem: Problem, name: str) -> int | None:
+def contestants(case: Case) -> tuple[str, ...]:
+    """Ours first."""
+    return ("pyxlbert", *ops.opponents_of(SPEC, case).peers)
+
+
+def call_of(drawn: ops.Drawn, name: str) -> ops.Call:
+    """The contestant's call; all that it is given is made before."""
+    drawn.cotangent(0, drawn.arguments["query"].shape)
+    if name == "pyxlbert":
+        return drawn.call(ops.ours(SPEC))
+    peer = ops.opponents_of(SPEC, drawn.case).peers[name]
+    return drawn.call(peer.bind, peer.change)
+
+
+def measure(case: Case, dtype: torch.dtype, name: str) -> int | None:
     """Bytes above inputs and results of a call in a fresh process, or None where MOST is not enough."""
-    command = [sys.executable, "-m", __spec__.name, name, str(problem.batch), str(problem.length)]
-    command += [str(problem.dtype).removeprefix("torch."), *(["--backward"] if problem.backward else [])]
+    command = [sys.executable, "-m", __spec__.name, name, case.id, str(dtype).removeprefix("torch.")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return int(done.stdout)
@@ -31,16 +48,14 @@ def main() -> None:
     """Prints the bytes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
-    parser.add_argument("batch", type=int)
-    parser.add_argument("length", type=int)
+    parser.add_argument("case")
     parser.add_argument("dtype")
-    parser.add_argument("--backward", action="store_true")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
-    problem = Problem(options.batch, options.length, getattr(torch, options.dtype), options.backward)
-    small = Problem(1, 16, problem.dtype, problem.backward)
-    small.call(options.name, small.inputs())()
-    print(peak_memory(problem.call(options.name, problem.inputs())))
+    case, dtype = next(case for case in SPEC.cases if case.id == options.case), getattr(torch, options.dtype)
+    small = replace(case, inputs=case.inputs.sized(1, 16, case.inputs.head_size))
+    call_of(ops.Drawn(SPEC, small, dtype), options.name)()
+    print(peak_memory(call_of(ops.Drawn(SPEC, case, dtype), options.name)))
 
 
 if __name__ == "__main__":

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pyxlbert.bench import ops
 from pyxlbert.bench.contest import contest
-from pyxlbert.bench.ops import AttentionShape, Built, Call, Race
-from pyxlbert.bench.relative import Problem
+from pyxlbert.bench.ops import Built, Call, Race
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Contestants, Tell, Timing, nobody, race_on, running
 
 import pyxlbert
 from pyxlbert.backends import measured
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._spec import HALF, Case, Spec, Use
 
-TOKENS = 16384
 ROUNDS = 51
 
 
@@ -33,82 +34,32 @@ def with_compiled(race: Race) -> Race:
         first = next(iter(built.peers.values()))
         return built._replace(peers=built.peers | {"torch.compile": torch.compile(first)})
 
-    return replace(race, build=build, rounds=ROUNDS)
-
-
-def packed_attention(batch: int, length: int, dtype: torch.dtype) -> Race:
-    """Sequences of half the length on average, packed, against the padded form and against SDPA over every position."""
-    heads, size = 12, 64
-
-    def build() -> Built:
-        qkv = torch.randn(batch, length, 3, heads, size).to(dtype)
-        lengths = torch.linspace(1, length, batch).round().to(torch.int32)
-        real = torch.arange(length)[None] < lengths[:, None]
-        packed = qkv[real]
-        offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        part = ops.some_heads(length, heads)
-
-        def sdpa(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-            return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in x.unbind(2)), mask).transpose(1, 2)
-
-        def padded() -> torch.Tensor:
-            return sdpa(part(qkv).double(), real[:, None, None])
-
-        return Built(
-            lambda: pyxlbert.attention(*packed.unbind(1), cu_seqlens=offsets, max_seqlen=length),
-            {
-                "pyxlbert, padded": lambda: pyxlbert.attention(*qkv.unbind(2), key_lengths=lengths),
-                "SDPA over padding": lambda: sdpa(qkv),
-            },
-            lambda: padded()[real],
-            {"pyxlbert, padded": padded, "SDPA over padding": lambda: sdpa(part(qkv).double())},
-            part,
-        )
-
-    case = f"{batch}x{length}x{heads}x{size} 50% full, packed"
-    return Race("attention", case, dtype, build, 3 * batch * length * heads * size * dtype.itemsize // 2, None, ROUNDS)
+    return replace(race, build=build)
 
 
 @dataclass(frozen=True)
 class HostRace:
     """What a small call costs on the host: many of them in a row, while the GPU has less to do than the host."""
 
-    op: str
+    spec: Spec
+    case: Case
+    dtype: torch.dtype
     calls: int = 500
 
     def __str__(self) -> str:
-        return f"host time {self.op}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.op == "layer_norm" else torch.bfloat16
+        return f"host time {self.spec.name}"
 
     def row(self, timings: dict[str, Timing], failed: dict[str, str]) -> Row:
         """See `Race`; the limit is the target."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return Row("host time of a call", self.op, dtype, timings, 25e-6, failed=failed)
+        return Row("host time of a call", self.spec.name, dtype, timings, 25e-6, failed=failed)
 
     def run(self, device: str, *, tell: Tell = nobody, without: Mapping[str, str] | None = None) -> Row:
         """See `Race`."""
         torch.manual_seed(0)
         with torch.device(device):
-            x, weight, bias = torch.randn(16, 768), torch.randn(768), torch.randn(768)
-            q, k, v = (torch.randn(1, 16, 12, 64).bfloat16() for _ in range(3))
-        turned = [y.transpose(1, 2) for y in (q, k, v)]
-        contestants: Contestants = {
-            "layer_norm": {
-                "F.layer_norm": lambda: F.layer_norm(x, (768,), weight, bias),
-                "pyxlbert": lambda: pyxlbert.layer_norm(x, weight, bias),
-            },
-            "attention": {
-                "SDPA": lambda: F.scaled_dot_product_attention(*turned).transpose(1, 2),
-                "pyxlbert": lambda: pyxlbert.attention(q, k, v),
-            },
-        }[self.op]
-        truth = {
-            "layer_norm": lambda: F.layer_norm(x.double(), (768,), weight.double(), bias.double()),
-            "attention": lambda: F.scaled_dot_product_attention(*(y.double() for y in turned)).transpose(1, 2),
-        }[self.op]()
+            built = ops.race_of(self.spec, self.case, self.dtype).build()
+        truth = built.truth()
 
         def check(name: str, output: torch.Tensor) -> None:
             compare.close(name, output, truth, tolerances.CONTESTANT[self.dtype])
@@ -123,7 +74,7 @@ class HostRace:
             return timings
 
         with torch.no_grad():
-            return self.row(*contest([contestants], check, timer, tell=tell, without=without))
+            return self.row(*contest([built.contestants()], check, timer, tell=tell, without=without))
 
     def _sample(self, call: Callable[[], object], device: str) -> float:
         wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -263,50 +214,35 @@ def with_backends(race: Race) -> Race:
     return replace(race, build=build)
 
 
-def races(tokens: int = TOKENS, lengths: Sequence[int] = (512, 2048, 8192), layers: int = 12) -> Iterator[Any]:
+def races(change: Callable[[Case], Case] = lambda case: case, layers: int = 12) -> Iterator[Any]:
     """Every race of `python -m pyxlbert.bench gpu`, the targets first.
 
     Args:
-        tokens: rows, or tokens of attention.
-        lengths: of sequences, three: tests take small ones.
+        change: of every case: tests take small ones.
         layers: of the models.
     """
-    for race in _races(tokens, lengths, layers):
-        yield with_backends(race) if isinstance(race, Race) else race
-
-
-def _races(tokens: int, lengths: Sequence[int], layers: int) -> Iterator[Any]:
-    half = torch.bfloat16
-    short, middle, _ = lengths
-    for op in ("layer_norm", "attention"):
-        yield HostRace(op)
-    for length in lengths:
-        batch = tokens // length
-        for backward in (False, True):
-            yield replace(Problem(batch, length, half, backward).race(), rounds=ROUNDS)
-            yield replace(ops.attention(AttentionShape(batch, length, 12, 64), half, backward=backward), rounds=ROUNDS)
-    yield from _row_races(tokens, short, 768)
-    yield packed_attention(tokens // short, short, half)
-    yield packed_attention(tokens // middle, middle, half)
-    for backward in (False, True):
-        for shape in (AttentionShape(8, middle, 8, 128), AttentionShape(8, middle, 12, 64, 0.5)):
-            yield replace(ops.attention(shape, half, backward=backward), rounds=ROUNDS)
+    for spec in SPECS.values():
+        for case in spec.used(Use.HOST):
+            for dtype in case.uses[Use.HOST]:
+                yield HostRace(spec, case, dtype)
+    scores, rows = ("relative_attention", "attention"), [name for name in SPECS if "attention" not in name]
+    (half,) = HALF
+    yield from _races(Use.TARGET, scores, half, change)
+    yield from _races(Use.TARGET, rows, half, change)
+    yield from _races(Use.GPU, scores, half, change)
     for training in (False, True):
-        yield ModelRace("BERT-base", tokens // short, short, training=training, layers=layers)
-        yield ModelRace("BERT-base", tokens // short, short, fill=0.5, training=training, layers=layers)
-        yield ModelRace("XLNet-base", tokens // short, short, training=training, layers=layers)
-    yield ModelRace("XLNet-base", tokens // middle, middle, layers=layers)
-    for columns in (384, 1024):
-        yield from _row_races(tokens, short, columns)
-    yield with_compiled(ops.layer_norm(tokens, 768, torch.float32))
-    yield replace(Problem(tokens // middle, middle, torch.float32).race(), rounds=ROUNDS)
-    yield replace(ops.attention(AttentionShape(8, middle, 12, 64), torch.float32), rounds=ROUNDS)
+        yield ModelRace("BERT-base", 32, 512, training=training, layers=layers)
+        yield ModelRace("BERT-base", 32, 512, fill=0.5, training=training, layers=layers)
+        yield ModelRace("XLNet-base", 32, 512, training=training, layers=layers)
+    yield ModelRace("XLNet-base", 8, 2048, layers=layers)
+    yield from _races(Use.GPU, rows, half, change)
+    yield from _races(Use.GPU, (*rows, *scores), torch.float32, change)
 
 
-def _row_races(tokens: int, length: int, columns: int) -> Iterator[Race]:
-    half = torch.bfloat16
-    yield with_compiled(ops.layer_norm(tokens, columns, half))
-    yield with_compiled(ops.layer_norm(tokens, columns, half, backward=True))
-    yield with_compiled(ops.dropout_add_layer_norm(tokens, columns, half))
-    yield with_compiled(ops.bias_gelu(tokens, 4 * columns, half, "none"))
-    yield with_compiled(ops.embedding_layer_norm(tokens // length, length, columns, half))
+def _races(use: Use, names: Iterable[str], dtype: torch.dtype, change: Callable[[Case], Case]) -> Iterator[Race]:
+    """Of every op in turn: a run that is out of time has met them all."""
+    turns = [[(SPECS[name], case) for case in SPECS[name].used(use) if dtype in case.uses[use]] for name in names]
+    for turn in itertools.zip_longest(*turns):
+        for spec, case in (one for one in turn if one is not None):
+            race = ops.race_of(spec, change(case), dtype, ROUNDS)
+            yield with_backends(race if isinstance(case.inputs, Scores) else with_compiled(race))

@@ -1,24 +1,27 @@
-"""Races of single ops: ours against plain PyTorch on the shapes that the models use."""
+"""Races of single ops: ours against plain PyTorch and others, on the cases that the specs say are timed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from pyxlbert.bench import limits
+from pyxlbert.bench import limits, relative, two_stream
 from pyxlbert.bench.contest import Check, contest
+from pyxlbert.bench.opponents import OPPONENTS, Bind, Call, Opponents, unchanged
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Tell, Timing, copies_for, nobody, race_on
 
-import pyxlbert
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._spec import Arguments, Case, Draw, Spec, Use, as_tuple, to_float64
 
-Call = Callable[[], Any]
+Change = Callable[[Arguments], Arguments]
+Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +35,8 @@ class Built(NamedTuple):
         ours: our call, or None where those of ours are peers of each other.
         peers: the others by name; those of ours are called "pyxlbert ...".
         truth: the float64 value of their common output, or None where nothing can be compared.
+        bytes: that a call reads at least; a rotation over copies of the inputs goes by it.
+        limit: seconds at the machine's limit.
         own: of those that compute something else, their truth.
         part: what of an output the truths have computed: long sequences are compared for some heads alone.
     """
@@ -39,6 +44,8 @@ class Built(NamedTuple):
     ours: Call | None
     peers: dict[str, Call]
     truth: Call | None
+    bytes: int
+    limit: Callable[[], float] | None = None
     own: dict[str, Call] = {}  # noqa: RUF012
     part: Callable[[torch.Tensor], torch.Tensor] = _itself
 
@@ -61,8 +68,6 @@ class Race:
     Attributes:
         subject, case, dtype: see `Row`.
         build: makes the contestants on inputs of their own.
-        bytes: that a call reads at least; a rotation over copies of the inputs goes by it.
-        limit: seconds at the machine's limit.
         rounds: of the timer.
         note: see `Row`.
     """
@@ -71,8 +76,6 @@ class Race:
     case: str
     dtype: torch.dtype
     build: Callable[[], Built]
-    bytes: int
-    limit: Callable[[], float] | None = None
     rounds: int = 11
     note: str = ""
 
@@ -109,11 +112,12 @@ class Race:
             torch._dynamo.reset()
         cached = limits.cache_size(device) if cache_bytes is None else cache_bytes
         with torch.device(device):
-            builts = [self.build() for _ in range(copies_for(self.bytes, cached))]
-            if device != "cpu" and builts[0].truth is None:
+            first = self.build()
+            builts = [first, *(self.build() for _ in range(copies_for(first.bytes, cached) - 1))]
+            if device != "cpu" and first.truth is None:
                 raise ValueError(f"{self}: got no truth, wanted one: nothing is timed that was not checked")
-            check = _checker(self, builts[0], device)
-            limit = self.limit() if self.limit else None
+            check = _checker(self, first, device)
+            limit = first.limit() if first.limit else None
         timings, failed = contest(
             [built.contestants() for built in builts],
             check,
@@ -161,260 +165,168 @@ def lazily(make: Callable[[], Call]) -> Call:
     return lambda: made()()
 
 
-def _bytes_limit(count: int) -> Callable[[], float]:
-    return lambda: count / limits.copy_bandwidth()
+class Drawn:
+    """One copy of a case's inputs, on torch's default device.
 
+    Args:
+        spec: of the op.
+        case: forward and backward where it says so.
+        dtype: of the tensors.
 
-def _gradients(function: Call, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> Call:
-    """Forward and backward together."""
+    Attributes:
+        arguments: of the op.
+        part: of what the truths compute: all heads, or the first and the last where all are too much for float64.
+    """
 
-    def call() -> tuple[torch.Tensor, ...]:
-        output = function()
-        return (output.detach(), *torch.autograd.grad(output, inputs, cotangent))
+    def __init__(self, spec: Spec, case: Case, dtype: torch.dtype) -> None:
+        self.spec, self.case = spec, case
+        device = torch.get_default_device()
+        self._draw = Draw(torch.Generator(device), dtype, device)
+        # Copies have different numbers.
+        self._draw.generator.manual_seed(int(torch.randint(2**31, (), device="cpu")))
+        self.arguments = spec.make(case.inputs, self._draw)
+        self.part = _some_heads(case.inputs) if isinstance(case.inputs, Scores) else _itself
+        self._cotangents: dict[tuple[int, torch.Size], torch.Tensor] = {}
+        self._projection: torch.Tensor | None = None
 
-    return call
+    def call(self, bind: Bind, change: Change = unchanged) -> Call:
+        """The call of a contestant on the arguments, or on what it changes them to."""
+        return self._call(bind, change(self.arguments), _itself)
 
+    def exact(self, bind: Bind, change: Change = unchanged) -> Call:
+        """The same in float64, of the part that is compared."""
 
-def layer_norm(rows: int, columns: int, dtype: torch.dtype, backward: bool = False) -> Race:
-    """layer_norm against F.layer_norm."""
+        def call() -> Any:
+            wide = to_float64(change(self.arguments))
+            if self.part is not _itself:
+                wide = {name: self.part(x) if self._has_heads(x) else x for name, x in wide.items()}
+            return self._call(bind, wide, self.part)()
 
-    def build() -> Built:
-        x = torch.randn(rows, columns).to(dtype)
-        weight, bias = torch.randn(columns).to(dtype), torch.randn(columns).to(dtype)
-        inputs = [t.requires_grad_(backward) for t in (x, weight, bias)]
+        return call
 
-        def ours() -> torch.Tensor:
-            return pyxlbert.layer_norm(*inputs, eps=1e-5)
+    def _has_heads(self, x: Any) -> bool:
+        sizes = (self.case.inputs.heads, self.case.inputs.head_size)
+        return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-2:] == sizes
 
-        def plain() -> torch.Tensor:
-            return F.layer_norm(x, (columns,), weight, bias, 1e-5)
+    def _call(self, bind: Bind, arguments: Arguments, part: Part) -> Call:
+        if not self.case.gradients:
+            return bind(arguments)
+        leaves = {name: x.detach().requires_grad_() for name, x in self._leaves(arguments).items()}
+        given = arguments | {name: x for name, x in leaves.items() if isinstance(name, str)}
+        for names, projection in leaves.items():
+            if not isinstance(names, str):
+                # What is a view has no memory of its own for backward to free: the graph may begin outside of the call.
+                given |= dict(zip(names, projection.unbind(-3), strict=True))
+        run, inputs = bind(given), list(leaves.values())
 
-        dy = torch.randn(rows, columns).to(dtype) if backward else None
-
-        def truth() -> Any:
-            wide = [t.detach().double().requires_grad_(backward) for t in inputs]
-            forward = lambda: F.layer_norm(wide[0], (columns,), wide[1], wide[2], 1e-5)  # noqa: E731
-            return forward() if dy is None else _gradients(forward, wide, dy.double())()
-
-        if dy is None:
-            return Built(ours, {"F.layer_norm": plain}, truth)
-        return Built(_gradients(ours, inputs, dy), {"F.layer_norm": _gradients(plain, inputs, dy)}, truth)
-
-    size = rows * columns * dtype.itemsize
-    kind = " forward+backward" if backward else ""
-    moved = _bytes_limit(size * (5 if backward else 2))
-    return Race("layer_norm", f"{rows}x{columns}{kind}", dtype, build, size, moved)
-
-
-def dropout_add_layer_norm(rows: int, columns: int, dtype: torch.dtype) -> Race:
-    """The residual sum and LayerNorm in one pass against two."""
-
-    def build() -> Built:
-        x, residual = (torch.randn(rows, columns).to(dtype) for _ in range(2))
-        weight, bias = torch.randn(columns).to(dtype), torch.randn(columns).to(dtype)
-
-        def ours() -> torch.Tensor:
-            return pyxlbert.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-12)
-
-        def plain() -> torch.Tensor:
-            return F.layer_norm(x + residual, (columns,), weight, bias, 1e-12)
-
-        def truth() -> torch.Tensor:
-            total = x.double() + residual.double()
-            return F.layer_norm(total, (columns,), weight.double(), bias.double(), 1e-12)
-
-        return Built(ours, {"F.layer_norm(x + r)": plain}, truth)
-
-    size = rows * columns * dtype.itemsize
-    return Race("dropout_add_layer_norm", f"{rows}x{columns}", dtype, build, 2 * size, _bytes_limit(3 * size))
-
-
-def bias_gelu(rows: int, columns: int, dtype: torch.dtype, approximate: str) -> Race:
-    """bias and GELU in one pass against two."""
-
-    def build() -> Built:
-        x, bias = torch.randn(rows, columns).to(dtype), torch.randn(columns).to(dtype)
-        return Built(
-            lambda: pyxlbert.bias_gelu(x, bias, approximate=approximate),
-            {"F.gelu(x + b)": lambda: F.gelu(x + bias, approximate=approximate)},
-            lambda: F.gelu(x.double() + bias.double(), approximate=approximate),
-        )
-
-    size = rows * columns * dtype.itemsize
-    return Race("bias_gelu", f"{rows}x{columns} {approximate}", dtype, build, size, _bytes_limit(2 * size))
-
-
-def embedding_layer_norm(batch: int, length: int, hidden: int, dtype: torch.dtype) -> Race:
-    """Three look-ups, their sum and LayerNorm in one pass."""
-
-    def build() -> Built:
-        word, position, kind = (torch.randn(n, hidden).to(dtype) for n in (30522, 512, 2))
-        weight, bias = torch.randn(hidden).to(dtype), torch.randn(hidden).to(dtype)
-        ids = torch.randint(0, 30522, (batch, length))
-        types, places = torch.zeros_like(ids), torch.arange(length).expand(batch, length)
-
-        def look_up(w: torch.Tensor, p: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return F.embedding(ids, w) + F.embedding(places, p) + F.embedding(types, k)
-
-        def plain() -> torch.Tensor:
-            return F.layer_norm(look_up(word, position, kind), (hidden,), weight, bias, 1e-12)
-
-        def truth() -> torch.Tensor:
-            total = look_up(word.double(), position.double(), kind.double())
-            return F.layer_norm(total, (hidden,), weight.double(), bias.double(), 1e-12)
-
-        return Built(
-            lambda: pyxlbert.embedding_layer_norm(ids, word, kind, position, weight, bias),
-            {
-                "F.embedding, F.layer_norm": lambda: F.layer_norm(
-                    look_up(word, position, kind), (hidden,), weight, bias, 1e-12
-                )
-            },
-            truth,
-        )
-
-    # Many rows of the words' table are read more than once; as many as there are tokens are written.
-    size = batch * length * hidden * dtype.itemsize
-    case = f"{batch}x{length}x{hidden}"
-    return Race("embedding_layer_norm", case, dtype, build, size, _bytes_limit(2 * size))
-
-
-def linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype, gelu: bool = False) -> Race:
-    """The vendor's GEMM through our guard against F.linear (and F.gelu)."""
-
-    def build() -> Built:
-        x, weight, bias = (torch.randn(*s).to(dtype) for s in ((rows, inputs), (outputs, inputs), (outputs,)))
-        weight = weight * inputs**-0.5
-        wide = lambda: [t.double() for t in (x, weight, bias)]  # noqa: E731
-        if gelu:
-            return Built(
-                lambda: pyxlbert.linear_gelu(x, weight, bias),
-                {"F.gelu(F.linear)": lambda: F.gelu(F.linear(x, weight, bias))},
-                lambda: F.gelu(F.linear(*wide())),
+        def call() -> tuple[torch.Tensor | None, ...]:
+            outputs = as_tuple(run())
+            cotangents = [self._cotangent_of(place, x, part) for place, x in enumerate(outputs)]
+            return (
+                *(x.detach() for x in outputs),
+                *torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True),
             )
-        return Built(
-            lambda: pyxlbert.linear(x, weight, bias),
-            {"F.linear": lambda: F.linear(x, weight, bias)},
-            lambda: F.linear(*wide()),
-        )
 
-    name = "linear_gelu" if gelu else "linear"
-    flops = 2 * rows * outputs * inputs
-    size = (rows + outputs) * inputs * dtype.itemsize
-    case = f"{rows}x{inputs}->{outputs}"
-    return Race(name, case, dtype, build, size, lambda: flops / limits.gemm_rate(dtype))
+        return call
+
+    def _leaves(self, arguments: Arguments) -> dict[str | tuple[str, ...], torch.Tensor]:
+        """What gets gradients, by name; slices of one projection are one leaf, as in a model, by all of their names."""
+        names = self.spec.leaves(arguments)
+        slices = tuple(name for name in names if name in ("query", "content_query", "key", "value"))
+        together = [arguments[name] for name in slices]
+        if getattr(self.case.inputs, "layout", "") != "fused" or len({x.shape for x in together}) != 1:
+            return {name: arguments[name] for name in names}
+        # Contestants on the same tensors share the projection.
+        shared = all(arguments[name] is self.arguments[name] for name in slices)
+        if shared and self._projection is None:
+            self._projection = torch.stack(together, -3)
+        projection = self._projection if shared else torch.stack(together, -3)
+        return {slices: projection} | {name: arguments[name] for name in names if name not in slices}
+
+    def cotangent(self, place: int, shape: torch.Size) -> torch.Tensor:
+        """Of an output by its place; the same for all whose output has this shape, drawn when it is first asked for."""
+        if (place, shape) not in self._cotangents:
+            self._cotangents[place, shape] = self._draw.normal(*shape)
+        return self._cotangents[place, shape]
+
+    def _cotangent_of(self, place: int, output: torch.Tensor, part: Part) -> torch.Tensor:
+        shape = output.shape
+        if part is not _itself:
+            shape = torch.Size((*shape[:-2], self.case.inputs.heads, shape[-1]))
+        return part(self.cotangent(place, shape)).to(output.dtype)
+
+    def limit(self) -> float:
+        """Seconds at the machine's limit: of its GEMM, or of its memory."""
+        spec, backward = self.spec, self.case.gradients
+        if spec.flops is not None:
+            return spec.flops(self.arguments, backward) / limits.gemm_rate(self._draw.dtype)
+        return spec.bytes_moved(self.arguments, backward) / limits.copy_bandwidth()
+
+    @property
+    def bytes(self) -> int:
+        """That a call reads at least of its inputs: half of what it moves, a fifth with backward."""
+        return self.spec.bytes_moved(self.arguments, self.case.gradients) // (5 if self.case.gradients else 2)
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """B sequences of T tokens, H heads of D; `fill` of the keys are real."""
-
-    batch: int
-    length: int
-    heads: int
-    head_size: int
-    fill: float = 1.0
-
-    def __str__(self) -> str:
-        filled = "" if self.fill == 1.0 else f" {self.fill:.0%} full"
-        return f"{self.batch}x{self.length}x{self.heads}x{self.head_size}{filled}"
-
-
-def some_heads(length: int, heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _some_heads(inputs: Scores) -> Part:
     """Of tensors `[..., H, D]` all heads, or the first and the last where all are too much for float64."""
-    step = 1 if length <= 512 else max(1, heads - 1)
-    return lambda x: x[..., ::step, :]
+    if inputs.longest <= 512 or inputs.heads <= 2:
+        return _itself
+    return lambda x: x[..., :: inputs.heads - 1, :]
 
 
-def attention(
-    shape: AttentionShape,
-    dtype: torch.dtype,
-    *,
-    backward: bool = False,
-    dropout_p: float = 0.0,
-    bias_gradient: bool = False,
-) -> Race:
-    """attention against SDPA with a boolean padding mask (or the bias); q, k, v are views of one projection."""
-    b, t, h, d = shape.batch, shape.length, shape.heads, shape.head_size
-    gradients = backward or bias_gradient
+def opponents_of(spec: Spec, case: Case) -> Opponents:
+    """What ours races against."""
+    others = {"relative_attention": relative.opponents, "two_stream_attention": two_stream.opponents}
+    return (OPPONENTS | others)[spec.name](case)
+
+
+def ours(spec: Spec, **options: str) -> Bind:
+    """Our call."""
+    return lambda arguments: partial(spec.function, **arguments, **options)
+
+
+def race_of(spec: Spec, case: Case, dtype: torch.dtype, rounds: int | None = None) -> Race:
+    """The race of a case; of `rounds`, or of as many as its length allows."""
 
     def build() -> Built:
-        qkv = torch.randn(b, t, 3, h, d).to(dtype)
-        lengths = torch.linspace(max(1, t * (2 * shape.fill - 1)), t, b).round().to(torch.int32)
-        keep = torch.arange(t)[None] < lengths[:, None]  # [B, T]
-        mask = keep[:, None, None]
-        x_is_full = qkv.is_cuda and shape.fill == 1.0
-        bias = torch.randn(1, h, t, t).to(dtype) if bias_gradient else None
-        leaves = [qkv, bias] if bias_gradient else [qkv]
-        dy = torch.randn(b, t, h, d).to(dtype)
+        drawn, against = Drawn(spec, case, dtype), opponents_of(spec, case)
+        return Built(
+            drawn.call(ours(spec)),
+            {
+                # What is changed is made when it is first called: if that fails, it is this peer's failure.
+                name: drawn.call(peer.bind)
+                if peer.change is unchanged
+                else lazily(partial(drawn.call, peer.bind, peer.change))
+                for name, peer in against.peers.items()
+            },
+            drawn.exact(against.truth) if against.truth is not None else None,
+            drawn.bytes,
+            drawn.limit,
+            {name: drawn.exact(peer.own, peer.change) for name, peer in against.peers.items() if peer.own is not None},
+            drawn.part,
+        )
 
-        def ours_of(qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            q, k, v = qkv.unbind(2)
-            if bias is not None:
-                return pyxlbert.attention(q, k, v, bias=bias, dropout_p=dropout_p)
-            return pyxlbert.attention(q, k, v, key_lengths=lengths, dropout_p=dropout_p)
-
-        def plain_of(qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-            # SDPA's flash path takes no mask.
-            given = (None if x_is_full else mask) if bias is None else bias
-            return F.scaled_dot_product_attention(q, k, v, given, dropout_p).transpose(1, 2)
-
-        def call(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], cotangent: torch.Tensor) -> Call:
-            tensors = [x.detach().requires_grad_(gradients) for x in tensors]
-            second = tensors[1] if bias_gradient else None
-            forward = lambda: function(tensors[0], second)  # noqa: E731
-            return _gradients(forward, tensors, cotangent.to(tensors[0].dtype)) if gradients else forward
-
-        part = some_heads(t, h)
-
-        def truth() -> Any:
-            return call(plain_of, [part(x).double() if x is qkv else x.double() for x in leaves], part(dy))()
-
-        # With dropout the two draw different masks: nothing to compare (the op suite does, bit by bit).
-        wanted = truth if dropout_p == 0 else None
-        return Built(call(ours_of, leaves, dy), {"SDPA": call(plain_of, leaves, dy)}, wanted, part=part)
-
-    kind = " forward+backward" if gradients else ""
-    kind += " bias gradient" if bias_gradient else ""
-    kind += f" dropout {dropout_p}" if dropout_p else ""
-    flops = 4 * b * h * t * t * d * (3.5 if gradients else 1)
-    return Race(
-        "attention",
-        f"{shape}{kind}",
-        dtype,
-        build,
-        3 * b * t * h * d * dtype.itemsize,
-        lambda: flops / limits.gemm_rate(dtype),
-        rounds=7 if t >= 2048 else 11,
-    )
+    usual, long = ROUNDS.get(spec.name, (11, 11))
+    is_long = isinstance(case.inputs, Scores) and case.inputs.longest >= 2048
+    return Race(spec.name, case.id, dtype, build, rounds or (long if is_long else usual))
 
 
-def races() -> Iterator[Race]:
-    """Every race of `python -m pyxlbert.bench ops`."""
+# Of the timer, and for sequences of 2048 and more.
+ROUNDS = {"attention": (11, 7), "relative_attention": (9, 5), "two_stream_attention": (9, 9)}
+# What a suite of the command holds.
+SUITES = {
+    "ops": (*(name for name in SPECS if "attention" not in name), "attention"),
+    "attention": ("attention",),
+    "relative": ("relative_attention",),
+    "two_stream": ("two_stream_attention",),
+}
+
+
+def races(suite: str) -> Iterator[Race]:
+    """Every race of `python -m pyxlbert.bench SUITE`."""
     for dtype in (torch.float32, torch.bfloat16):
-        for rows, columns in ((16, 384), (1024, 768), (4096, 384)):
-            yield layer_norm(rows, columns, dtype)
-            yield dropout_add_layer_norm(rows, columns, dtype)
-        yield layer_norm(1024, 768, dtype, backward=True)
-        yield bias_gelu(1024, 3072, dtype, "none")
-        yield bias_gelu(1024, 3072, dtype, "tanh")
-        yield embedding_layer_norm(8, 128, 768, dtype)
-        for rows in (16, 1024):
-            yield linear(rows, 768, 768, dtype)
-            yield linear(rows, 3072, 768, dtype, gelu=True)
-    yield from attention_races()
-
-
-def attention_races() -> Iterator[Race]:
-    """Every race of `python -m pyxlbert.bench attention`."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch, length in ((32, 16), (32, 32), (16, 64), (8, 128), (2, 512), (1, 2048), (1, 8192)):
-            yield attention(AttentionShape(batch, length, 12, 64), dtype)
-        yield attention(AttentionShape(8, 512, 12, 64, fill=0.56), dtype)
-        yield attention(AttentionShape(8, 128, 12, 32), dtype)
-        for batch, length in ((8, 128), (2, 512), (1, 2048)):
-            yield attention(AttentionShape(batch, length, 12, 64), dtype, backward=True)
-            yield attention(AttentionShape(batch, length, 12, 64), dtype, backward=True, dropout_p=0.1)
-        yield attention(AttentionShape(2, 512, 12, 64), dtype, dropout_p=0.1)
-        yield attention(AttentionShape(2, 512, 12, 64), dtype, bias_gradient=True)
+        for name in SUITES[suite]:
+            for case in SPECS[name].used(Use.RACE):
+                if dtype in case.uses[Use.RACE]:
+                    yield race_of(SPECS[name], case, dtype)

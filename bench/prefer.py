@@ -13,141 +13,77 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyxlbert.bench import apart
-from pyxlbert.bench.ops import Built, Call, Race, some_heads
+from pyxlbert.bench.ops import Built, Drawn, Race, ours
 
-import pyxlbert
 from pyxlbert import backends, files
 from pyxlbert.backends import measured
+from pyxlbert.testing.specs import SPECS
+from pyxlbert.testing.specs._spec import Case, Spec, Use
 
-DTYPES = (torch.bfloat16, torch.float32)
-# Rows of ops on rows, and tokens of attention, in sequences of up to 2048.
-SIZES = (128, 2048, 16384)
-WIDTH = 768
-HEADS = 12
-VOCABULARY = 30000
-Forward = Callable[..., torch.Tensor]
+# What a model spends most of its time in first; of ops of scores by head size.
+ORDER = (
+    ("attention", 64),
+    ("relative_attention", 64),
+    ("layer_norm", 0),
+    ("dropout_add_layer_norm", 0),
+    ("bias_gelu", 0),
+    ("embedding_layer_norm", 0),
+    ("two_stream_attention", 64),
+    ("attention", 128),
+    ("relative_attention", 128),
+    ("two_stream_attention", 128),
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One op, forward and backward, at one size.
+    """One op, forward and backward, at one size."""
 
-    Attributes:
-        op: its name.
-        size: rows or tokens.
-        dtype: of the tensors.
-        head_size: 0 for ops on rows.
-    """
-
-    op: str
-    size: int
+    spec: Spec
+    case: Case
     dtype: torch.dtype
-    head_size: int = 0
 
     @property
-    def length(self) -> int:
-        """Of a sequence."""
-        return min(self.size, 2048)
+    def _deciding(self) -> torch.Tensor:
+        """The tensor that decides which backend is taken: the first of a floating dtype, without memory."""
+        arguments = self.spec.arguments(self.case, None, self.dtype, torch.device("meta"))
+        return next(x for x in arguments.values() if isinstance(x, torch.Tensor) and x.is_floating_point())
 
     @property
     def elements(self) -> int:
-        """Of the tensor that decides which backend is taken."""
-        if self.op == "embedding_layer_norm":
-            return VOCABULARY * WIDTH
-        if self.head_size:
-            return self.size * HEADS * self.head_size
-        return self.size * WIDTH * (4 if self.op == "bias_gelu" else 1)
+        """Of the tensor that decides."""
+        return self._deciding.numel()
 
     def key(self, capability: str) -> measured.Key:
         """Of `measured.json`."""
-        deciding = torch.empty(1, self.head_size, dtype=self.dtype, device="meta")
-        return measured.key_of(self.op, deciding, capability)
+        return measured.key_of(self.spec.name, self._deciding, capability)
 
     def race(self) -> Race:
         """Of both backends; "torch" takes part as the plain way, to whose error they are held."""
-        case = f"{self.size} tokens, D = {self.head_size}" if self.head_size else f"{self.size} rows"
-        # Of the words' table few rows are read, but its whole gradient is written.
-        return Race(self.op, case, self.dtype, self.build, self.elements * self.dtype.itemsize, rounds=11)
+        return Race(self.spec.name, self.case.id, self.dtype, self.build, rounds=11)
 
     def build(self) -> Built:
         """See `Race`."""
-        leaves, function = self._scores() if self.head_size else self._rows()
-        *leaves, dy = (x.to(self.dtype) for x in leaves)
-        part = some_heads(self.length, HEADS) if self.head_size else (lambda x: x)
-
-        def on(name: str, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> Call:
-            inputs = [x.detach().requires_grad_() for x in inputs]
-
-            def call() -> tuple[torch.Tensor, ...]:
-                with pyxlbert.use_backend(name):
-                    out = function(*inputs)
-                return (out.detach(), *torch.autograd.grad(out, inputs, cotangent))
-
-            return call
-
-        def truth() -> tuple[torch.Tensor, ...]:
-            return on("torch", [part(x).double() for x in leaves], part(dy).double())()
-
-        named = {f"pyxlbert {name}": on(name, leaves, dy) for name in measured.USUAL}
-        return Built(None, {"torch": on("torch", leaves, dy)} | named, truth, part=part)
-
-    def _rows(self) -> tuple[list[torch.Tensor], Forward]:
-        """The leaves, after them the cotangent, and a function of the leaves."""
-        n = self.size
-        vectors = [torch.randn(WIDTH), torch.randn(WIDTH)]
-        if self.op == "layer_norm":
-            return [torch.randn(n, WIDTH), *vectors, torch.randn(n, WIDTH)], pyxlbert.layer_norm
-        if self.op == "dropout_add_layer_norm":
-            # The same elements are dropped on every backend.
-            function = partial(pyxlbert.dropout_add_layer_norm, dropout_p=0.1, seed=1)
-            return [torch.randn(n, WIDTH), torch.randn(n, WIDTH), *vectors, torch.randn(n, WIDTH)], function
-        if self.op == "bias_gelu":
-            return [torch.randn(n, 4 * WIDTH), torch.randn(4 * WIDTH), torch.randn(n, 4 * WIDTH)], pyxlbert.bias_gelu
-        ids = torch.randint(0, VOCABULARY, (max(1, n // 128), min(n, 128)))
-        tables = [torch.randn(VOCABULARY, WIDTH), torch.randn(512, WIDTH)]
-        return [
-            *tables,
-            *vectors,
-            torch.randn(*ids.shape, WIDTH),
-        ], lambda words, places, w, b: pyxlbert.embedding_layer_norm(ids, words, None, places, w, b)
-
-    def _scores(self) -> tuple[list[torch.Tensor], Forward]:
-        shape = (self.size // self.length, self.length, HEADS, self.head_size)
-        q, k, v, g, dy, dg = (torch.randn(shape) for _ in range(6))
-        if self.op == "attention":
-            return [q, k, v, dy], pyxlbert.attention
-        table, *biases = (torch.randn(*rows, HEADS, self.head_size) for rows in ((2 * self.length,), (), ()))
-        # Scores of the size that a model's have.
-        given = [0.5 * table, *(0.3 * x for x in biases)]
-
-        def relative(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-            return pyxlbert.relative_attention(q, k, v, rest[0], content_bias=rest[1], position_bias=rest[2])
-
-        def both(q: torch.Tensor, g: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> Any:
-            biases = {"content_bias": rest[1], "position_bias": rest[2]}
-            return torch.cat(pyxlbert.two_stream_attention(q, g, k, v, rest[0], **biases))
-
-        if self.op == "relative_attention":
-            return [q, k, v, *given, dy], relative
-        return [q, g, k, v, *given, torch.cat((dy, dg))], both
+        drawn = Drawn(self.spec, self.case, self.dtype)
+        named = {f"pyxlbert {name}": drawn.call(ours(self.spec, backend=name)) for name in measured.USUAL}
+        plain = ours(self.spec, backend="torch")
+        return Built(None, {"torch": drawn.call(plain)} | named, drawn.exact(plain), drawn.bytes, part=drawn.part)
 
 
 def problems() -> Iterator[Problem]:
-    """All that is measured, what a model spends most of its time in first; the sizes of a key together."""
-    kinds = [(op, size) for size in (64, 128) for op in ("attention", "relative_attention", "two_stream_attention")]
-    rows = [(op, 0) for op in ("layer_norm", "dropout_add_layer_norm", "bias_gelu", "embedding_layer_norm")]
-    for dtype in DTYPES:
-        for op, head_size in (*kinds[:2], *rows, *kinds[2:]):
-            for size in SIZES:
-                yield Problem(op, size, dtype, head_size)
+    """All that is measured, in ORDER; the sizes of a key together, rising."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for op, head_size in ORDER:
+            found = [Problem(SPECS[op], case, dtype) for case in SPECS[op].used(Use.PREFER)]
+            found = [problem for problem in found if problem.key("").head_size == head_size]
+            yield from sorted(found, key=lambda problem: problem.elements)
 
 
 def races() -> Iterator[Race]:
@@ -178,7 +114,7 @@ def collect(
     wrong = 0
     for one in found:
         row = one.row
-        print(f"{row.subject:24} {row.case:24} {row.dtype}\n{row.details()}", flush=True)
+        print(f"{row.subject:24} {row.case:36} {row.dtype}\n{row.details()}", flush=True)
         wrong += bool(row.faults)
         seconds = [
             row.timings[f"pyxlbert {name}"].median for name in measured.USUAL if f"pyxlbert {name}" in row.timings

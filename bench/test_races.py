@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pyxlbert.bench import models, ops, relative, two_stream
+from pyxlbert.bench import models, ops
 
-ALL = (*ops.races(), *relative.races(), *two_stream.races())
+ALL = [race for suite in ("ops", "relative", "two_stream") for race in ops.races(suite)]
 OPS = [race for race in ALL if not any(f"x{length}x" in race.case for length in (2048, 8192))]
 MODELS = [
     replace(race, layers=2, rounds=3)

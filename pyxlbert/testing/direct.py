@@ -11,7 +11,7 @@ from pyxlbert.backends import OPS
 class Direct:
     """`Direct("triton").attention_fwd(query, key, ...)`: the schema's arguments less the backend, in their order.
 
-    For tests and for searches that measure or compile a kernel alone; nothing is checked.
+    For tests that call a kernel alone; nothing is checked.
     """
 
     def __init__(self, backend: str) -> None:

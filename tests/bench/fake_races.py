@@ -19,9 +19,9 @@ def race(case: str, peer: Callable[[torch.Tensor], Call], ours: Callable[[torch.
 
     def build() -> Built:
         x = torch.randn(SIZE)
-        return Built(ours(x), {"peer": peer(x), "other": right(x)}, lambda: 2 * x.double())
+        return Built(ours(x), {"peer": peer(x), "other": right(x)}, lambda: 2 * x.double(), 4 * SIZE)
 
-    return Race("double", case, torch.float32, build, 4 * SIZE, rounds=2)
+    return Race("double", case, torch.float32, build, rounds=2)
 
 
 def right(x: torch.Tensor) -> Call:

@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from pyxlbert.bench import ops, prefer
 from pyxlbert.bench.apart import Found
 from pyxlbert.bench.timer import Timing
+from small_cases import small
 
+from pyxlbert import backends
 from pyxlbert.backends import measured
+from pyxlbert.testing.specs._spec import as_tuple
 
 TIME = Timing(1e-3, 9e-4, 2e-3, 5)
-OPS = {(p.op, p.head_size) for p in prefer.problems() if p.head_size != 128}
+# One of every op.
+PROBLEMS = {p.spec.name: p for p in prefer.problems() if p.dtype is torch.float32 and p.key("").head_size != 128}
 
 
-@pytest.mark.parametrize(("op", "head_size"), sorted(OPS))
-def test_every_problem_is_checked(op: str, head_size: int, monkeypatch) -> None:
+@pytest.mark.parametrize("op", sorted(PROBLEMS))
+def test_every_problem_is_checked(op: str, monkeypatch) -> None:
     """Kernels run here in Triton's interpreter and in the emulation, or refuse; what is changed is not timed."""
-    monkeypatch.setattr(prefer, "VOCABULARY", 50)
-    monkeypatch.setattr(prefer, "WIDTH", 64)
     monkeypatch.setattr(ops, "race_on", lambda device, copies, **options: {name: TIME for name in copies[0]})
-    problem = prefer.Problem(op, 8, torch.float32, head_size)
+    problem = replace(PROBLEMS[op], case=small(PROBLEMS[op].case))
     row = problem.race().run()
     assert "torch" in row.timings and not row.faults
     assert {*row.timings, *row.failed} == {"torch", "pyxlbert cuda", "pyxlbert triton"}
     # In place of both, the CPU's: right, and then wrong.
     monkeypatch.setattr(measured, "USUAL", ("cpu", "torch"))
     assert set(problem.race().run().timings) == {"torch", "pyxlbert cpu", "pyxlbert torch"}
-    forward = prefer.Problem._scores if head_size else prefer.Problem._rows
 
-    def changed(self):
-        leaves, function = forward(self)
+    def wrong(**arguments):
+        outputs = as_tuple(problem.spec.function(**arguments))
+        return tuple(out if out.dtype is torch.float64 else 1.5 * out for out in outputs)
 
-        def wrong(*inputs):
-            out = function(*inputs)
-            return out if inputs[0].dtype is torch.float64 else 1.5 * out
-
-        return leaves, wrong
-
-    monkeypatch.setattr(prefer.Problem, forward.__name__, changed)
-    assert not problem.race().run().timings
+    changed = replace(problem, spec=replace(problem.spec, function=wrong))
+    assert not changed.race().run().timings
 
 
 def test_sizes_are_written_as_they_come(tmp_path) -> None:
     path = tmp_path / "measured.json"
     old = {"key": measured.Key("attention", "bfloat16", 64, "8.0")._asdict(), "times": [[1, 2.0, 3.0]]}
     path.write_text(json.dumps([old]))
-    given = [prefer.Problem("attention", size, torch.bfloat16, 64) for size in (128, 2048, 16384)]
+    given = [p for p in prefer.problems() if p.key("9.0") == measured.Key("attention", "bfloat16", 64, "9.0")]
     names = ("pyxlbert cuda", "pyxlbert triton")
     lines = []
 
@@ -68,5 +66,13 @@ def test_sizes_are_written_as_they_come(tmp_path) -> None:
 
 def test_the_keys_are_those_that_a_call_asks_for() -> None:
     for problem in prefer.problems():
-        tensor = torch.empty(3, problem.head_size or 768, dtype=problem.dtype, device="meta")
-        assert problem.key("9.0") == measured.key_of(problem.op, tensor, "9.0")
+        head_size = getattr(problem.case.inputs, "head_size", 0)
+        tensor = torch.empty(3, head_size or 768, dtype=problem.dtype, device="meta")
+        assert problem.key("9.0") == measured.key_of(problem.spec.name, tensor, "9.0")
+
+
+def test_every_key_is_measured_at_three_sizes() -> None:
+    found = list(prefer.problems())
+    keys = Counter(problem.key("9.0") for problem in found)
+    assert set(keys.values()) == {3} and len(found) == len({str(problem.race()) for problem in found})
+    assert {key.op for key in keys} == {name for name, op in backends.OPS.items() if "cuda" in op.backends}

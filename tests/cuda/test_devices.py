@@ -9,7 +9,7 @@ import torch
 from pyxlbert import backends
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Arguments, as_tuple, to_float64
+from pyxlbert.testing.specs._spec import Arguments, Case, Draw, Use, as_tuple, to_float64
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cuda") is not None, reason=str(backends.unavailable("cuda")))
 DEVICE = "cpu" if backends.cuda_is_emulated else "cuda"
@@ -51,7 +51,7 @@ def test_this_device_is_one_of_them() -> None:
 def results_of(op: str, arguments: Arguments, **options: str) -> list[torch.Tensor]:
     """The outputs, and the gradients of all that has one where those of the outputs are random."""
     spec = SPECS[op]
-    leaves = {n: arguments[n].detach().requires_grad_() for n in spec.differentiable if n in arguments}
+    leaves = {n: arguments[n].detach().requires_grad_() for n in spec.leaves(arguments)}
     outputs = as_tuple((spec.function if options else spec.plain)(**arguments | leaves, **options))
     generator = torch.Generator().manual_seed(4)
     cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
@@ -62,32 +62,16 @@ def results_of(op: str, arguments: Arguments, **options: str) -> list[torch.Tens
 @pytest.mark.parametrize("dtype", list(NORM), ids=str)
 @pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize(
-    ("op", "segments"),
-    [(op, some) for op in ("relative_attention", "two_stream_attention") for some in (False, True)]
-    + [("attention", False)],
+    ("op", "case"),
+    [(op, case) for op in SPECS if "attention" in op for case in SPECS[op].used(Use.EMULATION)],
+    ids=lambda value: value if isinstance(value, str) else value.id.replace(" ", "_"),
 )
 def test_little_shared_memory(
-    op: str, segments: bool, head_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    op: str, case: Case, head_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles for the 99 KiB of capability 8.6, 8.9 and 12.0; the emulation ends on a launch that asks for more."""
-    generator = torch.Generator().manual_seed(3)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    length, heads = 75, 2
-    given: Arguments = {"key": randn(2, length, heads, head_size), "value": randn(2, length, heads, head_size)}
-    given["content_query" if op == "two_stream_attention" else "query"] = randn(2, length, heads, head_size)
-    if op != "attention":
-        given |= {"position_key": randn(2 * length, heads, head_size), "content_bias": randn(heads, head_size)}
-        given["position_bias"] = randn(heads, head_size)
-        if segments:
-            given |= {"segment_bias": randn(heads, head_size), "segment_embedding": randn(2, heads, head_size)}
-            of_keys, of_queries = (torch.randint(2, (2, length), generator=generator).int() for _ in range(2))
-            given |= {"key_segments": of_keys, "query_segments": of_queries}
-    if op == "two_stream_attention":
-        given["query_query"] = randn(2, 20, heads, head_size)
-        given["target_positions"] = torch.randperm(length, generator=generator)[:20].int().expand(2, -1).contiguous()
+    draw = Draw(torch.Generator().manual_seed(3), dtype, torch.device("cpu"))
+    given = SPECS[op].make(case.inputs.sized(2, 75, head_size), draw)
     monkeypatch.setenv("CUDA_EMULATION_SHARED", str(99 * 1024))
     ours, truth = results_of(op, given, backend="cuda"), results_of(op, to_float64(given))
     for number, (x, wanted) in enumerate(zip(ours, truth, strict=True)):

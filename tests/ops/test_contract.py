@@ -21,7 +21,7 @@ from runners import (
 from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Bad, Spec, as_tuple, to_float64
+from pyxlbert.testing.specs._spec import Bad, Spec, Use, as_tuple, to_float64
 
 
 @pytest.mark.parametrize(("spec", "bad"), [(spec, bad) for spec in SPECS.values() for bad in spec.bad], ids=ids_of)
@@ -243,6 +243,22 @@ def test_transforms_are_named_errors(spec: Spec, gradients: bool) -> None:
                 transform(call)(x)
         # A tensor that takes no part stays what it is.
         torch.vmap(lambda _, x=x: call(x).detach())(torch.zeros(2))
+
+
+def test_every_op_has_cases_for_whoever_calls_it() -> None:
+    """An op without one would not be timed, compiled ahead or walked by the emulation, and nothing would say so."""
+    for name, spec in SPECS.items():
+        wanted = {Use.SUITE, Use.RACE}
+        if "triton" in OPS[name].backends:
+            wanted |= {Use.AHEAD, Use.AHEAD_ALL}
+        if "cuda" in OPS[name].backends:
+            wanted |= {Use.EMULATION, Use.PREFER}
+        assert wanted <= {use for case in spec.cases for use in case.uses}, name
+        for case in spec.cases:
+            # Small is said of the suite's cases alone.
+            assert case.uses and (case.small or Use.SUITE in case.uses), case.id
+            meta = spec.arguments(case, None, torch.float32, torch.device("meta"))
+            assert spec.bytes_moved(meta, False) <= spec.bytes_moved(meta, True)
 
 
 def test_specs_can_be_copied() -> None:
