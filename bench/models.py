@@ -18,6 +18,19 @@ from pyxlbert.testing import compare, tolerances
 
 
 @dataclass(frozen=True)
+class Size:
+    """Of an encoder."""
+
+    layers: int
+    hidden: int
+    inner: int
+
+
+# Heads of 64 and, of the small one, 32.
+SIZES = {"BERT-base": Size(12, 768, 3072), "MiniLM": Size(6, 384, 1536), "BERT 2 layers": Size(2, 768, 3072)}
+
+
+@dataclass(frozen=True)
 class ModelRace:
     """One shape of one dtype.
 
@@ -25,14 +38,16 @@ class ModelRace:
         batch, length: of the padded input.
         dtype: of the parameters.
         fill: share of the positions that hold a token; below 1, ours computes fewer rows.
-        layers: of the encoder.
+        size: of the model, a name of SIZES.
+        quantised: ours multiplies in eight-bit integers, beside the peers and ourselves in `dtype`.
     """
 
     batch: int
     length: int
     dtype: torch.dtype
     fill: float = 1.0
-    layers: int = 12
+    size: str = "BERT-base"
+    quantised: bool = False
     rounds: int = 7
 
     def __str__(self) -> str:
@@ -40,7 +55,7 @@ class ModelRace:
 
     @property
     def subject(self) -> str:
-        return "BERT-base" if self.layers == 12 else f"BERT {self.layers} layers"
+        return self.size + (" int8" if self.quantised else "")
 
     @property
     def case(self) -> str:
@@ -49,34 +64,43 @@ class ModelRace:
     def ours(self) -> peers.Call:
         """Our model alone."""
         hf, inputs = self._original()
-        return self._ours(hf, inputs)
+        return self._ours(hf, inputs, self.quantised)
 
     def run(self) -> Row:
         """Builds every contestant from the same weights, compares outputs with float32 transformers, then times."""
         hf, inputs = self._original()
         with torch.inference_mode():
             truth = hf(**inputs).last_hidden_state.clone()
-        ours = self._ours(hf, inputs)
+        ours = self._ours(hf, inputs, self.quantised)
         hf = hf.to(self.dtype)
         real = inputs["attention_mask"].bool()
-        if self.dtype is torch.float32:
+        if self.dtype is torch.float32 and not self.quantised:
             compare.close("pyxlbert", ours()[real], truth[real], tolerances.MODEL_FLOAT32)
         contestants, failed, errors = {"pyxlbert": ours}, {}, {"pyxlbert": _error(ours(), truth, real)}
-        for name, build in peers.PEERS.items():
+        builds = dict(peers.PEERS)
+        if self.quantised:
+            builds = {
+                "pyxlbert unquantised": lambda hf, inputs, _: self._ours(hf.float(), inputs, False),
+                "ONNX Runtime int8": lambda hf, inputs, _: peers.onnx_runtime(hf.float(), inputs, torch.float32, True),
+                "OpenVINO": peers.openvino,
+            }
+        for name, build in builds.items():
             try:
                 call = build(hf, inputs, self.dtype)
                 errors[name] = _error(call(), truth, real)
                 contestants[name] = call
             except Exception as error:  # a peer that fails is a line of the report
                 failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-        timings = race(contestants, rounds=self.rounds)
+        timings = race(contestants, rounds=self.rounds, rest=peers.REST)
         note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         if self.fill < 1:
             note = f"{float(real.float().mean()):.0%} full: ours computes fewer rows, less work; {note}"
         pairs = int(real.sum(1).square().sum())
-        flops = 2 * self.layers * (int(real.sum()) * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * pairs * 768)
-        dtype = str(self.dtype).removeprefix("torch.")
-        limit = flops / limits.gemm_rate(self.dtype)
+        size = SIZES[self.size]
+        products = int(real.sum()) * size.hidden * (4 * size.hidden + 2 * size.inner)
+        flops = 2 * size.layers * (products + 2 * pairs * size.hidden)
+        dtype = "int8" if self.quantised else str(self.dtype).removeprefix("torch.")
+        limit = None if self.quantised else flops / limits.gemm_rate(self.dtype)
         return Row(
             self.subject,
             self.case,
@@ -91,7 +115,14 @@ class ModelRace:
         from transformers import BertConfig, BertModel
 
         torch.manual_seed(0)
-        config = BertConfig(num_hidden_layers=self.layers, max_position_embeddings=max(512, self.length))
+        size = SIZES[self.size]
+        config = BertConfig(
+            num_hidden_layers=size.layers,
+            hidden_size=size.hidden,
+            intermediate_size=size.inner,
+            num_attention_heads=12,
+            max_position_embeddings=max(512, self.length),
+        )
         hf = BertModel(config, add_pooling_layer=False).eval()
         lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
         return hf, {
@@ -99,13 +130,13 @@ class ModelRace:
             "attention_mask": (torch.arange(self.length)[None] < lengths[:, None]).long(),
         }
 
-    def _ours(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> peers.Call:
+    def _ours(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor], quantised: bool) -> peers.Call:
         from pyxlbert.models import BertModel
 
         with tempfile.TemporaryDirectory() as folder:
             hf.save_pretrained(folder)
             model = BertModel.from_pretrained(folder, add_pooling_layer=False).to(self.dtype).eval()
-        pyxlbert.pack(model)
+        pyxlbert.pack(model, "int8" if quantised else None)
 
         def call() -> torch.Tensor:
             with torch.inference_mode():
@@ -155,7 +186,7 @@ class XLNetRace:
         flops = 2 * 12 * (products + 3 * rows * self.length * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
-        timings = race(contestants, rounds=self.rounds)
+        timings = race(contestants, rounds=self.rounds, rest=peers.REST)
         return Row("XLNet-base", f"{self.batch}x{self.length}", dtype, timings, limit, note)
 
 
@@ -251,10 +282,15 @@ def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> flo
 def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace]:
     """Every race of `python -m pyxlbert.bench models`."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield ModelRace(8, 128, dtype)
-        yield ModelRace(2, 512, dtype)
+        for batch, length in ((8, 128), (2, 512), (1, 128), (1, 16)):
+            yield ModelRace(batch, length, dtype)
         yield ModelRace(8, 128, dtype, fill=0.56)
+        for batch, length in ((32, 128), (32, 16), (1, 16)):
+            yield ModelRace(batch, length, dtype, size="MiniLM")
         yield XLNetRace(8, 128, dtype)
         yield XLNetRace(2, 512, dtype)
         yield XLNetRace(1, 2048, dtype, rounds=3)
         yield XLNetStepRace(4, 512, dtype)
+    for batch, length in ((8, 128), (1, 128), (1, 16)):
+        yield ModelRace(batch, length, torch.bfloat16, quantised=True)
+    yield ModelRace(32, 16, torch.bfloat16, size="MiniLM", quantised=True)

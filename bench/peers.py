@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+# Seconds before a contestant's turn, after which no thread of the last one spins any more.
+REST = 0.05
+
 Call = Callable[[], torch.Tensor]
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,14 +54,20 @@ class _Plain(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def onnx_runtime(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> Call:
+def onnx_runtime(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype, quantised: bool = False
+) -> Call:
     """`onnx_runtime_any` on fixed inputs."""
-    forward = onnx_runtime_any(model, dtype)
+    forward = onnx_runtime_any(model, dtype, quantised=quantised)
     return lambda: forward(inputs["input_ids"], inputs["attention_mask"])
 
 
-def onnx_runtime_any(model: torch.nn.Module, dtype: torch.dtype, spinning: bool = False) -> Forward:
+def onnx_runtime_any(
+    model: torch.nn.Module, dtype: torch.dtype, spinning: bool = False, quantised: bool = False
+) -> Forward:
     """ONNX Runtime after its transformer optimiser; float32 only, its CPU kernels have no bfloat16.
+
+    `quantised` is its dynamic quantisation: weights and activations in eight-bit integers, as its tool makes them.
 
     Without `spinning` its threads sleep between calls; they would hold a core while others have their turn.
     """
@@ -75,6 +84,11 @@ def onnx_runtime_any(model: torch.nn.Module, dtype: torch.dtype, spinning: bool 
             str(plain), model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size
         )
         found.save_model_to_file(str(optimised), use_external_data_format=True)
+        if quantised:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            plain, optimised = optimised, Path(folder, "quantised.onnx")
+            quantize_dynamic(str(plain), str(optimised), weight_type=QuantType.QInt8, per_channel=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         if not spinning:

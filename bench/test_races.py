@@ -15,7 +15,7 @@ from pyxlbert.bench import models, ops
 ALL = [race for suite in ("ops", "relative", "two_stream") for race in ops.races(suite)]
 OPS = [race for race in ALL if not any(f"x{length}x" in race.case for length in (2048, 8192))]
 MODELS = [
-    replace(race, layers=2, rounds=3)
+    replace(race, size="BERT 2 layers", rounds=3)
     for race in models.races()
     if isinstance(race, models.ModelRace) and race.length == 128
 ]

@@ -37,14 +37,14 @@ class TextRace:
         name: "short", "long", "one short" or "one short, alone".
         texts: to embed.
         model: a sentence-transformers directory.
-        dtype: of the model's products.
+        dtype: of the model's products; "int8" is raced against the peers' integers and bfloat16.
         alone: each contestant is timed by itself, after a rest, and ONNX Runtime's threads may spin between calls.
     """
 
     name: str
     texts: tuple[str, ...]
     model: Path
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     alone: bool = False
 
     def __str__(self) -> str:
@@ -78,36 +78,48 @@ class TextRace:
                 return hf(input_ids=ids, attention_mask=mask).last_hidden_state
 
         truth = encode(torch_forward)
+        dtype = torch.bfloat16 if self.dtype == "int8" else self.dtype
         texts = list(self.texts) if len(self.texts) > 1 else self.texts[0]
         contestants: dict[str, Encode] = {
             "pyxlbert": lambda: encoder.encode(texts, batch_size=BATCH, normalize=True),
         }
         failed = {}
         onnx_runtime = partial(peers.onnx_runtime_any, spinning=self.alone)
-        for name, build in {"ONNX Runtime": onnx_runtime, "OpenVINO": peers.openvino_any}.items():
+        builds = {"ONNX Runtime": onnx_runtime, "OpenVINO": peers.openvino_any}
+        if self.dtype == "int8":
+            integers = partial(onnx_runtime, quantised=True)
+            builds = {"ONNX Runtime int8": lambda hf, _: integers(hf, torch.float32), "OpenVINO": peers.openvino_any}
+        for name, build in builds.items():
             try:
-                forward = build(hf, self.dtype)
+                forward = build(hf, dtype)
                 contestants[name] = lambda forward=forward: encode(forward)
                 contestants[name]()
             except Exception as error:  # a peer that fails is a line of the report
                 contestants.pop(name, None)
                 failed[name] = f"{type(error).__name__}: {error}"[:160]
-        hf = hf.to(self.dtype)
+        hf = hf.to(dtype)
         contestants["transformers"] = lambda: encode(torch_forward)
         ours = np.atleast_2d(contestants["pyxlbert"]())
-        limit_of = tolerances.COSINE[self.dtype]
+        limit_of = tolerances.COSINE_INT8 if self.dtype == "int8" else tolerances.COSINE[self.dtype]
         worst = compare.cosine_distance("pyxlbert", torch.from_numpy(ours), torch.from_numpy(truth), limit_of)
+        off = {name: _worst(np.atleast_2d(call()), truth) for name, call in contestants.items()}
         if self.alone:
             timings = {}
             for name, call in contestants.items():
                 time.sleep(REST)
                 timings |= race({name: call}, rounds=21)
         else:
-            timings = race(contestants, rounds=7)
+            timings = race(contestants, rounds=7, rest=peers.REST)
         rate = len(self.texts) / timings["pyxlbert"].median
         note = f"{len(self.texts)} texts, {rate:.0f} texts a second, worst 1 - cosine {worst:.1e}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return Row("sentence encoder", self.name, dtype, timings, None, note, failed)
+        note += "".join(f", {name} {far:.1e}" for name, far in off.items() if name != "pyxlbert")
+        return Row("sentence encoder", self.name, str(self.dtype).removeprefix("torch."), timings, None, note, failed)
+
+
+def _worst(found: np.ndarray, truth: np.ndarray) -> float:
+    """The largest 1 - cosine of two vectors of a text."""
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(truth, axis=1)
+    return float(1 - ((found * truth).sum(1) / lengths).min())
 
 
 def races(data: Path, model: Path) -> Iterator[TextRace]:
@@ -121,7 +133,7 @@ def races(data: Path, model: Path) -> Iterator[TextRace]:
     short = tuple(text for row in rows[:320] for text in row[5:7])
     lines = (data / "wikitext2" / "valid.txt").read_text(encoding="utf-8").splitlines()
     long = tuple(line.strip() for line in lines if len(line.split()) > 60)[:128]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, "int8"):
         yield TextRace("short", short, model, dtype)
         yield TextRace("long", long, model, dtype)
         yield TextRace("one short", short[:1], model, dtype)

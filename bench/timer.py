@@ -76,7 +76,7 @@ class Timing:
 
 
 def race(
-    contestants: Copies, *, rounds: int = 11, least: float = 0.02, seed: int = 0, tell: Tell = nobody
+    contestants: Copies, *, rounds: int = 11, least: float = 0.02, rest: float = 0.0, seed: int = 0, tell: Tell = nobody
 ) -> dict[str, Timing]:
     """Times every contestant in every round.
 
@@ -87,6 +87,8 @@ def race(
         contestants: name to a call without arguments, once or for each copy of the inputs.
         rounds: samples of each.
         least: seconds that a sample should last; short calls are repeated inside it.
+        rest: seconds before each sample, in which the threads of the last contestant stop spinning; the first call
+            after it is not timed.
         seed: of the order.
         tell: is told whose turn it is, outside of what is timed.
 
@@ -112,6 +114,9 @@ def race(
         for name in order:
             tell(name)
             with running(name):
+                if rest:
+                    time.sleep(rest)
+                    turns.call(name)
                 samples[name].append(_time(turns, name, repeats[name]))
     return {name: _timing(values, rounds) for name, values in samples.items()}
 
