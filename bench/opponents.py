@@ -94,6 +94,24 @@ def _linear_gelu(a: Arguments) -> Call:
     return lambda: F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
+def _encoder_layer(a: Arguments) -> Call:
+    x, heads, eps = a["x"], a["num_heads"], a.get("eps", 1e-12)
+
+    def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(rows, a[f"{name}_weight"], a[f"{name}_bias"])
+
+    def normalise(rows: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(rows, rows.shape[-1:], a[f"{name}_weight"], a[f"{name}_bias"], eps)
+
+    def call() -> torch.Tensor:
+        q, k, v = (one.transpose(1, 2) for one in linear(x, "qkv").unflatten(-1, (3, heads, -1)).unbind(-3))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        h = normalise(x + linear(mixed, "out"), "attention_norm")
+        return normalise(h + linear(F.gelu(linear(h, "up")), "down"), "norm")
+
+    return call
+
+
 def sdpa(a: Arguments) -> Call:
     """PyTorch's scaled_dot_product_attention of transposed views, with the bias or the mask "real_keys", if any."""
     q, k, v = (a[name].transpose(1, 2) for name in ("query", "key", "value"))
@@ -159,5 +177,6 @@ OPPONENTS: dict[str, Callable[[Case], Opponents]] = {
     "embedding_layer_norm": _rows("F.embedding, F.layer_norm", _embedding_layer_norm),
     "linear": _rows("F.linear", _linear),
     "linear_gelu": _rows("F.gelu(F.linear)", _linear_gelu),
+    "encoder_layer": _rows("F.linear, SDPA, F.layer_norm", _encoder_layer),
     "attention": _attention,
 }

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pyxlbert import _C
 from pyxlbert.cpu import _packed
@@ -139,16 +140,42 @@ def encoder_layer_fwd(call: Any) -> Tensor:
         # Pairs of bfloat16 are multiplied, and a row of an odd number is no row of pairs.
         x = x.float()
 
-    def packed(name: str) -> _packed.PackedLinear:
-        bias = getattr(call, f"{name}_bias")
-        return _packed.pack([getattr(call, f"{name}_weight").to(x.dtype)], None if bias is None else [bias])
-
-    norms = [(getattr(call, f"{n}_weight"), getattr(call, f"{n}_bias"), call.eps) for n in ("attention_norm", "norm")]
-    layer = Layer((packed("qkv"),), *map(packed, ("out", "up", "down")), *norms, call.activation)
     head_size = width // call.num_heads
     masks = (call.cu_seqlens, call.key_lengths, call.attention_mask, call.bias)
     places = Places(call.num_heads, head_size, head_size**-0.5, *masks)
-    return Stack([layer], hidden).run(x, x.float(), places, None, 0, 1)[0].to(call.x.dtype)
+    return _stack_of(call, x.dtype, hidden).run(x, x.float(), places, None, 0, 1)[0].to(call.x.dtype)
+
+
+_PARAMETERS = tuple(f"{name}_{part}" for name in ("qkv", "out", "up", "down") for part in ("weight", "bias"))
+_NORMS = ("attention_norm", "norm")
+
+# The packed layer of a call, by its first weight, with which it goes; beside it what tells whether it still is right.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _stack_of(call: Any, dtype: torch.dtype, hidden: int) -> Stack:
+    """The layer as a stack of one; packed at the first call with these weights, and again after one has changed."""
+    names = (*_PARAMETERS, *(f"{name}_{part}" for name in _NORMS for part in ("weight", "bias")))
+    tensors = [one for one in (getattr(call, name) for name in names) if one is not None]
+    if any(one.is_inference() for one in tensors):
+        return _packed_layer(call, dtype, hidden)  # they have no versions
+    state = [(one.data_ptr(), one._version, one.dtype, one.shape, one.stride()) for one in tensors]
+    key = (state, dtype, call.activation, call.eps, _C.level())
+    found = _kept.get(call.qkv_weight)
+    if found is None or found[0] != key:
+        # An alias of each is kept, so that no other tensor can come to lie at its address.
+        found = (key, _packed_layer(call, dtype, hidden), [one.detach() for one in tensors])
+        _kept[call.qkv_weight] = found
+    return found[1]
+
+
+def _packed_layer(call: Any, dtype: torch.dtype, hidden: int) -> Stack:
+    def packed(name: str) -> _packed.PackedLinear:
+        bias = getattr(call, f"{name}_bias")
+        return _packed.pack([getattr(call, f"{name}_weight").to(dtype)], None if bias is None else [bias])
+
+    norms = [(getattr(call, f"{name}_weight"), getattr(call, f"{name}_bias"), call.eps) for name in _NORMS]
+    return Stack([Layer((packed("qkv"),), *map(packed, ("out", "up", "down")), *norms, call.activation)], hidden)
 
 
 def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:

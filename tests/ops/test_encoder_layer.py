@@ -28,6 +28,36 @@ def test_the_fused_layer_and_the_composed_one_agree() -> None:
         compare.close(name, fused, composed.detach(), tolerances.MODEL_FLOAT32)
 
 
+def test_weights_are_packed_once_and_followed(monkeypatch) -> None:
+    """The copies follow writes and replacements, and go with the first weight."""
+    from pyxlbert.cpu import encoder_layer as launcher
+
+    packs: list[int] = []
+    right = launcher._packed_layer
+    monkeypatch.setattr(launcher, "_packed_layer", lambda *a: packs.append(1) or right(*a))
+    kept = len(launcher._kept)
+    arguments = arguments_of(SPEC, CASES["odd"], torch.float32)
+    first, again = (pyxlbert.encoder_layer(**arguments, backend="cpu") for _ in "ab")
+    compare.same_bits("again", again, first)
+    assert len(packs) == 1
+    changes = (
+        lambda a: a | {"up_weight": a["up_weight"].mul_(2)},
+        lambda a: a | {"down_bias": a["down_bias"] + 1},
+        lambda a: a | {"activation": "relu"},
+        lambda a: a | {"norm_weight": a["norm_weight"].add_(1)},
+        lambda a: a | {"qkv_weight": a["qkv_weight"].clone() * 2},
+    )
+    for change in changes:
+        arguments = change(arguments)
+        found = pyxlbert.encoder_layer(**arguments, backend="cpu")
+        compare.close("changed", found, pyxlbert.encoder_layer(**arguments, backend="torch"), tolerances.MODEL_FLOAT32)
+        assert not torch.equal(found, first)
+        first = found
+    assert len(packs) >= 5
+    del arguments
+    assert len(launcher._kept) == kept
+
+
 @pytest.mark.parametrize("rows", [*range(1, 14), 31, 47, 48, 49, 95, 97, 191, 193, 300])
 @pytest.mark.parametrize(("columns", "inner"), [(1, 1), (63, 3), (65, 33), (130, 769), (192, 384)])
 def test_packed_products_of_any_size(rows: int, columns: int, inner: int) -> None:

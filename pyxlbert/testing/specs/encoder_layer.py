@@ -190,7 +190,11 @@ SPEC = Spec(
     differentiable=("x", "qkv_weight", "out_weight", "up_weight", "down_weight", "norm_weight", "norm_bias"),
     cases=(
         *CASES,
-        *(case for b, t in ((1, 16), (8, 128)) for case in timed(Inputs(b, t, **BASE), {Use.RACE: BOTH})),
+        *(
+            case
+            for batch, length in ((1, 16), (8, 128))
+            for case in timed(Inputs(batch, length, **BASE), {Use.RACE: BOTH}, {Use.RACE: BOTH})
+        ),
     ),
     bad=BAD,
     bytes_moved=bytes_moved,
