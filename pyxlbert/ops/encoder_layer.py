@@ -108,8 +108,8 @@ def encoder_layer(
     h = LayerNorm(x + softmax(q kᵀ / √D + bias) v out_weightᵀ + out_bias),
     y = LayerNorm(h + activation(h up_weightᵀ + up_bias) down_weightᵀ + down_bias).
 
-    Backend "cpu" packs the weights at the first call with them, and again after one was written to; the copies, as large
-    as the weights, live as long as qkv_weight.  A model runs all of its layers in one call: see `pyxlbert.pack`.  With a
+    Backend "cpu" packs the weights at the first call with them, and again after one was written to; the copies, which
+    are as large, live as long as qkv_weight.  A model runs all of its layers in one call: see `pyxlbert.pack`.  With a
     gradient to come the layer is made of `linear`, `attention`, `linear_gelu` and `dropout_add_layer_norm`, whose
     intermediates are rounded to x's dtype.
 
