@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,39 +28,36 @@ def meta(*shape: int, dtype: torch.dtype = F16) -> Tensor:
 
 def attention(op: Any, batch: int, queries: int, keys: int, heads: int, bias: tuple[int, ...] | None = None) -> None:
     q, k = meta(batch, queries, heads, 8), meta(batch, keys, heads, 8)
-    given = (None, None, 0, None, None if bias is None else meta(*bias), False, 1.0, 0.0, None)
-    out, lse = op.attention_fwd(q, k, k, *given)
-    op.attention_bwd(out, out, lse, q, k, k, *given, True)
+    given = {"query": q, "key": k, "value": k, "bias": None if bias is None else meta(*bias), "scale": 1.0}
+    out, lse = op.attention_fwd(**given)
+    op.attention_bwd(out, out, lse, **given, needs_bias=True)
 
 
 def packed_attention(op: Any, batch: int, longest: int, heads: int) -> None:
-    q = meta(batch * 2, heads, 8)
-    given = (None, meta(batch + 1, dtype=torch.int32), longest, None, None, False, 1.0, 0.0, None)
-    out, lse = op.attention_fwd(q, q, q, *given)
-    op.attention_bwd(out, out, lse, q, q, q, *given, False)
+    q, offsets = meta(batch * 2, heads, 8), meta(batch + 1, dtype=torch.int32)
+    given = {"query": q, "key": q, "value": q, "cu_seqlens": offsets, "max_seqlen": longest, "scale": 1.0}
+    out, lse = op.attention_fwd(**given)
+    op.attention_bwd(out, out, lse, **given)
 
 
 def relative_attention(op: Any, batch: int, length: int, heads: int, tables: int, positions: bool = False) -> None:
     q, table = meta(batch, length, heads, 8), meta(tables, 2 * length, heads, 8)
-    at = meta(batch, length, dtype=torch.int32) if positions else None
-    given = (q, q, q, table, None, None, length, None, None, None, None, at, None, None, 0, None, None)
-    given += (False, None, False, False, 1.0, 0.0, None)
-    out, lse = op.relative_attention_fwd(*given)
-    for atomics in (False, True):
-        if atomics:
-            with backends.allow_atomics():
-                op.relative_attention_bwd(out, out, lse, *given, [True] * 8)
-        else:
-            op.relative_attention_bwd(out, out, lse, *given, [True] * 8)
+    given = {"query": q, "key": q, "value": q, "position_key": table, "offset": length, "scale": 1.0}
+    if positions:
+        given["query_positions"] = meta(batch, length, dtype=torch.int32)
+    out, lse = op.relative_attention_fwd(**given)
+    for atomics in (contextlib.nullcontext(), backends.allow_atomics()):
+        with atomics:
+            op.relative_attention_bwd(out, out, lse, **given, needs=[True] * 8)
 
 
 def two_stream_attention(op: Any, batch: int, length: int, heads: int) -> None:
     q, table = meta(batch, length, heads, 8), meta(2 * length, heads, 8)
     rank, targets = meta(batch, length, dtype=torch.int32), meta(batch, 1, dtype=torch.int32)
-    given = (q, q[:, :1], q, q, table, None, None, length, None, None, None, None, targets, None, rank, rank, None)
-    given += (False, 1.0, 0.0, None)
-    content, lse, query, query_lse = op.two_stream_attention_fwd(*given)
-    op.two_stream_attention_bwd(content, query, content, lse, query, query_lse, *given, [True] * 9)
+    given = {"content_query": q, "query_query": q[:, :1], "key": q, "value": q, "position_key": table}
+    given |= {"offset": length, "target_positions": targets, "query_rank": rank, "key_rank": rank, "scale": 1.0}
+    content, lse, query, query_lse = op.two_stream_attention_fwd(**given)
+    op.two_stream_attention_bwd(content, query, content, lse, query, query_lse, **given, needs=[True] * 9)
 
 
 def layer_norm(op: Any, rows: int, columns: int) -> None:

@@ -80,7 +80,8 @@ def main() -> None:
 
     def attend(q, k, v, lengths, *rest):
         bias, seed = rest or (None, None)
-        return triton.attention_fwd(q, k, v, lengths, None, 0, None, bias, True, 0.5, 0.1 if rest else 0.0, seed)
+        given = {"key_lengths": lengths, "bias": bias, "causal": True, "dropout_p": 0.1 if rest else 0.0, "seed": seed}
+        return triton.attention_fwd(q, k, v, **given, scale=0.5)
 
     q, k, v = (torch.randn(2, 20, 3, 64).bfloat16() for _ in range(3))
     lengths, bias = torch.tensor([3, 20], dtype=torch.int32), torch.randn(1, 3, 20, 20).bfloat16()

@@ -13,6 +13,7 @@ import torch
 import pyxlbert
 from pyxlbert import attention
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.direct import Direct
 from pyxlbert.testing.specs import SPECS
 
 BACKENDS = ["torch", "cpu"]
@@ -93,8 +94,7 @@ def test_fully_masked_rows_are_zero(backend: str, how: str) -> None:
     assert all(x.isfinite().all() for x in (out, *gradients))
     assert not out[:, dead].any() and not gradients[0][:, dead].any()
     assert out[:, 8].any()
-    arguments = (None, None, 0, options.get("attention_mask"), options.get("bias"), how == "causal", 0.25, 0.0, None)
-    _, lse = torch.ops.pyxlbert.attention_fwd(q, k, v, *arguments, backend)
+    _, lse = Direct(backend).attention_fwd(*(x.detach() for x in (q, k, v)), **options, scale=0.25)
     assert lse.shape == (2, 2, 9) and lse.dtype is torch.float32
     assert (lse[:, :, dead] == torch.inf).all() and lse[:, :, 8].isfinite().all()
 
@@ -221,9 +221,8 @@ def test_gradients_that_nobody_wants_are_not_computed() -> None:
     q, k, v = (torch.randn(1, 5, 1, 8) for _ in range(3))
     bias = torch.zeros(1, 1, 5, 5)
     for backend in BACKENDS:
-        options = (None, None, 0, None, bias, False, 1.0, 0.0, None)
-        out, lse = torch.ops.pyxlbert.attention_fwd(q, k, v, *options, backend)
-        *_, dbias = torch.ops.pyxlbert.attention_bwd(out, out, lse, q, k, v, *options, False, backend)
+        out, lse = Direct(backend).attention_fwd(q, k, v, bias=bias, scale=1.0)
+        *_, dbias = Direct(backend).attention_bwd(out, out, lse, q, k, v, bias=bias, scale=1.0, needs_bias=False)
         assert dbias.numel() == 0
 
 

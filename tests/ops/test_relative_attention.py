@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pyxlbert import relative_attention
 from pyxlbert.reference import relative_attention as reference
 from pyxlbert.reference.philox import Tag, keep_scores
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.direct import Direct
 
 RANKS = {
     "query_rank": torch.tensor([[0, 2, 1, 4], [3, 0, 0, 2]], dtype=torch.int32),
@@ -180,10 +182,10 @@ def test_gradients_that_nobody_wants_are_not_computed(backend: str) -> None:
         alone = {n: x.detach() for n, x in a.items()} | {name: a[name]}
         out = relative_attention(**alone, backend=backend)
         compare.same_bits(name, torch.autograd.grad(out.sum(), a[name])[0], wanted[name])
-    values = [a[n].detach() for n in ("query", "key", "value", "position_key", "content_bias", "position_bias")]
-    call = (*values, 5, *[None] * 7, 0, None, None, False, None, False, False, 1.0, 0.0, None)
-    out, lse = torch.ops.pyxlbert.relative_attention_fwd(*call, backend)
-    found = torch.ops.pyxlbert.relative_attention_bwd(out, out, lse, *call, [False] * 8, backend)
+    names = ("query", "key", "value", "position_key", "content_bias", "position_bias")
+    call: dict[str, Any] = {n: a[n].detach() for n in names} | {"offset": 5, "scale": 1.0}
+    out, lse = Direct(backend).relative_attention_fwd(**call)
+    found = Direct(backend).relative_attention_bwd(out, out, lse, **call, needs=[False] * 8)
     assert [x.numel() for x in found] == [0] * 8
 
 

@@ -14,6 +14,7 @@ from pyxlbert.backends import OPS
 from pyxlbert.reference import relative_attention as reference
 from pyxlbert.reference.philox import Tag, keep_scores
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.direct import Direct
 
 BACKENDS = list(OPS["two_stream_attention"].backends)
 
@@ -274,8 +275,8 @@ def test_streams_drop_by_their_own_counters(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_nobody_wants_are_not_computed(backend: str) -> None:
-    a = [x.detach() for x in tensors(1, 5, 5, 5).values()]
-    call = (*a[:7], 5, None, None, *[None] * 7, False, 1.0, 0.0, None)
-    saved = torch.ops.pyxlbert.two_stream_attention_fwd(*call, backend)
-    found = torch.ops.pyxlbert.two_stream_attention_bwd(saved[0], None, *saved, *call, [False] * 9, backend)
+    call: dict[str, Any] = {n: x.detach() for n, x in tensors(1, 5, 5, 5).items() if "segment" not in n}
+    call |= {"offset": 5, "scale": 1.0}
+    saved = Direct(backend).two_stream_attention_fwd(**call)
+    found = Direct(backend).two_stream_attention_bwd(saved[0], None, *saved, **call, needs=[False] * 9)
     assert [x.numel() for x in found] == [0] * 9

@@ -383,6 +383,7 @@ _TILES = {
     "dropout": changed(_RANKS, dropout_p=0.1),
     "everything": changed(_RANKS, fill=1.0, **_ALL),
 }
+# A sixth of the keys' rows, each at a position of its own.
 _TARGETS = {"queries": 1, "keys": 6, "positions": True, "see_self": None}
 
 
