@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _TRAINING, _PATCHED = operator.itemgetter("training"), operator.methodcaller("get", "forward")
-_DTYPE, _SHAPE, _VERSION = map(operator.attrgetter, ("dtype", "shape", "_version"))
+_VERSION = operator.attrgetter("_version")
 
 # Hooks on every module of the process; torch may move them, and has then no such hooks under these names.
 _GLOBAL_HOOKS = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
@@ -40,7 +40,8 @@ class Watch:
         self._states: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = list(_GLOBAL_HOOKS)
         self._lists: list[tuple[dict[str, Any], list[str]]] = []
-        self._seen: tuple[Any, ...] = ()
+        self._aliases: list[Tensor] = []
+        self._seen: tuple[list[Any], ...] = ()
 
     def module(self, module: nn.Module) -> None:
         """A module that is in eval mode, has no hooks, and whose `forward` is that of its class."""
@@ -93,6 +94,8 @@ class Watch:
         """
         if any(one.is_meta for one in self._parameters):
             raise Unusual
+        # An alias of each is kept, so that no other values can come to lie at its address.
+        self._aliases = [one.detach() for one in self._parameters]
         self._seen = self._look()
         if not self.unchanged():
             raise Unusual
@@ -109,15 +112,11 @@ class Watch:
             and self._look() == self._seen
         )
 
-    def _look(self) -> tuple[Any, ...]:
-        of = self._parameters
-        return (
-            list(map(_VERSION, of)),
-            list(map(Tensor.data_ptr, of)),
-            list(map(_DTYPE, of)),
-            list(map(_SHAPE, of)),
-            list(map(Tensor.stride, of)),
-        )
+    def _look(self) -> tuple[list[Any], ...]:
+        # A write raises the version; `.data = ` another tensor changes the address, unless it is a view of what was
+        # there, whose strides or size then differ.
+        looks = (_VERSION, Tensor.data_ptr, Tensor.stride, Tensor.numel)
+        return tuple(list(map(look, self._parameters)) for look in looks)
 
     def _remember(self, where: dict[str, Any], name: str, what: Any) -> None:
         self._where.append(where)
