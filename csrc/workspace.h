@@ -5,7 +5,7 @@
 
 namespace pyxlbert {
 
-enum class Slot : int { row, column, pack, tile, shared, encoder, count };
+enum class Slot : int { row, column, pack, tile, shared, encoder, slices, count };
 
 // At least `bytes` bytes aligned to 64, private to the calling thread and the slot; the contents are
 // whatever the last user left.  Valid until the same thread asks for the same slot again.

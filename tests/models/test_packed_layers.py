@@ -201,6 +201,32 @@ def test_the_same_bits_in_any_company(build, dtype: torch.dtype, kept: str | Non
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_large_batches_go_in_slices(build) -> None:
+    """Of some thousand rows; a sequence alone has the same bits, and the workspace does not grow with the batch."""
+    packed, generator = build(torch.bfloat16), torch.Generator().manual_seed(4)
+    lengths = [int(n) for n in torch.randint(1, 900, (40,), generator=generator)] + [5000, 1, 1]
+    texts = [torch.randint(0, 90, (length,), generator=generator) for length in lengths]
+    if build is model:
+        texts = [text[:512] for text in texts]
+    offsets = torch.tensor([0, *map(len, texts)]).cumsum(0).int()
+    with torch.inference_mode():
+        whole = packed(torch.cat(texts), cu_seqlens=offsets, max_seqlen=max(map(len, texts))).last_hidden_state
+        options = {} if build is model else {"use_mems": False}
+        for row, text in enumerate(texts):
+            alone = packed(text[None], **options).last_hidden_state[0]
+            compare.same_bits("packed", whole[offsets[row] : offsets[row + 1]], alone)
+        native._C.release_workspace()
+        same = ids(40, 300)
+        mask = torch.rand(40, 1, 1, 300, generator=generator) > 0.3
+        together = packed(same, mask.long() if build is model else None, **options).last_hidden_state
+        for row in (0, 7, 39):
+            given = (mask[row : row + 1].long(),) if build is model else ()
+            alone = packed(same[row : row + 1], *given, **options).last_hidden_state[0]
+            compare.same_bits("padded", together[row], alone)
+    assert native._C.workspace_bytes() < 20e6
+
+
 def test_threads_share_a_model() -> None:
     packed = model()
     texts = [ids(1, n) for n in (3, 40, 7, 130)]
