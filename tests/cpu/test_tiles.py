@@ -52,6 +52,12 @@ def test_one_file_names_the_instructions() -> None:
     assert [path.name for path in files if pattern.search(path.read_text())] == ["tiles.h"]
 
 
+def test_packed_products(environment) -> None:
+    done = run(environment, "--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert passed(done) > 50
+
+
 def test_attention(environment) -> None:
     """Forward and backward of every attention op in bfloat16."""
     done = run(
@@ -64,11 +70,16 @@ def test_attention(environment) -> None:
 @pytest.mark.parametrize("fault", ["1", "2", "3"])
 def test_a_planted_fault_is_seen(environment, fault: str) -> None:
     """Of a tile that is not cleared, a product that is left out, and a row that is not loaded, by each kernel."""
+    products = ("a_product_is_within_the_budget", "encoder_layers_are_within_the_budget", "integers_have_the_same_bits")
     ops = ("attention", "relative_attention", "two_stream_attention")
     # One case of each.
-    chosen = "bfloat16 and (attention-causal- or XLNet-)"
-    faulty = environment | {"PYXLBERT_TILE_FAULT": fault}
-    done = run(faulty, f"--confcutdir={OPS}", "--tb=no", f"{OPS}/test_parity.py", "-k", chosen)
-    failed = set(re.findall(r"FAILED \S+::test_(\w+)\[(\w+?attention|attention)", done.stdout))
+    chosen = "33-1000 and dtype1 or dtype1-800 or integers and dtype1 or bfloat16 and (attention-causal- or XLNet-)"
+    files = (f"{variants.ROOT}/tests/cpu/test_packed_products.py", f"{OPS}/test_parity.py")
+    done = run(
+        environment | {"PYXLBERT_TILE_FAULT": fault}, f"--confcutdir={OPS}", "--tb=no", *files, "-k", f"({chosen})"
+    )
+    failed = set(re.findall(r"FAILED \S+::test_(\w+)\[(\w+?attention|attention|amx)?", done.stdout))
+    for name in products:
+        assert any(test.startswith(name) for test, _ in failed), f"{name}: {done.stdout[-2000:]}"
     for name in ops:
         assert ("parity", name) in failed, f"{name}: {done.stdout[-2000:]}"
