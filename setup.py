@@ -33,7 +33,7 @@ X86_LEVELS = {
     "avx2": "-march=x86-64-v3",
     "avx512": "-march=x86-64-v4",
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni",
-    "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
+    "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
 }
 # The files that differ where there are tiles; of the others the fifth level runs an earlier version.
 AMX_SOURCES = (
@@ -44,6 +44,9 @@ OTHER_LEVELS = {"portable": ""}
 # For the tests: PYXLBERT_SANITIZE=address,undefined builds the kernels of the levels in PYXLBERT_SANITIZE_LEVELS, or of
 # all, under these sanitizers.
 SANITIZE = os.environ.get("PYXLBERT_SANITIZE", "")
+# The same for PYXLBERT_EMULATE_TILES=1: tiles are a model in software (csrc/cpu/tile_model.h), and level amx runs
+# wherever avx512_bf16 does.
+EMULATE = os.environ.get("PYXLBERT_EMULATE_TILES") == "1"
 
 
 def levels() -> dict[str, str]:
@@ -90,18 +93,22 @@ def ninja_file(output: Path) -> str:
     ]
     objects = []
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
-        objects.append(f"{source.stem}.o")
+        emulated = EMULATE and source.stem == "levels"
+        objects.append(f"{source.stem}{'.emulated' if emulated else ''}.o")
         # -O3 takes half as long again and makes no call from Python faster.
-        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common}{with_cuda} {include} -O1"]
+        flags = f"{common}{with_cuda} {include} -O1{' -DPYXLBERT_EMULATE_TILES' if emulated else ''}"
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for level, flags in levels().items():
             if level == "amx" and source.stem not in AMX_SOURCES:
                 continue
-            watched = level in sanitized_levels()
-            objects.append(f"cpu/{source.stem}.{level}{'.sanitized' if watched else ''}.o")
+            watched, emulated = level in sanitized_levels(), EMULATE and level == "amx"
+            kind = f"{'.emulated' if emulated else ''}{'.sanitized' if watched else ''}"
+            more = f"{' -DPYXLBERT_EMULATE_TILES' if emulated else ''}{watch if watched else ''}"
+            objects.append(f"cpu/{source.stem}.{level}{kind}.o")
             lines += [
                 f"build {objects[-1]}: compile {source}",
-                f"  flags = {kernels} {flags}{watch if watched else ''} -DPYXLBERT_LEVEL={level} -I{ROOT / 'csrc'}",
+                f"  flags = {kernels} {flags}{more} -DPYXLBERT_LEVEL={level} -I{ROOT / 'csrc'}",
             ]
     runtime = ""
     if cuda is not None:
@@ -161,8 +168,8 @@ def why_no_cuda() -> str | None:
     choice = cuda_choice()
     if choice == "0":
         return "PYXLBERT_CUDA=0"
-    if SANITIZE:
-        return "a build for sanitizers is one of the CPU's kernels"
+    if SANITIZE or EMULATE:
+        return "a build for tests is one of the CPU's kernels"
     if nvcc.find() is None:
         return "no nvcc with its headers is found"
     old = nvcc.too_old(nvcc.find().version)
@@ -201,13 +208,13 @@ class NinjaBuild(build_ext):
         if sys.platform != "linux":
             raise SystemExit(f"pyxlbert: the native module builds on Linux only, and this is {sys.platform}")
         # pip builds an editable install in a temporary folder; here it shares objects with the build in place, and so
-        # does a sanitized build, which compiles again only what it watches.
-        shared = self.in_tree or SANITIZE
+        # does a build for tests, which compiles again only what differs.
+        shared = self.in_tree or SANITIZE or EMULATE
         build = ROOT / "build" / "in-place" if shared else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        path = build / ("sanitized.ninja" if SANITIZE else "build.ninja")
+        path = build / f"{'emulated-' if EMULATE else ''}{'sanitized' if SANITIZE else 'build'}.ninja"
         text = ninja_file(output)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)

@@ -1,6 +1,7 @@
 #include "levels.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -12,19 +13,29 @@
 #endif
 
 namespace pyxlbert {
+
+#if defined(PYXLBERT_EMULATE_TILES)
+// Of tile_model.h.
+int tile_fault = std::atoi(std::getenv("PYXLBERT_TILE_FAULT") == nullptr ? "0" : std::getenv("PYXLBERT_TILE_FAULT"));
+#endif
+
 namespace {
 
 #if defined(__x86_64__)
-// The processor has bfloat16 tiles and the system lets this process use them: it must be asked, once.
+// The processor has tiles of bfloat16 and of bytes, and the system lets this process use them: it must be asked, once.
 bool has_tiles() {
+#if defined(PYXLBERT_EMULATE_TILES)
+    return true;
+#else
     unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16) == 0 || (d & tile) == 0) return false;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bf16 | tile | int8;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & all) != all) return false;
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
     return false;
+#endif
 #endif
 }
 #endif

@@ -40,7 +40,7 @@ class Encoder {
     const Division cut;
     float* stream;
     E *rows, *qkv, *mixed, *hidden, *positions, *table;
-    float *lse, *scratch;
+    float *lse, *scratch, *chunk_sums;
     std::int32_t* offsets;
 
     static PYXLBERT_INLINE std::int64_t widest(const EncoderLayersFwd& a) {
@@ -54,11 +54,21 @@ class Encoder {
     PYXLBERT_INLINE std::int64_t scratch_rows() const {
         return cut.row_step > table_step() ? cut.row_step : table_step();
     }
+    // Where the feed-forward network works in chunks its inner columns never come together.
+    static PYXLBERT_INLINE const PackedMatrix& deepest_weight(const EncoderLayer& layer) {
+        return layer.down.weight.quantised ? layer.down.weight : layer.qkv.weight;
+    }
     PYXLBERT_INLINE std::int64_t deepest() const {
         const std::int64_t most = inner > width ? inner : width;
         return most > a.hidden ? most : a.hidden;
     }
     PYXLBERT_INLINE std::int64_t table_step() const { return round_to((table_rows + threads - 1) / threads, STRIP); }
+
+    // Of the sums of one thread's feed-forward network in chunks.
+    PYXLBERT_INLINE std::int64_t chunk_floats() const {
+        const bool in_chunks = COPIED && tiled(a.layers[0].down.weight) && cut.column_tasks == 1;
+        return in_chunks ? cut.row_step * round_to(a.hidden, 32) : 0;
+    }
 
     void take_memory(Arena arena) {
         stream = arena.take<float>(a.rows * stream_stride);
@@ -70,6 +80,7 @@ class Encoder {
         table = arena.take<E>(table_rows * width);
         lse = arena.take<float>(a.rows * a.attention.heads);
         scratch = arena.take<float>(threads * scratch_floats());
+        chunk_sums = arena.take<float>(threads * chunk_floats());
         offsets = arena.take<std::int32_t>(a.attention.batch + 1);
         size = arena.used;
     }
@@ -108,6 +119,36 @@ class Encoder {
                          AddRows{stream + row * stream_stride, stream_stride, layer.down.bias});
     }
 
+#if defined(__AMX_BF16__)
+    // The feed-forward network of a panel of rows whose inner columns come and go in chunks, one block of K of the
+    // second product each: a chunk never leaves the second-level cache.  `wide` receives it in tile order.
+    void in_chunks(const EncoderLayer& layer, E* wide, std::int64_t row, std::int64_t count) const {
+        const ProductScratch mine = my_scratch();
+        const E* x = rows + row * row_stride;
+        float* sums = chunk_sums + omp_get_thread_num() * chunk_floats();
+        const TileShape shape(layer.down.weight);
+        arrange(x, row_stride, count, layer.up.weight, mine);
+        for (std::int64_t k = 0; k < shape.steps; k += BLOCK_STEPS) {
+            // A panel of 32 columns of the first product is a step of K of the second.
+            const std::int64_t steps = shape.block_steps(k);
+            multiply_arranged<U>(x, row_stride, count, layer.up.weight, k, k + steps, mine,
+                                 StoreTiles{wide, steps, k * TILE_PANEL, layer.up.bias, layer.activation});
+            tile_add_block(reinterpret_cast<const float*>(wide), count, layer.down.weight, k, sums, k > 0);
+        }
+        const AddRows epilogue{stream + row * stream_stride, stream_stride, layer.down.bias};
+        epilogue.with_row([&](auto finish) PYXLBERT_LAMBDA { tile_over_sums(sums, count, layer.down.weight, finish); });
+    }
+#endif
+    void feed_forward(const EncoderLayer& layer, E* wide, std::int64_t row, std::int64_t count) const {
+#if defined(__AMX_BF16__)
+        // Integers need the whole row first: its range.
+        if constexpr (COPIED)
+            if (!layer.down.weight.quantised) return in_chunks(layer, wide, row, count);
+#endif
+        up(layer, wide, row, count, 0, panels_of(layer.up.weight));
+        down(layer, wide, row, count, 0, panels_of(layer.down.weight));
+    }
+
     // LayerNorm of the stream in place, and the rows that the next product reads.
     void normalise(const NormParameters& norm, std::int64_t row, std::int64_t count) const {
         for (std::int64_t r = row; r < row + count; ++r) {
@@ -128,8 +169,7 @@ class Encoder {
         const EncoderLayer& layer = a.layers[l];
         project_back(layer, row, count, 0, panels_of(layer.out.weight));
         normalise(layer.attention_norm, row, count);
-        up(layer, wide, row, count, 0, panels_of(layer.up.weight));
-        down(layer, wide, row, count, 0, panels_of(layer.down.weight));
+        feed_forward(layer, wide, row, count);
         normalise(layer.norm, row, count);
         if (l + 1 < a.count) project(a.layers[l + 1], row, count);
     }
@@ -271,7 +311,7 @@ class Encoder {
           row_stride(COPIED ? round_to(given.hidden, 2 * W) : stream_stride),
           hidden_stride(round_to(inner, 2 * W)),
           threads(product_team(given.attention.threads, given.rows * given.hidden * inner)),
-          cut(divide(given.rows, threads)) {
+          cut(divide(given.rows, threads, deepest_weight(given.layers[0]))) {
         take_memory({nullptr, 0});
         take_memory({static_cast<char*>(workspace(Slot::encoder, static_cast<std::size_t>(size))), 0});
     }

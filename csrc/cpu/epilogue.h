@@ -1,4 +1,4 @@
-// What follows a product while its sums are in the first-level cache: see `product` of gemm.h.
+// What follows a product while its sums are in the first-level cache: see gemm.h.
 #pragma once
 #include "gelu.h"
 #include "gemm.h"
@@ -55,6 +55,9 @@ PYXLBERT_INLINE void with_activation(Activation activation, F function) {
     }
 }
 
+// An epilogue has with_row: it calls use(finish) once, and finish(row, column, columns, c) then does one row's sums c
+// of the columns from `column` on.  It holds copies of what it needs, which loops around it then keep in registers.
+
 // y = activation(c + bias), rows `stride` elements apart.
 template <class T>
 struct StoreRows {
@@ -63,15 +66,15 @@ struct StoreRows {
     const float* bias;  // with zeros to the end of the last panel
     Activation activation;
 
-    PYXLBERT_INLINE void operator()(std::int64_t row, int rows, std::int64_t column, int columns,
-                                    const float* c) const {
+    template <class F>
+    PYXLBERT_INLINE void with_row(F use) const {
         with_activation<T>(activation, [&](auto f) PYXLBERT_LAMBDA {
-            for (int i = 0; i < rows; ++i, c += PANEL) {
-                T* to = y + (row + i) * stride + column;
+            use([=, *this](std::int64_t row, std::int64_t column, int columns, const float* c) PYXLBERT_LAMBDA {
+                T* to = y + row * stride + column;
                 int n = 0;
                 for (; n + W <= columns; n += W) store(to + n, f(load(c + n) + load(bias + column + n)));
                 if (n < columns) store(to + n, f(load(c + n) + load(bias + column + n)), columns - n);
-            }
+            });
         });
     }
 };
@@ -82,14 +85,41 @@ struct AddRows {
     std::int64_t stride;
     const float* bias;  // with zeros to the end of the last panel
 
-    PYXLBERT_INLINE void operator()(std::int64_t row, int rows, std::int64_t column, int columns,
-                                    const float* c) const {
-        for (int i = 0; i < rows; ++i, c += PANEL) {
-            float* to = stream + (row + i) * stride + column;
+    template <class F>
+    PYXLBERT_INLINE void with_row(F use) const {
+        use([*this](std::int64_t row, std::int64_t column, int columns, const float* c) PYXLBERT_LAMBDA {
+            float* to = stream + row * stride + column;
             for (int n = 0; n < columns; n += W) store(to + n, load(to + n) + (load(c + n) + load(bias + column + n)));
-        }
+        });
     }
 };
+
+#if defined(__AMX_BF16__)
+// y = activation(c + bias) as rows of a later product, in tile order from column `first` on.
+struct StoreTiles {
+    bf16* y;
+    std::int64_t steps, first;
+    const float* bias;  // with zeros to the end of the last panel
+    Activation activation;
+
+    template <class F>
+    PYXLBERT_INLINE void with_row(F use) const {
+        with_activation<bf16>(activation, [&](auto f) PYXLBERT_LAMBDA {
+            use([=, *this](std::int64_t row, std::int64_t column, int columns, const float* c) PYXLBERT_LAMBDA {
+                Vec low = f(load(c) + load(bias + column)), high = f(load(c + W) + load(bias + column + W));
+                if (columns < TILE_PANEL) {
+                    low = keep_first(low, columns);
+                    high = keep_first(high, columns - W);
+                }
+                // A panel of 32 columns is a step of 16 pairs.
+                bf16* to = y + 2 * (tile_row(row, steps) + (column - first) / TILE_PANEL * STEP_FLOATS);
+                store(to, low);
+                store(to + W, high);
+            });
+        });
+    }
+};
+#endif
 
 }  // namespace
 }  // namespace pyxlbert::PYXLBERT_LEVEL

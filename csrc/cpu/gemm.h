@@ -7,10 +7,15 @@
 //
 // K is cut into blocks of K_BLOCK units.  Each is summed from zero in the order of K and added to the blocks before it,
 // whatever the number of rows: a row's result does not depend on its neighbours, and a long sum drifts less.
+//
+// At level amx bfloat16 and integers meet in tiles instead: see gemm_amx.h.
 #pragma once
 #include "gemm_tile.h"
 #include "math.h"
 #include "packed_matrix.h"
+#if defined(__AMX_BF16__)
+#include "gemm_amx.h"
+#endif
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -28,7 +33,7 @@ struct Packed {
 #if defined(__AVX512BF16__)
 template <>
 struct Packed<bf16> {
-    using Unit = Bf16PairUnit;
+    using Unit = UnitOf<bf16>::Type;
     using Element = bf16;
 };
 #endif
@@ -76,7 +81,21 @@ struct SumOf<IntegerUnit> {
     using Type = IntegerUnit::Sum;
 };
 
-PYXLBERT_INLINE std::int64_t panels_of(const PackedMatrix& w) { return (w.columns + PANEL - 1) / PANEL; }
+// Whether products with this weight are made of tiles.
+PYXLBERT_INLINE bool tiled([[maybe_unused]] const PackedMatrix& w) {
+#if defined(__AMX_BF16__)
+    return w.quantised || w.dtype == DType::bfloat16;
+#else
+    return false;
+#endif
+}
+
+PYXLBERT_INLINE std::int64_t panels_of(const PackedMatrix& w) {
+#if defined(__AMX_BF16__)
+    if (tiled(w)) return TileShape(w).panels;
+#endif
+    return (w.columns + PANEL - 1) / PANEL;
+}
 
 template <class U>
 PYXLBERT_INLINE std::int64_t units_of(std::int64_t inner) {
@@ -135,17 +154,28 @@ __attribute__((noinline)) void strip(int rows, const float* a, std::int64_t a_st
 }
 
 // How the products of `rows` rows are divided over threads: panels of rows, each with all columns, or, of few rows, the
-// columns.  A row's sums are the same in any division.
+// columns.  A row's sums are the same in any division.  w is the deepest weight that they meet.
 struct Division {
     std::int64_t row_step, row_tasks, column_tasks;
 };
 
-PYXLBERT_INLINE Division divide(std::int64_t rows, int threads) {
+PYXLBERT_INLINE Division divide(std::int64_t rows, int threads, const PackedMatrix& w) {
     // A panel of rows stays in the second-level cache; with fewer rows a thread waits for the weight.
-    constexpr std::int64_t most = 192, least = 48;
+    std::int64_t most = 192, least = 48, together = STRIP;
+#if defined(__AMX_BF16__)
+    // Tiles outrun the weight unless it meets many rows, but 768 KiB of them leave room for the rest.
+    if (tiled(w)) {
+        const std::int64_t room = 768 << 10, row = w.inner * (w.quantised ? 1 : 2);
+        most = row * 512 <= room ? 512 : row * 128 >= room ? 128 : room / row / BLOCK_ROWS * BLOCK_ROWS;
+        least = 64;
+        together = BLOCK_ROWS;
+    }
+#else
+    static_cast<void>(w);
+#endif
     if (rows < threads * least && threads > 1) return {rows, 1, threads};
     const std::int64_t rounds = (rows + threads * most - 1) / (threads * most), wanted = rounds * threads;
-    const std::int64_t step = round_to((rows + wanted - 1) / wanted, STRIP);
+    const std::int64_t step = round_to((rows + wanted - 1) / wanted, together);
     return {step, (rows + step - 1) / step, 1};
 }
 
@@ -157,11 +187,18 @@ PYXLBERT_INLINE int product_team(int threads, std::int64_t multiplications) {
 }
 
 // Floats of scratch that a product of so many rows needs.
-PYXLBERT_INLINE std::int64_t product_scratch(std::int64_t rows) { return round_to(rows, STRIP) * PANEL; }
+PYXLBERT_INLINE std::int64_t product_scratch(std::int64_t rows) {
+    const std::int64_t strips = round_to(rows, STRIP) * PANEL;
+#if defined(__AMX_BF16__)
+    const std::int64_t blocks = 2 * blocks_of(rows) * BLOCK_SUMS;
+    return blocks > strips ? blocks : strips;
+#else
+    return strips;
+#endif
+}
 
-// Calls epilogue(row, rows, column, columns, c) for every strip of `rows` rows of A and `columns` columns from `column`
-// on, once their sums c [rows][PANEL] are complete.  Panels first .. last - 1 of w; K of A's rows is a multiple of the
-// unit.
+// Hands every row of A with its sums c of `columns` columns from `column` on to the epilogue (see epilogue.h), once
+// they are complete.  Panels first .. last - 1 of w; K of A's rows is a multiple of the unit.
 template <class U, class Epilogue>
 PYXLBERT_INLINE void product(const float* a, std::int64_t a_stride, std::int64_t rows, const PackedMatrix& w,
                              std::int64_t first, std::int64_t last, float* scratch, Epilogue epilogue) {
@@ -180,7 +217,10 @@ PYXLBERT_INLINE void product(const float* a, std::int64_t a_stride, std::int64_t
                     strip<U, false>(count, a + r * a_stride, a_stride, b, steps, c);
                 else
                     strip<U, true>(count, a + r * a_stride + k, a_stride, b + k * PANEL, steps, c);
-                if (complete) epilogue(r, count, column, columns, c);
+                if (!complete) continue;
+                epilogue.with_row([&](auto finish) PYXLBERT_LAMBDA {
+                    for (int i = 0; i < count; ++i) finish(r + i, column, columns, c + i * PANEL);
+                });
             }
         }
     }

@@ -13,6 +13,7 @@
 // relative-position band whose row stride is one less than its width adds its skew this way for free.
 #pragma once
 #include "simd.h"
+#include "tiles.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -45,7 +46,11 @@ struct Bf16PairUnit {
 #if defined(__AMX_BF16__)
 // The same pairs through tiles of 16 rows x 16 units: a sub-panel of B already is one.
 struct Bf16TileUnit {
-    static constexpr int PAIR = 2, ROW_STEP = 16, K_STEP = 16;
+    static constexpr int PAIR = 2, ROW_STEP = TILE_ROWS, K_STEP = TILE_UNITS;
+    template <int C, int A, int B>
+    static PYXLBERT_INLINE void multiply() {
+        multiply_tiles_bf16<C, A, B>();
+    }
 };
 #endif
 
@@ -169,22 +174,6 @@ PYXLBERT_INLINE void multiply_vectors(MatrixA a, MatrixB b, std::int64_t k_steps
 }
 
 #if defined(__AMX_BF16__)
-// Eight tiles of 16 rows of 64 bytes, for the calling thread.
-PYXLBERT_INLINE void begin_tiles() {
-    alignas(64) std::uint8_t configuration[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-        configuration[16 + 2 * tile] = 64;
-        configuration[48 + tile] = 16;
-    }
-    _tile_loadconfig(configuration);
-}
-PYXLBERT_INLINE void end_tiles() { _tile_release(); }
-#else
-PYXLBERT_INLINE void begin_tiles() {}
-PYXLBERT_INLINE void end_tiles() {}
-#endif
-
-#if defined(__AMX_BF16__)
 
 // 32 or 16 rows against two vectors or one.  Tiles 0 to 3 are C, 4 and 5 rows of A, 6 and 7 vectors of B.
 template <bool TWO_ROWS, bool TWO_VECTORS>
@@ -193,36 +182,36 @@ PYXLBERT_INLINE void tile_kernel(const float* a, std::int64_t a_stride, const fl
                                  std::int64_t init_stride, float* c, std::int64_t c_stride) {
     const std::int64_t init_bytes = init_stride * 4, a_bytes = a_stride * 4, b_bytes = k_stride * 4;
     if (init == nullptr) {
-        _tile_zero(0);
-        if (TWO_VECTORS) _tile_zero(1);
-        if (TWO_ROWS) _tile_zero(2);
-        if (TWO_ROWS && TWO_VECTORS) _tile_zero(3);
+        clear_tile<0>();
+        if (TWO_VECTORS) clear_tile<1>();
+        if (TWO_ROWS) clear_tile<2>();
+        if (TWO_ROWS && TWO_VECTORS) clear_tile<3>();
     } else {
         const float* second = init + 16 * init_stride;
-        _tile_loadd(0, init, init_bytes);
-        if (TWO_VECTORS) _tile_loadd(1, init + W, init_bytes);
-        if (TWO_ROWS) _tile_loadd(2, second, init_bytes);
-        if (TWO_ROWS && TWO_VECTORS) _tile_loadd(3, second + W, init_bytes);
+        load_tile<0>(init, init_bytes);
+        if (TWO_VECTORS) load_tile<1>(init + W, init_bytes);
+        if (TWO_ROWS) load_tile<2>(second, init_bytes);
+        if (TWO_ROWS && TWO_VECTORS) load_tile<3>(second + W, init_bytes);
     }
     for (std::int64_t k = 0; k < k_steps; k += 16, a += 16, b += 16 * k_stride) {
-        _tile_loadd(6, b, b_bytes);
-        _tile_loadd(4, a, a_bytes);
-        _tile_dpbf16ps(0, 4, 6);
+        load_tile<6>(b, b_bytes);
+        load_tile<4>(a, a_bytes);
+        multiply_tiles_bf16<0, 4, 6>();
         if (TWO_VECTORS) {
-            _tile_loadd(7, b + vector_stride, b_bytes);
-            _tile_dpbf16ps(1, 4, 7);
+            load_tile<7>(b + vector_stride, b_bytes);
+            multiply_tiles_bf16<1, 4, 7>();
         }
         if (TWO_ROWS) {
-            _tile_loadd(5, a + 16 * a_stride, a_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            if (TWO_VECTORS) _tile_dpbf16ps(3, 5, 7);
+            load_tile<5>(a + 16 * a_stride, a_bytes);
+            multiply_tiles_bf16<2, 5, 6>();
+            if (TWO_VECTORS) multiply_tiles_bf16<3, 5, 7>();
         }
     }
     const std::int64_t c_bytes = c_stride * 4;
-    _tile_stored(0, c, c_bytes);
-    if (TWO_VECTORS) _tile_stored(1, c + W, c_bytes);
-    if (TWO_ROWS) _tile_stored(2, c + 16 * c_stride, c_bytes);
-    if (TWO_ROWS && TWO_VECTORS) _tile_stored(3, c + 16 * c_stride + W, c_bytes);
+    store_tile<0>(c, c_bytes);
+    if (TWO_VECTORS) store_tile<1>(c + W, c_bytes);
+    if (TWO_ROWS) store_tile<2>(c + 16 * c_stride, c_bytes);
+    if (TWO_ROWS && TWO_VECTORS) store_tile<3>(c + 16 * c_stride + W, c_bytes);
 }
 
 __attribute__((noinline)) void multiply_tiles(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init,
@@ -252,7 +241,7 @@ template <class U, bool TRANSPOSED>
 PYXLBERT_INLINE void multiply(MatrixA a, MatrixB b, std::int64_t k_steps, const float* init, std::int64_t init_stride,
                               MatrixC c, std::int64_t rows, std::int64_t vectors) {
 #if defined(__AMX_BF16__)
-    if constexpr (U::ROW_STEP == 16) {
+    if constexpr (U::ROW_STEP == TILE_ROWS) {
         static_assert(!TRANSPOSED, "a tile of A holds rows");
         multiply_tiles(a, b, k_steps, init, init_stride, c, rows, vectors);
         return;

@@ -20,11 +20,12 @@ void forward(const PackedLinearFwd& a) {
     using E = typename Packed<T>::Element;
     const PackedMatrix& w = a.layer->weight;
     const int threads = product_team(a.threads, a.rows * w.columns * w.inner);
-    const Division cut = divide(a.rows, threads);
+    const Division cut = divide(a.rows, threads, w);
     const std::int64_t panels = panels_of(w), tasks = cut.row_tasks * cut.column_tasks;
     // Rows that are read in whole units as they lie need no copy.
-    const bool in_place = sizeof(T) == sizeof(E) && w.inner % U::PAIR == 0 && a.x_stride % U::PAIR == 0 &&
+    const bool in_units = w.inner % U::PAIR == 0 && a.x_stride % U::PAIR == 0 &&
                           reinterpret_cast<std::uintptr_t>(a.x) % sizeof(float) == 0;
+    const bool in_place = sizeof(T) == sizeof(E) && (in_units || tiled(w));
     const std::int64_t stride = in_place ? a.x_stride : round_to(w.inner, 2 * W);
     const E* x = static_cast<const E*>(a.x);
     E* copy = nullptr;

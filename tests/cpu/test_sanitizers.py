@@ -5,19 +5,16 @@ Their kernels are compiled once more with the sanitizers; `make test-all` does i
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import variants
 
 import pyxlbert
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "sanitized"
 HERE = pyxlbert._C.levels()
 # Few ops have an amx version: of the others the level below runs.
 LEVELS = HERE if os.environ.get("PYXLBERT_TEST_ALL") == "1" else ["portable", *HERE[-2 if HERE[-1] == "amx" else -1 :]]
@@ -39,22 +36,11 @@ def _runtime() -> str:
 def environment() -> dict[str, str]:
     """Environment variables under which Python imports the sanitized build."""
     runtime = _runtime()
-    command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", str(BUILD)]
-    command += ["--build-lib", str(BUILD / "lib"), "--build-temp", str(BUILD / "temp")]
-    variables = {"PYXLBERT_SANITIZE": "address,undefined", "PYXLBERT_SANITIZE_LEVELS": ",".join(LEVELS)}
-    BUILD.mkdir(parents=True, exist_ok=True)
-    # Tests may run in several processes.
-    with (BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
-    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
-    return os.environ | {
+    watched = {"PYXLBERT_SANITIZE": "address,undefined", "PYXLBERT_SANITIZE_LEVELS": ",".join(LEVELS)}
+    return variants.build("sanitized", watched) | {
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "PYTHONPATH": str(BUILD / "lib"),
-        "PYTHONSAFEPATH": "1",  # or the working tree's own, unsanitized module would come first
         "PYXLBERT_TEST_SMALL": ",".join(LEVELS),
-        "OMP_NUM_THREADS": "1",  # the tests of threads ask for their own
     }
 
 
@@ -78,10 +64,10 @@ def test_it_watches(environment, level: str) -> None:
 
 def test_small_grid(environment) -> None:
     tests = [
-        f"{ROOT}/tests/ops/test_parity.py::test_{name}"
+        f"{variants.ROOT}/tests/ops/test_parity.py::test_{name}"
         for name in ("parity", "deterministic_for_any_number_of_threads")
     ]
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=variants.ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
