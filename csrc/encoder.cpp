@@ -193,6 +193,8 @@ void bind_encoder(py::module_& cpu) {
         .def(py::init<const std::vector<Part>&, Address, std::int64_t, int, bool>())
         .def_property_readonly("columns", [](const OwnedLinear& one) { return one.linear.weight.columns; })
         .def_property_readonly("inner", [](const OwnedLinear& one) { return one.linear.weight.inner; })
+        .def_property_readonly("dtype",
+                               [](const OwnedLinear& one) { return static_cast<int>(one.linear.weight.dtype); })
         .def_property_readonly("bytes", [](const OwnedLinear& one) { return one.linear.weight.bytes; })
         .def_property_readonly("level", &OwnedLinear::level);
     cpu.def("packed_linear_fwd", &packed_linear_fwd);

@@ -56,7 +56,7 @@ class Encoder {
     }
     // Where the feed-forward network works in chunks its inner columns never come together.
     static PYXLBERT_INLINE const PackedMatrix& deepest_weight(const EncoderLayer& layer) {
-        return layer.down.weight.quantised ? layer.down.weight : layer.qkv.weight;
+        return layer.down.weight.quantised ? layer.down.weight : layer.projections[0].weight;
     }
     PYXLBERT_INLINE std::int64_t deepest() const {
         const std::int64_t most = inner > width ? inner : width;

@@ -16,9 +16,14 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 PackedLinear = _C.cpu.PackedLinear
 
 
-def gains(weights: Sequence[Tensor]) -> bool:
-    """Whether a product with these weights, packed, is faster than one with them as they are."""
-    return _C.level() != "portable" and all(one.numel() and one.dtype in DTYPE for one in weights)
+def gains(weights: Sequence[Tensor], quantised: bool) -> bool:
+    """Whether a product with these weights, packed, is faster than one with them as they are, or asked for."""
+    return (quantised or _C.level() != "portable") and all(one.numel() and one.dtype in DTYPE for one in weights)
+
+
+def dtype_of(packed: PackedLinear) -> torch.dtype:
+    """Of the weight before it was packed."""
+    return next(dtype for dtype, number in DTYPE.items() if number == packed.dtype)
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> PackedLinear:

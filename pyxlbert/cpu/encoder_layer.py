@@ -132,11 +132,11 @@ class Stack:
 
 def encoder_layer_fwd(call: Any) -> Tensor:
     """See `pyxlbert.reference.encoder_layer.encoder_layer_fwd`."""
-    hidden, width = call.x.shape[-1], call.out_weight.shape[1]
+    hidden, width, inner = call.x.shape[-1], call.out_weight.shape[1], call.up_weight.shape[0]
     x = call.x.contiguous()
     if x.numel() == 0:
         return torch.empty_like(x)
-    if x.dtype is torch.bfloat16 and (hidden % 2 or width % 2):
+    if x.dtype is torch.bfloat16 and (hidden % 2 or width % 2 or inner % 2):
         # Pairs of bfloat16 are multiplied, and a row of an odd number is no row of pairs.
         x = x.float()
 
@@ -234,7 +234,8 @@ def _relative(
 
 
 def _adjacent(x: Tensor | None) -> Tensor | None:
-    """A mask or bias, copied unless its keys are adjacent or one."""
+    """A mask or bias, copied unless its keys are adjacent or one and what lies in memory is its values."""
+    x = None if x is None else x.resolve_neg()
     return x.contiguous() if x is not None and x.shape[3] != 1 and x.stride(3) not in (0, 1) else x
 
 

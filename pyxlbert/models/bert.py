@@ -445,14 +445,15 @@ class BertModel(BertPreTrainedModel):
         states = [self._public(stream)] if given.output_hidden_states else None
         attentions = [] if given.output_attentions else None
         recompute = self.checkpointing is not None and self.training and torch.is_grad_enabled()
-        done = None
+        done, together = None, True
         if not (given.output_attentions or given.output_hidden_states):
             done = self.encoder.in_one_call(stream, layout)
         if done is not None:
             stream = done
         for index, layer in enumerate(self.encoder.layer if done is None else ()):
-            if states is not None and attentions is None:
+            if states is not None and attentions is None and together:
                 done = self.encoder.in_one_call(stream, layout, slice(index, index + 1))
+                together = done is not None
                 if done is not None:
                     stream = done
                     states.append(self._public(stream))

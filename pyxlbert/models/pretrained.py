@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +13,7 @@ from torch import Tensor
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
-from pyxlbert.nn.packing import PacksItself
+from pyxlbert.nn.packing import PacksItself, packs_by_default
 
 _CHECKPOINT_OPTIONS = {
     "use_reentrant",
@@ -199,6 +198,10 @@ class PretrainedModel(PacksItself):
                 missing, or a tensor has the wrong shape.
             TypeError: an override is no field of the configuration.
         """
+        if pack is None:
+            pack = packs_by_default()
+        elif not isinstance(pack, bool):
+            raise TypeError(f"pack: got {pack!r}, wanted True, False or None")
         if "torch_dtype" in overrides:
             old = overrides.pop("torch_dtype")
             if dtype not in ("auto", None, old):
@@ -243,8 +246,7 @@ class PretrainedModel(PacksItself):
         model.loading_info = {"missing_keys": sorted(missing), "unexpected_keys": sorted(unexpected)}
         cls._report(model.loading_info, directory)
         model.eval()
-        wanted_packed = os.environ.get("PYXLBERT_PACK") != "0" if pack is None else pack
-        model.base_model.packs = "own" if wanted_packed else None
+        model.base_model.packs = "own" if pack else None
         return (model, model.loading_info) if output_loading_info else model
 
     @classmethod

@@ -405,6 +405,7 @@ class XLNetModel(XLNetPreTrainedModel):
                 keep(content, query)
             if alone and index % step == 0:
                 done = self._in_one_call(content, layout, slice(index, index + step))
+                alone = done is not None
                 if done is not None:
                     content = done
                     if step > 1:

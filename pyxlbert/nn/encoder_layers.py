@@ -54,10 +54,15 @@ class PackedLayers:
     def __init__(self, find: Find) -> None:
         self._find = find
         self._found: _Found | None = None
+        self._failed: Watch | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A copy of the model makes its own.
         return type(None), ()
+
+    def forget(self) -> None:
+        """Drops what was made of weights that are packed no more."""
+        self._found = self._failed = None
 
     def run(
         self, stream: tuple[Tensor, Tensor], layout: TokenLayout | RelativeLayout, which: slice = slice(None)
@@ -73,23 +78,23 @@ class PackedLayers:
         if not usual_call(x) or not stack.takes(x, residual):
             return None
         found = self._found
-        if found is None or not found.watch.unchanged():
+        if found is None or found.level != stack.level() or not found.watch.unchanged():
             self._found = found = self._look()
         if found is None or found.dtype is not x.dtype or found.hidden != x.shape[-1]:
             return None
         tokens = layout if isinstance(layout, TokenLayout) else layout.tokens
-        if tokens.cu_seqlens is not None:
-            stack.check_offsets(tokens.cu_seqlens, x.shape[0], tokens.max_seqlen)
-        places = stack.Places(
-            found.heads, found.head_size, found.head_size**-0.5, tokens.cu_seqlens, attention_mask=tokens.attention_mask
-        )
-        if isinstance(layout, TokenLayout):
-            places, distances = places._replace(bias=layout.bias), None
-        else:
-            places = places._replace(attention_mask=layout.attention_mask, causal=layout.causal)
+        mask = layout.attention_mask
+        bias = layout.bias if isinstance(layout, TokenLayout) else None
+        if not stack.takes_masks(x, tokens.cu_seqlens, tokens.max_seqlen, mask, bias, found.heads):
+            return None  # the modules say what is wrong
+        size, offsets = found.head_size, tokens.cu_seqlens
+        places = stack.Places(found.heads, size, size**-0.5, offsets, attention_mask=mask, bias=bias)
+        distances = None
+        if isinstance(layout, RelativeLayout):
+            places = places._replace(causal=layout.causal)
             distances = stack.Distances(
                 layout.positions.to(x.dtype).contiguous(),
-                tokens.max_seqlen if tokens.cu_seqlens is not None else x.shape[1],
+                x.shape[1] if offsets is None else tokens.max_seqlen,
                 layout.query_segments,
                 layout.key_segments,
                 layout.query_rank,
@@ -101,41 +106,67 @@ class PackedLayers:
         return found.stack.run(x, residual, places, distances, first, last - first)
 
     def _look(self) -> _Found | None:
+        if self._failed is not None and self._failed.as_failed():
+            return None
         watch = Watch()
         try:
             layers = self._find(watch)
-            return _Found(watch, layers) if layers else None
+            found = _Found(watch, layers, self) if layers else None
+            self._failed = None
         except Unusual:
-            return None
+            watch.failed()
+            self._failed, found = watch, None
+        return found
 
 
 class _Found:
     """The native stack of layers as they were found."""
 
-    def __init__(self, watch: Watch, layers: list[LayerParts]) -> None:
-        self.watch = watch
+    def __init__(self, watch: Watch, layers: list[LayerParts], user: PackedLayers) -> None:
+        self.watch, self.level = watch, stack.level()
         first = layers[0]
         self.heads, self.head_size = first.heads, first.head_size
         if any((one.heads, one.head_size) != (self.heads, self.head_size) for one in layers):
             raise Unusual
         native = [self._layer(watch, one) for one in layers]
         self.hidden = native[0].down.columns
-        width = self.heads * self.head_size
+        self.dtype = stack.dtype_of(native[0].down)
         for one in native:
-            sizes = (
-                (sum(p.columns for p in one.projections), 3 * width),
-                *((p.inner, self.hidden) for p in (*one.projections, one.up)),
-                *((one.out.columns, self.hidden), (one.out.inner, width), (one.down.columns, self.hidden)),
-                (one.down.inner, one.up.columns),
-                *((norm[i].numel(), self.hidden) for norm in (one.attention_norm, one.norm) for i in (0, 1)),
-            )
-            if any(got != wanted for got, wanted in sizes):
-                raise Unusual
-        self.dtype: torch.dtype = watch.parameter(first.norm, "weight").dtype  # type: ignore[union-attr]
-        if self.dtype not in stack.DTYPES or not stack.takes_sizes(self.dtype, self.hidden, width):
-            raise Unusual
+            self._check(one)
         self.stack = stack.Stack(native, self.hidden)
         watch.found()
+        for layer in layers:
+            for module in (layer.attention, layer.out[0], layer.up[0], layer.down[0]):
+                module.packed.users.add(user)
+
+    def _check(self, layer: Any) -> None:
+        """Raises Unusual unless a layer's parameters are of the sizes and the dtype of the others."""
+        width, hidden, wide = self.heads * self.head_size, self.hidden, layer.up.columns
+        products = (*layer.projections, layer.out, layer.up, layer.down)
+        sizes = [
+            (sum(one.columns for one in layer.projections), 3 * width),
+            *((one.inner, hidden) for one in (*layer.projections, layer.up)),
+            *((layer.out.columns, hidden), (layer.out.inner, width)),
+            *((layer.down.columns, hidden), (layer.down.inner, wide)),
+        ]
+        if layer.position is not None:
+            products = (*products, layer.position)
+            sizes += [(layer.position.columns, width), (layer.position.inner, hidden)]
+        shapes = [(tuple(one.shape), (hidden,)) for norm in (layer.attention_norm, layer.norm) for one in norm[:2]]
+        terms = [(self.heads, self.head_size)] * 3 + [(2, self.heads, self.head_size)]
+        shapes += [(tuple(one.shape), shape) for one, shape in zip(layer.terms, terms, strict=True) if one is not None]
+        dtypes = [one.dtype for norm in (layer.attention_norm, layer.norm) for one in norm[:2]]
+        dtypes += [one.dtype for one in layer.terms if one is not None]
+        if (
+            any(got != wanted for got, wanted in (*sizes, *shapes))
+            or any(stack.dtype_of(one) is not self.dtype for one in products)
+            or any(dtype not in (self.dtype, torch.float32) for dtype in dtypes)
+            or not stack.takes_sizes(self.dtype, hidden, width, wide)
+            or layer.activation not in stack.ACTIVATIONS
+            or any(type(norm[2]) is not float for norm in (layer.attention_norm, layer.norm))
+            or (layer.position is not None and None in layer.terms)
+        ):
+            raise Unusual
 
     @staticmethod
     def _layer(watch: Watch, parts: LayerParts) -> Any:

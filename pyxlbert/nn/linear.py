@@ -21,6 +21,8 @@ class Linear(Packable, torch.nn.Linear):
         x ``[..., in_features]`` to ``[..., out_features]``; any number of rows, none included.
     """
 
+    fuses = True
+
     def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return (self,)
 

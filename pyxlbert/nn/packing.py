@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyxlbert import backends
 from pyxlbert.ops import _packed
@@ -49,6 +55,9 @@ class Packable(torch.nn.Module):
     packed: PackedProducts | None = None
     # Products that keep their dtype if a model is packed in eight-bit integers.
     never_quantised: tuple[str, ...] = ()
+    # Set in the body of a class whose layers may be one product with others of this very class: their forward is that
+    # of a linear layer.  A subclass has one of its own.
+    fuses = False
 
     def packed_layers(self, product: str = "") -> Layers:
         """The layers whose outputs a product holds side by side: the module itself, unless it says otherwise."""
@@ -71,61 +80,82 @@ class Packable(torch.nn.Module):
             return None
         return packed[product].product(x, self.packed_layers(product), activation)
 
+    def drop_packed(self) -> None:
+        """Forgets the copies, and tells whoever uses them."""
+        packed, self.packed = self.packed, None
+        if packed is not None:
+            packed.drop()
+
     def train(self, mode: bool = True) -> Packable:
         if mode:
-            self.packed = None
+            self.drop_packed()
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self.packed = None
+        self.drop_packed()
         return super()._apply(*arguments, **options)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.packed = None
+        self.drop_packed()
         super()._load_from_state_dict(*arguments, **options)
+
+
+class _Once:
+    """That something was done; a copy has not done it."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class PacksItself(torch.nn.Module):
-    """A model that packs its weights when it first runs for inference, and again after whatever has dropped them.
+    """A model that packs its weights when it first runs for inference, and again after its parts have dropped copies.
 
     Attributes:
         packs: None: it does not; "own": in its own dtype; "int8".
-        pack_due: whether it has not done so since.
     """
 
     packs: str | None = None
-    pack_due = True
+    _packed_once: _Once | None = None
 
-    def train(self, mode: bool = True) -> PacksItself:
-        self.pack_due = self.pack_due or mode
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **options: Any) -> Any:
-        self.pack_due = True
-        return super()._apply(*arguments, **options)
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.pack_due = True
-        super()._load_from_state_dict(*arguments, **options)
+    def forget(self) -> None:
+        """Packs again at the next forward pass for inference."""
+        self._packed_once = None
 
     def pack_if_due(self) -> None:
         """Packs before a forward pass whose copies may be used."""
-        if self.packs is None or not self.pack_due or self.training or torch.is_grad_enabled():
+        if self.packs is None or self._packed_once is not None or self.training or torch.is_grad_enabled():
             return
-        first = next(self.parameters())
-        if torch.compiler.is_compiling() or not first.is_cpu or torch.is_autocast_enabled("cpu"):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or watched()
+        usual = not torch.is_autocast_enabled("cpu") and backends.default_backend() in (None, "cpu")
+        if traced or not usual or not next(self.parameters()).is_cpu:
             return
-        pack(self, None if self.packs == "own" else self.packs)
-        size = sum(one.numel() * one.element_size() for one in self.parameters() if one.dim() > 1) >> 20
-        _LOG.info("%s: linear layers are packed, at most %d MB; pack=False leaves that out", type(self).__name__, size)
+        with _packing:
+            if self._packed_once is None:
+                pack(self, None if self.packs == "own" else self.packs)
+
+
+# One thread packs, and the others wait for it.
+_packing = threading.RLock()
+
+
+def packs_by_default() -> bool:
+    """Whether loaded models pack themselves: unless the environment says PYXLBERT_PACK=0.
+
+    Raises:
+        ValueError: it says another word.
+    """
+    wanted = os.environ.get("PYXLBERT_PACK", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"PYXLBERT_PACK: got {wanted!r}, wanted 0 or 1")
+    return wanted == "1"
 
 
 class PackedWeight:
     """The weights `[N, K]` of one or more layers, one below the other, in the processor's order, and their biases.
 
     It follows its originals: a parameter that was written to or replaced is packed again at its next use.  Not seen
-    are writes past autograd's version counter, through `.data` or through memory shared with another library.
-    Threads may use it at once.
+    are writes past autograd's version counter: through `.data`, through memory shared with another library, and by
+    collectives of `torch.distributed`.  Threads may use it at once.
 
     Args:
         quantised: as eight-bit integers.
@@ -138,10 +168,13 @@ class PackedWeight:
 
     def product(self, x: Tensor, layers: Layers, activation: str) -> Tensor | None:
         """See `Packable.packed_product`."""
-        if not _takes(x, layers[0]):
-            return None
-        packed = self.current(layers)
-        return None if packed is None else _packed.product(x, packed, activation)
+        packed = self.current(layers) if _usual(x) else None
+        return _packed.product(x, packed, activation) if packed is not None and _fits(x, packed) else None
+
+    @property
+    def bytes(self) -> int:
+        """Of the copy."""
+        return 0 if self._copy is None else self._copy.packed.bytes
 
     def current(self, layers: Layers) -> Any:
         """The packed weight of the layers as they are now; None where there is nothing to gain."""
@@ -154,12 +187,29 @@ class PackedWeight:
         return None if copy is None else copy.packed
 
 
+class _User(Protocol):
+    """What is made of packed weights, and is to go when they do."""
+
+    def forget(self) -> None: ...
+
+
 class PackedProducts(dict[str, PackedWeight]):
     """The packed weights of a module's products, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: WeakSet[_User] = WeakSet()
+
+    def drop(self) -> None:
+        """Tells the users that the module has no copies any more."""
+        for user in list(self.users):
+            user.forget()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # What is in the processor's order can be neither copied nor pickled: a copy of the module starts without.
         return type(None), ()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 class _Copy:
@@ -215,7 +265,8 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is in training mode, where the copies would not be used, or dtype is another word.
+        ValueError: model is in training mode, where the copies would not be used; dtype is another word, or "int8" for
+            a model that has no layers for it, or not in a dtype that is multiplied by the processor.
     """
     _check_module("pack", model)
     if dtype not in (None, "int8"):
@@ -227,6 +278,7 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
         layers = [module for module in model.modules() if getattr(module, "is_encoder_layer", False)]
         quantised = {id(part) for layer in layers for part in layer.modules()}
     covered: set[int] = set()
+    made: list[PackedProducts] = []
     for module in model.modules():
         if not isinstance(module, Packable) or id(module) in covered:
             continue
@@ -238,11 +290,33 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
                 covered.update(id(part) for part in parts)
                 copies[product] = packed
         if len(copies) == len(module.packed_products()):
+            module.drop_packed()
             module.packed = copies
+            made.append(copies)
+    if dtype == "int8" and not any(one.quantised for copies in made for one in copies.values()):
+        raise ValueError("pack: dtype: got 'int8' for a model without layers of an encoder in float32 or 16 bits")
+    _follow_fused_optimizers()
+    size = sum(one.bytes for copies in made for one in copies.values())
+    if made:
+        _LOG.info("%s: linear layers are packed, %d MB; unpack() drops that", type(model).__name__, size >> 20)
     for module in model.modules():
         if isinstance(module, PacksItself):
-            module.packs, module.pack_due = module.packs and (dtype or "own"), False
+            module.packs, module._packed_once = module.packs and (dtype or "own"), _Once()
+            for copies in made:
+                copies.users.add(module)
     return model
+
+
+@functools.cache
+def _follow_fused_optimizers() -> None:
+    """Fused steps write to parameters without raising their versions; from now on it is done for them."""
+
+    def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                increment_version([one for one in group["params"] if one.grad is not None and not one.is_inference()])
+
+    register_optimizer_step_post_hook(follow)
 
 
 def unpack(model: torch.nn.Module) -> torch.nn.Module:
@@ -260,7 +334,7 @@ def unpack(model: torch.nn.Module) -> torch.nn.Module:
     _check_module("unpack", model)
     for module in model.modules():
         if isinstance(module, Packable):
-            module.packed = None
+            module.drop_packed()
         elif isinstance(module, PacksItself):
             module.packs = None
     return model
@@ -275,44 +349,51 @@ def _parameters(layers: Layers) -> list[Tensor] | None:
     """Weights and biases in order, or None where the layers are not plain ones that can stand in one product."""
     if isinstance(layers[0], Projection):
         return _plain([layer.parameter for layer in layers])
+    if not all(isinstance(layer, Packable) and isinstance(layer, torch.nn.Linear) for layer in layers):
+        return None
     found: list[Tensor] = []
     several, biased = len(layers) > 1, layers[0].bias is not None
     for layer in layers:
-        if not isinstance(layer, Packable) or not isinstance(layer, torch.nn.Linear):
-            return None
-        if several and (
-            type(layer) is not type(layers[0]) or layer._forward_hooks or layer._forward_pre_hooks or layer.training
-        ):
-            # Whoever has put another layer there, or watches one, wants it called.
+        # Whoever has put another layer there, or watches one, wants it called.
+        if several and (type(layer) is not type(layers[0]) or not _is_linear(layer)):
             return None
         if (layer.bias is not None) is not biased:
             return None
+        if biased and layer.bias.shape != layer.weight.shape[:1]:
+            return None
         found += (layer.weight, layer.bias) if biased else (layer.weight,)
     return _plain(found)
+
+
+def _is_linear(layer: Packable) -> bool:
+    """Whether a call of the layer is its product and nothing more."""
+    state = vars(layer)
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    return "fuses" in vars(type(layer)) and not (hooked or layer.training or "forward" in state)
 
 
 def _plain(parameters: list[Tensor]) -> list[Tensor] | None:
     """The parameters, or None where a copy could not follow them or their products do not fit side by side."""
     first = parameters[0]
     for one in parameters:
-        # A subclass of tensor, a parametrization or an inference tensor has no version to follow.
+        # A subclass of tensor, a parametrization or an inference tensor has no version to follow; one that is shared
+        # with other processes is written to by them.
         if type(one) is not torch.nn.Parameter or one.is_inference() or one.dtype is not first.dtype or not one.is_cpu:
+            return None
+        if one.is_shared() or one.is_neg():
             return None
         if (one.dim() == 2 and one.shape[1] != first.shape[1]) or (one.dim() == 3 and one.shape != first.shape):
             return None
     return parameters
 
 
-def _takes(x: Tensor, layer: torch.nn.Linear | Projection) -> bool:
+def _usual(x: Tensor) -> bool:
     """Whether this x is multiplied as it is: anything else is for the op, which casts, refuses or is traced."""
-    weight = layer.weight
     return (
         type(x) is Tensor
-        and x.dtype is weight.dtype
         and x.is_cpu
         and x.numel() > 0
         and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
@@ -320,3 +401,7 @@ def _takes(x: Tensor, layer: torch.nn.Linear | Projection) -> bool:
         and not (x.is_neg() or is_zerotensor(x))
         and not watched()
     )
+
+
+def _fits(x: Tensor, packed: Any) -> bool:
+    return x.shape[-1] == packed.inner and _packed.dtype_of(packed) is x.dtype

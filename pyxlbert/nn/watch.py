@@ -20,8 +20,21 @@ _VERSION = operator.attrgetter("_version")
 _GLOBAL_HOOKS = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
 
 
+# What a module of a layer computes with, beside its class: set on an instance, it is somebody's.
+_METHODS = ("forward", "_call_impl", "project", "back", "finish")
+
+
 class Unusual(Exception):
     """A module that only it itself can compute."""
+
+
+def _is_own(kind: type[nn.Module]) -> bool:
+    """Whether the class computes what it was written to: nobody has put another `forward` in its place."""
+    forward = vars(kind).get("forward")
+    if forward is None:
+        return True
+    named = getattr(forward, "__qualname__", None), getattr(forward, "__module__", None)
+    return named == (f"{kind.__qualname__}.forward", kind.__module__) and not hasattr(forward, "__wrapped__")
 
 
 class Watch:
@@ -40,12 +53,18 @@ class Watch:
         self._states: list[dict[str, Any]] = []
         self._hooks: list[dict[int, Any]] = list(_GLOBAL_HOOKS)
         self._lists: list[tuple[dict[str, Any], list[str]]] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: dict[type[nn.Module], Any] = {}
         self._aliases: list[Tensor] = []
         self._seen: tuple[list[Any], ...] = ()
 
     def module(self, module: nn.Module) -> None:
         """A module that is in eval mode, has no hooks, and whose `forward` is that of its class."""
-        state = vars(module)
+        state, kind = vars(module), type(module)
+        if kind not in self._kinds and not _is_own(kind):
+            raise Unusual
+        self._kinds[kind] = vars(kind).get("forward")
+        self._modules.append(module)
         self._states.append(state)
         self._hooks += (state["_forward_hooks"], state["_forward_pre_hooks"])
 
@@ -81,7 +100,7 @@ class Watch:
         if one is None:
             return None
         # A subclass of tensor or an inference tensor has no version to follow.
-        if type(one) is not nn.Parameter or not one.is_cpu or one.is_inference():
+        if type(one) is not nn.Parameter or not one.is_cpu or one.is_inference() or one.is_neg():
             raise Unusual
         self._parameters.append(one)
         return one
@@ -97,8 +116,26 @@ class Watch:
         # An alias of each is kept, so that no other values can come to lie at its address.
         self._aliases = [one.detach() for one in self._parameters]
         self._seen = self._look()
-        if not self.unchanged():
+        if not self.unchanged() or any(name in state for state in self._states for name in _METHODS):
             raise Unusual
+
+    def failed(self) -> None:
+        """From here on `as_failed` says whether what was looked at still is what it was when something was unusual."""
+        self._seen = self._state()
+
+    def as_failed(self) -> bool:
+        """Whether there is nothing new that would make another look worth its time."""
+        return self._state() == self._seen and all(
+            map(operator.is_, map(dict.get, self._where, self._name), self._what)
+        )
+
+    def _state(self) -> tuple[list[Any], ...]:
+        of, states = self._modules, self._states
+        hooks, training = [len(one) for one in self._hooks], [state["training"] for state in states]
+        children = [list(children) for children, _ in self._lists]
+        packed = [state.get("packed") is None for state in states]
+        kinds = [vars(kind).get("forward") for kind in map(type, of)]
+        return (hooks, training, children, packed, kinds, list(map(len, states)), *self._look())
 
     def unchanged(self) -> bool:
         """Whether every module and parameter is still the one that was found, in eval mode and without hooks."""
@@ -109,6 +146,7 @@ class Watch:
             and not any(map(_TRAINING, self._states))
             and not any(map(_PATCHED, self._states))
             and all(list(children) == names for children, names in self._lists)
+            and all(vars(kind).get("forward") is forward for kind, forward in self._kinds.items())
             and self._look() == self._seen
         )
 
@@ -116,7 +154,11 @@ class Watch:
         # A write raises the version; `.data = ` another tensor changes the address, unless it is a view of what was
         # there, whose strides or size then differ.
         looks = (_VERSION, Tensor.data_ptr, Tensor.stride, Tensor.numel)
-        return tuple(list(map(look, self._parameters)) for look in looks)
+        return (
+            *(list(map(look, self._parameters)) for look in looks),
+            list(map(type, self._modules)),
+            list(map(len, self._states)),
+        )
 
     def _remember(self, where: dict[str, Any], name: str, what: Any) -> None:
         self._where.append(where)

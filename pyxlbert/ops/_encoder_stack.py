@@ -11,16 +11,24 @@ from pyxlbert.ops import _scores
 from pyxlbert.ops._torch import is_zerotensor, watched
 
 try:
+    from pyxlbert import _C
+    from pyxlbert.cpu._packed import ACTIVATIONS, dtype_of
     from pyxlbert.cpu.encoder_layer import Distances, Layer, Places, Stack
 
     _HERE = True
 except ImportError:  # backend "cpu" is not here
-    Distances = Layer = Places = Stack = None  # type: ignore[assignment,misc]
+    ACTIVATIONS = dtype_of = Distances = Layer = Places = Stack = None  # type: ignore[assignment,misc]
     _HERE = False
 
-__all__ = ["DTYPES", "Distances", "Layer", "Places", "Stack", "check_offsets", "takes", "takes_sizes"]
+__all__ = [
+    *("ACTIVATIONS", "Distances", "Layer", "Places", "Stack"),
+    *("dtype_of", "level", "takes", "takes_masks", "takes_sizes"),
+]
 
-DTYPES = tuple(DTYPE)
+
+def level() -> str:
+    """The active instruction-set level."""
+    return _C.level()
 
 
 def takes(x: Tensor, residual: Tensor) -> bool:
@@ -41,15 +49,35 @@ def takes(x: Tensor, residual: Tensor) -> bool:
     )
 
 
-def takes_sizes(dtype: torch.dtype, hidden: int, width: int) -> bool:
+def takes_sizes(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether rows of these sizes are whole units of 32 bits, in which bfloat16 is multiplied."""
-    return dtype is not torch.bfloat16 or (hidden % 2 == 0 and width % 2 == 0)
+    return dtype is not torch.bfloat16 or all(size % 2 == 0 for size in sizes)
 
 
-def check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
-    """See `pyxlbert.ops._scores.check_offsets`; in the words of `attention`, which the modules would call.
+def takes_masks(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    attention_mask: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+) -> bool:
+    """Whether the masks fit the rows `[B, T, E]` or packed `[total, E]`; if not, `attention` says what is wrong.
 
     Raises:
-        ValueError: cu_seqlens or max_seqlen is wrong.
+        ValueError: cu_seqlens or max_seqlen is wrong, in the words of `attention`.
     """
-    _scores.check_offsets("attention", cu_seqlens, total, total if max_seqlen is None else max_seqlen)
+    if cu_seqlens is not None:
+        if max_seqlen is not None and type(max_seqlen) is not int:
+            return False
+        _scores.check_offsets("attention", cu_seqlens, x.shape[0], x.shape[0] if max_seqlen is None else max_seqlen)
+        return attention_mask is None and bias is None
+    scores = (x.shape[0], heads, x.shape[1], x.shape[1])
+    for one in (attention_mask, bias):
+        if one is None:
+            continue
+        if one.layout is not torch.strided or not one.is_cpu or one.dim() != 4 or is_zerotensor(one):
+            return False
+        if any(got not in (1, full) for got, full in zip(one.shape, scores, strict=True)):
+            return False
+    return (attention_mask is None or attention_mask.dtype is torch.bool) and (bias is None or bias.dtype in DTYPE)

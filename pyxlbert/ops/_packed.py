@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from pyxlbert.ops._torch import watched
 
 try:
     from pyxlbert.cpu import _packed
@@ -15,12 +18,18 @@ except ImportError:  # backend "cpu" is not here
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> Any:
     """See `pyxlbert.cpu._packed.pack`; None if there is nothing to gain."""
-    return _packed.pack(weights, biases, quantised) if _packed is not None and _packed.gains(weights) else None
+    gains = _packed is not None and not watched() and _packed.gains(weights, quantised)
+    return _packed.pack(weights, biases, quantised) if gains else None
 
 
 def readable(packed: Any) -> bool:
     """Whether the active instruction-set level is the one that a weight was packed for."""
     return _packed.readable(packed)
+
+
+def dtype_of(packed: Any) -> torch.dtype:
+    """Of the weight before it was packed, and so of the rows that it is multiplied with."""
+    return _packed.dtype_of(packed)
 
 
 def product(x: Tensor, packed: Any, activation: str) -> Tensor:

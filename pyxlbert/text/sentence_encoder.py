@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pyxlbert import backends
 from pyxlbert.files import read_optional_json
 from pyxlbert.models import BertModel, XLNetModel
-from pyxlbert.nn.packing import pack
+from pyxlbert.nn.packing import pack, packs_by_default
 
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
 from .tokenizer import TextTokenizer
@@ -56,7 +56,9 @@ class SentenceEncoder:
         modules: SentenceModules | None = None,
         quantised: bool = False,
     ) -> None:
-        self.model = pack(model.eval().requires_grad_(False), "int8" if quantised else None)
+        self.model = model.eval().requires_grad_(False)
+        if quantised or packs_by_default():
+            pack(self.model, "int8" if quantised else None)
         self.tokenizer = tokenizer
         modules = SentenceModules() if modules is None else modules
         # XLNet's classification token stands behind the text.

@@ -178,7 +178,7 @@ class Layers:
                 for name in sizes
             ]
             native_norm = (norm[0].data_ptr(), norm[1].data_ptr(), 1e-5)
-            self.native.add(*packed, native_norm, native_norm, 1, None, [(0, 0)] * 4)
+            self.native.add([packed[0]], *packed[1:], native_norm, native_norm, 1, None, [(0, 0)] * 4)
             self.layers.append((linears, norm))
 
     def run(self, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
