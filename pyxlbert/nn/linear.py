@@ -21,14 +21,14 @@ class Linear(Packable, torch.nn.Linear):
         x ``[..., in_features]`` to ``[..., out_features]``; any number of rows, none included.
     """
 
-    fuses = True
-
     def packed_layers(self, product: str = "") -> tuple[torch.nn.Linear, ...]:
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.packed_product(x)
         return linear(x, self.weight, self.bias) if y is None else y
+
+    fuses = forward
 
 
 class LinearActivation(Packable, torch.nn.Linear):

@@ -55,9 +55,9 @@ class Packable(torch.nn.Module):
     packed: PackedProducts | None = None
     # Products that keep their dtype if a model is packed in eight-bit integers.
     never_quantised: tuple[str, ...] = ()
-    # Set in the body of a class whose layers may be one product with others of this very class: their forward is that
-    # of a linear layer.  A subclass has one of its own.
-    fuses = False
+    # Set to `forward` in the body of a class whose layers may be one product with others of this very class: that
+    # forward is a linear layer's.  A subclass has one of its own, and so has a patched class.
+    fuses: Any = None
 
     def packed_layers(self, product: str = "") -> Layers:
         """The layers whose outputs a product holds side by side: the module itself, unless it says otherwise."""
@@ -367,9 +367,10 @@ def _parameters(layers: Layers) -> list[Tensor] | None:
 
 def _is_linear(layer: Packable) -> bool:
     """Whether a call of the layer is its product and nothing more."""
-    state = vars(layer)
+    state, kind = vars(layer), vars(type(layer))
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
-    return "fuses" in vars(type(layer)) and not (hooked or layer.training or "forward" in state)
+    plain = kind.get("fuses") is not None and kind["fuses"] is kind.get("forward")
+    return plain and not (hooked or layer.training or "forward" in state)
 
 
 def _plain(parameters: list[Tensor]) -> list[Tensor] | None:

@@ -4,8 +4,10 @@ modules called."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -351,6 +353,60 @@ def _shorter_view(bert: BertModel) -> None:
     bias.data = bias.data[:1].expand(48)
 
 
+class _Wrapped(torch.nn.Module):
+    """An adapter that is no linear layer and has no weight."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+class _Adapted(pyxlbert.nn.Linear):
+    """Three of one class are not three linear layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def _wrapped_query(bert: BertModel) -> None:
+    own = bert.encoder.layer[0].attention.self
+    own.query = _Wrapped(own.query)
+
+
+def _three_adapters(bert: BertModel) -> None:
+    own = bert.encoder.layer[0].attention.self
+    for name in ("query", "key", "value"):
+        adapted = _Adapted(48, 48)
+        adapted.load_state_dict(getattr(own, name).state_dict())
+        setattr(own, name, adapted.eval())
+
+
+def _patched_query(bert: BertModel) -> None:
+    query = bert.encoder.layer[0].attention.self.query
+    query.forward = lambda x: torch.nn.functional.linear(x, query.weight) + 1
+
+
+def _another_class(bert: BertModel) -> None:
+    bert.encoder.layer[1].output.dense.__class__ = _Adapted
+
+
+def _negated(bert: BertModel) -> None:
+    imaginary = torch.randn(48, 100, dtype=torch.complex64).conj().imag
+    bert.encoder.layer[1].output.dense.weight = torch.nn.Parameter(imaginary)
+    assert bert.encoder.layer[1].output.dense.weight.is_neg()
+
+
+def _fused_step(bert: BertModel) -> None:
+    """A fused step writes without raising a version."""
+    optimizer = torch.optim.AdamW(bert.parameters(), lr=0.05, fused=True)
+    with torch.enable_grad():
+        bert(input_ids=ids(1, 7)).last_hidden_state.square().mean().backward()
+    optimizer.step()
+
+
 def _loaded(bert: BertModel) -> None:
     bert.load_state_dict({name: value + 1 for name, value in bert.state_dict().items()})
 
@@ -364,7 +420,8 @@ def _rounded(bert: BertModel) -> None:
     [
         *(_hook, _pre_hook, _adapter, _patched, _activation, _eps, _fewer_layers, _other_order),
         *(_parameter, _written, _data, _transposed, _no_bias, _loaded, _rounded),
-        *(_norm_at_the_same_address, _shorter_view),
+        *(_norm_at_the_same_address, _shorter_view, _wrapped_query, _three_adapters, _patched_query),
+        *(_another_class, _negated, _fused_step),
     ],
     ids=lambda change: change.__name__.strip("_"),
 )
@@ -481,3 +538,136 @@ def test_memory_stays_flat_over_new_lengths() -> None:
         for length in lengths[100:]:
             packed(ids(1, length))
     assert resident() < 1.05 * before
+
+
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_a_patched_class_is_called(build, monkeypatch) -> None:
+    packed, kind = build(), type(next(m for m in build().modules() if type(m) is pyxlbert.nn.Linear))
+    with torch.no_grad():
+        before = packed(ids(1, 7)).last_hidden_state
+        right = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x: right(self, x) + 1)
+        other = build()
+        for name, one in (("warm", packed), ("first", other)):
+            found, wanted = one(ids(1, 7)).last_hidden_state, by_modules(one, input_ids=ids(1, 7))
+            compare.close(name, found, wanted, tolerances.PACKED[torch.float32])
+        assert not torch.equal(other(ids(1, 7)).last_hidden_state, before)
+
+
+def test_an_odd_feed_forward_network_reads_nothing_undefined(poisoned: None) -> None:
+    for options in ({"intermediate_size": 101}, {"hidden_size": 45}):
+        torch.manual_seed(0)
+        packed = pyxlbert.pack(BertModel(BertConfig(**SIZES | options)).to(torch.bfloat16).eval())
+        with torch.no_grad():
+            found = packed(ids(2, 7)).last_hidden_state
+            exact = copy.deepcopy(packed).double()(ids(2, 7)).last_hidden_state
+        assert error(found, exact) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("which", ["dense", "LayerNorm"])
+def test_parameters_of_several_dtypes_are_for_the_modules(which: str, runs: list[bool]) -> None:
+    bert = pyxlbert.unpack(model(torch.bfloat16))
+    getattr(bert.encoder.layer[1].output, which).float()
+    pyxlbert.pack(bert)
+    with torch.no_grad():
+        found = bert(ids(1, 7)).last_hidden_state
+        exact = copy.deepcopy(bert).double()(ids(1, 7)).last_hidden_state
+    assert error(found, exact) < 4 * torch.finfo(torch.bfloat16).eps
+    assert runs[0] is (which == "LayerNorm"), "LayerNorm may be float32"
+
+
+def test_parameters_that_do_not_fit_are_the_modules_to_refuse() -> None:
+    wrong_mask = {"attention_mask": torch.zeros(3, 2, 7, 7)}
+    with torch.no_grad(), pytest.raises(ValueError, match=r"bias: got shape \[3, 2, 7, 7\], wanted"):
+        model()(ids(3, 7), **wrong_mask)
+    bert = model()
+    bert.encoder.layer[0].output.dense.bias = torch.nn.Parameter(torch.randn(3))
+    with torch.no_grad(), pytest.raises(ValueError, match="bias: got shape"):
+        bert(ids(1, 7))
+    other = xlnet()
+    other.layer[0].rel_attn.r_w_bias = torch.nn.Parameter(torch.randn(1, 16))
+    with torch.no_grad(), pytest.raises(ValueError, match="content_bias: got shape"):
+        other(ids(1, 7))
+
+
+def test_a_negated_bias_is_read_as_it_is(runs: list[bool]) -> None:
+    bert, bias = model(), torch._neg_view(torch.randn(3, 1, 7, 7))
+    with torch.no_grad():
+        found = bert(ids(3, 7), attention_mask=bias).last_hidden_state
+        wanted = bert(ids(3, 7), attention_mask=bias.resolve_neg().clone()).last_hidden_state
+    assert all(runs)
+    compare.same_bits("negated", found, wanted)
+
+
+def test_what_is_unpacked_is_freed() -> None:
+    for drop in (pyxlbert.unpack, lambda m: m.train(), lambda m: m.bfloat16()):
+        bert = model()
+        with torch.no_grad():
+            bert(ids(1, 7))
+        found = weakref.ref(bert.encoder.together._found)
+        assert found() is not None
+        drop(bert)
+        gc.collect()
+        assert found() is None
+
+
+def test_a_copy_packs_as_its_original(directory) -> None:
+    loaded = pyxlbert.pack(BertModel.from_pretrained(directory), dtype="int8")
+    with torch.no_grad():
+        wanted = loaded(ids(1, 7)).last_hidden_state
+        for other in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+            compare.same_bits("copy", other(ids(1, 7)).last_hidden_state, wanted)
+        loaded.encoder.layer[0].output.train().eval()
+        compare.same_bits("a part", loaded(ids(1, 7)).last_hidden_state, wanted)
+
+
+def test_a_level_may_change_between_calls(runs: list[bool]) -> None:
+    before, bert = native._C.level(), model()
+    with torch.no_grad():
+        wanted = bert(ids(2, 9)).last_hidden_state
+        try:
+            for level in native._C.levels()[1:]:
+                native._C.set_level(level)
+                compare.close(level, bert(ids(2, 9)).last_hidden_state, wanted, tolerances.PACKED[torch.float32])
+        finally:
+            native._C.set_level(before)
+    assert all(runs)
+
+
+def test_something_unusual_is_not_looked_for_again(monkeypatch, runs: list[bool]) -> None:
+    bert, looks = model(), []
+    right = type(bert.encoder)._parts
+    monkeypatch.setattr(type(bert.encoder), "_parts", lambda self, watch: looks.append(1) or right(self, watch))
+    handle = bert.encoder.layer[1].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        for _ in range(4):
+            bert(ids(1, 7), output_hidden_states=True)
+        assert len(looks) == 1 and not any(runs)
+        handle.remove()
+        bert(ids(1, 7))
+    assert len(looks) == 2 and runs[-1]
+
+
+def test_tracers_get_a_model_that_does_not_pack(directory) -> None:
+    loaded = BertModel.from_pretrained(directory).requires_grad_(False)
+    with torch.no_grad():
+        wanted = BertModel.from_pretrained(directory, pack=False)(ids(1, 7)).last_hidden_state
+        traced = torch.jit.trace(lambda x: loaded(x).last_hidden_state, ids(1, 7))
+        compare.same_bits("traced", traced(ids(1, 7)), wanted)
+        inputs = ids(1, 7)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(loaded(inputs).last_hidden_state) is not Tensor
+        with pyxlbert.use_backend("torch"):
+            loaded(inputs)
+    assert not _packed(loaded)
+
+
+@pytest.mark.parametrize("word", ["no", "", "false", "2"])
+def test_a_word_that_means_nothing_is_refused(directory, word: str, monkeypatch) -> None:
+    monkeypatch.setenv("PYXLBERT_PACK", word)
+    with pytest.raises(ValueError, match=rf"PYXLBERT_PACK: got '{word}', wanted 0 or 1"):
+        BertModel.from_pretrained(directory)
+    with pytest.raises(TypeError, match="pack: got 'int8', wanted True, False or None"):
+        BertModel.from_pretrained(directory, pack="int8")
+    with pytest.raises(ValueError, match="dtype: got 'int8' for a model without layers"):
+        pyxlbert.pack(model().double(), dtype="int8")

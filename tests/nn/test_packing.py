@@ -20,11 +20,11 @@ from pyxlbert.testing import compare, tolerances
 class Linear(Packable, torch.nn.Linear):
     """As a module uses it: the packed product, or the op where there is none."""
 
-    fuses = True
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.packed_product(x)
         return pyxlbert.linear(x, self.weight, self.bias) if y is None else y
+
+    fuses = forward
 
 
 class LinearGelu(Packable, torch.nn.Linear):
