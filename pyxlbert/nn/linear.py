@@ -29,6 +29,23 @@ class Linear(Packable, torch.nn.Linear):
         return linear(x, self.weight, self.bias) if y is None else y
 
 
+def linear_activation(layer: Linear | LinearActivation, x: Tensor, activation: str) -> Tensor:
+    """The activation of a layer's product, in one pass where it is GELU.
+
+    Args:
+        layer: whose weights multiply.
+        x: ``[..., in_features]``.
+        activation: what `activation_kind` returns.
+    """
+    approximate = _GELU.get(activation)
+    y = layer.packed_product(x, approximate)
+    if approximate is not None:
+        return linear_gelu(x, layer.weight, layer.bias, approximate=approximate) if y is None else y
+    if y is None:
+        y = linear(x, layer.weight, layer.bias)
+    return F.relu(y) if activation == "relu" else F.silu(y)
+
+
 class LinearActivation(Packable, torch.nn.Linear):
     """A linear layer and its activation, which for GELU is the epilogue of the matrix product.
 
@@ -52,13 +69,7 @@ class LinearActivation(Packable, torch.nn.Linear):
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = _GELU.get(self.activation)
-        y = self.packed_product(x, approximate)
-        if approximate is not None:
-            return linear_gelu(x, self.weight, self.bias, approximate=approximate) if y is None else y
-        if y is None:
-            y = linear(x, self.weight, self.bias)
-        return F.relu(y) if self.activation == "relu" else F.silu(y)
+        return linear_activation(self, x, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
