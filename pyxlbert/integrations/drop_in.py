@@ -6,6 +6,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -213,11 +214,16 @@ class _Base:
             entry = self._layer(self._path(name), layer)
             entries.append(entry)
             whole = whole and entry.now is not None
-        if whole:
+        try:
+            if not whole:
+                raise _Unlike("not all of its layers are replaced" if layers else "got no layers")
             entries += self._around()
-        elif layers:
-            reason = "not all of its layers are replaced, so padding stays"
-            entries.append(Entry(self.name, type(self.model).__name__, reason=reason))
+        except _Unlike as reason:
+            was = type(self.model).__name__
+            if self.state.backend is not None:
+                # It still says whose kernels its layers run on.
+                swap(self.model, Model, replace(self.state, whole=False))
+            entries.append(Entry(self.name, was, reason=f"{reason}, so padding stays"))
 
     def _path(self, name: str) -> str:
         return ".".join(part for part in (self.name, name) if part)
@@ -285,30 +291,22 @@ class _Base:
         return module
 
     def _around(self) -> list[Entry]:
-        """The embeddings, the encoder and the model itself, together."""
+        """The embeddings, the encoder and the model itself, together; raises `_Unlike` where they stay as they are."""
         found = {what: self._only(what) for what in ("embeddings", "encoder")}
-        absent = [self.table.name(what) for what, one in found.items() if one is None]
-        was = type(self.model).__name__
-        if absent:
-            return [Entry(self.name, was, reason=f"got no single {' and no '.join(absent)}, so padding stays")]
-        reason, state = None, self.state
+        was, reason, state = type(self.model).__name__, None, self.state
         reader = next((head for head in self.heads if self.table.computes_padding(head)), None)
         if state.pack and reader is not None:
-            state, reason = ModelState(state.config, False, state.backend), f"padding stays, for {reader} reads it"
-        try:
-            embeddings = self._embedding_state(found["embeddings"][1])
-        except _Unlike as unlike:
-            return [Entry(self.name, was, reason=f"{unlike}, so padding stays")]
+            state, reason = replace(state, pack=False), f"padding stays, for {reader} reads it"
         encoder = BiasedEncoder if self.table.layer_parts.biased else Encoder
-        kinds = {"embeddings": (Embeddings, embeddings), "encoder": (encoder, state)}
+        kinds = {"embeddings": (Embeddings, self._embedding_state(found["embeddings"][1])), "encoder": (encoder, state)}
         if self.verify:
             trial = shares_weights(self.model)
             for what, (kind, known) in kinds.items():
                 swap(trial.get_submodule(found[what][0]), kind, known)
             swap(trial, Model, state)
-            fault = probe.model_fault(self.plain, trial, self.table, state.backend)
+            fault = probe.model_fault(self.plain, trial, self.table)
             if fault is not None:
-                return [Entry(self.name, was, reason=f"{fault}, so padding stays")]
+                raise _Unlike(fault)
         entries = []
         for what, (kind, known) in kinds.items():
             name, module = found[what]
@@ -317,9 +315,11 @@ class _Base:
         swap(self.model, Model, state)
         return [*entries, Entry(self.name, was, "pyxlbert Model", reason)]
 
-    def _only(self, what: str) -> tuple[str, nn.Module] | None:
+    def _only(self, what: str) -> tuple[str, nn.Module]:
         found = [(name, one) for name, one in self.model.named_modules() if self._is(one, what)]
-        return found[0] if len(found) == 1 else None
+        if len(found) != 1:
+            raise _Unlike(f"{self.table.name(what)}: got {len(found)}, wanted one")
+        return found[0]
 
     def _embedding_state(self, module: nn.Module) -> EmbeddingState:
         parts = self.table.embedding_parts

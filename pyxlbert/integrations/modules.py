@@ -250,11 +250,13 @@ class ModelState:
         config: the model's.
         pack: whether padding is removed.
         backend: whose kernels run, or None.
+        whole: whether encoder and all layers are replaced, and take a mask of keys.
     """
 
     config: Any
     pack: bool
     backend: str | None
+    whole: bool = True
 
 
 class Encoder(Replaced):
@@ -321,7 +323,7 @@ class Model(Replaced):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: ModelState = self._pyxlbert
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and self._takes(mask, args, kwargs):
+        if state.whole and isinstance(mask, Tensor) and mask.dim() == 2 and self._takes(mask, args, kwargs):
             mask = key_mask(mask)
             if len(args) > 1:
                 args = (args[0], mask, *args[2:])

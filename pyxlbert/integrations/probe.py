@@ -75,13 +75,12 @@ def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int
     return None
 
 
-def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture, backend: str | None) -> str | None:
+def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -> str | None:
     """Why a model with everything replaced is not what it was, or None.
 
     Args:
         plain, ours: the model before and after, in eval mode.
         architecture: its table.
-        backend: what ours runs on.
     """
     words = getattr(ours.get_submodule("embeddings"), architecture.embedding_parts.word)
     device, dtype, generator = words.weight.device, words.weight.dtype, _generator()
