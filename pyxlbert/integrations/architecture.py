@@ -100,3 +100,34 @@ class Architecture:
     def computes_padding(self, head: str) -> bool:
         """Whether a class of this name reads what is at padding."""
         return head in {name.format(self.prefix) for name in self.reads_padding}
+
+
+@dataclass(frozen=True)
+class RelativeArchitecture:
+    """XLNet's.
+
+    Attributes:
+        model_type: the configuration's.
+        tested: the versions of transformers that the table was tested with.
+        prefix: what the names of its classes begin with.
+        parts: modules of the model and of each layer, and the names of their classes.
+        reads: which places a head reads beside the tokens: ``"mean"`` for all, ``"summary"`` for what the
+            configuration's `summary_type` says.
+    """
+
+    model_type: str
+    tested: str
+    prefix: str
+    parts: Mapping[str, str]
+    reads: Mapping[str, str]
+
+    def name(self, what: str) -> str:
+        """The class's name of ``"model"``."""
+        return f"{self.prefix}{what.capitalize()}"
+
+    def place(self, head: str, summary: str) -> str | None:
+        """What a head of this name reads: ``"first"``, ``"last"``, ``"mean"`` or None."""
+        reads = self.reads.get(head.removeprefix(self.prefix)) if head.startswith(self.prefix) else None
+        if reads != "summary":
+            return reads
+        return "last" if summary == "cls_index" else summary

@@ -15,7 +15,7 @@ from torch import nn
 
 from pyxlbert import backends, checks
 from pyxlbert.integrations import probe
-from pyxlbert.integrations.architecture import Architecture, LayerParts
+from pyxlbert.integrations.architecture import Architecture, LayerParts, RelativeArchitecture
 from pyxlbert.integrations.modules import (
     MODULES,
     BiasedEncoder,
@@ -30,8 +30,9 @@ from pyxlbert.integrations.modules import (
     ReplacedLinear,
     path_of,
 )
+from pyxlbert.integrations.relative import replace_relative
 from pyxlbert.integrations.report import Entry, Report
-from pyxlbert.integrations.swap import Replaced, at, give_back, shares_weights, swap
+from pyxlbert.integrations.swap import Replaced, Unlike, at, give_back, shares_weights, swap
 from pyxlbert.nn import ACTIVATIONS
 
 _LOG = logging.getLogger("pyxlbert")
@@ -43,12 +44,8 @@ _NORMS = ("out_norm", "norm")
 _DROPOUTS = ("attention_dropout", "out_dropout", "down_dropout")
 
 
-class _Unlike(Exception):
-    """A module that is not what the table says, with the reason."""
-
-
 @cache
-def architectures() -> dict[str, Architecture]:
+def architectures() -> dict[str, Architecture | RelativeArchitecture]:
     """Every table by its model type."""
     folder = importlib.import_module(_FOLDER)
     names = [info.name for info in pkgutil.iter_modules(folder.__path__) if not info.name.startswith("_")]
@@ -100,7 +97,12 @@ def accelerate(
         model.to(dtype)
     entries: list[Entry] = []
     for name, base, table in _bases(model, entries):
-        _Base(name, base, table, _heads(model, name), ModelState(base.config, pack, backend), verify).replace(entries)
+        heads = _heads(model, name)
+        if isinstance(table, RelativeArchitecture):
+            options = {"pack": pack, "backend": backend, "verify": verify}
+            entries.append(replace_relative(name, base, table, heads, options))
+        else:
+            _Base(name, base, table, heads, ModelState(base.config, pack, backend), verify).replace(entries)
     done = Report(tuple(entries))
     if not done.replaced:
         known = ", ".join(sorted(architectures()))
@@ -158,7 +160,7 @@ def _check_model(model: object) -> None:
             raise ValueError(f"accelerate: model: got {name} on device {parameter.device}, wanted cpu or cuda")
 
 
-def _bases(model: nn.Module, entries: list[Entry]) -> Iterator[tuple[str, nn.Module, Architecture]]:
+def _bases(model: nn.Module, entries: list[Entry]) -> Iterator[tuple[str, nn.Module, Any]]:
     """The models of known architectures in a module, by name."""
     for name, module in list(model.named_modules()):
         table = architectures().get(getattr(getattr(module, "config", None), "model_type", None))
@@ -205,7 +207,7 @@ class _Base:
         """Replaces what can be replaced, and says so."""
         try:
             self._check_configuration()
-        except _Unlike as reason:
+        except Unlike as reason:
             entries.append(Entry(self.name, type(self.model).__name__, reason=str(reason)))
             return
         layers = [(name, one) for name, one in self.model.named_modules() if self._is(one, "layer")]
@@ -216,9 +218,9 @@ class _Base:
             whole = whole and entry.now is not None
         try:
             if not whole:
-                raise _Unlike("not all of its layers are replaced" if layers else "got no layers")
+                raise Unlike("not all of its layers are replaced" if layers else "got no layers")
             entries += self._around()
-        except _Unlike as reason:
+        except Unlike as reason:
             was = type(self.model).__name__
             if self.state.backend is not None:
                 # It still says whose kernels its layers run on.
@@ -236,9 +238,9 @@ class _Base:
         for name, allowed in self.table.holds.items():
             value = getattr(config, name, None)
             if value is not None and value not in allowed:
-                raise _Unlike(f"{name}: got {value!r}, wanted {' or '.join(map(repr, allowed))}")
+                raise Unlike(f"{name}: got {value!r}, wanted {' or '.join(map(repr, allowed))}")
         if getattr(config, "quantization_config", None) is not None:
-            raise _Unlike("quantization_config: got quantised weights, wanted floating-point ones")
+            raise Unlike("quantization_config: got quantised weights, wanted floating-point ones")
 
     def _layer(self, name: str, layer: nn.Module) -> Entry:
         was = type(layer).__name__
@@ -250,32 +252,32 @@ class _Base:
                 width = at(layer, path_of(state.parts.norm)).normalized_shape[0]
                 fault = probe.layer_fault(shares_weights(layer), trial, state, width, self.state.backend)
                 if fault is not None:
-                    raise _Unlike(fault)
-        except _Unlike as reason:
+                    raise Unlike(fault)
+        except Unlike as reason:
             return Entry(name, was, reason=str(reason))
         _swap_layer(layer, state)
         return Entry(name, was, "pyxlbert Layer")
 
     def _layer_state(self, layer: nn.Module) -> LayerState:
-        """What the layer will know; raises `_Unlike` where it is not what the table says."""
+        """What the layer will know; raises `Unlike` where it is not what the table says."""
         parts, config = self.table.layer_parts, self.model.config
         for name in _LINEARS:
             self._part(layer, parts, name, nn.Module)
         for name in _NORMS:
             norm = self._part(layer, parts, name, nn.LayerNorm)
             if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-                raise _Unlike(f"{getattr(parts, name)}: got {norm}, wanted a weight and a bias for rows")
+                raise Unlike(f"{getattr(parts, name)}: got {norm}, wanted a weight and a bias for rows")
         for name in _DROPOUTS:
             if getattr(parts, name) is not None:
                 self._part(layer, parts, name, nn.Dropout)
         self._part(layer, parts, "activation", nn.Module)
         for name, parameter in layer.named_parameters():
             if not parameter.is_floating_point():
-                raise _Unlike(f"{name}: got {parameter.dtype}, wanted floating-point weights")
+                raise Unlike(f"{name}: got {parameter.dtype}, wanted floating-point weights")
         *owner, attribute = path_of(parts.heads)
         heads = getattr(at(layer, tuple(owner)), attribute, None)
         if type(heads) is not int or heads < 1:
-            raise _Unlike(f"{parts.heads}: got {heads!r}, wanted the number of heads")
+            raise Unlike(f"{parts.heads}: got {heads!r}, wanted the number of heads")
         kind = ACTIVATIONS.get(getattr(config, parts.activation_name, None))
         paths = {name: path_of(getattr(parts, name)) for name in MODULES if getattr(parts, name) is not None}
         return LayerState(parts, paths, _skipped(layer, paths, fused=kind is not None), heads, kind, config)
@@ -287,11 +289,11 @@ class _Base:
         good = module is not None and (kind is nn.Module or type(module) is kind)
         if not good:
             got = "nothing" if module is None else type(module).__name__
-            raise _Unlike(f"{path}: got {got}, wanted {'a module' if kind is nn.Module else kind.__name__}")
+            raise Unlike(f"{path}: got {got}, wanted {'a module' if kind is nn.Module else kind.__name__}")
         return module
 
     def _around(self) -> list[Entry]:
-        """The embeddings, the encoder and the model itself, together; raises `_Unlike` where they stay as they are."""
+        """The embeddings, the encoder and the model itself, together; raises `Unlike` where they stay as they are."""
         found = {what: self._only(what) for what in ("embeddings", "encoder")}
         was, reason, state = type(self.model).__name__, None, self.state
         reader = next((head for head in self.heads if self.table.computes_padding(head)), None)
@@ -306,7 +308,7 @@ class _Base:
             swap(trial, Model, state)
             fault = probe.model_fault(self.plain, trial, self.table)
             if fault is not None:
-                raise _Unlike(fault)
+                raise Unlike(fault)
         entries = []
         for what, (kind, known) in kinds.items():
             name, module = found[what]
@@ -318,7 +320,7 @@ class _Base:
     def _only(self, what: str) -> tuple[str, nn.Module]:
         found = [(name, one) for name, one in self.model.named_modules() if self._is(one, what)]
         if len(found) != 1:
-            raise _Unlike(f"{self.table.name(what)}: got {len(found)}, wanted one")
+            raise Unlike(f"{self.table.name(what)}: got {len(found)}, wanted one")
         return found[0]
 
     def _embedding_state(self, module: nn.Module) -> EmbeddingState:
@@ -333,9 +335,9 @@ class _Base:
                 continue
             child = at(module, (name,))
             if type(child) is not kind:
-                raise _Unlike(f"{name}: got {type(child).__name__}, wanted {kind.__name__}")
+                raise Unlike(f"{name}: got {type(child).__name__}, wanted {kind.__name__}")
             if kind is nn.Embedding and (child.max_norm is not None or child.sparse or child.scale_grad_by_freq):
-                raise _Unlike(f"{name}: got {child}, wanted a plain table")
+                raise Unlike(f"{name}: got {child}, wanted a plain table")
             skipped.append(((name,), kind))
         return EmbeddingState(parts, tuple(skipped))
 

@@ -44,7 +44,8 @@ class ReplacedLinear(Replaced, Linear):
     """`torch.nn.Linear`, computed by the op `linear`."""
 
 
-def _dropout(module: nn.Dropout | None) -> float:
+def dropout_of(module: nn.Dropout | None) -> float:
+    """The probability with which a module drops now."""
     return module.p if module is not None and module.training else 0.0
 
 
@@ -116,7 +117,7 @@ class Layer(Replaced):
         part = {name: at(self, path) for name, path in state.paths.items()}
         heads = (state.heads, -1)
         query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
-        dropout_p = _dropout(part.get("attention_dropout"))
+        dropout_p = dropout_of(part.get("attention_dropout"))
         if layout.packed and bias is not None:
             # A bias is by the places of the padded batch.
             there = TokenLayout(layout.batch, layout.length, attention_mask=_keys(layout, x), bias=bias)
@@ -174,7 +175,7 @@ def _keys(layout: TokenLayout, x: Tensor) -> Tensor | None:
 
 
 def _residual(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm) -> Tensor:
-    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=_dropout(dropout), eps=norm.eps)
+    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=dropout_of(dropout), eps=norm.eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +215,7 @@ class Embeddings(Replaced):
             token_type_ids=types,
             position_ids=places,
             padding_idx=word.padding_idx,
-            dropout_p=_dropout(getattr(self, parts.dropout)),
+            dropout_p=dropout_of(getattr(self, parts.dropout)),
             eps=norm.eps,
         )
 

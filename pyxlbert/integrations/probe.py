@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,7 +40,24 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int, backend: str | None) -> str | None:
+def _reason(proof: Callable[..., None]) -> Callable[..., str | None]:
+    """The proof as a function that returns why it failed, or None."""
+
+    @wraps(proof)
+    def tried(*args: Any) -> str | None:
+        try:
+            proof(*args)
+        except AssertionError as error:
+            return f"it computes something else: {error}"
+        except Exception as error:  # another library's modules may raise anything; the reason is what counts
+            return f"it cannot be tried: {type(error).__name__}: {error}"
+        return None
+
+    return tried
+
+
+@_reason
+def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int, backend: str | None) -> None:
     """Why a layer is not what it replaces, or None.
 
     Args:
@@ -66,16 +84,13 @@ def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int
         truth = run(deepcopy(plain).double(), exact, native_mask(keys, exact.dtype, state))
         layout = TokenLayout.from_mask(mask, batch, length)
         padded, packed = run(ours, x, keys), run(ours, layout.take(x), layout)
-    try:
-        compare.within_budget("padded", padded, wanted, truth, factor=tolerances.REPLACEMENT_FACTOR)
-        rows = (packed, layout.take(wanted), layout.take(truth))
-        compare.within_budget("packed", *rows, factor=tolerances.REPLACEMENT_FACTOR)
-    except AssertionError as error:
-        return f"it computes something else: {error}"
-    return None
+    compare.within_budget("padded", padded, wanted, truth, factor=tolerances.REPLACEMENT_FACTOR)
+    rows = (packed, layout.take(wanted), layout.take(truth))
+    compare.within_budget("packed", *rows, factor=tolerances.REPLACEMENT_FACTOR)
 
 
-def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -> str | None:
+@_reason
+def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -> None:
     """Why a model with everything replaced is not what it was, or None.
 
     Args:
@@ -91,9 +106,39 @@ def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -
     with _quiet(None, device):
         wanted = plain(ids, mask.long())[0]
         got = ours(ids, mask.long())[0]
-    try:
-        # Each layer has been proven already; what is further off than this is connected in another way.
-        compare.close("last_hidden_state", got[mask], wanted[mask], tolerances.CONTESTANT[dtype])
-    except AssertionError as error:
-        return f"it computes something else: {error}"
-    return None
+    # Each layer has been proven already; what is further off than this is connected in another way.
+    compare.close("last_hidden_state", got[mask], wanted[mask], tolerances.CONTESTANT[dtype])
+
+
+@_reason
+def relative_fault(plain: nn.Module, ours: nn.Module, like: Tensor) -> None:
+    """Why a model of one of XLNet's layers is not what it was, or None.
+
+    Args:
+        plain, ours: the model before and after, in eval mode.
+        like: a parameter, for its last dimension E, its dtype and its device.
+    """
+    device, generator = like.device, _generator()
+    mask = _mask(device)[:2].flip(1)  # XLNet has its padding in front; half of an even batch may read backwards
+    masked = plain.attn_type != "uni"  # else transformers itself fails on masks of a batch
+    batch, length = mask.shape
+    vectors = torch.randn(batch, length, like.shape[-1], generator=generator).to(device, like.dtype)
+    memory = torch.randn(2, batch, like.shape[-1], generator=generator).to(device, like.dtype)
+    types = torch.arange(length, device=device).expand(batch, -1) // 3
+    order = (torch.rand(batch, length, length, generator=generator) < 0.4).to(device)
+    mapping = torch.eye(length, device=device)[[length - 1, length - 2]].expand(batch, -1, -1)
+
+    def run(model: nn.Module, **more: Tensor) -> Tensor:
+        dtype = model.mask_emb.dtype
+        mems = [memory.to(dtype)] if "target_mapping" not in more else None
+        more = {name: value.to(dtype) for name, value in more.items()}
+        options = {"attention_mask": mask.to(dtype) if masked else None, "token_type_ids": types, "mems": mems, **more}
+        return model(inputs_embeds=vectors.to(dtype), use_mems=False, **options)[0]
+
+    targets = {"target_mapping": mapping} | ({"perm_mask": order} if masked else {})
+    with _quiet(None, device):
+        got, wanted, exact = (run(model)[mask] for model in (ours, plain, deepcopy(plain).double()))
+        compare.within_budget("one stream", got, wanted, exact, factor=tolerances.REPLACEMENT_FACTOR)
+        # In other dtypes than float32 transformers itself fails on two.
+        got, wanted = (run(deepcopy(model).float(), **targets) for model in (ours, plain))
+    compare.close("two streams", got, wanted, tolerances.CONTESTANT[torch.float32])

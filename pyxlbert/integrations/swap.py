@@ -24,6 +24,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _RECORDER = "transformers.utils.output_capturing"
 
 
+class Unlike(Exception):
+    """A module that is not what its table says, with the reason."""
+
+
 class Replaced(nn.Module):
     """A module whose class was replaced; its subclasses come before the old class.
 
@@ -127,11 +131,11 @@ def watched(module: nn.Module, recording: frozenset[str] | None = frozenset()) -
     return False
 
 
-def watched_anywhere(module: nn.Module, recording: frozenset[str] | None = frozenset()) -> bool:
-    """Whether somebody watches a module, one inside it, or every module of the process."""
+def watched_anywhere(module: nn.Module, recording: frozenset[str] | None = frozenset(), inside: bool = False) -> bool:
+    """Whether somebody watches a module (`inside`: leaving it out), one inside it, or every module of the process."""
     if any(_GLOBAL_HOOKS):
         return True
-    waiting = [module]
+    waiting = [child for child in module._modules.values() if child is not None] if inside else [module]
     while waiting:
         one = waiting.pop()
         if watched(one, recording):

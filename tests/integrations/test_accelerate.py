@@ -28,7 +28,7 @@ def values(model, **options):
 
 
 def test_every_table_is_in_the_zoo() -> None:
-    assert set(architectures()) == set(zoo.ZOO)
+    assert set(architectures()) == {*zoo.ZOO, "xlnet"}  # which has a suite of its own
 
 
 @pytest.mark.parametrize("head", zoo.HEADS)
