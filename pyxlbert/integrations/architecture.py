@@ -25,8 +25,7 @@ class LayerParts:
         out_norm, norm: the LayerNorms of the two residuals.
         activation: the module between up and down.
         activation_name: the configuration's field that names it.
-        biased: whether the layer takes a bias of the scores after its mask, has it added to a float mask, and returns a
-            tuple.
+        biased: whether the layer takes a bias of the scores after its mask, and a mask that is added to them.
     """
 
     query: str

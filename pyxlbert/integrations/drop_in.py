@@ -245,12 +245,12 @@ class _Base:
     def _layer(self, name: str, layer: nn.Module) -> Entry:
         was = type(layer).__name__
         try:
-            state = self._layer_state(layer)
+            plain, trial = shares_weights(layer), shares_weights(layer)
+            width = self._part(layer, self.table.layer_parts, "norm", nn.LayerNorm).normalized_shape[0]
+            state = self._layer_state(layer, plain, width)
             if self.verify:
-                trial = shares_weights(layer)
                 _swap_layer(trial, state)
-                width = at(layer, path_of(state.parts.norm)).normalized_shape[0]
-                fault = probe.layer_fault(shares_weights(layer), trial, state, width, self.state.backend)
+                fault = probe.layer_fault(plain, trial, state, width, self.state.backend)
                 if fault is not None:
                     raise Unlike(fault)
         except Unlike as reason:
@@ -258,7 +258,7 @@ class _Base:
         _swap_layer(layer, state)
         return Entry(name, was, "pyxlbert Layer")
 
-    def _layer_state(self, layer: nn.Module) -> LayerState:
+    def _layer_state(self, layer: nn.Module, plain: nn.Module, width: int) -> LayerState:
         """What the layer will know; raises `Unlike` where it is not what the table says."""
         parts, config = self.table.layer_parts, self.model.config
         for name in _LINEARS:
@@ -280,7 +280,11 @@ class _Base:
             raise Unlike(f"{parts.heads}: got {heads!r}, wanted the number of heads")
         kind = ACTIVATIONS.get(getattr(config, parts.activation_name, None))
         paths = {name: path_of(getattr(parts, name)) for name in MODULES if getattr(parts, name) is not None}
-        return LayerState(parts, paths, _skipped(layer, paths, fused=kind is not None), heads, kind, config)
+        try:
+            tuples = probe.returns_tuple(plain, width)
+        except Exception as error:  # what another library's module raises is the reason
+            raise Unlike(f"it cannot be tried: {type(error).__name__}: {error}") from None
+        return LayerState(parts, paths, _skipped(layer, paths, fused=kind is not None), heads, kind, tuples, config)
 
     @staticmethod
     def _part(layer: nn.Module, parts: LayerParts, name: str, kind: type[nn.Module]) -> Any:

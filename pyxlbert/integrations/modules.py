@@ -64,6 +64,7 @@ class LayerState:
         skipped: the modules that are computed by an op in their place, by path, each with the class that it has.
         heads: H.
         activation: what `activation_kind` returns; None: a module that is called.
+        tuples: whether it returns a tuple, as it does in some versions of transformers.
         config: the model's.
     """
 
@@ -72,6 +73,7 @@ class LayerState:
     skipped: tuple[tuple[Path, type[nn.Module]], ...]
     heads: int
     activation: str | None
+    tuples: bool
     config: Any
 
 
@@ -92,13 +94,13 @@ class Layer(Replaced):
         if bias is not None and not layout.packed:
             layout = replace(layout, bias=bias if layout.bias is None else layout.bias + bias)
         rows = self._rows(hidden_states, layout, bias)
-        return (rows,) if state.parts.biased else rows
+        return (rows,) if state.tuples else rows
 
     def _usual(self, mask: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether nobody watches a module that is skipped, each is the one that was found, and all arguments known."""
         if not (mask is None or isinstance(mask, TokenLayout) or (isinstance(mask, Tensor) and mask.dim() == 4)):
             return False
-        if any(one is not None for one in args):
+        if any(one is not None and one is not False for one in args):
             return False
         for name, value in kwargs.items():
             if value is not None and value is not False and name not in (*_HARMLESS, "position_bias"):

@@ -56,6 +56,13 @@ def _reason(proof: Callable[..., None]) -> Callable[..., str | None]:
     return tried
 
 
+def returns_tuple(layer: nn.Module, width: int) -> bool:
+    """Whether a layer, in eval mode, returns a tuple for one token of `width`."""
+    weight = next(one for one in layer.parameters() if one.is_floating_point())
+    with _quiet(None, weight.device):
+        return isinstance(layer(weight.new_zeros(1, 1, width)), tuple)
+
+
 @_reason
 def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int, backend: str | None) -> None:
     """Why a layer is not what it replaces, or None.

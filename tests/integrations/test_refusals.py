@@ -181,3 +181,27 @@ def test_verification_leaves_no_trace() -> None:
     assert not calls and modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_that_return_tuples(monkeypatch) -> None:
+    """As in versions of transformers whose encoder takes the first of what a layer returns."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.models.bert import modeling_bert
+
+    old = modeling_bert.BertLayer.forward
+
+    def run(self, hidden_states, attention_mask=None, **_):
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, None, None, False)[0]
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states)
+
+    monkeypatch.setattr(modeling_bert.BertLayer, "forward", lambda self, x, mask=None, *_: (old(self, x, mask),))
+    monkeypatch.setattr(modeling_bert.BertEncoder, "forward", run)
+    model = zoo.build("bert").eval()
+    real = zoo.MASK.bool()
+    for verify in (True, False):
+        with torch.no_grad():
+            wanted = model(**zoo.batch(model))[0]
+            got = pyxlbert.accelerate(model, verify=verify)(**zoo.batch(model))[0]
+        compare.close("output", got[real], wanted[real], compare.tolerances.MODEL_FLOAT32)
+        pyxlbert.restore(model)
