@@ -32,7 +32,7 @@ from pyxlbert.integrations.modules import (
 )
 from pyxlbert.integrations.relative import replace_relative
 from pyxlbert.integrations.report import Entry, Report
-from pyxlbert.integrations.swap import Replaced, Unlike, at, give_back, shares_weights, swap
+from pyxlbert.integrations.swap import Replaced, Unlike, at, give_back, is_as_made, shares_weights, swap
 from pyxlbert.nn import ACTIVATIONS
 
 _LOG = logging.getLogger("pyxlbert")
@@ -125,14 +125,19 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: nothing in it was ever accelerated.
+        ValueError: nothing in it was ever accelerated, or something else (a parametrization, sharding) has replaced a
+            class since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model: got {type(model).__name__}, wanted a torch.nn.Module")
-    replaced = [module for module in model.modules() if isinstance(module, Replaced)]
+    replaced = {name: module for name, module in model.named_modules() if isinstance(module, Replaced)}
     if not replaced:
         raise ValueError(f"restore: model: got {type(model).__name__}, in which nothing is accelerated")
-    for module in replaced:
+    for name, module in replaced.items():
+        if not is_as_made(module):
+            got = f"{name or type(model).__name__}, the class of which is now {type(module).__name__}"
+            raise ValueError(f"restore: model: got {got}, wanted what replaced it after accelerate undone first")
+    for module in replaced.values():
         give_back(module)
     return model
 

@@ -20,6 +20,9 @@ _STATE = "_pyxlbert"
 _GLOBAL_HOOKS = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# Whose hooks around a module see no values: that of gathered parameters.
+_BLIND = "torch.distributed."
+
 # Where transformers records hidden states and attentions, by hooks that it leaves in place.
 _RECORDER = "transformers.utils.output_capturing"
 
@@ -77,6 +80,11 @@ def swap(module: nn.Module, ours: type[Replaced], state: Any = None) -> None:
         module.__dict__[_STATE] = state
 
 
+def is_as_made(module: Replaced) -> bool:
+    """Whether nobody has replaced the class of a module once more."""
+    return type(module) is replacement(module.pyxlbert_original, module.pyxlbert_ours)
+
+
 def give_back(module: Replaced) -> None:
     """Makes `module` an instance of its old class again."""
     for name in (_STATE, "packed"):
@@ -113,32 +121,35 @@ def recorded() -> frozenset[str] | None:
     return None if collector is None else frozenset(collector.get() or ())
 
 
-def watched(module: nn.Module, recording: frozenset[str] | None = frozenset()) -> bool:
+def watched(module: nn.Module, recording: frozenset[str] | None = frozenset(), blind: bool = True) -> bool:
     """Whether somebody has set a hook on a module, or a `forward` of his own.
 
     Args:
         module: of which only its own hooks count.
         recording: what `recorded` says: hooks of transformers that record nothing in this call are nobody's; None
             counts them too.
+        blind: whether hooks count that do not look at values.
     """
     state = module.__dict__
     if "forward" in state:
         return True
     for name in _HOOKS:
         for hook in state[name].values() if state[name] else ():
-            if recording or recording is None or getattr(hook, "__module__", None) != _RECORDER:
+            owner = getattr(hook, "__module__", None) or ""
+            idle = owner == _RECORDER and recording is not None and not recording
+            if not (idle or (not blind and owner.startswith(_BLIND))):
                 return True
     return False
 
 
 def watched_anywhere(module: nn.Module, recording: frozenset[str] | None = frozenset(), inside: bool = False) -> bool:
-    """Whether somebody watches a module (`inside`: leaving it out), one inside it, or every module of the process."""
+    """Whether somebody looks at what goes through a module (`inside`: not it), one inside it, or all there are."""
     if any(_GLOBAL_HOOKS):
         return True
     waiting = [child for child in module._modules.values() if child is not None] if inside else [module]
     while waiting:
         one = waiting.pop()
-        if watched(one, recording):
+        if watched(one, recording, blind=False):
             return True
         waiting.extend(child for child in one._modules.values() if child is not None)
     return False

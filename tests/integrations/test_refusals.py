@@ -59,6 +59,21 @@ def test_twice_and_never() -> None:
     pyxlbert.accelerate(model)
 
 
+def test_restore_does_not_undo_the_work_of_others() -> None:
+    plain = zoo.build("bert").eval()
+    ours = pyxlbert.accelerate(copy.deepcopy(plain))
+    for model in (plain, ours):
+        torch.nn.utils.parametrizations.orthogonal(model.encoder.layer[0].intermediate.dense)
+    real = zoo.MASK.bool()
+    with torch.no_grad():
+        got, wanted = (model(**zoo.batch(model))[0][real] for model in (ours, plain))
+    compare.close("output", got, wanted, compare.tolerances.MODEL_FLOAT32)
+    with pytest.raises(ValueError, match=r"encoder.layer.0.intermediate.dense, the class of which is now Parametrized"):
+        pyxlbert.restore(ours)
+    torch.nn.utils.parametrize.remove_parametrizations(ours.encoder.layer[0].intermediate.dense, "weight")
+    assert not any(isinstance(module, Replaced) for module in pyxlbert.restore(ours).modules())
+
+
 def test_compiled_and_meta() -> None:
     assert "compiled, wanted it before torch.compile" in refused(torch.compile(zoo.build("bert")))
     model = zoo.build("bert")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
 import threading
 
 import pytest
 import torch
 import transformers
+import two_processes
 import zoo
 
 import pyxlbert
@@ -243,6 +245,32 @@ def test_compile(kind: str) -> None:
             got, wanted = compiled(**given)[0], plain(**given)[0]
         real = REAL[:, :width]
         compare.close("output", got[real], wanted[real], FLOAT32)
+
+
+def test_export() -> None:
+    plain, ours = pair("roberta", num_hidden_layers=1, attn_implementation="sdpa")
+    given = zoo.batch(plain)
+    length = torch.export.Dim("length", min=2, max=14)
+    exported = torch.export.export(ours, (), given, dynamic_shapes={name: {1: length} for name in given}).module()
+    given = {name: value[:, :5] for name, value in given.items()}
+    with torch.no_grad():
+        got, wanted = (model(**given)[0][REAL[:, :5]] for model in (exported, plain))
+    compare.close("output", got, wanted, FLOAT32)
+
+
+def test_two_processes(tmp_path) -> None:
+    """DDP and FSDP2 against one plain process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes.run, (port, str(tmp_path / "found")), nprocs=2)
+    plain = zoo.build("bert", "ForTokenClassification")
+    given = zoo.batch(plain, "ForTokenClassification")
+    for part in (slice(0, 1), slice(1, 3)):
+        (plain(**{name: value[part] for name, value in given.items()}).loss / 2).backward()
+    wanted = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
+    for got in torch.load(tmp_path / "found"):
+        compare.close("gradients", got, wanted, tolerances.MODEL_GRADIENT_FLOAT32)
 
 
 def test_threads() -> None:
