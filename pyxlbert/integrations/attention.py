@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyxlbert.nn import has_values
+from pyxlbert.integrations.swap import can_look
 from pyxlbert.ops._weights import attention_with_weights
 from pyxlbert.ops.attention import attention
 
@@ -89,7 +89,7 @@ def attention_mask(
 def _shortest(keys: Tensor) -> Tensor | None:
     """A mask of keys ``[B, Tk]`` as None or lengths, where they say the same."""
     keys = keys.to(torch.bool)
-    if not has_values(keys):
+    if not can_look(keys):
         return keys
     if bool(keys.all()):
         return None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pyxlbert.backends import use_backend
 from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts
-from pyxlbert.integrations.swap import Replaced, at, recorded, watched, watched_anywhere
-from pyxlbert.nn import Linear, TokenLayout, attend, has_values, linear_activation
+from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
+from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 
@@ -288,7 +288,7 @@ class Encoder(Replaced):
             or mask.dtype is not torch.bool
             or mask.dim() != 4
             or tuple(mask.shape[1:3]) != (1, 1)
-            or not has_values(mask)
+            or not can_look(mask)
             or _asked(kwargs, state.config, "output_attentions", "output_hidden_states")
         ):
             return None
@@ -348,6 +348,6 @@ class Model(Replaced):
 def key_mask(mask: Tensor) -> Tensor | None:
     """A mask ``[B, T]`` as one of keys ``[B, 1, 1, T]``, boolean; None where it says nothing."""
     mask = mask.to(torch.bool)
-    if has_values(mask) and mask.device.type == "cpu" and bool(mask.all()):
+    if can_look(mask) and mask.device.type == "cpu" and bool(mask.all()):
         return None
     return mask[:, None, None, :]

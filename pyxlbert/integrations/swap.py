@@ -11,8 +11,10 @@ from functools import cache, wraps
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+from pyxlbert.nn import has_values
 
 _STATE = "_pyxlbert"
 
@@ -153,6 +155,11 @@ def watched_anywhere(module: nn.Module, recording: frozenset[str] | None = froze
             return True
         waiting.extend(child for child in one._modules.values() if child is not None)
     return False
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be branched on: not where a graph is made of what runs."""
+    return has_values(tensor) and not torch.jit.is_tracing()
 
 
 def at(module: nn.Module, path: tuple[str, ...]) -> Any:

@@ -258,6 +258,25 @@ def test_export() -> None:
     compare.close("output", got, wanted, FLOAT32)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_remembers_no_padding() -> None:
+    """Traced without padding, called with it."""
+    plain, ours = pair("bert", attn_implementation="sdpa")
+    ids = zoo.batch(plain)["input_ids"]
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (ids, torch.ones_like(zoo.MASK)), strict=False, check_trace=False)
+        got, wanted = traced(ids, zoo.MASK)["last_hidden_state"], plain(ids, zoo.MASK)[0]
+    compare.close("output", got[REAL], wanted[REAL], FLOAT32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64(kind: str) -> None:
+    plain = zoo.build(kind).double().eval()
+    ours, report = pyxlbert.accelerate(copy.deepcopy(plain), report=True)
+    assert not report.left, str(report)
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], tolerances.FLOAT64)
+
+
 def test_two_processes(tmp_path) -> None:
     """DDP and FSDP2 against one plain process."""
     with socket.socket() as free:

@@ -241,6 +241,14 @@ def test_low_precision() -> None:
     assert (got - exact)[real].norm() <= tolerances.FACTOR * (wanted - exact)[real].norm()
 
 
+def test_float64() -> None:
+    model = build().double().eval()
+    arguments = given(use_mems=False)
+    with torch.no_grad():
+        wanted, got = model(**arguments)[0], pyxlbert.accelerate(model)(**arguments)[0]
+    compare.close("output", got[LEFT.bool()], wanted[LEFT.bool()], tolerances.FLOAT64)
+
+
 def test_generation() -> None:
     model = build("LMHeadModel").eval()
     prompt = IDS[:2]
