@@ -75,7 +75,7 @@ def accelerate(
         pack: padding is removed before the first layer and put back after the last, as zeros, where the model's head
             does not read it and the first place of every sequence is a token.
         verify: every replacement is run once, beside what it replaces, on a small ragged batch, and what is further off
-            than twice plain PyTorch's error and roundings is left alone.
+            than `pyxlbert.testing.tolerances` allows is left alone.
         report: also return what replaced each module, or why nothing did.
 
     Returns:
@@ -93,8 +93,23 @@ def accelerate(
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError(f"accelerate: dtype: got {dtype!r}, wanted {', '.join(map(str, _DTYPES))} or None")
     _check_model(model)
-    if dtype is not None:
+    if dtype is not None and any(True for _ in _bases(model, [])):
         model.to(dtype)
+    try:
+        done = _replace(model, pack, backend, verify)
+    except BaseException:
+        # Whole or not at all.
+        for module in _replaced(model).values():
+            give_back(module)
+        raise
+    _LOG.info("accelerate: %d modules replaced, %d left alone", len(done.replaced), len(done.left))
+    for entry in done.left:
+        _LOG.warning("accelerate: %s", entry)
+    return (model, done) if report else model
+
+
+def _replace(model: nn.Module, pack: bool, backend: str | None, verify: bool) -> Report:
+    """Replaces what can be replaced; raises ValueError if that is nothing."""
     entries: list[Entry] = []
     for name, base, table in _bases(model, entries):
         heads = _heads(model, name)
@@ -108,10 +123,11 @@ def accelerate(
         known = ", ".join(sorted(architectures()))
         found = f"\n{done}" if entries else f": it contains no model of transformers of the types {known}"
         raise ValueError(f"accelerate: model: got {type(model).__name__}, in which nothing could be replaced{found}")
-    _LOG.info("accelerate: %d modules replaced, %d left alone", len(done.replaced), len(done.left))
-    for entry in done.left:
-        _LOG.warning("accelerate: %s", entry)
-    return (model, done) if report else model
+    return done
+
+
+def _replaced(model: nn.Module) -> dict[str, Replaced]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Replaced)}
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -130,7 +146,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model: got {type(model).__name__}, wanted a torch.nn.Module")
-    replaced = {name: module for name, module in model.named_modules() if isinstance(module, Replaced)}
+    replaced = _replaced(model)
     if not replaced:
         raise ValueError(f"restore: model: got {type(model).__name__}, in which nothing is accelerated")
     for name, module in replaced.items():

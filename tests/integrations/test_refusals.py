@@ -43,7 +43,9 @@ def test_arguments() -> None:
 
 
 def test_nothing_to_replace() -> None:
-    text = refused(torch.nn.Linear(2, 2))
+    linear = torch.nn.Linear(2, 2)
+    text = refused(linear, dtype=torch.bfloat16)
+    assert linear.weight.dtype is torch.float32
     assert "got Linear, in which nothing could be replaced" in text and "bert" in text and "mpnet" in text
 
 
@@ -126,7 +128,19 @@ def test_integer_weights_are_left_alone() -> None:
     model = zoo.build("bert", num_hidden_layers=1)
     dense = model.encoder.layer[0].output.dense
     dense.weight = torch.nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
-    assert "output.dense.weight: got torch.int8, wanted floating-point weights" in refused(model)
+    for options in ({}, {"backend": "torch"}, {"verify": False}):
+        text = refused(model, **options)
+        assert "output.dense.weight: got torch.int8, wanted floating-point weights" in text
+
+
+def test_whole_or_not_at_all(monkeypatch) -> None:
+    """What fails on the way leaves nothing replaced."""
+
+    def fails(self) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drop_in._Base, "_around", fails)
+    refused(zoo.build("bert"), KeyboardInterrupt)
 
 
 def test_a_class_of_somebody_else_is_left_alone() -> None:
