@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -305,7 +306,10 @@ class _Base:
             tuples = probe.returns_tuple(plain, width)
         except Exception as error:  # what another library's module raises is the reason
             raise Unlike(f"it cannot be tried: {type(error).__name__}: {error}") from None
-        return LayerState(parts, paths, _skipped(layer, paths, fused=kind is not None), heads, kind, tuples, config)
+        arguments = list(inspect.signature(type(layer).forward).parameters)  # self, rows, mask, others
+        place = arguments.index("position_bias") - 3 if "position_bias" in arguments else None
+        skipped = _skipped(layer, paths, fused=kind is not None)
+        return LayerState(parts, paths, skipped, heads, kind, tuples, place if parts.biased else None, config)
 
     @staticmethod
     def _part(layer: nn.Module, parts: LayerParts, name: str, kind: type[nn.Module]) -> Any:
@@ -320,7 +324,9 @@ class _Base:
     def _around(self) -> list[Entry]:
         """The embeddings, the encoder and the model itself, together; raises `Unlike` where they stay as they are."""
         found = {what: self._only(what) for what in ("embeddings", "encoder")}
-        was, reason, state = type(self.model).__name__, None, self.state
+        was, reason = type(self.model).__name__, None
+        # A clone of the original, whose layers may be watched for a moment.
+        state = replace(self.state, whole=probe.takes_keys(shares_weights(self.plain), self.table))
         reader = next((head for head in self.heads if self.table.computes_padding(head)), None)
         if state.pack and reader is not None:
             state, reason = replace(state, pack=False), f"padding stays, for {reader} reads it"

@@ -65,6 +65,7 @@ class LayerState:
         heads: H.
         activation: what `activation_kind` returns; None: a module that is called.
         tuples: whether it returns a tuple, as it does in some versions of transformers.
+        bias_at: which of its arguments after the mask is the bias, or None.
         config: the model's.
     """
 
@@ -74,6 +75,7 @@ class LayerState:
     heads: int
     activation: str | None
     tuples: bool
+    bias_at: int | None
     config: Any
 
 
@@ -85,10 +87,10 @@ class Layer(Replaced):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         state: LayerState = self._pyxlbert
-        bias = None
-        if state.parts.biased:
-            bias = args[0] if args else kwargs.get("position_bias")
-        if not self._usual(attention_mask, args[1:] if state.parts.biased else args, kwargs):
+        bias, others, place = kwargs.get("position_bias"), args, state.bias_at
+        if place is not None and len(args) > place:
+            bias, others = args[place], (*args[:place], *args[place + 1 :])
+        if not self._usual(attention_mask, others, kwargs):
             return self._by_modules(hidden_states, attention_mask, args, kwargs)
         layout = _layout(attention_mask, hidden_states)
         if bias is not None and not layout.packed:
@@ -103,7 +105,7 @@ class Layer(Replaced):
         if any(one is not None and one is not False for one in args):
             return False
         for name, value in kwargs.items():
-            if value is not None and value is not False and name not in (*_HARMLESS, "position_bias"):
+            if value is not None and value is not False and not self._knows(name):
                 return False
         # Hidden states are recorded where layers are called, which they still are.
         keys = recorded()
@@ -113,6 +115,9 @@ class Layer(Replaced):
             if type(module) is not kind or watched(module, keys):
                 return False
         return True
+
+    def _knows(self, name: str) -> bool:
+        return name in _HARMLESS or (name == "position_bias" and self._pyxlbert.parts.biased)
 
     def _rows(self, x: Tensor, layout: TokenLayout, bias: Tensor | None) -> Tensor:
         state: LayerState = self._pyxlbert
@@ -253,7 +258,7 @@ class ModelState:
         config: the model's.
         pack: whether padding is removed.
         backend: whose kernels run, or None.
-        whole: whether encoder and all layers are replaced, and take a mask of keys.
+        whole: whether encoder and all layers are replaced, and the model hands on a mask of keys.
     """
 
     config: Any
@@ -282,22 +287,34 @@ class Encoder(Replaced):
     def _packed(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> TokenLayout | None:
         """The layout without padding; None where every place is computed."""
         state: ModelState = self._pyxlbert
-        if (
-            not state.pack
-            or not isinstance(mask, Tensor)
-            or mask.dtype is not torch.bool
-            or mask.dim() != 4
-            or tuple(mask.shape[1:3]) != (1, 1)
-            or not can_look(mask)
-            or _asked(kwargs, state.config, "output_attentions", "output_hidden_states")
-        ):
+        if not state.pack or _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
             return None
-        real = mask[:, 0, 0].expand(x.shape[0], -1)  # [B, T]
+        real = tokens_of(mask, x)  # [B, T]
+        if real is None:
+            return None
         # A head reads the first place of every sequence, token or not.
         if not bool(real[:, 0].all()) or watched_anywhere(self, recorded()):
             return None
         layout = TokenLayout.from_mask(real, *x.shape[:2])
         return layout if layout.packed else None
+
+
+def tokens_of(mask: Any, x: Tensor) -> Tensor | None:
+    """Bool ``[B, T]``, True where a token is, if that is all that a model's mask says, in whatever form it was made."""
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and can_look(mask)):
+        return None
+    keys = mask[:, 0, 0]  # [B, T]
+    if mask.shape[2] > 1 and not bool((mask == keys[:, None, None]).all()):
+        return None
+    if mask.is_floating_point():
+        real = keys == 0
+        # What is added to the scores of padding leaves nothing of them.
+        if not bool((real | (keys <= torch.finfo(mask.dtype).min / 2)).all()):
+            return None
+        keys = real
+    elif mask.dtype is not torch.bool:
+        return None
+    return keys.expand(x.shape[0], -1)
 
 
 class BiasedEncoder(Encoder):
@@ -310,7 +327,7 @@ class BiasedEncoder(Encoder):
     def _run(self, rows: Tensor, layout: TokenLayout, args: tuple, kwargs: dict[str, Any]) -> Any:
         bias = self.compute_position_bias(rows.new_empty(1, layout.length, 0))  # [1, H, T, T]
         for layer in self.layer:
-            rows = layer(rows, layout, bias)[0]
+            rows = layer(rows, layout, position_bias=bias)[0]
         if not kwargs.get("return_dict"):
             return (rows,)
         from transformers.modeling_outputs import BaseModelOutput

@@ -82,7 +82,7 @@ def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int
     bias = torch.randn(1, state.heads, length, length, generator=generator).to(device, dtype)
 
     def run(layer: nn.Module, x: Tensor, mask: Any) -> Tensor:
-        output = layer(x, mask, bias.to(x.dtype)) if state.parts.biased else layer(x, mask)
+        output = layer(x, mask, position_bias=bias.to(x.dtype)) if state.parts.biased else layer(x, mask)
         return output[0] if isinstance(output, tuple) else output
 
     with _quiet(backend, device):
@@ -96,6 +96,32 @@ def layer_fault(plain: nn.Module, ours: nn.Module, state: LayerState, width: int
     compare.within_budget("packed", *rows, factor=tolerances.REPLACEMENT_FACTOR)
 
 
+def _ids(model: nn.Module, architecture: Architecture) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Ids and a mask ``[B, T]``, and the dtype of a model."""
+    words = getattr(model.get_submodule("embeddings"), architecture.embedding_parts.word)
+    mask = _mask(words.weight.device)
+    ids = torch.randint(0, words.num_embeddings, mask.shape, generator=_generator()).to(mask.device)
+    if words.padding_idx is not None:
+        ids = torch.where(mask, ids, words.padding_idx)
+    return ids, mask, words.weight.dtype
+
+
+def takes_keys(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether a model, in eval mode, hands on a mask of keys ``[B, 1, 1, T]``, which some versions refuse."""
+    ids, mask, _ = _ids(model, architecture)
+    layer = next(one for one in model.modules() if type(one).__name__ == architecture.name("layer"))
+    seen: list[Any] = []
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[1] if len(given) > 1 else None))
+    try:
+        with _quiet(None, ids.device):
+            model(ids, key_mask(mask))
+    except Exception:
+        return False
+    finally:
+        hook.remove()
+    return bool(seen) and isinstance(seen[0], Tensor) and tuple(seen[0].shape[1:3]) == (1, 1)
+
+
 @_reason
 def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -> None:
     """Why a model with everything replaced is not what it was, or None.
@@ -104,13 +130,8 @@ def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -
         plain, ours: the model before and after, in eval mode.
         architecture: its table.
     """
-    words = getattr(ours.get_submodule("embeddings"), architecture.embedding_parts.word)
-    device, dtype, generator = words.weight.device, words.weight.dtype, _generator()
-    mask = _mask(device)
-    ids = torch.randint(0, words.num_embeddings, mask.shape, generator=generator).to(device)
-    if words.padding_idx is not None:
-        ids = torch.where(mask, ids, words.padding_idx)
-    with _quiet(None, device):
+    ids, mask, dtype = _ids(plain, architecture)
+    with _quiet(None, ids.device):
         wanted = plain(ids, mask.long())[0]
         got = ours(ids, mask.long())[0]
     # Each layer has been proven already; what is further off than this is connected in another way.

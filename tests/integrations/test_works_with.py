@@ -14,7 +14,8 @@ import two_processes
 import zoo
 
 import pyxlbert
-from pyxlbert.integrations.modules import Layer
+from pyxlbert.integrations import probe
+from pyxlbert.integrations.modules import Layer, tokens_of
 from pyxlbert.testing import compare, tolerances
 
 KINDS = sorted(zoo.ZOO)
@@ -231,6 +232,29 @@ def test_masks_of_four_dimensions_and_none(kind: str) -> None:
     added = torch.randn(3, 1, 7, 7, generator=generator)
     for mask in (None, torch.ones(3, 7, dtype=torch.long), added):
         compare.close("output", last(ours, attention_mask=mask), last(plain, attention_mask=mask), FLOAT32)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_padding_is_found_in_the_models_own_mask(kind: str, attention: str, monkeypatch) -> None:
+    """As where a version of transformers takes no mask of keys: [B, 1, T, T], boolean or added to the scores."""
+    monkeypatch.setattr(probe, "takes_keys", lambda *_: False)
+    plain, ours = pair(kind, **({} if kind == "mpnet" else {"attn_implementation": attention}))
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], FLOAT32)
+    assert is_packed(ours, monkeypatch)
+
+
+def test_only_padding_is_found_in_a_mask() -> None:
+    x, lowest = torch.zeros(3, 7, 4), torch.finfo(torch.float32).min
+    keys = REAL[:, None, None, :]
+    added = torch.zeros(3, 1, 1, 7).masked_fill(~keys, lowest)
+    for mask in (keys, added, added.expand(3, 1, 7, 7), keys.expand(3, 1, 7, 7), added.masked_fill(~keys, -torch.inf)):
+        assert torch.equal(tokens_of(mask, x), REAL)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    slopes = torch.where(keys, -torch.arange(7.0), lowest)
+    for mask in (None, keys & causal, added + torch.where(causal, 0, lowest / 4), slopes, added * 1e-36, keys.long()):
+        assert tokens_of(mask, x) is None
+    assert tokens_of(added.expand(3, 2, 7, 7), x) is None
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
