@@ -6,6 +6,7 @@ import torch  # noqa: F401  (first: the native module binds to torch's OpenMP ru
 
 from pyxlbert import backends
 from pyxlbert.backends import allow_atomics, debug_checks, use_backend
+from pyxlbert.integrations import accelerate, register_attention, restore
 from pyxlbert.models.graphed import graphed
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SentenceEncoder",
+    "accelerate",
     "allow_atomics",
     "attention",
     "backends",
@@ -39,7 +41,9 @@ __all__ = [
     "linear",
     "linear_gelu",
     "pack",
+    "register_attention",
     "relative_attention",
+    "restore",
     "two_stream_attention",
     "unpack",
     "use_backend",

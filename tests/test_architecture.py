@@ -34,7 +34,7 @@ ARROWS = {
     "models": {"models", "nn", "ops", "backends", "files"},
     "text": {"text", "models", "nn", "ops", "backends", "files"},
     "training": {"training", "models", "nn", "ops", "backends"},
-    "integrations": {"integrations", "models", "nn", "ops", "backends"},
+    "integrations": {"integrations", "checks", "models", "nn", "ops", "backends", "testing"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
 }
 

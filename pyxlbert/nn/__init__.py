@@ -7,9 +7,9 @@ from pyxlbert.nn.distances import MEMORY_RANK, PADDING_RANK, UNSEEN_RANK, LastTa
 from pyxlbert.nn.embeddings import Embeddings
 from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
 from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_fixed
-from pyxlbert.nn.linear import Linear, LinearActivation
+from pyxlbert.nn.linear import Linear, LinearActivation, linear_activation
 from pyxlbert.nn.relative_attention import RelativeAttention, RelativeLayout
-from pyxlbert.nn.self_attention import SelfAttention
+from pyxlbert.nn.self_attention import SelfAttention, attend
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,8 +27,10 @@ __all__ = [
     "SelfAttention",
     "TokenLayout",
     "activation_kind",
+    "attend",
     "fixed_sizes",
     "has_values",
+    "linear_activation",
     "relative_positions",
     "rows_and_stream",
     "sizes_are_fixed",

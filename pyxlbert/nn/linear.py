@@ -31,6 +31,24 @@ class Linear(Packable, torch.nn.Linear):
     fuses = forward
 
 
+def linear_activation(layer: Linear | LinearActivation, x: Tensor, activation: str) -> Tensor:
+    """The activation of a layer's product, in one pass where it is GELU.
+
+    Args:
+        layer: whose weights multiply.
+        x: ``[..., in_features]``.
+        activation: what `activation_kind` returns.
+    """
+    y = layer.packed_product(x, activation)
+    if y is not None:
+        return y
+    approximate = _GELU.get(activation)
+    if approximate is not None:
+        return linear_gelu(x, layer.weight, layer.bias, approximate=approximate)
+    y = linear(x, layer.weight, layer.bias)
+    return F.relu(y) if activation == "relu" else F.silu(y)
+
+
 class LinearActivation(Packable, torch.nn.Linear):
     """A linear layer and its activation, which for GELU is the epilogue of the matrix product.
 
@@ -54,14 +72,7 @@ class LinearActivation(Packable, torch.nn.Linear):
         return (self,)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.packed_product(x, self.activation)
-        if y is not None:
-            return y
-        approximate = _GELU.get(self.activation)
-        if approximate is not None:
-            return linear_gelu(x, self.weight, self.bias, approximate=approximate)
-        y = linear(x, self.weight, self.bias)
-        return F.relu(y) if self.activation == "relu" else F.silu(y)
+        return linear_activation(self, x, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -12,6 +12,33 @@ from pyxlbert.ops._weights import attention_with_weights
 from pyxlbert.ops.attention import attention
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, dropout_p: float, output_attentions: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the rows of a layout.
+
+    Args:
+        query, key, value: ``[B, T, H, D]`` or packed ``[total, H, D]``.
+        layout: where the rows lie, with the masks.
+        dropout_p: probability that an attention weight is dropped.
+        output_attentions: also return the weights.
+
+    Returns:
+        The mixed values ``[B, T, E]`` or ``[total, E]``, and None or the weights ``[B, H, T, T]``.
+    """
+    options = {
+        "cu_seqlens": layout.cu_seqlens,
+        "max_seqlen": layout.max_seqlen,
+        "attention_mask": layout.attention_mask,
+        "bias": layout.bias,
+        "dropout_p": dropout_p,
+    }
+    if not output_attentions:
+        return attention(query, key, value, **options).flatten(-2), None
+    mixed, weights = attention_with_weights(query, key, value, **options)
+    return mixed.flatten(-2), layout.restore_weights(weights)
+
+
 class SelfAttention(Packable):
     """``softmax(q kᵀ / √D) v`` for every head, with q, k and v projected from one input.
 
@@ -63,18 +90,8 @@ class SelfAttention(Packable):
             The mixed values, shaped as x, and None or the weights ``[B, H, T, T]`` in their dtype, after dropout: zeros
             for queries that are padding.
         """
-        query, key, value = self.project(x)  # [B, T, H, D], packed [total, H, D]
-        options = {
-            "cu_seqlens": layout.cu_seqlens,
-            "max_seqlen": layout.max_seqlen,
-            "attention_mask": layout.attention_mask,
-            "bias": layout.bias,
-            "dropout_p": self.dropout_p if self.training else 0.0,
-        }
-        if not output_attentions:
-            return attention(query, key, value, **options).flatten(-2), None
-        mixed, weights = attention_with_weights(query, key, value, **options)
-        return mixed.flatten(-2), layout.restore_weights(weights)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return attend(*self.project(x), layout, dropout_p, output_attentions)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"

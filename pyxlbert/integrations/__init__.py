@@ -1,0 +1,13 @@
+"""Other libraries' models on our ops: `accelerate`, `restore` and `register_attention`.
+
+`pyxlbert/integrations/transformers` holds a table per architecture, found by folder; nothing here imports transformers
+before it is needed.
+"""
+
+from __future__ import annotations
+
+from pyxlbert.integrations.attention import register_attention
+from pyxlbert.integrations.drop_in import accelerate, restore
+from pyxlbert.integrations.report import Entry, Report
+
+__all__ = ["Entry", "Report", "accelerate", "register_attention", "restore"]

@@ -1,0 +1,370 @@
+"""What stands in the place of transformers' modules: the same parameters under the same names, run by our ops.
+
+Each one does what it can prove and leaves the rest to the class that it replaced: a module that somebody watches, that
+was exchanged, or an argument that it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyxlbert.backends import use_backend
+from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts
+from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
+from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
+from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
+
+# Attention of transformers that takes a mask [B, 1, 1, T]: boolean, or for "eager" added to the scores.
+IMPLEMENTATIONS = ("eager", "sdpa", "pyxlbert")
+
+# Arguments that change nothing inside a layer.
+_HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
+
+Path = tuple[str, ...]
+
+# The modules of a layer, by their names in `LayerParts`.
+MODULES = (
+    *("query", "key", "value", "attention_dropout", "out", "out_dropout", "out_norm"),
+    *("up", "activation", "down", "down_dropout", "norm"),
+)
+
+
+def path_of(name: str) -> Path:
+    """The names of a path with dots."""
+    return tuple(name.split("."))
+
+
+class ReplacedLinear(Replaced, Linear):
+    """`torch.nn.Linear`, computed by the op `linear`."""
+
+
+def dropout_of(module: nn.Dropout | None) -> float:
+    """The probability with which a module drops now."""
+    return module.p if module is not None and module.training else 0.0
+
+
+def _asked(kwargs: dict[str, Any], config: Any, *names: str) -> bool:
+    """Whether one of these outputs is asked for."""
+    return any(kwargs.get(name) or getattr(config, name, False) for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """What a layer knows.
+
+    Attributes:
+        parts: where its modules are.
+        paths: the same, by the names of `MODULES`, of those that the layer has.
+        skipped: the modules that are computed by an op in their place, by path, each with the class that it has.
+        heads: H.
+        activation: what `activation_kind` returns; None: a module that is called.
+        tuples: whether it returns a tuple, as it does in some versions of transformers.
+        bias_at: which of its arguments after the mask is the bias, or None.
+        config: the model's.
+    """
+
+    parts: LayerParts
+    paths: Mapping[str, Path]
+    skipped: tuple[tuple[Path, type[nn.Module]], ...]
+    heads: int
+    activation: str | None
+    tuples: bool
+    bias_at: int | None
+    config: Any
+
+
+class Layer(Replaced):
+    """A post-norm layer: attention, residual, feed-forward network, residual.
+
+    The mask may be a `TokenLayout`: the rows are then packed ``[total, E]``.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        state: LayerState = self._pyxlbert
+        bias, others, place = kwargs.get("position_bias"), args, state.bias_at
+        if place is not None and len(args) > place:
+            bias, others = args[place], (*args[:place], *args[place + 1 :])
+        if not self._usual(attention_mask, others, kwargs):
+            return self._by_modules(hidden_states, attention_mask, args, kwargs)
+        layout = _layout(attention_mask, hidden_states)
+        if bias is not None and not layout.packed:
+            layout = replace(layout, bias=bias if layout.bias is None else layout.bias + bias)
+        rows = self._rows(hidden_states, layout, bias)
+        return (rows,) if state.tuples else rows
+
+    def _usual(self, mask: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody watches a module that is skipped, each is the one that was found, and all arguments known."""
+        if not (mask is None or isinstance(mask, TokenLayout) or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            return False
+        if any(one is not None and one is not False for one in args):
+            return False
+        for name, value in kwargs.items():
+            if value is not None and value is not False and not self._knows(name):
+                return False
+        # Hidden states are recorded where layers are called, which they still are.
+        keys = recorded()
+        keys = None if keys is None else keys - {"hidden_states", "_hidden_states_layers"}
+        for path, kind in self._pyxlbert.skipped:
+            module = at(self, path)
+            if type(module) is not kind or watched(module, keys):
+                return False
+        return True
+
+    def _knows(self, name: str) -> bool:
+        return name in _HARMLESS or (name == "position_bias" and self._pyxlbert.parts.biased)
+
+    def _rows(self, x: Tensor, layout: TokenLayout, bias: Tensor | None) -> Tensor:
+        state: LayerState = self._pyxlbert
+        part = {name: at(self, path) for name, path in state.paths.items()}
+        heads = (state.heads, -1)
+        query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
+        dropout_p = dropout_of(part.get("attention_dropout"))
+        if layout.packed and bias is not None:
+            # A bias is by the places of the padded batch.
+            there = TokenLayout(layout.batch, layout.length, attention_mask=_keys(layout, x), bias=bias)
+            padded = (layout.restore(one) for one in (query, key, value))  # [B, T, H, D]
+            mixed = layout.take(attend(*padded, there, dropout_p)[0])  # [total, E]
+        else:
+            mixed = attend(query, key, value, layout, dropout_p)[0]  # as x
+        x = _residual(part["out"](mixed), x, part.get("out_dropout"), part["out_norm"])
+        inner = self._inner(x, part["up"], part["activation"], state.activation)  # [B, T, F], packed [total, F]
+        return _residual(part["down"](inner), x, part.get("down_dropout"), part["norm"])
+
+    @staticmethod
+    def _inner(x: Tensor, up: nn.Module, activation: Any, kind: str | None) -> Tensor:
+        if kind is not None and isinstance(up, ReplacedLinear) and not watched(up):
+            return linear_activation(up, x, kind)
+        return activation(up(x))
+
+    def _by_modules(self, hidden_states: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """As the class that was replaced computes it, padded."""
+        state: LayerState = self._pyxlbert
+        layout = mask if isinstance(mask, TokenLayout) else None
+        if layout is not None:
+            hidden_states, mask = layout.restore(hidden_states), _keys(layout, hidden_states)
+        output = super().forward(hidden_states, native_mask(mask, hidden_states.dtype, state), *args, **kwargs)
+        if layout is None:
+            return output
+        if isinstance(output, tuple):
+            return (layout.take(output[0]), *output[1:])
+        return layout.take(output)
+
+
+def native_mask(mask: Any, dtype: torch.dtype, state: LayerState) -> Any:
+    """A boolean mask as the replaced layer takes it: added to the scores, where its attention is plain code."""
+    additive = state.parts.biased or getattr(state.config, "_attn_implementation", None) in ("eager", None)
+    if not (additive and isinstance(mask, Tensor) and mask.dtype is torch.bool):
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _layout(mask: Any, x: Tensor) -> TokenLayout:
+    if isinstance(mask, TokenLayout):
+        return mask
+    if mask is None:
+        return TokenLayout(*x.shape[:2])
+    if mask.is_floating_point():
+        return TokenLayout(*x.shape[:2], bias=mask)
+    return TokenLayout(*x.shape[:2], attention_mask=mask.to(torch.bool))
+
+
+def _keys(layout: TokenLayout, x: Tensor) -> Tensor | None:
+    """The layout as a mask of keys ``[B, 1, 1, T]``, True where a token is."""
+    tokens = layout.tokens(x.device)
+    return None if tokens is None else tokens[:, None, None, :]
+
+
+def _residual(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm) -> Tensor:
+    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=dropout_of(dropout), eps=norm.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingState:
+    """What embeddings know: where their modules are, and the class that each has."""
+
+    parts: EmbeddingParts
+    skipped: tuple[tuple[Path, type[nn.Module]], ...]
+
+
+class Embeddings(Replaced):
+    """Word, position and token-type embeddings with their LayerNorm and dropout, in one pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        parts: EmbeddingParts = self._pyxlbert.parts
+        given = dict(zip(parts.arguments, args, strict=False)) | kwargs
+        ids, places, types = (given.pop(name, None) for name in ("input_ids", "position_ids", "token_type_ids"))
+        # Ready-made vectors, or tokens after others.
+        others = any(value is not None and not (type(value) is int and value == 0) for value in given.values())
+        if ids is None or others or (types is not None and parts.token_type is None) or not self._usual():
+            return super().forward(*args, **kwargs)
+        word, position = getattr(self, parts.word), getattr(self, parts.position)
+        norm, kinds = getattr(self, parts.norm), None if parts.token_type is None else getattr(self, parts.token_type)
+        if places is None and parts.positions == "token":
+            real = ids.ne(self.padding_idx).int()
+            places = (real.cumsum(1, dtype=torch.int32) * real + self.padding_idx).long()
+        table = position.weight
+        if position.padding_idx is not None and table.requires_grad and torch.is_grad_enabled():
+            table = _RowWithoutGradient.apply(table, position.padding_idx)
+        return embedding_layer_norm(
+            ids,
+            word.weight,
+            None if kinds is None else kinds.weight,
+            table,
+            norm.weight,
+            norm.bias,
+            token_type_ids=types,
+            position_ids=places,
+            padding_idx=word.padding_idx,
+            dropout_p=dropout_of(getattr(self, parts.dropout)),
+            eps=norm.eps,
+        )
+
+    def _usual(self) -> bool:
+        keys = recorded()
+        for path, kind in self._pyxlbert.skipped:
+            module = at(self, path)
+            if type(module) is not kind or watched(module, keys):
+                return False
+        return True
+
+
+class _RowWithoutGradient(torch.autograd.Function):
+    """A table as it is, one row of which receives no gradient, as `torch.nn.Embedding` does with its padding."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        gradient[ctx.row] = 0
+        return gradient, None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelState:
+    """What an encoder and its model know.
+
+    Attributes:
+        config: the model's.
+        pack: whether padding is removed.
+        backend: whose kernels run, or None.
+        whole: whether encoder and all layers are replaced, and the model hands on a mask of keys.
+    """
+
+    config: Any
+    pack: bool
+    backend: str | None
+    whole: bool = True
+
+
+class Encoder(Replaced):
+    """The stack of layers; the padding is removed before the first and put back, as zeros, after the last."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        layout = self._packed(hidden_states, attention_mask, kwargs)
+        if layout is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        output = self._run(layout.take(hidden_states), layout, args, kwargs)
+        if isinstance(output, tuple):
+            return (layout.restore(output[0]), *output[1:])
+        output.last_hidden_state = layout.restore(output.last_hidden_state)  # [B, T, E]
+        return output
+
+    def _run(self, rows: Tensor, layout: TokenLayout, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # The class that was replaced hands rows and mask from layer to layer, whatever they are.
+        return super().forward(rows, layout, *args, **kwargs)
+
+    def _packed(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> TokenLayout | None:
+        """The layout without padding; None where every place is computed."""
+        state: ModelState = self._pyxlbert
+        if not state.pack or _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
+            return None
+        real = tokens_of(mask, x)  # [B, T]
+        if real is None:
+            return None
+        # A head reads the first place of every sequence, token or not.
+        if not bool(real[:, 0].all()) or watched_anywhere(self, recorded()):
+            return None
+        layout = TokenLayout.from_mask(real, *x.shape[:2])
+        return layout if layout.packed else None
+
+
+def tokens_of(mask: Any, x: Tensor) -> Tensor | None:
+    """Bool ``[B, T]``, True where a token is, if that is all that a model's mask says, in whatever form it was made."""
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and can_look(mask)):
+        return None
+    keys = mask[:, 0, 0]  # [B, T]
+    if mask.shape[2] > 1 and not bool((mask == keys[:, None, None]).all()):
+        return None
+    if mask.is_floating_point():
+        real = keys == 0
+        # What is added to the scores of padding leaves nothing of them.
+        if not bool((real | (keys <= torch.finfo(mask.dtype).min / 2)).all()):
+            return None
+        keys = real
+    elif mask.dtype is not torch.bool:
+        return None
+    return keys.expand(x.shape[0], -1)
+
+
+class BiasedEncoder(Encoder):
+    """The same, for layers that share a bias by the distance of two places."""
+
+    def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[1, H, T, T]``: no sequence has one of its own."""
+        return super().compute_position_bias(x[:1], *args, **kwargs)
+
+    def _run(self, rows: Tensor, layout: TokenLayout, args: tuple, kwargs: dict[str, Any]) -> Any:
+        bias = self.compute_position_bias(rows.new_empty(1, layout.length, 0))  # [1, H, T, T]
+        for layer in self.layer:
+            rows = layer(rows, layout, position_bias=bias)[0]
+        if not kwargs.get("return_dict"):
+            return (rows,)
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=rows)
+
+
+class Model(Replaced):
+    """A model; its 2-D mask goes to the layers as a mask of keys ``[B, 1, 1, T]``, never as a T×T tensor."""
+
+    keeps_signature = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: ModelState = self._pyxlbert
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if state.whole and isinstance(mask, Tensor) and mask.dim() == 2 and self._takes(mask, args, kwargs):
+            mask = key_mask(mask)
+            if len(args) > 1:
+                args = (args[0], mask, *args[2:])
+            else:
+                kwargs["attention_mask"] = mask
+        if state.backend is None:
+            return super().forward(*args, **kwargs)
+        with use_backend(state.backend):
+            return super().forward(*args, **kwargs)
+
+    def _takes(self, mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        known = getattr(self._pyxlbert.config, "_attn_implementation", None) in (*IMPLEMENTATIONS, None)
+        return known and isinstance(tokens, Tensor) and tokens.shape[:2] == mask.shape and tokens.device == mask.device
+
+
+def key_mask(mask: Tensor) -> Tensor | None:
+    """A mask ``[B, T]`` as one of keys ``[B, 1, 1, T]``, boolean; None where it says nothing."""
+    mask = mask.to(torch.bool)
+    if can_look(mask) and mask.device.type == "cpu" and bool(mask.all()):
+        return None
+    return mask[:, None, None, :]

@@ -1,0 +1,54 @@
+"""docs/drop-in.md: its examples run, and its table is what models do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+import pyxlbert
+from pyxlbert.integrations.drop_in import architectures
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
+PATTERN = r"^\| ([\w-]+) \| (yes) \| (yes) \| (.+?) \| (yes) \| (.+?) \|$"
+ROWS = {row[0]: row[1:] for row in re.findall(PATTERN, TEXT, re.MULTILINE)}
+
+
+def test_the_examples_run(capsys) -> None:
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(compile(code, "docs/drop-in.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.strip() and all(f"    {line}" in TEXT for line in printed.strip().splitlines())
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert sorted(architectures()) == list(ROWS)
+
+
+@pytest.mark.parametrize("kind", sorted(zoo.ZOO))
+def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
+    """XLNet and the column of compilation have tests of their own."""
+    model = pyxlbert.accelerate(zoo.build(kind))
+    inside, attended = [], []
+    linear, attention = pyxlbert.nn.linear.linear, pyxlbert.nn.self_attention.attention
+    monkeypatch.setattr(pyxlbert.nn.linear, "linear", lambda x, *rest: (inside.append(x.dim()), linear(x, *rest))[1])
+    monkeypatch.setattr(
+        pyxlbert.nn.self_attention,
+        "attention",
+        lambda *rows, **named: (attended.append(named), attention(*rows, **named))[1],
+    )
+    model.eval()
+    with torch.no_grad():
+        model(**zoo.batch(model))
+    assert set(inside) == {2}
+    packed = {named["cu_seqlens"] is not None for named in attended}
+    biased = {named["bias"] is not None for named in attended}
+    said = ("yes" if packed == {True} else "yes, but in attention", "as a bias" if biased == {True} else "–")
+    _, _, removed, _, relative = ROWS[kind]
+    assert (removed, relative) == said
+    model.train()(**zoo.batch(model))[0].sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
