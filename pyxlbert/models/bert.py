@@ -204,10 +204,12 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """The stack of layers."""
 
+    # The packed layers in one call, made at the first use.
+    together: PackedLayers | None = None
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config) for _ in range(config.num_hidden_layers)])
-        self.together: PackedLayers | None = None
 
     def in_one_call(self, stream: Stream, layout: TokenLayout, which: slice = slice(None)) -> Stream | None:
         """Packed layers together, without calling their modules; None where they are to be called one by one."""

@@ -216,6 +216,9 @@ class XLNetModel(XLNetPreTrainedModel):
         ValueError: a field of the configuration cannot be honoured.
     """
 
+    # The packed layers in one call, made at the first use.
+    together: PackedLayers | None = None
+
     def __init__(self, config: XLNetConfig) -> None:
         super().__init__(config)
         self.word_embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -223,7 +226,6 @@ class XLNetModel(XLNetPreTrainedModel):
         self.layer = nn.ModuleList([XLNetLayer(config) for _ in range(config.n_layer)])
         self.dropout = nn.Dropout(config.dropout)
         self.checkpointing: dict[str, Any] | None = None
-        self.together: PackedLayers | None = None
         self.distances = LastTable()
         self.tie_weights()
         self.init_weights()
