@@ -18,6 +18,7 @@
 #include "cuda/bindings.h"
 #endif
 #include "levels.h"
+#include "tensors.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -394,6 +395,7 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("set_level", &pyxlbert::set_level);
     m.def("workspace_bytes", &pyxlbert::workspace_bytes);
+    if (pyxlbert::add_tensor_checks(m.ptr()) < 0) throw py::error_already_set();
     m.def("release_workspace", &pyxlbert::release_workspace);
     m.def("poison_workspaces", &pyxlbert::poison_workspaces);
 
