@@ -13,6 +13,7 @@ struct Argument {
     Py_ssize_t place;
     bool typed;  // all these arguments have one dtype
     bool contiguous;
+    bool plain;                              // not lazily negated, and with a storage
     std::int64_t bytes;                      // of an element, or 0: any
     enum { nothing, same, anything } leads;  // the dimensions before the letters
     bool shaped;
@@ -49,7 +50,8 @@ struct Sizes {
     }
 };
 
-PyObject *untyped_storage, *nbytes, *storage_offset, *is_contiguous, *shape_, *stride_, *itemsize, *dtype_;
+PyObject *untyped_storage, *nbytes, *storage_offset, *is_contiguous, *shape_, *stride_, *itemsize, *dtype_, *is_neg,
+    *is_zerotensor;
 
 // A Python integer that a method (or, if not CALLED, an attribute) of x gives; -1 with an error set if there is none.
 template <bool CALLED>
@@ -139,9 +141,12 @@ int fits(PyObject* x, const Argument& argument, Sizes& sizes) {
 void forget(PyObject* capsule) { delete static_cast<Contract*>(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 Argument read(Py_ssize_t place, const char* shape) {
-    Argument argument{place, false, false, 0, Argument::nothing, shape != nullptr, {}};
+    Argument argument{place, false, false, false, 0, Argument::nothing, false, {}};
     for (; shape != nullptr && *shape != 0; ++shape) {
-        if (*shape == '=')
+        argument.shaped |= *shape != '-';
+        if (*shape == '-')
+            argument.plain = true;
+        else if (*shape == '=')
             argument.typed = true;
         else if (*shape == '|')
             argument.contiguous = true;
@@ -186,6 +191,13 @@ PyObject* misfit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         PyObject* x = PyTuple_GetItem(arguments[1], argument.place);
         if (x == nullptr) return nullptr;
         if (x == Py_None) continue;
+        for (PyObject* lazy : {is_neg, is_zerotensor}) {
+            if (!argument.plain) break;
+            PyObject* is = PyObject_CallMethodNoArgs(x, lazy);
+            if (is == nullptr) return nullptr;
+            Py_DECREF(is);  // True and False are for ever
+            if (is == Py_True) return PyLong_FromSsize_t(2 * argument.place);
+        }
         bool adjacent = true;
         const int stored = held(x, adjacent);
         int right = stored == 1 && argument.shaped ? fits(x, argument, sizes) : 1;
@@ -212,6 +224,8 @@ int add_tensor_checks(PyObject* module) {
     is_contiguous = PyUnicode_InternFromString("is_contiguous");
     shape_ = PyUnicode_InternFromString("shape");
     stride_ = PyUnicode_InternFromString("stride");
+    is_neg = PyUnicode_InternFromString("is_neg");
+    is_zerotensor = PyUnicode_InternFromString("_is_zerotensor");
     dtype_ = PyUnicode_InternFromString("dtype");
     itemsize = PyUnicode_InternFromString("itemsize");
     return PyModule_AddFunctions(module, methods);

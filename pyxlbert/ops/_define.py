@@ -80,6 +80,8 @@ class Op(Choice):
                 implementation, on CPU tensors and inside `debug_checks` on all.
             shapes: of the tensor arguments, as csrc/tensors.h reads them, for the last look before kernels read memory:
                 a storage may be gone or another since the public function's checks, and `torch.ops` has none.
+                "~" marks what forward has made and autograd alone has kept, or what is not read: nothing can have
+                happened to it in a call that did not come through `torch.ops`.
             packed: the same where there are cu_seqlens.
 
         Returns:
@@ -98,13 +100,20 @@ class Op(Choice):
         _library.define(f"{function}{schema}")
         overload = getattr(torch.ops.pyxlbert, function).default
         record, tensors = record_of(overload, "".join(part.capitalize() for part in function.split("_")))
-        looks = _looks(function, record, tensors, shapes, packed)
+        misfit = _looks(function, record, tensors, shapes, packed)
         # The public function has checked the shapes of a call that comes straight from it.
-        storage = _looks(function, record, tensors, {}, None) if direction == "fwd" else looks
+        plain = _plain_looks(function, record, tensors, *(({}, None) if direction == "fwd" else (shapes, packed)))
 
-        def runner(device: str | None, look: Callable[[Any], None] = looks) -> Callable[[Any], Any]:
+        def checked(call: Any) -> None:
+            place = misfit(call)
+            if place >= 0:
+                wanted = shapes if packed is None or call.cu_seqlens is None else packed
+                raise ValueError(f"{function}: {_misfit(call, place, wanted, tensors)}")
+
+        def runner(device: str | None, look: Callable[[Any], None] | None = checked) -> Callable[[Any], Any]:
             def run(call: Any) -> Any:
-                look(call)
+                if look is not None:
+                    look(call)
                 if values is not None and (device == "cpu" or backends.checking()):
                     values(call)
                 here = device or next(x.device.type for x in call if isinstance(x, torch.Tensor))
@@ -123,7 +132,7 @@ class Op(Choice):
         for key, run in self.runners[direction].items():
             _library.impl(function, run, key)
         torch.library.register_fake(f"pyxlbert::{function}", _unpacked(fake, record), lib=_library)
-        on_cpu, on_cuda = runner("cpu", storage), runner("cuda", storage)
+        on_cpu, on_cuda = runner("cpu", None), runner("cuda", None)
 
         def run_call(call: Any) -> Any:
             if (
@@ -131,13 +140,10 @@ class Op(Choice):
                 or call.backend == "torch"
                 or not _PLAIN.issuperset(map(type, call))
                 or watched()
+                # Lazy negation or zeros, which the dispatcher materialises, or what the check behind it refuses.
+                or plain(call) >= 0
             ):
                 return overload(*call)
-            for place in tensors:
-                x = call[place]
-                # Lazy negation or zeros: the dispatcher materialises them.
-                if x is not None and (x.is_neg() or is_zerotensor(x)):
-                    return overload(*call)
             if call.backend == "cpu" or next(x for x in call if x is not None).is_cpu:
                 return on_cpu(call)
             return on_cuda(call)
@@ -146,32 +152,42 @@ class Op(Choice):
 
 
 def _looks(
-    function: str, record: Any, tensors: tuple[int, ...], shapes: Shapes, packed: Shapes | None
-) -> Callable[[Any], None]:
-    """Raises ValueError if a tensor of a call has no memory for its elements, or a shape that contradicts another's."""
-    if native._C is None:
-        return lambda call: None
+    function: str, record: Any, tensors: tuple[int, ...], shapes: Shapes, packed: Shapes | None, prefix: str = ""
+) -> Callable[[Any], int]:
+    """`misfit` of csrc/tensors.h for a call: -1 where all is well."""
     names = record._fields
     unknown = (shapes.keys() | (packed or {}).keys()) - {names[place] for place in tensors}
     if unknown:
         raise ValueError(f"{function}: shapes: got {', '.join(unknown)}, wanted tensors of the schema")
+    if native._C is None:
+        return lambda call: -1
 
-    def look_for(wanted: Shapes) -> Callable[[Any], None]:
-        contract = native._C.contract([(place, wanted.get(names[place])) for place in tensors])
-        misfit = native._C.misfit
-
-        def look(call: Any) -> None:
-            place = misfit(contract, call)
-            if place >= 0:
-                raise ValueError(f"{function}: {_misfit(call, place, wanted, tensors)}")
-
-        return look
+    def look_for(wanted: Shapes) -> Callable[[Any], int]:
+        rules = [(place, prefix + wanted.get(names[place], "")) for place in tensors]
+        if prefix:
+            rules = [(place, shape) for place, shape in rules if "~" not in shape]
+        rules = [(place, shape.replace("~", "")) for place, shape in rules]
+        return functools.partial(native._C.misfit, native._C.contract(rules))
 
     usual = look_for(shapes)
     if packed is None:
         return usual
     in_rows = look_for(packed)
     return lambda call: usual(call) if call.cu_seqlens is None else in_rows(call)
+
+
+def _plain_looks(
+    function: str, record: Any, tensors: tuple[int, ...], shapes: Shapes, packed: Shapes | None
+) -> Callable[[Any], int]:
+    """The same, and not -1 either for a tensor that is lazily negated or zero."""
+    if native._C is not None:
+        return _looks(function, record, tensors, shapes, packed, prefix="-")
+
+    def look(call: Any) -> int:
+        found = (n for n in tensors if call[n] is not None and (call[n].is_neg() or is_zerotensor(call[n])))
+        return next(found, -1)
+
+    return look
 
 
 def _misfit(call: Any, found: int, wanted: Shapes, tensors: tuple[int, ...]) -> str:
@@ -197,7 +213,7 @@ def _letters(shape: str) -> str:
     """ "[..., N]" of "=*N"."""
     kinds = {"4": "float32 ", "8": "int64 ", "1": "bool "}
     kind = "".join(kinds.get(sign, "") for sign in shape) + ("contiguous " if "|" in shape else "")
-    dimensions = ["..." if sign in "*?" else "2" if sign == "Z" else sign for sign in shape if sign not in "=|148"]
+    dimensions = ["..." if sign in "*?" else "2" if sign == "Z" else sign for sign in shape if sign not in "~=|148"]
     return f"{kind}[{', '.join(dimensions)}]"
 
 

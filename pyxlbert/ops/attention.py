@@ -64,8 +64,8 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     check_values,
-    shapes=_PADDED | {"dout": "=BTHD", "out": "=BTHD", "lse": "4BHT"},
-    packed=_PACKED | {"dout": "=NHD", "out": "=NHD", "lse": "4HN"},
+    shapes=_PADDED | {"dout": "=BTHD", "out": "=BTHD", "lse": "~4BHT"},
+    packed=_PACKED | {"dout": "=NHD", "out": "=NHD", "lse": "~4HN"},
 )
 
 

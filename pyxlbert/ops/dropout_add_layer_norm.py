@@ -57,8 +57,8 @@ Backward, _bwd = OP.define(
     " bool needs_x_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     shapes={
-        **{"dy": "=*N", "dy_copy": "*N", "s": "=|*N", "weight": "N", "bias": "N", "x_bias": "N"},
-        **{"mean": "4|*", "rstd": "4|*", "seed": "8?"},
+        **{"dy": "=*N", "dy_copy": "*N", "s": "~=|*N", "weight": "N", "bias": "~N", "x_bias": "~N"},
+        **{"mean": "~4|*", "rstd": "~4|*", "seed": "8?"},
     },
 )
 

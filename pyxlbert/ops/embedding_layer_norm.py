@@ -90,7 +90,7 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     _check_values,
-    shapes=_SHAPES | {"dy": "*N", "mean": "4|*", "rstd": "4|*", "seed": "8?"},
+    shapes=_SHAPES | {"dy": "*N", "mean": "~4|*", "rstd": "~4|*", "seed": "8?"},
 )
 
 

@@ -43,7 +43,7 @@ Backward, _bwd = OP.define(
     "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool needs_parameters, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
-    shapes={"dy": "=*N", "x": "=*N", "weight": "N", "bias": "N", "mean": "4|*", "rstd": "4|*"},
+    shapes={"dy": "=*N", "x": "=*N", "weight": "N", "bias": "~N", "mean": "~4|*", "rstd": "~4|*"},
 )
 
 

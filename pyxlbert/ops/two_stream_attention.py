@@ -83,8 +83,8 @@ Backward, _bwd = OP.define(
     check_values,
     shapes=_SHAPES
     | {
-        **{"dcontent": "=BTHD", "dquery": "=BMHD", "content": "=BTHD", "content_lse": "4BHT"},
-        **{"query": "=BMHD", "query_lse": "4BHM"},
+        **{"dcontent": "=BTHD", "dquery": "=BMHD", "content": "=BTHD", "content_lse": "~4BHT"},
+        **{"query": "=BMHD", "query_lse": "~4BHM"},
     },
 )
 
