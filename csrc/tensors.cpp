@@ -106,7 +106,7 @@ int held(PyObject* x, bool& adjacent) {
 int typed(PyObject* x, const Argument& argument, Sizes& sizes) {
     if (argument.bytes > 0) {
         const std::int64_t bytes = integer<false>(x, itemsize);
-        if (bytes != argument.bytes) return bytes == -1 ? -1 : 0;
+        if (bytes < argument.bytes) return bytes == -1 ? -1 : 0;
     }
     if (!argument.typed) return 1;
     PyObject* dtype = PyObject_GetAttr(x, dtype_);

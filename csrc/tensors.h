@@ -13,8 +13,8 @@ namespace pyxlbert {
 // contract(list of (place, shape)): what misfit is to look at.  A shape is letters, one a dimension.
 //     An upper-case letter is the same size wherever it stands (Z is 2), a lower-case one that size or 1.  Before them
 //     "*" stands for any dimensions, everywhere the same, and "?" for any at all; "=" for one dtype of all that have
-//     it, a digit for the bytes of an element, "|" for contiguous, "-" for a tensor that is neither lazily negated nor
-//     lazily zero.  None, or "-" alone: any shape.
+//     it, a digit for the bytes of an element at least, "|" for contiguous, "-" for a tensor that is neither lazily
+//     negated nor lazily zero.  None, or "-" alone: any shape.
 //
 // misfit(contract, record): of the first tensor that is wrong, twice its place if its storage ends before its last
 //     element, and one more if its shape or dtype contradicts those before it; -1 if all are right.

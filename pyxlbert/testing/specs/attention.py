@@ -139,6 +139,19 @@ def _case(
     return Case(id, make, small=small, full_only=full_only)
 
 
+def _one_sign(id: str, queries: int, keys: int) -> Case:
+    """Values of one sign, nearly equal weights: a sum over the keys that drifts where it is one chain."""
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        def draw(length: int) -> torch.Tensor:
+            return randn(generator, 1, length, 1, 64, dtype=dtype, device=device, scale=0.01)
+
+        value = torch.linspace(0.1, 0.9, 64).to(dtype=dtype, device=device).expand(1, keys, 1, 64)
+        return {"query": draw(queries), "key": draw(keys), "value": value}
+
+    return Case(id, make, small=False)
+
+
 def _pack(**changes: Any) -> Any:
     """The first case's tensors as one packed batch of lengths 5 and 6, with further changes."""
 
@@ -218,6 +231,7 @@ SPEC = Spec(
         _case("fused", 37, head_size=64),
         _case("one token", 1, head_size=32),
         _case("one query, many keys", 1, 530, head_size=32, layout="apart", small=False),
+        _one_sign("values of one sign", 24, 8192),
         _case("few queries", 4, 21, head_size=40, lengths=(21, 10), mask=(2, 1, 4, 21), layout="apart"),
         _case(
             "few queries, causal", 3, 530, head_size=80, causal=True, dropout_p=0.2, seed=2, layout="apart", small=False

@@ -55,6 +55,19 @@ def _view(id: str, change: str) -> Case:
     return Case(id, make)
 
 
+def _few_sizes(id: str, columns: int) -> Case:
+    """Long rows whose deviations from the mean have few sizes: sums of squares that drift where they are one chain."""
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Arguments:
+        x = torch.full((2, columns), 0.3)
+        x[:, ::2] *= -1
+        x[:, ::5] *= 2
+        weight, bias = (randn(generator, columns, dtype=dtype, device=device) for _ in range(2))
+        return {"x": x.to(dtype=dtype, device=device), "weight": weight, "bias": bias, "eps": 1e-12}
+
+    return Case(id, make, small=False)
+
+
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
     """The mean is subtracted from x, so every result carries the rounding of x itself, scaled by rstd."""
     x, weight, dy = a["x"], a["weight"], cotangents[0].double()
@@ -82,6 +95,7 @@ SPEC = Spec(
         _case("hidden 768", 33, 768),
         _case("one row", 1, 64),
         _case("one dimension", 50),
+        _few_sizes("long rows of few sizes", 60_001),
         _case("no rows", 0, 48),
         _case("one column", 5, 1),
         _case("two columns", 300, 2),
