@@ -9,6 +9,9 @@
 //
 // Determinism: dK and dV of a block belong to one task.  Runs of key blocks, and groups of planes that
 // share a broadcast bias, are cut by size alone; each has its own partial sums, added in order at the end.
+//
+// Long sums: dK and dV of TILES_TOGETHER tiles are summed apart and then added to those of earlier tiles; dbias keeps
+// what its additions round off where many rows meet in one element (sums.h).
 #include "../workspace.h"
 #include "backward_rows.h"
 
@@ -25,6 +28,8 @@ struct Plan {
     bool sums_bias;        // dbias is summed; otherwise each of its elements is written once
     bool fills_bias;       // every plane has every element of its slice of dbias
     bool in_place;         // dbias is where it is summed
+    bool keeps_lost;       // partial sums of dbias keep what they have rounded off, in as much memory again
+    bool many_tiles;       // dK and dV are summed in two steps
     std::int64_t bias_queries, bias_keys, bias_partials, bias_slice;
 
     std::int64_t units, unit_stride, columns, query_rows;
@@ -40,7 +45,7 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
     p.slices = p.planes;
     p.members = p.groups = 1;
-    p.sums_bias = p.fills_bias = false;
+    p.sums_bias = p.fills_bias = p.keeps_lost = false;
     p.bias_queries = p.bias_keys = p.bias_slice = 0;
     if (a.dbias != nullptr) {
         const std::int64_t* shape = a.bias_shape;
@@ -52,10 +57,12 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
         p.sums_bias = p.members > 1 || shape[2] != in.queries || shape[3] != in.keys;
         p.fills_bias =
             shape[2] == in.queries && shape[3] == in.keys && !in.causal && in.key_lengths == nullptr && in.keys > 1;
-        // Partial sums take no more memory than the queries do.
+        // Partial sums take no more memory than the queries do, or twice that.
         if (p.sums_bias) {
             const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
+            const std::int64_t rows = (shape[2] == 1 ? in.queries : 1) * (shape[3] == 1 ? p.blocks : 1);
             p.groups = larger(1, smaller(smaller(room, most_groups), p.members));
+            p.keeps_lost = p.members / p.groups * rows > RUN_LENGTH;
         }
     }
     p.parts = larger(
@@ -73,7 +80,9 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.values = values_room<U>(p.columns);
     p.sums = sums_room<U>(p.columns);
     p.tile = TILE<U> * (2 * SCORE_STRIDE + 2 * p.unit_stride) + 2 * p.values;
-    p.keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + 2 * p.sums + SCORE_STRIDE;
+    p.many_tiles = ceil_divide(in.queries, TILE<U>) > TILES_TOGETHER;
+    const std::int64_t sums = (p.many_tiles ? 4 : 2) * p.sums;
+    p.keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + sums + SCORE_STRIDE;
     p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
     return p;
 }
@@ -109,7 +118,7 @@ struct Block {
     std::int64_t h, j0, n;  // n keys from j0 on
     std::int64_t first;     // the first tile of queries that meets it
     bool sums_delta;
-    float* bias_partial;
+    float *bias_partial, *bias_lost;
     bool begins_bias;                // nothing is in bias_partial yet
     Upcoming<T> k, v, q, dout_rows;  // of the block after this one
 };
@@ -120,8 +129,8 @@ struct Backward {
     const Plan& plan;
     const Dropout dropout;
     const bool terms;
-    float *delta, *log2_norm, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv, *undropped,
-        *own_dquery;
+    float *delta, *log2_norm, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv, *all_dk,
+        *all_dv, *undropped, *own_dquery;
 
     PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
         : a(arguments),
@@ -146,6 +155,8 @@ struct Backward {
         k_values = take(BACKWARD_BLOCK * p.columns);
         dk = take(p.sums);
         dv = take(p.sums);
+        all_dk = take(p.many_tiles ? p.sums : 0);
+        all_dv = take(p.many_tiles ? p.sums : 0);
         undropped = take(SCORE_STRIDE);
         own_dquery = scratch;
     }
@@ -233,24 +244,35 @@ struct Backward {
                 store_scores(static_cast<f16*>(a.dbias) + at, g, n);
             return;
         }
-        float* row = block.bias_partial + (plan.bias_queries == 1 ? 0 : i) * plan.bias_keys;
+        const std::int64_t first = (plan.bias_queries == 1 ? 0 : i) * plan.bias_keys;
+        float* row = block.bias_partial + first;
+        float* lost = block.bias_lost == nullptr ? nullptr : block.bias_lost + first;
         if (plan.bias_keys == 1) {
             Vec sum = zero();
             for (std::int64_t j = 0; j < n; j += W) sum += load(g + j);  // zero past n
-            *row += reduce_add(sum);
+            if (lost == nullptr)
+                *row += reduce_add(sum);
+            else
+                add_exactly(*row, *lost, reduce_add(sum));
             return;
         }
         row += j0;
         if (block.begins_bias) return store_scores(row, g, n);
-        std::int64_t j = 0;
-        for (; j + W <= n; j += W) store(row + j, load(row + j) + load(g + j));
-        if (j < n) {
-            const int left = static_cast<int>(n - j);
-            store(row + j, load(row + j, left) + load(g + j), left);
+        for (std::int64_t j = 0; j < n; j += W) {
+            const int left = static_cast<int>(smaller(W, n - j));
+            Vec sum = load(row + j, left);
+            if (lost == nullptr) {
+                sum += load(g + j);
+            } else {
+                Vec rest = load(lost + j0 + j, left);
+                add_exactly(sum, rest, load(g + j));
+                store(lost + j0 + j, rest, left);
+            }
+            store(row + j, sum, left);
         }
     }
 
-    void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery) {
+    void tile(const Block<T>& block, std::int64_t q0, std::int64_t rows, float* dquery, bool begins_sums) {
         const Plane<T>& p = block.p;
         const std::int64_t j0 = block.j0, n = block.n, d = a.in.head_size;
         const std::int64_t padded = round_to(rows, ROW_STEP<U>), end = round_to(n, 2 * W);
@@ -289,7 +311,7 @@ struct Backward {
             }
             if (U::PAIR == 2 && r % 2 != 0) interleave(s - SCORE_STRIDE, g - SCORE_STRIDE, SCORE_STRIDE, end);
         }
-        sum_over_queries(padded / U::PAIR, n, q0 == block.first);
+        sum_over_queries(padded / U::PAIR, n, begins_sums);
         float* dq = dquery + q0 * plan.columns;
         multiply<U, false>({dp, SCORE_STRIDE}, {k_values, W, plan.columns},
                            round_to(ceil_divide(n, U::PAIR), U::K_STEP), dq, plan.columns, {dq, plan.columns},
@@ -323,6 +345,21 @@ struct Backward {
         }
     }
 
+    // The block's dK and dV after `tiles` tiles of queries, where they are summed in two steps: what was summed last is
+    // added to what was before, and at the end all of it is in dk and dv.
+    PYXLBERT_INLINE void gather_sums(std::int64_t n, std::int64_t tiles, bool last) {
+        const std::int64_t size = TILES<U> ? plan.columns * SUM_STRIDE : round_to(n, 2) * plan.columns;
+        const auto gather = [&](float* sums, float* all) PYXLBERT_LAMBDA {
+            if (tiles > TILES_TOGETHER)
+                for (std::int64_t c = 0; c < size; c += W) store(all + c, load(all + c) + load(sums + c));
+            else
+                __builtin_memcpy(all, sums, size * sizeof(float));
+            if (last) __builtin_memcpy(sums, all, size * sizeof(float));
+        };
+        gather(dk, all_dk);
+        gather(dv, all_dv);
+    }
+
     // The next tile of a plane with `left` rows after this one, or the one that follows the block.
     PYXLBERT_INLINE Upcoming<T> upcoming(const T* rows, std::int64_t stride, std::int64_t left, std::int64_t steps,
                                          const Upcoming<T>& follows) const {
@@ -346,7 +383,7 @@ struct Backward {
     // Key blocks of run `part` of one plane; dquery receives the run's share.  `next` is the plane whose first block
     // comes after them, or -1.
     void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial,
-             bool begins_bias) {
+             float* bias_lost, bool begins_bias) {
         const AttentionInputs& in = a.in;
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
@@ -370,16 +407,20 @@ struct Backward {
                 const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
                 // The first block of a run meets all queries that the others meet.
                 Block<T> block = {
-                    p,           dout_rows, h,  j0, n, first, p.keys > BACKWARD_BLOCK && index == begin, bias_partial,
-                    begins_bias, {},        {}, {}, {}};
+                    p,         dout_rows,   h,  j0, n,  first, p.keys > BACKWARD_BLOCK && index == begin, bias_partial,
+                    bias_lost, begins_bias, {}, {}, {}, {}};
                 if (index + 1 < finish && j0 + BACKWARD_BLOCK < p.keys) {
                     follow(block, p, dout_rows, j0 + BACKWARD_BLOCK);
                 } else if (next >= 0) {
                     const Plane<T> other = plane_of<T>(in, next / in.heads, next % in.heads);
                     follow(block, other, dout_of(other, next / in.heads, next % in.heads), 0);
                 }
-                for (std::int64_t q0 = first; q0 < p.queries; q0 += TILE<U>)
-                    tile(block, q0, smaller(TILE<U>, p.queries - q0), dquery);
+                std::int64_t tiles = 0;
+                for (std::int64_t q0 = first; q0 < p.queries; q0 += TILE<U>) {
+                    tile(block, q0, smaller(TILE<U>, p.queries - q0), dquery, tiles % TILES_TOGETHER == 0);
+                    const bool full = ++tiles % TILES_TOGETHER == 0, last = q0 + TILE<U> >= p.queries;
+                    if ((full && !last) || (last && tiles > TILES_TOGETHER)) gather_sums(n, tiles, last);
+                }
                 if (first >= p.queries) {
                     __builtin_memset(dk, 0, plan.sums * sizeof(float));
                     __builtin_memset(dv, 0, plan.sums * sizeof(float));
@@ -433,35 +474,39 @@ void backward(const AttentionBwd& a) {
     const int team = static_cast<int>(larger(1, smaller(in.threads, work / worth_a_thread)));
     const std::int64_t shared_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
     const std::int64_t partial = plan.slices * plan.bias_slice, all_partials = plan.bias_partials * partial;
-    const std::int64_t shared_partials = plan.in_place ? 0 : all_partials;
+    const std::int64_t all_lost = plan.keeps_lost ? all_partials : 0;
+    const std::int64_t shared_partials = all_lost + (plan.in_place ? 0 : all_partials);
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * plan.task * sizeof(float)));
     float* shared = nullptr;
     if (shared_dquery + shared_partials > 0)
         shared = static_cast<float*>(workspace(Slot::shared, (shared_dquery + shared_partials + W) * sizeof(float)));
-    float* partials = plan.in_place ? static_cast<float*>(a.dbias) : shared + shared_dquery;
+    float* lost = shared + shared_dquery;
+    float* partials = plan.in_place ? static_cast<float*>(a.dbias) : lost + all_lost;
     const std::int64_t bias_bytes = element_size(in.bias_dtype);
 
 #pragma omp parallel num_threads(team)
     {
         Backward<T, U> worker(a, plan, scratch + thread_index() * plan.task);
         if constexpr (TILES<U>) begin_tiles();
-        if (a.dbias != nullptr && !plan.fills_bias) {
-            // Keys that no query sees get no gradient, and nobody else writes there.
-            char* target = static_cast<char*>(plan.sums_bias ? static_cast<void*>(partials) : a.dbias);
-            const std::int64_t bytes = plan.sums_bias ? all_partials * 4 : partial * bias_bytes;
+        const auto clear_all = [&](void* target, std::int64_t bytes) {
             constexpr std::int64_t chunk = 1 << 16;
 #pragma omp for schedule(static)
             for (std::int64_t at = 0; at < bytes; at += chunk)
-                __builtin_memset(target + at, 0, smaller(chunk, bytes - at));
-        }
+                __builtin_memset(static_cast<char*>(target) + at, 0, smaller(chunk, bytes - at));
+        };
+        // Keys that no query sees get no gradient, and nobody else writes there.
+        if (a.dbias != nullptr && !plan.fills_bias)
+            clear_all(plan.sums_bias ? partials : a.dbias, plan.sums_bias ? all_partials * 4 : partial * bias_bytes);
+        if (all_lost > 0) clear_all(lost, all_lost * 4);
 #pragma omp for schedule(dynamic, 1)
         for (std::int64_t task = 0; task < tasks; ++task) {
             const std::int64_t part = task % plan.parts, group = task / plan.parts % plan.groups;
             const std::int64_t slice = task / plan.parts / plan.groups;
-            float* bias_partial = nullptr;
+            float *bias_partial = nullptr, *bias_lost = nullptr;
             if (plan.sums_bias) {
                 const std::int64_t set = plan.bias_keys == 1 ? group * plan.parts + part : group;
                 bias_partial = partials + set * partial + slice * plan.bias_slice;
+                if (plan.keeps_lost) bias_lost = lost + set * partial + slice * plan.bias_slice;
             }
             const std::int64_t first = plan.members * group / plan.groups;
             const std::int64_t finish = plan.members * (group + 1) / plan.groups;
@@ -478,7 +523,7 @@ void backward(const AttentionBwd& a) {
                     next = member_plane(a, later / plan.parts / plan.groups,
                                         plan.members * (later / plan.parts % plan.groups) / plan.groups);
                 const bool begins_bias = plan.fills_bias && m == first;
-                worker.run(plane, part, next, dquery, bias_partial, begins_bias);
+                worker.run(plane, part, next, dquery, bias_partial, bias_lost, begins_bias);
                 if (plan.parts == 1) store_dquery<T>(a, plan, plane, dquery, 1, 0);
             }
         }

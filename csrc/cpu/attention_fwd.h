@@ -55,7 +55,7 @@ constexpr std::int64_t CHUNK = RELATIVE ? 384 : 768;
 struct Sizes {
     std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
     std::int64_t chunk, table;                 // rows
-    std::int64_t q, o, k, v, total;
+    std::int64_t q, o, k, v, product, total;
 };
 
 template <class U, bool RELATIVE>
@@ -73,9 +73,11 @@ PYXLBERT_INLINE Sizes sizes_of(const AttentionInputs& in, std::int64_t rows, boo
     s.o = s.chunk * s.columns;
     s.k = keys * s.unit_stride;
     s.v = keys / U::PAIR * s.columns;
+    s.product = TILE<U> * s.columns;
     const std::int64_t relative = RELATIVE ? s.q + TILE<U> * BAND_STRIDE + s.table * s.unit_stride : 0;
     const std::int64_t rows_of_chunk = 6 * round_to(s.chunk, 16);
-    s.total = round_to(TILE<U> * SCORE_STRIDE + s.q + s.o + s.k + s.v + relative + rows_of_chunk + TILE<U>, 1024) + 64;
+    const std::int64_t tile = TILE<U> * SCORE_STRIDE + s.product + TILE<U>;
+    s.total = round_to(tile + s.q + s.o + s.k + s.v + relative + rows_of_chunk, 1024) + 64;
     return s;
 }
 
@@ -95,7 +97,7 @@ struct Forward {
     const bool terms;
     const bool few;  // nothing is packed; U is FloatUnit
     Dropout dropout;
-    float *scores, *q, *o, *k, *v, *maximum, *sum, *rescale;
+    float *scores, *product, *q, *o, *k, *v, *maximum, *sum, *rescale;
     // A row of the chunk is query `index` of its stream and stands at `position`.
     std::int32_t *index, *position;
     // RELATIVE: (q + segment_bias) times either segment_embedding; q + position_bias, its product with the band,
@@ -125,6 +127,7 @@ struct Forward {
             return taken;
         };
         scores = take(TILE<U> * SCORE_STRIDE);
+        product = take(size.product);
         q = take(size.q);
         o = take(size.o);
         k = take(size.k);
@@ -285,8 +288,9 @@ struct Forward {
                 store(s + j + W, w1);
             }
         }
-        // The first block, most often the only one, has nothing to scale.
-        rescale[r] = before == -INFINITY_ ? 0.0f : exp2_scalar((before - base) * factor);
+        // The first block, most often the only one, has nothing to scale; a maximum that stays leaves what is there as
+        // it is, where the polynomial would take a rounding off it.
+        rescale[r] = before == -INFINITY_ ? 0.0f : before == now ? 1.0f : exp2_scalar((before - base) * factor);
         sum[row] = sum[row] * rescale[r] + reduce_add(l0 + l1);
         maximum[row] = now;
         if (dropout.active) drop_row(p, s, i, j0, padded);
@@ -382,15 +386,17 @@ struct Forward {
         float* out = o + row * size.columns;
         const bool accumulate = started[row / TILE_STEP];
         for (std::int64_t r = 0; r < rows; r += TILE_STEP) started[(row + r) / TILE_STEP] = true;
-        if (accumulate)
-            for (std::int64_t r = 0; r < rows; ++r) {
-                if (rescale[r] == 1.0f) continue;
-                float* at = out + r * size.columns;
-                for (std::int64_t c = 0; c < size.columns; c += W) store(at + c, load(at + c) * set1(rescale[r]));
-            }
         multiply<U, false>({scores, SCORE_STRIDE}, {v, W, size.columns},
-                           round_to((n + U::PAIR - 1) / U::PAIR, U::K_STEP), accumulate ? out : nullptr, size.columns,
-                           {out, size.columns}, padded, size.columns / W);
+                           round_to((n + U::PAIR - 1) / U::PAIR, U::K_STEP), nullptr, 0,
+                           {accumulate ? product : out, size.columns}, padded, size.columns / W);
+        if (!accumulate) return;
+        // A block's product is summed by itself: added to one by one, a long sum of one sign would drift.
+        for (std::int64_t r = 0; r < rows; ++r) {
+            float* at = out + r * size.columns;
+            const float* of_block = product + r * size.columns;
+            for (std::int64_t c = 0; c < size.columns; c += W)
+                store(at + c, fma(load(at + c), set1(rescale[r]), load(of_block + c)));
+        }
     }
 
     PYXLBERT_INLINE void store_rows(const Queries<T>& x, const QueryRows& stream, std::int64_t h, std::int64_t row,

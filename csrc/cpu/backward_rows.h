@@ -2,6 +2,7 @@
 // weights again from lse, the gradient of the scores, sums to results.
 #pragma once
 #include "attention_rows.h"
+#include "sums.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -22,6 +23,9 @@ template <class U>
 constexpr std::int64_t TILE = TILES<U> ? 64 : 48;
 template <class U>
 constexpr std::int64_t ROW_STEP = TILES<U> ? 32 : 2;
+
+// Tiles whose dK and dV are added one after the other: long sums are cut into sums of sums.
+constexpr std::int64_t TILES_TOGETHER = 16;
 
 // Strides of transposed sums and operands: odd numbers of cache lines.
 constexpr std::int64_t SUM_STRIDE = BACKWARD_BLOCK + W;

@@ -47,13 +47,14 @@ void backward(const BiasGeluBwd& a) {
     float* shared = static_cast<float*>(workspace(Slot::shared, padded * (1 + (sums ? blocks : 0)) * sizeof(float)));
     const float* bias = a.bias != nullptr ? as_float(a.bias, a.bias_dtype, n, shared) : nullptr;
     float* partial = shared + padded;
+    const TeamScratch scratch = team_scratch(team(a.threads, a.rows * n * 4), RowSums::room(padded));
 
-#pragma omp parallel for schedule(static) num_threads(team(a.threads, a.rows * n * 4))
+#pragma omp parallel for schedule(static) num_threads(scratch.threads)
     for (int b = 0; b < blocks; ++b) {
-        float* dbias = partial + b * padded;
-        if (sums)
-            for (std::int64_t j = 0; j < padded; j += W) store(dbias + j, zero());
-        for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
+        const std::int64_t first = block_start(a.rows, blocks, b), end = block_start(a.rows, blocks, b + 1);
+        RowSums rows(partial + b * padded, scratch.mine(), sums ? padded : 0, end - first);
+        float* dbias = rows.run;
+        for (std::int64_t i = first; i < end; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
             T* dx = static_cast<T*>(a.dx) + i * n;
@@ -73,7 +74,9 @@ void backward(const BiasGeluBwd& a) {
                 const Vec z = load(x + j, tail);
                 store(dx + j, step(j, bias != nullptr ? z + load(bias + j, tail) : z, load(dy + j, tail)), tail);
             }
+            rows.next_row();
         }
+        rows.finish();
     }
     if (!sums) return;
     add_blocks(partial, blocks, padded, padded);

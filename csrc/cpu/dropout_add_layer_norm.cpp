@@ -142,7 +142,8 @@ void backward(const DropoutAddLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
-    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 3 * padded);
+    const TeamScratch scratch_rows =
+        team_scratch(team(a.threads, a.rows * n), 3 * padded + RowSums::room(partial_stride));
 
 #pragma omp parallel num_threads(scratch_rows.threads)
     {
@@ -151,12 +152,10 @@ void backward(const DropoutAddLayerNormBwd& a) {
         float* scratch = xhat + 2 * padded;
 #pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {
-            float* dweight = partial + b * partial_stride;
-            float* dbias = dweight + padded;
-            float* dx_bias = dbias + padded;
-            if (column_sums)
-                for (std::int64_t j = 0; j < partial_stride; j += W) store(dweight + j, zero());
-            for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
+            const std::int64_t first = block_start(a.rows, blocks, b), end = block_start(a.rows, blocks, b + 1);
+            RowSums rows(partial + b * partial_stride, scratch + padded, column_sums ? partial_stride : 0, end - first);
+            float *dweight = rows.run, *dbias = dweight + padded, *dx_bias = dbias + padded;
+            for (std::int64_t i = first; i < end; ++i, rows.next_row()) {
                 const R* s = static_cast<const R*>(a.sum) + i * n;
                 const float* dy = row_gradient<R>(a, i, scratch);
                 RowGradient g = {set1(a.mean[i]), set1(a.rstd[i]), xhat, gradient, zero(), zero()};
@@ -185,6 +184,7 @@ void backward(const DropoutAddLayerNormBwd& a) {
                     for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { branch(j, count, ds(j, count)); });
                 }
             }
+            rows.finish();
         }
     }
     if (!column_sums) return;

@@ -97,7 +97,8 @@ void backward(const EmbeddingLayerNormBwd& a) {
     const float* weight = as_float(a.weight, a.weight_dtype, n, shared);
     float* partial = shared + padded;
     const Dropout dropout = make_dropout(a.dropout_p, a.seed, Tag::embedding_layer_norm);
-    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 2 * padded);
+    const TeamScratch scratch_rows =
+        team_scratch(team(a.threads, a.rows * n), 2 * padded + RowSums::room(partial_stride));
 
 #pragma omp parallel num_threads(scratch_rows.threads)
     {
@@ -105,11 +106,10 @@ void backward(const EmbeddingLayerNormBwd& a) {
         float* xhat = gradient + padded;
 #pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {
-            float* dweight = partial + b * partial_stride;
-            float* dbias = dweight + padded;
-            if (sums)
-                for (std::int64_t j = 0; j < partial_stride; j += W) store(dweight + j, zero());
-            for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
+            const std::int64_t first = block_start(a.rows, blocks, b), end = block_start(a.rows, blocks, b + 1);
+            RowSums rows(partial + b * partial_stride, xhat + padded, sums ? partial_stride : 0, end - first);
+            float *dweight = rows.run, *dbias = dweight + padded;
+            for (std::int64_t i = first; i < end; ++i) {
                 const Sum<T> x = sum_of<T>(a.word, a.position, a.token_type, i, n);
                 widen_row(static_cast<const G*>(a.dy) + i * a.dy_stride, gradient, n);
                 if (dropout.active) drop_row(dropout, i, gradient, n);
@@ -120,7 +120,9 @@ void backward(const EmbeddingLayerNormBwd& a) {
                     dweight, dbias);
                 float* dx = a.dx + i * n;
                 for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { store_some(dx + j, g.dx(j), count); });
+                rows.next_row();
             }
+            rows.finish();
         }
     }
     if (!sums) return;
@@ -133,8 +135,8 @@ void backward(const EmbeddingLayerNormBwd& a) {
 // types would keep only two threads busy.
 template <class T>
 void scatter(const EmbeddingScatter& a) {
-    constexpr std::int64_t chunk = 64;
-    const std::int64_t n = a.columns, chunks = (n + chunk - 1) / chunk;
+    constexpr std::int64_t CHUNK = 64;
+    const std::int64_t n = a.columns, chunks = (n + CHUNK - 1) / CHUNK;
     std::int64_t* starts = static_cast<std::int64_t*>(workspace(Slot::shared, (a.rows + 1) * sizeof(std::int64_t)));
     std::int64_t runs = 0;
     for (std::int64_t k = 0; k < a.rows; ++k)
@@ -143,18 +145,32 @@ void scatter(const EmbeddingScatter& a) {
 
 #pragma omp parallel for schedule(static) num_threads(team(a.threads, a.rows* n))
     for (std::int64_t task = 0; task < runs * chunks; ++task) {
-        const std::int64_t run = task / chunks, first = task % chunks * chunk;
+        const std::int64_t run = task / chunks, first = task % chunks * CHUNK;
         const std::int64_t entry = a.index[a.order[starts[run]]];
         if (entry == a.skip) continue;
-        const std::int64_t width = first + chunk <= n ? chunk : n - first;
+        const std::int64_t width = first + CHUNK <= n ? CHUNK : n - first;
         T* target = static_cast<T*>(a.dtable) + entry * n + first;
-        for (std::int64_t j = 0; j < width; j += W) {
-            const int lanes = static_cast<int>(width - j < W ? width - j : W);
-            Vec total = zero();
-            for (std::int64_t k = starts[run]; k < starts[run + 1]; ++k)
-                total += load(a.dx + a.order[k] * n + first + j, lanes);
-            store(target + j, total, lanes);
+        const auto lanes = [&](int v) PYXLBERT_LAMBDA {
+            const std::int64_t left = width - v * W;
+            return static_cast<int>(left < W ? left : W);
+        };
+        const int vectors = static_cast<int>((width + W - 1) / W);
+        Vec total[CHUNK / W], lost[CHUNK / W];
+        for (int v = 0; v < vectors; ++v) total[v] = lost[v] = zero();
+        for (std::int64_t k = starts[run]; k < starts[run + 1];) {
+            const std::int64_t left = starts[run + 1] - k, end = k + (left < RUN_LENGTH ? left : RUN_LENGTH);
+            Vec sum[CHUNK / W];
+            for (int v = 0; v < vectors; ++v) sum[v] = zero();
+            for (; k < end; ++k) {
+                const float* row = a.dx + a.order[k] * n + first;
+                if (width == CHUNK)
+                    for (int v = 0; v < CHUNK / W; ++v) sum[v] += load(row + v * W);
+                else
+                    for (int v = 0; v < vectors; ++v) sum[v] += load(row + v * W, lanes(v));
+            }
+            for (int v = 0; v < vectors; ++v) add_exactly(total[v], lost[v], sum[v]);
         }
+        for (int v = 0; v < vectors; ++v) store(target + v * W, total[v], lanes(v));
     }
 }
 

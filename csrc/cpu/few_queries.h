@@ -40,30 +40,36 @@ PYXLBERT_INLINE void multiply_rows(const float* q, const T* rows, std::int64_t s
     }
 }
 
-// out = factor out + sum of w[j] row j; a factor of 0 forgets what out holds.  Rows of weight 0 are not read.
+// out = factor out + sum of w[j] row j; a factor of 0 forgets what out holds.  Rows of weight 0 are not read.  No more
+// than 64 rows are summed in one chain.
 template <class T>
 PYXLBERT_INLINE void add_weighted_rows(const float* w, const T* rows, std::int64_t stride, std::int64_t n,
                                        std::int64_t d, float factor, float* out) {
-    constexpr int VECTORS = 4;
+    constexpr int VECTORS = 4, ROWS = 64;
     for (std::int64_t c0 = 0; c0 < d; c0 += VECTORS * W) {
         const bool whole = c0 + VECTORS * W <= d;
-        Vec sum[VECTORS];
+        Vec total[VECTORS] = {zero(), zero(), zero(), zero()};
+        for (std::int64_t j0 = 0; j0 < n; j0 += ROWS) {
+            Vec sum[VECTORS] = {zero(), zero(), zero(), zero()};
+            for (std::int64_t j = j0; j < n && j < j0 + ROWS; ++j) {
+                if (w[j] == 0.0f) continue;
+                const T* row = rows + j * stride + c0;
+                const Vec x = set1(w[j]);
+                if (whole) {
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            sum[v] = factor == 0.0f || c0 + v * W >= d ? zero() : load(out + c0 + v * W) * set1(factor);
-        for (std::int64_t j = 0; j < n; ++j) {
-            if (w[j] == 0.0f) continue;
-            const T* row = rows + j * stride + c0;
-            const Vec x = set1(w[j]);
-            if (whole) {
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) sum[v] = fma(x, load(row + v * W), sum[v]);
-            } else {
-                for (int v = 0; c0 + v * W < d; ++v)
-                    sum[v] = fma(x, load(row + v * W, static_cast<int>(d - c0 - v * W)), sum[v]);
+                    for (int v = 0; v < VECTORS; ++v) sum[v] = fma(x, load(row + v * W), sum[v]);
+                } else {
+                    for (int v = 0; c0 + v * W < d; ++v)
+                        sum[v] = fma(x, load(row + v * W, static_cast<int>(d - c0 - v * W)), sum[v]);
+                }
             }
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) total[v] += sum[v];
         }
-        for (int v = 0; v < VECTORS && c0 + v * W < d; ++v) store(out + c0 + v * W, sum[v]);
+        for (int v = 0; v < VECTORS && c0 + v * W < d; ++v) {
+            float* target = out + c0 + v * W;
+            store(target, factor == 0.0f ? total[v] : fma(load(target), set1(factor), total[v]));
+        }
     }
 }
 

@@ -58,7 +58,8 @@ void backward(const LayerNormBwd& a) {
     float* partial = shared + padded;
     if (sums)
         for (std::int64_t j = 0; j < partial_stride; j += W) store(partial + j, zero());
-    const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), 2 * padded);
+    const TeamScratch scratch_rows =
+        team_scratch(team(a.threads, a.rows * n), 2 * padded + RowSums::room(partial_stride));
 
 #pragma omp parallel num_threads(scratch_rows.threads)
     {
@@ -66,11 +67,10 @@ void backward(const LayerNormBwd& a) {
         float* gradient = xhat + padded;
 #pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {
-            float* dweight = partial + b * partial_stride;
-            float* dbias = dweight + padded;
-            if (sums)
-                for (std::int64_t j = 0; j < partial_stride; j += W) store(dweight + j, zero());
-            for (std::int64_t i = block_start(a.rows, blocks, b); i < block_start(a.rows, blocks, b + 1); ++i) {
+            const std::int64_t first = block_start(a.rows, blocks, b), end = block_start(a.rows, blocks, b + 1);
+            RowSums rows(partial + b * partial_stride, gradient + padded, sums ? partial_stride : 0, end - first);
+            float *dweight = rows.run, *dbias = dweight + padded;
+            for (std::int64_t i = first; i < end; ++i) {
                 const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
                 const T* dy = static_cast<const T*>(a.dy) + i * a.dy_stride;
                 T* dx = static_cast<T*>(a.dx) + i * n;
@@ -80,7 +80,9 @@ void backward(const LayerNormBwd& a) {
                     [&](std::int64_t j, int count) PYXLBERT_LAMBDA { return load_some(dy + j, count); }, sums, dweight,
                     dbias);
                 for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { store_some(dx + j, g.dx(j), count); });
+                rows.next_row();
             }
+            rows.finish();
         }
     }
     if (!sums) return;

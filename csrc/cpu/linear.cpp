@@ -17,6 +17,9 @@ constexpr int TASK_COLUMNS = 16, TOGETHER = 4;
 // Rows of x that are summed at once: with AVX-512's 32 registers 6 x 4 sums, with 16 registers 2 x 4.
 constexpr int MOST_ROWS = W == 16 ? 6 : 2;
 
+// Elements of a row that are summed in one chain per lane.
+constexpr std::int64_t LONGEST = 128 * W;
+
 // out[i] = the sum of the lanes of v[i].
 PYXLBERT_INLINE void sum_lanes(const Vec (&v)[TOGETHER], float* out) {
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -44,31 +47,41 @@ template <int R, class T>
 PYXLBERT_INLINE void dot(const float* x, std::int64_t x_stride, const T* const (&weight)[TOGETHER], std::int64_t inner,
                          const std::int64_t (&ahead)[TOGETHER], float* sums) {
     Vec sum[R][TOGETHER];
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < TOGETHER; ++i) sum[r][i] = zero();
+    float total[R][TOGETHER] = {}, lost[R][TOGETHER] = {};
     const auto step = [&](std::int64_t k, const Vec(&w)[TOGETHER], auto x_at) PYXLBERT_LAMBDA {
         for (int r = 0; r < R; ++r) {
             const Vec xr = x_at(x + r * x_stride + k);
             for (int i = 0; i < TOGETHER; ++i) sum[r][i] = fma(w[i], xr, sum[r][i]);
         }
     };
-    std::int64_t k = 0;
-    for (; k + W <= inner; k += W) {
-        Vec w[TOGETHER];
-        for (int i = 0; i < TOGETHER; ++i) {
-            // Past the weight's end this asks for memory that is not there, which does no harm.
-            __builtin_prefetch(weight[i] + k + ahead[i]);
-            w[i] = load(weight[i] + k);
+    for (std::int64_t k = 0; k < inner;) {
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < TOGETHER; ++i) sum[r][i] = zero();
+        const std::int64_t end = inner - k < LONGEST ? inner : k + LONGEST;
+        for (; k + W <= end; k += W) {
+            Vec w[TOGETHER];
+            for (int i = 0; i < TOGETHER; ++i) {
+                // Past the weight's end this asks for memory that is not there, which does no harm.
+                __builtin_prefetch(weight[i] + k + ahead[i]);
+                w[i] = load(weight[i] + k);
+            }
+            step(k, w, [](const float* p) PYXLBERT_LAMBDA { return load(p); });
         }
-        step(k, w, [](const float* p) PYXLBERT_LAMBDA { return load(p); });
+        const int tail = static_cast<int>(end - k);
+        if (tail) {
+            Vec w[TOGETHER];
+            for (int i = 0; i < TOGETHER; ++i) w[i] = load(weight[i] + k, tail);
+            step(k, w, [tail](const float* p) PYXLBERT_LAMBDA { return load(p, tail); });
+            k = end;
+        }
+        for (int r = 0; r < R; ++r) {
+            float of_run[TOGETHER];
+            sum_lanes(sum[r], of_run);
+            for (int i = 0; i < TOGETHER; ++i) add_exactly(total[r][i], lost[r][i], of_run[i]);
+        }
     }
-    const int tail = static_cast<int>(inner - k);
-    if (tail) {
-        Vec w[TOGETHER];
-        for (int i = 0; i < TOGETHER; ++i) w[i] = load(weight[i] + k, tail);
-        step(k, w, [tail](const float* p) PYXLBERT_LAMBDA { return load(p, tail); });
-    }
-    for (int r = 0; r < R; ++r) sum_lanes(sum[r], sums + r * TASK_COLUMNS);
+    for (int r = 0; r < R; ++r)
+        for (int i = 0; i < TOGETHER; ++i) sums[r * TASK_COLUMNS + i] = total[r][i];
 }
 
 template <class T>

@@ -14,70 +14,14 @@
 //
 // Determinism: runs of key blocks and groups of sequences are cut by size alone; each has its own partial sums, added
 // in order at the end.
+//
+// Long sums: dK, dV and dr of TILES_TOGETHER tiles are summed apart and then added to those of earlier ones, dr with
+// what those additions round off (sums.h); so are the sums over all rows of a plane.
 #include "../workspace.h"
-#include "backward_rows.h"
-#include "relative_rows.h"
+#include "relative_plan.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
-
-constexpr std::int64_t SPAN = 192;  // positions that rows of a tile lie apart at most
-constexpr std::int64_t BAND_STRIDE = BACKWARD_BLOCK + SPAN + 32;
-constexpr int STREAMS = 2;
-
-// Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
-enum Small { content, position, segment, same_segment, other_segment, SMALL };
-
-// How the work is cut; nothing in it depends on the number of threads.
-struct Plan {
-    std::int64_t planes, blocks;
-    std::int64_t parts;    // runs of key blocks
-    std::int64_t slices;   // heads of tables
-    std::int64_t members;  // sequences of a table
-    std::int64_t groups;   // runs of members, each with a partial dr of its own
-    std::int64_t rows, last_place;
-    std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
-    std::int64_t dquery, table_rows;           // floats of a plane's dQ, rows of a partial dr
-    std::int64_t table_stride;                 // of a partial dr that tiles sum
-    std::int64_t values, sums, task;           // floats of scratch
-};
-
-PYXLBERT_INLINE std::int64_t first_block(const Plan& plan, std::int64_t part) {
-    return plan.blocks * part / plan.parts;
-}
-
-template <class U>
-PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
-    constexpr std::int64_t enough_tasks = 16, most_parts = 8, blocks_a_part = 2;
-    const AttentionInputs& in = a.in.in;
-    Plan p;
-    p.planes = in.batch * in.heads;
-    p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
-    p.slices = a.in.tables * in.heads;
-    p.members = in.batch / a.in.tables;
-    p.groups = smaller(p.members, ceil_divide(enough_tasks, p.slices));
-    p.parts = larger(
-        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
-    p.rows = a.rows[0].count + a.rows[1].count;
-    p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
-    p.units = round_to(ceil_divide(in.head_size, U::PAIR), U::K_STEP);
-    p.unit_stride = round_to(p.units, W);
-    p.columns = round_to(in.head_size, W);
-    p.dquery = p.rows * p.columns;
-    p.table_rows = ceil_divide(p.blocks, p.parts) * BACKWARD_BLOCK + p.last_place + STRIP_ROWS + 1;
-    // An odd number of cache lines, and room for a vector past the last row.
-    p.table_stride = (round_to(p.table_rows + W, W) / W | 1) * W;
-    p.values = values_room<U>(p.columns);
-    p.sums = sums_room<U>(p.columns);
-    const std::int64_t tile =
-        TILE<U> * (2 * SCORE_STRIDE + 2 * BAND_STRIDE + 3 * p.unit_stride + p.columns) + 3 * p.values;
-    const std::int64_t keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + 2 * p.sums + SCORE_STRIDE;
-    const std::int64_t table = round_to(BACKWARD_BLOCK + SPAN, W) * (p.unit_stride + p.columns);
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * TILE<U> + 3 * p.columns;
-    const std::int64_t dtable = TILES<U> && a.dtable != nullptr ? p.columns * p.table_stride : 0;
-    p.task = round_to((p.parts == 1 ? p.dquery : 0) + dtable + tile + keys + table + rows, 1024) + 64;
-    return p;
-}
 
 PYXLBERT_INLINE void add_row(float* sum, const float* row, std::int64_t columns, float factor = 1.0f) {
     for (std::int64_t c = 0; c < columns; c += W) store(sum + c, fma(load(row + c), set1(factor), load(sum + c)));
@@ -94,10 +38,10 @@ PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segment
     }
     return reduce_add(sum);
 #else
-    float sum = 0.0f;
+    float lanes[W] = {};
     for (std::int64_t j = 0; j < n; ++j)
-        if (segments[j] == segment) sum += g[j];
-    return sum;
+        if (segments[j] == segment) lanes[j % W] += g[j];
+    return reduce_add(load(lanes));
 #endif
 }
 
@@ -113,8 +57,9 @@ struct Backward {
     const bool terms;
     Dropout dropout;
     float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
-        *dout_values, *dq_tile, *k, *v, *k_values, *dk, *dv, *undropped, *table, *table_values, *delta, *log2_norm,
-        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dtable, *own_dquery;
+        *dout_values, *dq_tile, *k, *v, *k_values, *dk, *dv, *all_dk, *all_dv, *undropped, *table, *table_values,
+        *delta, *log2_norm, *same_sum, *other_sum, *same_score, *other_score, *one_row, *small_run, *small_lost,
+        *own_dtable, *dtable_lost, *own_dquery;
     std::int32_t *index, *place;  // of every row of the plane, the streams one after the other
 
     // The plane.
@@ -124,7 +69,11 @@ struct Backward {
     const T* dout_rows[STREAMS];
     std::int64_t start[STREAMS + 1];
     float *dquery, *small, *dtable;
-    std::int64_t first_row;  // of the table, in dtable
+    std::int64_t first_row;                 // of the table, in dtable
+    std::int64_t block_tiles, table_tiles;  // summed in dk and dv, and in own_dtable, since they were gathered last
+    std::int64_t pass_tiles;                // of the key block
+    bool gathered;                          // all_dk and all_dv hold something
+    std::int64_t lowest_row, highest_row;   // of own_dtable that those tiles have touched
 
     PYXLBERT_INLINE Backward(const RelativeAttentionBwd& arguments, const Plan& with, float* scratch)
         : a(arguments),
@@ -157,6 +106,8 @@ struct Backward {
         k_values = take(BACKWARD_BLOCK * columns);
         dk = take(plan.sums);
         dv = take(plan.sums);
+        all_dk = take(plan.many_tiles ? plan.sums : 0);
+        all_dv = take(plan.many_tiles ? plan.sums : 0);
         undropped = take(SCORE_STRIDE);
         table = take(round_to(BACKWARD_BLOCK + SPAN, W) * plan.unit_stride);
         table_values = take(round_to(BACKWARD_BLOCK + SPAN, W) * columns);
@@ -169,7 +120,10 @@ struct Backward {
         same_score = take(TILE<U>);
         other_score = take(TILE<U>);
         one_row = take(3 * columns);
-        own_dtable = take(TILES<U> && a.dtable != nullptr ? columns * plan.table_stride : 0);
+        small_run = take(SMALL * columns);
+        small_lost = take(SMALL * columns);
+        own_dtable = take(plan.dtable);
+        dtable_lost = take(plan.gathers_table ? plan.table_rows * columns : 0);
         own_dquery = scratch;
     }
 
@@ -363,14 +317,15 @@ struct Backward {
             }
         }
         sum_over_queries(rows, padded, n, width, relative.offset + j0 - last - first_row);
+        gather_full(n, width, relative.offset + j0 - last - first_row);
         const auto steps = [](std::int64_t keys)
                                PYXLBERT_LAMBDA { return round_to(ceil_divide(keys, U::PAIR), U::K_STEP); };
         multiply<U, false>({dp, SCORE_STRIDE}, {k_values, W, columns}, steps(n), nullptr, 0, {dq_tile, columns}, padded,
                            wide);
-        add_tile(row, rows, small + content * columns);
+        add_tile(row, rows, content);
         multiply<U, false>({dband, DBAND_STRIDE}, {table_values, W, columns}, steps(width), nullptr, 0,
                            {dq_tile, columns}, padded, wide);
-        add_tile(row, rows, small + position * columns);
+        add_tile(row, rows, position);
     }
 
     // Scores and dP of a row to P and G, and the sums of G over either kind of segment.
@@ -420,7 +375,7 @@ struct Backward {
                     width);
         } else {
             const std::int64_t all_keys = round_to(n, 2), all_rows = round_to(width, 2);
-            float* dr = dtable == nullptr ? nullptr : dtable + first * columns;
+            float* dr = dtable == nullptr ? nullptr : (plan.gathers_table ? own_dtable : dtable) + first * columns;
             const auto sum = [&](MatrixA scores_a, const float* rows_b, std::int64_t steps, float* target,
                                  std::int64_t count) PYXLBERT_LAMBDA {
                 multiply<U, true>(scores_a, {rows_b, W, columns}, steps, target, columns, {target, columns}, count,
@@ -447,9 +402,68 @@ struct Backward {
         }
     }
 
-    // What tiles have summed, to rows of a partial dr.
+    // Counts a tile, and takes dk and dv of many away.
+    PYXLBERT_INLINE void gather_full(std::int64_t n, std::int64_t width, std::int64_t first) {
+        if (plan.many_tiles && ++block_tiles == TILES_TOGETHER) gather_sums(n);
+        if (!plan.gathers_table) return;
+        lowest_row = smaller(lowest_row, first);
+        highest_row = larger(highest_row, first + round_to(width, 2));
+        ++pass_tiles;
+    }
+
+    PYXLBERT_INLINE void end_pass() {
+        table_tiles += smaller(pass_tiles, MOST_IN_PASS);
+        if (plan.gathers_table && table_tiles >= TABLE_TOGETHER) gather_table();
+    }
+
+    // dk and dv of n keys at most, to those of earlier tiles of the block.
+    PYXLBERT_INLINE void gather_sums(std::int64_t n) {
+        const std::int64_t size = TILES<U> ? plan.columns * SUM_STRIDE : round_to(n, 2) * plan.columns;
+        const auto gather = [&](float* sums, float* all) PYXLBERT_LAMBDA {
+            for (std::int64_t c = 0; c < size; c += W) store(all + c, load(all + c) + load(sums + c));
+            clear(sums, size);
+        };
+        if (!gathered) {
+            const std::int64_t whole = sums_of_block();
+            clear(all_dk, whole);
+            clear(all_dv, whole);
+        }
+        gather(dk, all_dk);
+        gather(dv, all_dv);
+        gathered = true;
+        block_tiles = 0;
+    }
+
+    // The touched rows of own_dtable to dtable.
+    void gather_table() {
+        const std::int64_t columns = plan.columns;
+        const auto add = [&](std::int64_t row, const float* sums) PYXLBERT_LAMBDA {
+            add_exactly(dtable + row * columns, dtable_lost + row * columns, sums, columns);
+        };
+        if constexpr (TILES<U>) {
+            const std::int64_t first = lowest_row / W * W, end = smaller(round_to(highest_row, W), plan.table_rows);
+            for (std::int64_t row = first; row < end; row += W) {
+                rows_of_sums(own_dtable + row, plan.table_stride, columns, q_content);
+                for (std::int64_t i = 0; i < smaller(W, end - row); ++i) add(row + i, q_content + i * columns);
+            }
+            for (std::int64_t c = 0; c < columns; ++c) clear(own_dtable + c * plan.table_stride + first, end - first);
+        } else {
+            for (std::int64_t row = lowest_row; row < highest_row; ++row) add(row, own_dtable + row * columns);
+            clear(own_dtable + lowest_row * columns, (highest_row - lowest_row) * columns);
+        }
+        forget_rows();
+    }
+
+    PYXLBERT_INLINE void forget_rows() {
+        table_tiles = highest_row = 0;
+        lowest_row = plan.table_rows;
+    }
+
+    // A partial dr is complete.
     void store_table_sums() {
-        if (!TILES<U> || dtable == nullptr) return;
+        if (dtable == nullptr) return;
+        if (plan.gathers_table) return gather_table();
+        if (!TILES<U>) return;
         for (std::int64_t row = 0; row < plan.table_rows; row += W) {
             rows_of_sums(own_dtable + row, plan.table_stride, plan.columns, q_content);
             __builtin_memcpy(dtable + row * plan.columns, q_content,
@@ -460,18 +474,43 @@ struct Backward {
     // Where a partial dr is summed, empty.
     void clear_table_sums() {
         if (dtable == nullptr) return;
-        if (TILES<U>)
-            __builtin_memset(own_dtable, 0, plan.columns * plan.table_stride * sizeof(float));
-        else
-            __builtin_memset(dtable, 0, plan.table_rows * plan.columns * sizeof(float));
+        const std::int64_t size = plan.table_rows * plan.columns;
+        clear(own_dtable, plan.dtable);
+        if (!TILES<U> || plan.gathers_table) clear(dtable, size);
+        if (plan.gathers_table) clear(dtable_lost, size);
+        forget_rows();
     }
 
-    // dq_tile to dQ, and the sum of its rows to `sum`.
-    PYXLBERT_INLINE void add_tile(std::int64_t row, std::int64_t rows, float* sum) {
-        for (std::int64_t r = 0; r < rows; ++r) {
-            add_row(dquery + (row + r) * plan.columns, dq_tile + r * plan.columns, plan.columns);
-            add_row(sum, dq_tile + r * plan.columns, plan.columns);
+    // dq_tile to dQ, and the sum of its rows to one of `small`.
+    PYXLBERT_INLINE void add_tile(std::int64_t row, std::int64_t rows, Small which) {
+        const std::int64_t columns = plan.columns;
+        constexpr int TOGETHER = 4;
+        for (std::int64_t first = 0; first < columns; first += TOGETHER * W) {
+            const int vectors = static_cast<int>(smaller(TOGETHER, (columns - first) / W));
+            Vec sum[TOGETHER] = {zero(), zero(), zero(), zero()};
+            for (std::int64_t r = 0; r < rows; ++r) {
+                float* dq = dquery + (row + r) * columns + first;
+                const float* x = dq_tile + r * columns + first;
+                for (int v = 0; v < vectors; ++v) {
+                    const Vec more = load(x + v * W);
+                    store(dq + v * W, load(dq + v * W) + more);
+                    sum[v] += more;
+                }
+            }
+            for (int v = 0; v < vectors; ++v) add_to_small(which, first + v * W, sum[v]);
         }
+    }
+
+    PYXLBERT_INLINE void add_to_small(int which, std::int64_t c, Vec x) {
+        float *total = small + which * plan.columns + c, *lost = small_lost + which * plan.columns + c;
+        Vec sum = load(total), rest = load(lost);
+        add_exactly(sum, rest, x);
+        store(total, sum);
+        store(lost, rest);
+    }
+
+    PYXLBERT_INLINE std::int64_t sums_of_block() const {
+        return TILES<U> ? plan.columns * SUM_STRIDE : BACKWARD_BLOCK * plan.columns;
     }
 
     // What the segment term gives to dQ, to its bias and to both embeddings.
@@ -481,6 +520,14 @@ struct Backward {
         pack_rows<float, FloatUnit>(same, 0, 1, d, one_row, 0, columns);
         pack_rows<float, FloatUnit>(same + in.heads * d, 0, 1, d, one_row + columns, 0, columns);
         float* biased = one_row + 2 * columns;
+        clear(small_run, SMALL * columns);
+        std::int64_t added = 0;
+        const auto gather = [&] {
+            for (int which = segment; which < SMALL; ++which)
+                for (std::int64_t c = 0; c < columns; c += W)
+                    add_to_small(which, c, load(small_run + which * columns + c));
+            clear(small_run, SMALL * columns);
+        };
         for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
                 pack_query<T, FloatUnit>(query_row(stream, row), of_head(relative.segment_bias, h, d), d, biased,
@@ -488,12 +535,14 @@ struct Backward {
                 float* dq = dquery + row * columns;
                 const auto add = [&](Small embedding, const float* e, float sum) PYXLBERT_LAMBDA {
                     add_row(dq, e, columns, sum);
-                    add_row(small + segment * columns, e, columns, sum);
-                    add_row(small + embedding * columns, biased, columns, sum);
+                    add_row(small_run + segment * columns, e, columns, sum);
+                    add_row(small_run + embedding * columns, biased, columns, sum);
                 };
                 add(same_segment, one_row, same_sum[row]);
                 add(other_segment, one_row + columns, other_sum[row]);
+                if (++added % RUN_LENGTH == 0) gather();
             }
+        gather();
     }
 
     // Key blocks of run `part` of one plane.
@@ -501,7 +550,8 @@ struct Backward {
         begin_plane(plane);
         const std::int64_t d = in.head_size, columns = plan.columns, stride = in.heads * d;
         __builtin_memset(dquery, 0, start[STREAMS] * columns * sizeof(float));
-        __builtin_memset(small, 0, SMALL * columns * sizeof(float));
+        clear(small, SMALL * columns);
+        clear(small_lost, SMALL * columns);
         normalise();
         if (p.keys > BACKWARD_BLOCK)
             for (int stream = 0; stream < STREAMS; ++stream)
@@ -523,14 +573,19 @@ struct Backward {
                                   columns);
                 if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
                 const std::int64_t sums = TILES<U> ? columns * SUM_STRIDE : round_to(n, 2) * columns;
-                __builtin_memset(dk, 0, sums * sizeof(float));
-                __builtin_memset(dv, 0, sums * sizeof(float));
+                clear(dk, sums);
+                clear(dv, sums);
+                block_tiles = pass_tiles = 0;
+                gathered = false;
                 for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
                     tile(stream, row, rows, j0, seen);
                 });
+                if (gathered) gather_sums(n);
+                end_pass();
             }
-            store_sums<T, U>(dkey + j0 * stride, stride, dk, columns, n, d, in.scale, q_content);
-            store_sums<T, U>(dvalue + j0 * stride, stride, dv, columns, n, d, 1.0f, q_content);
+            const float *dk_sums = n > 0 && gathered ? all_dk : dk, *dv_sums = n > 0 && gathered ? all_dv : dv;
+            store_sums<T, U>(dkey + j0 * stride, stride, dk_sums, columns, n, d, in.scale, q_content);
+            store_sums<T, U>(dvalue + j0 * stride, stride, dv_sums, columns, n, d, 1.0f, q_content);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
         }
@@ -591,11 +646,15 @@ PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& pla
 PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan, const float* smalls, std::int64_t h,
                                  Small which, float* target, float* sum) {
     const AttentionInputs& in = a.in.in;
-    for (std::int64_t c = 0; c < plan.columns; c += W) store(sum + c, zero());
-    for (std::int64_t b = 0; b < in.batch; ++b)
-        for (std::int64_t part = 0; part < plan.parts; ++part)
-            add_row(sum, smalls + (((b * in.heads + h) * plan.parts + part) * SMALL + which) * plan.columns,
-                    plan.columns);
+    for (std::int64_t c = 0; c < plan.columns; c += W) {
+        Vec total = zero(), lost = zero();
+        for (std::int64_t b = 0; b < in.batch; ++b)
+            for (std::int64_t part = 0; part < plan.parts; ++part)
+                add_exactly(
+                    total, lost,
+                    load(smalls + (((b * in.heads + h) * plan.parts + part) * SMALL + which) * plan.columns + c));
+        store(sum + c, total);
+    }
     store_row(target, sum, in.head_size, in.scale);
 }
 

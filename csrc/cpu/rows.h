@@ -5,6 +5,7 @@
 
 #include "../workspace.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -60,6 +61,9 @@ PYXLBERT_INLINE void store_some(T* p, Vec v, int count) {
     count == W ? store(p, v) : store(p, v, count);
 }
 
+// Columns of a row that are summed in one chain, or in four: 64 vectors.
+constexpr std::int64_t COLUMN_RUN = 64 * W;
+
 // Calls step(j, count) for the vectors of a row in order; count is W for all but the last.
 template <class F>
 PYXLBERT_INLINE void for_vectors(std::int64_t n, F step) {
@@ -68,11 +72,38 @@ PYXLBERT_INLINE void for_vectors(std::int64_t n, F step) {
     if (j < n) step(j, static_cast<int>(n - j));
 }
 
+// The same, and fold() after every run of columns.
+template <class F, class Fold>
+PYXLBERT_INLINE void for_vector_runs(std::int64_t n, F step, Fold fold) {
+    for (std::int64_t j = 0; j < n;) {
+        const std::int64_t end = n - j < COLUMN_RUN ? n : j + COLUMN_RUN;
+        for (; j + W <= end; j += W) step(j, W);
+        if (j < end) {
+            step(j, static_cast<int>(end - j));
+            j = end;
+        }
+        fold();
+    }
+}
+
 struct Statistics {
     float mean, rstd;  // rstd = 1 / sqrt(variance + eps)
 };
 
-// Mean and rstd of a row with this sum.
+// The sum of a long row.
+template <class T>
+PYXLBERT_INLINE float sum_of(const T* row, std::int64_t n) {
+    Vec total = zero(), lost = zero(), sum = zero();
+    for_vector_runs(
+        n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA { sum += load_some(row + j, count); },
+        [&]() PYXLBERT_LAMBDA {
+            add_exactly(total, lost, sum);
+            sum = zero();
+        });
+    return reduce_add(total);
+}
+
+// Mean and rstd of a row with this sum, which of a long row is taken again.
 //
 // The sum divided by n is off by a rounding or two: in a row of equal elements they would all deviate from it by the
 // same d, and an eps of 1e-12 is no floor for d^2.  So the deviations are summed too, the mean moves by their mean, and
@@ -82,24 +113,30 @@ struct Statistics {
 // equation 1.7.
 template <class T>
 PYXLBERT_INLINE Statistics statistics(const T* row, std::int64_t n, Vec sum, float eps) {
-    const float inverse_n = 1.0f / static_cast<float>(n), mean = reduce_add(sum) * inverse_n;
-    // Four sums of each: one huge deviation then swallows the roundings of a quarter of the row's others.
-    Vec deviations[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
-    const auto add = [&](int k, Vec d) PYXLBERT_LAMBDA {
-        deviations[k] += d;
-        squares[k] = fma(d, d, squares[k]);
-    };
-    std::int64_t j = 0;
-    for (; j + 4 * W <= n; j += 4 * W)
-        for (int k = 0; k < 4; ++k) add(k, load(row + j + k * W) - set1(mean));
-    for (int k = 0; j < n; j += W, ++k) {
-        const int count = n - j < W ? static_cast<int>(n - j) : W;
-        const Vec d = load_some(row + j, count) - set1(mean);
-        // The lanes past the row hold zero, whose deviation must not count.
-        add(k, count == W ? d : keep_first(d, count));
+    const float inverse_n = 1.0f / static_cast<float>(n);
+    const float mean = (n <= COLUMN_RUN ? reduce_add(sum) : sum_of(row, n)) * inverse_n;
+    Vec all_deviations = zero(), all_squares = zero(), lost_deviations = zero(), lost_squares = zero();
+    for (std::int64_t first = 0; first < n; first += COLUMN_RUN) {
+        const std::int64_t end = n - first < COLUMN_RUN ? n : first + COLUMN_RUN;
+        // Four sums of each: one huge deviation then swallows the roundings of a quarter of the others.
+        Vec deviations[4] = {zero(), zero(), zero(), zero()}, squares[4] = {zero(), zero(), zero(), zero()};
+        const auto add = [&](int k, Vec d) PYXLBERT_LAMBDA {
+            deviations[k] += d;
+            squares[k] = fma(d, d, squares[k]);
+        };
+        std::int64_t j = first;
+        for (; j + 4 * W <= end; j += 4 * W)
+            for (int k = 0; k < 4; ++k) add(k, load(row + j + k * W) - set1(mean));
+        for (int k = 0; j < end; j += W, ++k) {
+            const int count = end - j < W ? static_cast<int>(end - j) : W;
+            const Vec d = load_some(row + j, count) - set1(mean);
+            // The lanes past the row hold zero, whose deviation must not count.
+            add(k, count == W ? d : keep_first(d, count));
+        }
+        add_exactly(all_deviations, lost_deviations, (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]));
+        add_exactly(all_squares, lost_squares, (squares[0] + squares[1]) + (squares[2] + squares[3]));
     }
-    const float off = reduce_add((deviations[0] + deviations[1]) + (deviations[2] + deviations[3]));
-    const float total = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const float off = reduce_add(all_deviations), total = reduce_add(all_squares);
     const float excess = off * (off * inverse_n);
     // Of huge elements both may be infinite; a NaN stays one.
     const float rest = !(total <= excess) ? total - excess : excess > 3e38f ? total : 0.0f;
@@ -128,8 +165,8 @@ struct RowGradient {
     template <class X, class Dy>
     PYXLBERT_INLINE void walk(std::int64_t n, const float* weight, X x, Dy dy, bool sums, float* dweight,
                               float* dbias) {
-        Vec sum = zero(), dot = zero();
-        for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
+        Vec sum = zero(), dot = zero(), all = zero(), all_dots = zero(), lost = zero(), lost_dots = zero();
+        const auto step = [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
             const Vec dyj = dy(j, count);
             const Vec h = (x(j, count) - mean) * rstd;
             const Vec g = dyj * load_some(weight + j, count);
@@ -141,10 +178,15 @@ struct RowGradient {
                 store(dweight + j, fma(dyj, h, load(dweight + j)));
                 store(dbias + j, load(dbias + j) + dyj);
             }
+        };
+        for_vector_runs(n, step, [&]() PYXLBERT_LAMBDA {
+            add_exactly(all, lost, sum);
+            add_exactly(all_dots, lost_dots, dot);
+            sum = dot = zero();
         });
         const float inverse_n = 1.0f / static_cast<float>(n);
-        mean_g = set1(reduce_add(sum) * inverse_n);
-        mean_gh = set1(reduce_add(dot) * inverse_n);
+        mean_g = set1(reduce_add(all) * inverse_n);
+        mean_gh = set1(reduce_add(all_dots) * inverse_n);
     }
 
     // rstd * (g - mean_j(g) - xhat * mean_j(g * xhat))
@@ -168,11 +210,17 @@ PYXLBERT_INLINE std::int64_t block_start(std::int64_t rows, int blocks, int b) {
     return rows / blocks * b + (rows % blocks < b ? rows % blocks : b);
 }
 
-// partial [blocks, stride] summed over blocks into total [n]; partial[0] receives the sum.
+// partial [blocks, stride] summed over blocks into total [n], eight of them at a time; partial[0] receives the sum.
 PYXLBERT_INLINE void add_blocks(float* partial, int blocks, std::int64_t stride, std::int64_t n) {
-    for (int b = 1; b < blocks; ++b) {
-        const float* block = partial + b * stride;
-        for (std::int64_t j = 0; j < n; j += W) store(partial + j, load(partial + j) + load(block + j));
+    if (blocks == 0) return;
+    for (std::int64_t j = 0; j < n; j += W) {
+        Vec total = zero();
+        for (int first = 0; first < blocks; first += 8) {
+            Vec sum = load(partial + first * stride + j);
+            for (int b = first + 1; b < blocks && b < first + 8; ++b) sum += load(partial + b * stride + j);
+            total += sum;
+        }
+        store(partial + j, total);
     }
 }
 

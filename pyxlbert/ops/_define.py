@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pyxlbert import backends
+from pyxlbert import backends, checks
+from pyxlbert.backends import native
 from pyxlbert.backends.choice import Choice
 from pyxlbert.ops._torch import is_zerotensor, record_of, refuse_transforms, transformed, watched
 
@@ -20,6 +21,10 @@ _library = torch.library.Library("pyxlbert", "DEF")
 
 # Exact types that cannot override dispatch; a subclass of Tensor may want to see the call.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
+
+
+# Arguments by name; see csrc/tensors.h.
+Shapes = dict[str, str]
 
 
 class Op(Choice):
@@ -53,7 +58,14 @@ class Op(Choice):
         return call
 
     def define(
-        self, direction: str, schema: str, fake: Callable[[Any], Any], values: Callable[[Any], None] | None = None
+        self,
+        direction: str,
+        schema: str,
+        fake: Callable[[Any], Any],
+        values: Callable[[Any], None] | None = None,
+        *,
+        shapes: Shapes,
+        packed: Shapes | None = None,
     ) -> tuple[Any, Callable[[Any], Any]]:
         """Registers `pyxlbert::<name>_<direction>`.
 
@@ -66,6 +78,11 @@ class Op(Choice):
             fake: shapes and dtypes of the results for a call.
             values: raises if only the values of the tensors tell (ids, lengths) that a call is wrong; runs before an
                 implementation, on CPU tensors and inside `debug_checks` on all.
+            shapes: of the tensor arguments, as csrc/tensors.h reads them, for the last look before kernels read memory:
+                a storage may be gone or another since the public function's checks, and `torch.ops` has none.
+                "~" marks what forward has made and autograd alone has kept, or what is not read: nothing can have
+                happened to it in a call that did not come through `torch.ops`.
+            packed: the same where there are cu_seqlens.
 
         Returns:
             The record's class, and what runs a call: the overload, or in plain eager mode on the backends of kernels
@@ -83,9 +100,20 @@ class Op(Choice):
         _library.define(f"{function}{schema}")
         overload = getattr(torch.ops.pyxlbert, function).default
         record, tensors = record_of(overload, "".join(part.capitalize() for part in function.split("_")))
+        misfit = _looks(function, record, tensors, shapes, packed)
+        # The public function has checked the shapes of a call that comes straight from it.
+        plain = _plain_looks(function, record, tensors, *(({}, None) if direction == "fwd" else (shapes, packed)))
 
-        def runner(device: str | None) -> Callable[[Any], Any]:
+        def checked(call: Any) -> None:
+            place = misfit(call)
+            if place >= 0:
+                wanted = shapes if packed is None or call.cu_seqlens is None else packed
+                raise ValueError(f"{function}: {_misfit(call, place, wanted, tensors)}")
+
+        def runner(device: str | None, look: Callable[[Any], None] | None = checked) -> Callable[[Any], Any]:
             def run(call: Any) -> Any:
+                if look is not None:
+                    look(call)
                 if values is not None and (device == "cpu" or backends.checking()):
                     values(call)
                 here = device or next(x.device.type for x in call if isinstance(x, torch.Tensor))
@@ -104,7 +132,7 @@ class Op(Choice):
         for key, run in self.runners[direction].items():
             _library.impl(function, run, key)
         torch.library.register_fake(f"pyxlbert::{function}", _unpacked(fake, record), lib=_library)
-        on_cpu, on_cuda = runners["CPU"], runners["CUDA"]
+        on_cpu, on_cuda = runner("cpu", None), runner("cuda", None)
 
         def run_call(call: Any) -> Any:
             if (
@@ -112,18 +140,81 @@ class Op(Choice):
                 or call.backend == "torch"
                 or not _PLAIN.issuperset(map(type, call))
                 or watched()
+                # Lazy negation or zeros, which the dispatcher materialises, or what the check behind it refuses.
+                or plain(call) >= 0
             ):
                 return overload(*call)
-            for place in tensors:
-                x = call[place]
-                # Lazy negation or zeros: the dispatcher materialises them.
-                if x is not None and (x.is_neg() or is_zerotensor(x)):
-                    return overload(*call)
             if call.backend == "cpu" or next(x for x in call if x is not None).is_cpu:
                 return on_cpu(call)
             return on_cuda(call)
 
         return record, run_call
+
+
+def _looks(
+    function: str, record: Any, tensors: tuple[int, ...], shapes: Shapes, packed: Shapes | None, prefix: str = ""
+) -> Callable[[Any], int]:
+    """`misfit` of csrc/tensors.h for a call: -1 where all is well."""
+    names = record._fields
+    unknown = (shapes.keys() | (packed or {}).keys()) - {names[place] for place in tensors}
+    if unknown:
+        raise ValueError(f"{function}: shapes: got {', '.join(unknown)}, wanted tensors of the schema")
+    if native._C is None:
+        return lambda call: -1
+
+    def look_for(wanted: Shapes) -> Callable[[Any], int]:
+        rules = [(place, prefix + wanted.get(names[place], "")) for place in tensors]
+        if prefix:
+            rules = [(place, shape) for place, shape in rules if "~" not in shape]
+        rules = [(place, shape.replace("~", "")) for place, shape in rules]
+        return functools.partial(native._C.misfit, native._C.contract(rules))
+
+    usual = look_for(shapes)
+    if packed is None:
+        return usual
+    in_rows = look_for(packed)
+    return lambda call: usual(call) if call.cu_seqlens is None else in_rows(call)
+
+
+def _plain_looks(
+    function: str, record: Any, tensors: tuple[int, ...], shapes: Shapes, packed: Shapes | None
+) -> Callable[[Any], int]:
+    """The same, and not -1 either for a tensor that is lazily negated or zero."""
+    if native._C is not None:
+        return _looks(function, record, tensors, shapes, packed, prefix="-")
+
+    def look(call: Any) -> int:
+        found = (n for n in tensors if call[n] is not None and (call[n].is_neg() or is_zerotensor(call[n])))
+        return next(found, -1)
+
+    return look
+
+
+def _misfit(call: Any, found: int, wanted: Shapes, tensors: tuple[int, ...]) -> str:
+    """What is wrong with the argument at half of `found`, as `misfit` says it."""
+    place, shape = divmod(found, 2)
+    name, x = call._fields[place], call[place]
+    if not shape:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        bytes_wanted = (x.storage_offset() + last + 1) * x.element_size()
+        return (
+            f"{name}: got {checks.describe(x)} whose storage holds {x.untyped_storage().nbytes()} bytes, "
+            f"wanted at least {bytes_wanted}"
+        )
+    others = [
+        f"{call._fields[n]} {checks.describe(call[n])} ({_letters(wanted[call._fields[n]])})"
+        for n in tensors
+        if n != place and call[n] is not None and call._fields[n] in wanted
+    ]
+    return f"{name}: got {checks.describe(x)}, wanted {_letters(wanted[name])} beside {', '.join(others)}"
+
+
+def _letters(shape: str) -> str:
+    """ "[..., N]" of "=*N"."""
+    kinds = {"4": "float32 ", "8": "int64 ", "1": "bool "}
+    kind = "".join(kinds.get(sign, "") for sign in shape) + ("contiguous " if "|" in shape else "")
+    dimensions = ["..." if sign in "*?" else "2" if sign == "Z" else sign for sign in shape if sign not in "~=|148"]
+    return f"{kind}[{', '.join(dimensions)}]"
 
 
 def _unpacked(function: Callable[[Any], Any], record: Any) -> Callable[..., Any]:

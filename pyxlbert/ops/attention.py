@@ -43,7 +43,20 @@ def check_values(call: Any) -> None:
     _scores.check_offsets("attention", call.cu_seqlens, call.query.shape[0], call.max_seqlen)
 
 
-Forward, _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
+_PADDED = {
+    **{"query": "=BTHD", "key": "=BSHD", "value": "=BSHD", "key_lengths": "B"},
+    **{"attention_mask": "1bhts", "bias": "bhts", "seed": "8?"},
+}
+_PACKED = {"query": "=NHD", "key": "=NHD", "value": "=NHD", "seed": "8?"}
+
+Forward, _fwd = OP.define(
+    "fwd",
+    f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)",
+    _fwd_fake,
+    check_values,
+    shapes=_PADDED,
+    packed=_PACKED,
+)
 # Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
 Backward, _bwd = OP.define(
     "bwd",
@@ -51,6 +64,8 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     check_values,
+    shapes=_PADDED | {"dout": "=BTHD", "out": "=BTHD", "lse": "~4BHT"},
+    packed=_PACKED | {"dout": "=NHD", "out": "=NHD", "lse": "~4HN"},
 )
 
 

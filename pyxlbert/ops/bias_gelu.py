@@ -28,11 +28,17 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(call.x, memory_format=torch.contiguous_format), dbias
 
 
-Forward, _fwd = OP.define("fwd", "(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor", _fwd_fake)
+Forward, _fwd = OP.define(
+    "fwd",
+    "(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor",
+    _fwd_fake,
+    shapes={"x": "=*N", "bias": "N"},
+)
 Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor x, Tensor? bias, str approximate, bool needs_bias, str backend) -> (Tensor, Tensor)",
     _bwd_fake,
+    shapes={"dy": "=*N", "x": "=*N", "bias": "N"},
 )
 
 

@@ -48,6 +48,7 @@ Forward, _fwd = OP.define(
     "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor? x_bias, float dropout_p, Tensor? seed, float eps,"
     " ScalarType? copy_dtype, bool save, str backend) -> Tensor[]",
     _fwd_fake,
+    shapes={"x": "*N", "residual": "*N", "weight": "N", "bias": "N", "x_bias": "N", "seed": "8?"},
 )
 Backward, _bwd = OP.define(
     "bwd",
@@ -55,6 +56,10 @@ Backward, _bwd = OP.define(
     " float dropout_p, Tensor? seed, ScalarType x_dtype, bool needs_x, bool needs_residual, bool needs_parameters,"
     " bool needs_x_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    shapes={
+        **{"dy": "=*N", "dy_copy": "*N", "s": "~=|*N", "weight": "N", "bias": "~N", "x_bias": "~N"},
+        **{"mean": "~4|*", "rstd": "~4|*", "seed": "8?"},
+    },
 )
 
 

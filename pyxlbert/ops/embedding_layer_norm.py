@@ -22,7 +22,12 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def _check_values(call: Any) -> None:
-    """Every id is a row of its table."""
+    """Every id is a row of its table, and so is every place in a sequence where no position ids are given."""
+    if call.position is not None and call.position_ids is None and call.input_ids.shape[-1] > call.position.shape[0]:
+        raise ValueError(
+            f"embedding_layer_norm: position: got {call.position.shape[0]} rows, wanted at least "
+            f"{call.input_ids.shape[-1]}, the length of a sequence"
+        )
     for name, ids, table, of in (
         ("input_ids", call.input_ids, call.word, "word"),
         ("token_type_ids", call.token_type_ids, call.token_type, "token_type"),
@@ -67,12 +72,15 @@ _TABLES = (
     " Tensor? token_type_ids, Tensor? position_ids"
 )
 
+_SHAPES = {"input_ids": "*", "word": "=VN", "token_type": "=SN", "position": "=PN", "weight": "N", "bias": "N"}
+
 Forward, _fwd = OP.define(
     "fwd",
     f"({_TABLES}, float dropout_p, Tensor? seed, float eps, ScalarType out_dtype, ScalarType? copy_dtype, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _check_values,
+    shapes=_SHAPES,
 )
 # Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
 Backward, _bwd = OP.define(
@@ -82,6 +90,7 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     _check_values,
+    shapes=_SHAPES | {"dy": "*N", "mean": "~4|*", "rstd": "~4|*", "seed": "8?"},
 )
 
 

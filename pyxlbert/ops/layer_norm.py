@@ -33,13 +33,17 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 Forward, _fwd = OP.define(
-    "fwd", "(Tensor x, Tensor weight, Tensor bias, float eps, bool save, str backend) -> Tensor[]", _fwd_fake
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, bool save, str backend) -> Tensor[]",
+    _fwd_fake,
+    shapes={"x": "=*N", "weight": "N", "bias": "N"},
 )
 Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool needs_parameters, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    shapes={"dy": "=*N", "x": "=*N", "weight": "N", "bias": "~N", "mean": "~4|*", "rstd": "~4|*"},
 )
 
 

@@ -33,11 +33,17 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-Forward, _fwd = OP.define("fwd", "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _fwd_fake)
+Forward, _fwd = OP.define(
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    _fwd_fake,
+    shapes={"x": "*K", "weight": "NK", "bias": "N"},
+)
 Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor? x, Tensor? weight, bool needs_bias, str backend) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    shapes={"dy": "*N", "x": "*K", "weight": "NK"},
 )
 
 

@@ -40,12 +40,14 @@ Forward, _fwd = OP.define(
     "(Tensor x, Tensor weight, Tensor? bias, str approximate, bool needs_preactivation, str backend)"
     " -> (Tensor, Tensor)",
     _fwd_fake,
+    shapes={"x": "*K", "weight": "NK", "bias": "N"},
 )
 Backward, _bwd = OP.define(
     "bwd",
     "(Tensor dy, Tensor preactivation, Tensor? x, Tensor? weight, bool needs_bias, str approximate, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    shapes={"dy": "*N", "preactivation": "*N", "x": "*K", "weight": "NK"},
 )
 
 

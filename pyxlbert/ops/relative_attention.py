@@ -49,15 +49,35 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
 
 
 def check_values(call: Any) -> None:
-    """Lengths within the keys, offsets that rise, positions that meet the table, segments of 32 bits."""
+    """Lengths within the keys, offsets that rise, rows and positions that meet the table, segments of 32 bits."""
     op = "relative_attention"
+    longest = call.query.shape[1] if call.cu_seqlens is None else call.max_seqlen
+    _relative.check_offset(op, call.offset, 0 if call.query_positions is not None else longest - 1, "Tq - 1")
     _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
     _scores.check_offsets(op, call.cu_seqlens, call.query.shape[0], call.max_seqlen)
     _relative.check_positions(op, "query_positions", call.query_positions, call.offset, "offset")
     _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
 
-Forward, _fwd = OP.define("fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake, check_values)
+_BIASES = {"content_bias": "HD", "position_bias": "HD", "segment_bias": "HD", "segment_embedding": "ZHD"}
+_PADDED = _BIASES | {
+    **{"query": "=BTHD", "key": "=BSHD", "value": "=BSHD", "position_key": "?RHD", "key_lengths": "B"},
+    **{"query_segments": "BT", "key_segments": "BS", "query_positions": "BT", "query_rank": "BT", "key_rank": "BS"},
+    **{"attention_mask": "1bhts", "seed": "8?"},
+}
+_PACKED = _BIASES | {
+    **{"query": "=NHD", "key": "=NHD", "value": "=NHD", "position_key": "?RHD"},
+    **{"query_segments": "N", "key_segments": "N", "query_rank": "N", "key_rank": "N", "seed": "8?"},
+}
+
+Forward, _fwd = OP.define(
+    "fwd",
+    f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor)",
+    _fwd_fake,
+    check_values,
+    shapes=_PADDED,
+    packed=_PACKED,
+)
 # Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
 Backward, _bwd = OP.define(
     "bwd",
@@ -65,6 +85,8 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     check_values,
+    shapes=_PADDED | {"dout": "=BTHD", "out": "=BTHD", "lse": "~4BHT"},
+    packed=_PACKED | {"dout": "=NHD", "out": "=NHD", "lse": "~4HN"},
 )
 
 

@@ -51,15 +51,27 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
 
 
 def check_values(call: Any) -> None:
-    """Lengths within the keys, targets within the sequence, segments of 32 bits."""
+    """Lengths within the keys, rows and targets that meet the table, segments of 32 bits."""
     op = "two_stream_attention"
+    _relative.check_offset(op, call.offset, call.content_query.shape[1] - 1, "T - 1")
     _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
     _relative.check_positions(op, "target_positions", call.target_positions, call.content_query.shape[1] - 1, "T - 1")
     _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
 
+_SHAPES = {
+    **{"content_query": "=BTHD", "query_query": "=BMHD", "key": "=BSHD", "value": "=BSHD", "position_key": "?RHD"},
+    **{"content_bias": "HD", "position_bias": "HD", "segment_bias": "HD", "segment_embedding": "ZHD"},
+    **{"query_segments": "BT", "key_segments": "BS", "target_positions": "BM", "query_rank": "BT", "key_rank": "BS"},
+    **{"key_lengths": "B", "attention_mask": "1bhts", "seed": "8?"},
+}
+
 Forward, _fwd = OP.define(
-    "fwd", f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _fwd_fake, check_values
+    "fwd",
+    f"({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+    check_values,
+    shapes=_SHAPES,
 )
 # Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
 Backward, _bwd = OP.define(
@@ -69,6 +81,11 @@ Backward, _bwd = OP.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     check_values,
+    shapes=_SHAPES
+    | {
+        **{"dcontent": "=BTHD", "dquery": "=BMHD", "content": "=BTHD", "content_lse": "~4BHT"},
+        **{"query": "=BMHD", "query_lse": "~4BHM"},
+    },
 )
 
 

@@ -111,11 +111,13 @@ class Inputs(Scores):
     Attributes:
         bias: its shape, with WHOLE for the sizes themselves; of one without a mask `hidden` is -inf.
         bias_float32: the bias in float32.
+        one_sign: values of one sign and nearly equal weights: a sum over the keys that drifts where it is one chain.
     """
 
     hidden: float = 0.0
     bias: tuple[int, ...] | None = None
     bias_float32: bool = False
+    one_sign: bool = False
 
 
 def make(inputs: Inputs, draw: Draw) -> Arguments:
@@ -124,6 +126,8 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
     arguments = {"query": q, "key": k, "value": v, **inputs.options(), **packing(inputs, draw)}
     arguments |= lengths_of(inputs, draw, arguments)
     arguments |= mask_of(inputs, draw)
+    if inputs.one_sign:
+        arguments["value"] = torch.linspace(0.1, 0.9, v.shape[-1]).to(v).expand_as(v)
     if inputs.bias is not None:
         shape, wide = inputs.whole(inputs.bias), draw.single if inputs.bias_float32 else draw.dtype
         arguments["bias"] = draw.normal(*shape, scale=inputs.magnitude, dtype=wide)
@@ -219,6 +223,11 @@ SPEC = Spec(
         Case("fused", Inputs(37, head_size=64)),
         Case("one token", Inputs(1, head_size=32)),
         Case("one query, many keys", Inputs(1, 530, head_size=32, layout="apart"), small=False),
+        Case(
+            "values of one sign",
+            Inputs(24, 8192, batch=1, heads=1, head_size=64, magnitude=0.01, layout="apart", one_sign=True),
+            small=False,
+        ),
         Case("few queries", Inputs(4, 21, head_size=40, lengths=(21, 10), mask=(2, 1, 4, 21), layout="apart")),
         Case(
             "few queries, causal",

@@ -33,7 +33,10 @@ def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: flo
 
 @dataclass(frozen=True)
 class Inputs:
-    """x of `shape`, or a view by its name in VIEWS; parameters in float32 if `wide`."""
+    """x of `shape`, or a view by its name in VIEWS; parameters in float32 if `wide`.
+
+    `few_sizes`: deviations from the mean have few sizes: sums of squares that drift where they are one chain.
+    """
 
     shape: tuple[int, ...] = ()
     view: str = ""
@@ -41,6 +44,7 @@ class Inputs:
     shift: float = 0.0
     eps: float = 1e-5
     wide: bool = False
+    few_sizes: bool = False
 
     def __str__(self) -> str:
         return "x".join(map(str, self.shape))
@@ -52,8 +56,13 @@ def make(inputs: Inputs, draw: Draw) -> Arguments:
         x = view_of(draw, inputs.view, 1)
         return {"x": x, "weight": draw.normal(40), "bias": draw.normal(80)[::2], "eps": inputs.eps}
     n, parameter = inputs.shape[-1], draw.single if inputs.wide else draw.dtype
+    x = draw.normal(*inputs.shape, scale=inputs.scale) + inputs.shift
+    if inputs.few_sizes:
+        x = torch.full_like(x, 0.3)
+        x[..., ::2] *= -1
+        x[..., ::5] *= 2
     return {
-        "x": draw.normal(*inputs.shape, scale=inputs.scale) + inputs.shift,
+        "x": x,
         "weight": draw.normal(n, dtype=parameter) * 0.5 + 1,
         "bias": draw.normal(n, dtype=parameter),
         "eps": inputs.eps,
@@ -88,6 +97,7 @@ SPEC = Spec(
         Case("hidden 768", Inputs((33, 768))),
         Case("one row", Inputs((1, 64))),
         Case("one dimension", Inputs((50,))),
+        Case("long rows of few sizes", Inputs((2, 60_001), eps=1e-12, few_sizes=True), small=False),
         Case("no rows", Inputs((0, 48))),
         Case("one column", Inputs((5, 1))),
         Case("two columns", Inputs((300, 2))),
