@@ -28,10 +28,14 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 def _check_values(call: Any) -> None:
+    op, x = "encoder_layer", call.x
     if call.cu_seqlens is not None:
-        _scores.check_offsets("encoder_layer", call.cu_seqlens, call.x.shape[0], call.max_seqlen)
-    elif call.key_lengths is not None:
-        _scores.check_lengths("encoder_layer", call.key_lengths, call.x.shape[1])
+        _scores.check_offsets(op, call.cu_seqlens, x.shape[0], call.max_seqlen)
+        return
+    _scores.check_lengths(op, call.key_lengths, x.shape[1])
+    for name in ("attention_mask", "bias"):
+        if getattr(call, name) is not None:
+            _scores.check_scores(op, name, getattr(call, name), x, (x.shape[0], call.num_heads, *x.shape[1:2] * 2), "x")
 
 
 _PARAMETERS = (
@@ -40,12 +44,22 @@ _PARAMETERS = (
     " Tensor norm_weight, Tensor norm_bias"
 )
 
+_WEIGHTS = {
+    **{"qkv_weight": "=ME", "qkv_bias": "=M", "out_weight": "=EN", "out_bias": "=E"},
+    **{"attention_norm_weight": "E", "attention_norm_bias": "E", "norm_weight": "E", "norm_bias": "E"},
+    **{"up_weight": "=FE", "up_bias": "=F", "down_weight": "=EF", "down_bias": "=E"},
+}
+_PADDED = {"x": "=BTE", **_WEIGHTS, "key_lengths": "B", "attention_mask": "1?", "bias": "?"}
+_PACKED = {"x": "=RE", **_WEIGHTS}
+
 Forward, _fwd = OP.define(
     "fwd",
     f"(Tensor x, {_PARAMETERS}, int num_heads, str activation, float eps, Tensor? key_lengths, Tensor? cu_seqlens,"
     " int max_seqlen, Tensor? attention_mask, Tensor? bias, str backend) -> Tensor",
     lambda call: torch.empty_like(call.x, memory_format=torch.contiguous_format),
     _check_values,
+    shapes=_PADDED,
+    packed=_PACKED,
 )
 
 
