@@ -265,7 +265,7 @@ def _vector(op: str, name: str, one: Any, x: Tensor, length: int, letter: str, p
 def _check_masks(op: str, given: Given, heads: int) -> int | None:
     x = given.x
     # What the checks of attention look at of a query.
-    query = x[..., :1, None].expand(*x.shape[:-1], heads, 1)
+    query = x.new_empty(1).expand(*x.shape[:-1], heads, 1)
     if given.cu_seqlens is not None:
         others = {"key_lengths": given.key_lengths, "attention_mask": given.attention_mask, "bias": given.bias}
         return _scores.check_packed(op, given.cu_seqlens, given.max_seqlen, query, **others)
