@@ -665,7 +665,11 @@ void backward(const RelativeAttentionBwd& a) {
     const std::int64_t sets = plan.groups * plan.parts, tasks = plan.slices * sets;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
     const std::int64_t work = plan.planes * plan.rows * (in.keys + 1) * in.head_size;
-    const int team = static_cast<int>(larger(1, smaller(smaller(in.threads, tasks), work / worth_a_thread)));
+    // Its memory has a bound for any number of threads.
+    constexpr std::int64_t most_scratch = 96 << 20;
+    const std::int64_t room = larger(1, most_scratch / (plan.task * static_cast<std::int64_t>(sizeof(float))));
+    const std::int64_t wanted = smaller(smaller(in.threads, tasks), work / worth_a_thread);
+    const int team = static_cast<int>(larger(1, smaller(wanted, room)));
     const std::int64_t one_table = plan.table_rows * plan.columns, columns = plan.columns;
     const std::int64_t all_tables = a.dtable != nullptr ? tasks * one_table : 0;
     const std::int64_t all_dquery = plan.parts > 1 ? plan.planes * plan.parts * plan.dquery : 0;
