@@ -85,10 +85,14 @@ def onnx_runtime_any(
         )
         found.save_model_to_file(str(optimised), use_external_data_format=True)
         if quantised:
+            from onnx import TensorProto
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             plain, optimised = optimised, Path(folder, "quantised.onnx")
-            quantize_dynamic(str(plain), str(optimised), weight_type=QuantType.QInt8, per_channel=True)
+            # Shapes and types of the optimiser's fused nodes are not inferred.
+            types = {"DefaultTensorType": TensorProto.FLOAT}
+            given, made = str(plain), str(optimised)
+            quantize_dynamic(given, made, weight_type=QuantType.QInt8, per_channel=True, extra_options=types)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         if not spinning:
