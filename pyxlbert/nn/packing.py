@@ -313,8 +313,9 @@ def _follow_fused_optimizers() -> None:
 
     def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
-            if group.get("fused"):
-                increment_version([one for one in group["params"] if one.grad is not None and not one.is_inference()])
+            for one in group["params"] if group.get("fused") else ():
+                if one.grad is not None and not one.is_inference():
+                    increment_version(one)
 
     register_optimizer_step_post_hook(follow)
 
