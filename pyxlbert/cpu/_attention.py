@@ -27,7 +27,7 @@ def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, tuple[T
         batch, total = call.cu_seqlens.shape[0] - 1, query.shape[0]
         queries = keys = longest(call.cu_seqlens)
     query, key, value = in_place(query), in_place(call.key), in_place(call.value)
-    mask, bias = _adjacent_keys(call.attention_mask), _adjacent_keys(call.bias)
+    mask, bias = adjacent_keys(call.attention_mask), adjacent_keys(call.bias)
     key_lengths, cu_seqlens = int32(call.key_lengths), int32(call.cu_seqlens)
     inputs = _C.cpu.AttentionInputs(
         query.data_ptr(),
@@ -69,6 +69,7 @@ def in_place(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _adjacent_keys(x: Tensor | None) -> Tensor | None:
-    """A mask or bias, copied unless its keys are adjacent or one."""
+def adjacent_keys(x: Tensor | None) -> Tensor | None:
+    """A mask or bias, copied unless its keys are adjacent or one and its memory holds its values."""
+    x = None if x is None else x.resolve_neg()
     return x.contiguous() if x is not None and x.shape[3] != 1 and x.stride(3) not in (0, 1) else x

@@ -90,11 +90,6 @@ def reorder(weight: Tensor) -> Tensor | None:
     return _reorder(weight.detach())
 
 
-def reordered_is_faster(x: Tensor, n: int) -> bool:
-    """Whether a reordered weight of N rows beats the plain one for this x `[..., K]`."""
-    return x.numel() != 0 and n != 0 and not few_rows(x) and not torch_is_faster(x, n, saves=True)
-
-
 def few_rows(x: Tensor) -> bool:
     """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
     return _few_rows is not None and x.numel() <= _few_rows.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]

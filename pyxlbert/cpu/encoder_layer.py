@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyxlbert import _C
 from pyxlbert.cpu import _packed
-from pyxlbert.cpu._attention import longest
+from pyxlbert.cpu._attention import adjacent_keys, longest
 from pyxlbert.cpu._tensors import refusal
 from pyxlbert.launch.attention import score_strides
 from pyxlbert.launch.rows import DTYPE, address, int32
@@ -183,7 +183,7 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
     packed = places.cu_seqlens is not None
     batch = places.cu_seqlens.shape[0] - 1 if packed else x.shape[0]
     length = longest(places.cu_seqlens) if packed else x.shape[1]
-    mask, bias = (_adjacent(one) for one in (places.attention_mask, places.bias))
+    mask, bias = adjacent_keys(places.attention_mask), adjacent_keys(places.bias)
     lengths, offsets = int32(places.key_lengths), int32(places.cu_seqlens)
     nowhere = (0, (0, 0, 0))
     inputs = _C.cpu.AttentionInputs(
@@ -231,12 +231,6 @@ def _relative(
         False,
     )
     return relative, rows, numbers
-
-
-def _adjacent(x: Tensor | None) -> Tensor | None:
-    """A mask or bias, copied unless its keys are adjacent or one and what lies in memory is its values."""
-    x = None if x is None else x.resolve_neg()
-    return x.contiguous() if x is not None and x.shape[3] != 1 and x.stride(3) not in (0, 1) else x
 
 
 supports = refusal

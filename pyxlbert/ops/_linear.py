@@ -1,4 +1,4 @@
-"""What `linear` and `linear_gelu` share: their checks and their dtypes; and the vendor's product for packed weights."""
+"""What `linear` and `linear_gelu` share: their checks and their dtypes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pyxlbert import checks
-from pyxlbert.cpu import _onednn as onednn
 
-__all__ = ["onednn", "prepare", "requires_grad"]
+__all__ = ["prepare", "requires_grad"]
 
 
 def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
