@@ -75,7 +75,8 @@ def document(rows: Sequence[Row], machine: dict[str, Any]) -> str:
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1b1f24 }
 h1 { font-size: 1.4rem } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #d8dee4 } td.n { text-align: right }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #d8dee4 }
+td:not(:last-child) { white-space: nowrap }
 tr.bad { background: #ffebe9 } tr.none { color: #6e7781 } input { font: inherit; padding: .3rem .5rem; width: 20rem }
 .bar { background: #d8dee4; height: .5rem; width: 8rem } .bar i { display: block; height: 100%; background: #2da44e }
 tr.bad .bar i { background: #cf222e } pre { background: #f6f8fa; padding: 1rem; overflow: auto }
