@@ -75,11 +75,13 @@ class Stack:
         inside: if not None, `layers` are groups, each called several times in a row, `num_hidden_layers` times
             altogether; the path in a group of the list of its layers.
         before: the module that rows go through before the first.
+        beside: the other modules that the encoder calls.
     """
 
     layers: tuple[str, ...] = ("layer",)
     inside: tuple[str, ...] | None = None
     before: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Architecture:
         layer_parts, embedding_parts, stack: where the parameters are.
         holds: fields of the configuration and the values that they may have.
         reads_padding: heads that read places where padding is, so that it is computed, ``{}`` for the prefix.
+        summaries: heads that do so unless the configuration's `summary_type` is "first".
     """
 
     model_type: str
@@ -108,14 +111,16 @@ class Architecture:
     layer: str = "{}Layer"
     holds: Mapping[str, tuple] = field(default_factory=lambda: ENCODER)
     reads_padding: tuple[str, ...] = ("{}ForQuestionAnswering",)
+    summaries: tuple[str, ...] = ()
 
     def name(self, what: str) -> str:
         """The class's name of ``"model"``, ``"embeddings"``, ``"encoder"`` or ``"layer"``."""
         return getattr(self, what).format(self.prefix)
 
-    def computes_padding(self, head: str) -> bool:
-        """Whether a class of this name reads what is at padding."""
-        return head in {name.format(self.prefix) for name in self.reads_padding}
+    def computes_padding(self, head: str, summary: str | None) -> bool:
+        """Whether a class of this name, with this `summary_type`, reads what is at padding."""
+        heads = self.reads_padding if summary in ("first", None) else (*self.reads_padding, *self.summaries)
+        return head in {name.format(self.prefix) for name in heads}
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,9 @@ class _Base:
         arguments = list(inspect.signature(type(layer).forward).parameters)  # self, rows, mask, others
         place = arguments.index("position_bias") - 3 if "position_bias" in arguments else None
         skipped = _skipped(layer, paths, fused=kind is not None)
-        return LayerState(parts, paths, skipped, heads, kind, tuples, place if parts.biased else None, config)
+        bias_at, implementation = place if parts.biased else None, getattr(config, "_attn_implementation", None)
+        known = (parts, paths, skipped, heads, kind, tuples, bias_at, config, implementation)
+        return LayerState(*known, type(plain).forward)
 
     @staticmethod
     def _part(layer: nn.Module, parts: LayerParts, name: str, kind: type[nn.Module]) -> Any:
@@ -331,8 +333,18 @@ class _Base:
         # Clones of the original, whose modules may be watched for a moment.
         whole = probe.takes_keys(shares_weights(self.plain), self.table)
         output = probe.encoder_output(shares_weights(self.plain), self.table)
-        state = replace(self.state, whole=whole, output=output)
-        reader = next((head for head in self.heads if self.table.computes_padding(head)), None)
+        name, encoder = found["encoder"]
+        asked = inspect.signature(type(encoder).forward).parameters.get("return_dict")
+        state = replace(
+            self.state,
+            whole=whole,
+            encoder=path_of(name),
+            output=output,
+            as_tuple=None if asked is None else not asked.default,
+            forward=type(encoder).forward,
+        )
+        summary = getattr(self.model.config, "summary_type", None)
+        reader = next((head for head in self.heads if self.table.computes_padding(head, summary)), None)
         if state.pack and reader is not None:
             state, reason = replace(state, pack=False), f"padding stays, for {reader} reads it"
         encoder = BiasedEncoder if self.table.layer_parts.biased else Encoder

@@ -18,8 +18,10 @@ from pyxlbert.integrations import together
 from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts, Stack
 from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
 from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
+from pyxlbert.nn.encoder_layers import LayerParts as PartsOfLayer
 from pyxlbert.nn.encoder_layers import PackedLayers
 from pyxlbert.nn.packing import Packable
+from pyxlbert.nn.watch import Watch, hooked_everywhere
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 
@@ -72,6 +74,8 @@ class LayerState:
         tuples: whether it returns a tuple, as it does in some versions of transformers.
         bias_at: which of its arguments after the mask is the bias, or None.
         config: the model's.
+        implementation: of attention, as the configuration named it.
+        forward: the replaced class's.
     """
 
     parts: LayerParts
@@ -82,6 +86,8 @@ class LayerState:
     tuples: bool
     bias_at: int | None
     config: Any
+    implementation: str | None
+    forward: Any
 
 
 class Layer(Replaced, Packable):
@@ -114,6 +120,12 @@ class Layer(Replaced, Packable):
         if not (mask is None or isinstance(mask, TokenLayout) or (isinstance(mask, Tensor) and mask.dim() == 4)):
             return False
         if not _harmless(args, {name: value for name, value in kwargs.items() if not self._knows(name)}):
+            return False
+        state: LayerState = self._pyxlbert
+        now = getattr(state.config, "_attn_implementation", None)
+        if self.pyxlbert_original.forward is not state.forward or now not in (state.implementation, *IMPLEMENTATIONS):
+            return False
+        if any(getattr(at(self, state.paths[name]), "bias", None) is None for name in ("out_norm", "norm")):
             return False
         # Hidden states are recorded where layers are called, which they still are.
         keys = recorded()
@@ -172,6 +184,8 @@ def _harmless(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def _as_found(module: nn.Module, skipped: tuple[Skipped, ...], recording: frozenset[str] | None) -> bool:
     """Whether every part that is skipped is of the class that was found there, and neither patched nor watched."""
+    if hooked_everywhere():
+        return False
     for path, kind, forward in skipped:
         part = at(module, path)
         if type(part) is not kind or kind.forward is not forward or watched(part, recording):
@@ -277,7 +291,10 @@ class ModelState:
         pack: whether padding is removed.
         backend: whose kernels run, or None.
         stack: which layers the encoder calls.
+        encoder: its path in the model.
         output: the class of what the encoder returns; None where it returns more than its rows.
+        as_tuple: whether the encoder returns a tuple unless `return_dict` is given; None: it does not know that.
+        forward: that of the encoder's class.
         whole: whether encoder and all layers are replaced, and the model hands on a mask of keys.
     """
 
@@ -285,7 +302,10 @@ class ModelState:
     pack: bool
     backend: str | None
     stack: Stack
+    encoder: Path = ()
     output: type | None = None
+    as_tuple: bool | None = None
+    forward: Any = None
     whole: bool = True
 
 
@@ -318,17 +338,26 @@ class Encoder(Replaced):
     def _in_one_call(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Packed layers together, without calling their modules; None where they are to be called one by one."""
         state: ModelState = self._pyxlbert
-        if state.output is None or not together.ready(self, state.stack, x):
+        if state.output is None or self.pyxlbert_original.forward is not state.forward or x.dim() != 3:
+            return None
+        if getattr(state.config, "_attn_implementation", None) not in (*IMPLEMENTATIONS, None):
             return None
         if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)) or not _harmless(args, kwargs):
             return None
         if _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
             return None
+        if not together.ready(self, state.stack, x):
+            return None
         layout = self._arranged(x, mask)
         rows = together.run(self, state.stack, layout.take(x), layout)
         if rows is None:
             return None
-        return together.returned(state.output, layout.restore(rows), kwargs.get("return_dict"))
+        as_tuple = state.as_tuple is not None and not kwargs.get("return_dict", not state.as_tuple)
+        return together.returned(state.output, layout.restore(rows), as_tuple)
+
+    def find_layers(self, watch: Watch) -> list[PartsOfLayer]:
+        """See `PackedLayers`."""
+        return together.find(watch, self, self._pyxlbert.stack)
 
     def _arranged(self, x: Tensor, mask: Any) -> TokenLayout:
         """Where the rows of a call lie, with the masks."""
@@ -338,13 +367,15 @@ class Encoder(Replaced):
         """The layout without padding; None where every place is computed."""
         if _asked(kwargs, self._pyxlbert.config, "output_attentions", "output_hidden_states"):
             return None
+        if not all(isinstance(one, Layer) for one in together.layers_of(self, self._pyxlbert.stack)):
+            return None
         layout = self._without_padding(x, mask)
         return None if layout is None or watched_anywhere(self, recorded()) else layout
 
     def _without_padding(self, x: Tensor, mask: Any) -> TokenLayout | None:
         real = tokens_of(mask, x) if self._pyxlbert.pack else None  # [B, T]
-        # A head reads the first place of every sequence, token or not.
-        if real is None or not bool(real[:, 0].all()):
+        # Beside more keys than there are places; a head reads the first place of every sequence, token or not.
+        if real is None or real.shape[1] != x.shape[1] or not bool(real[:, 0].all()):
             return None
         layout = TokenLayout.from_mask(real, *x.shape[:2])
         return layout if layout.packed else None
@@ -407,7 +438,7 @@ class Model(Replaced):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: ModelState = self._pyxlbert
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if state.whole and isinstance(mask, Tensor) and mask.dim() == 2 and self._takes(mask, args, kwargs):
+        if self._whole() and isinstance(mask, Tensor) and mask.dim() == 2 and self._takes(mask, args, kwargs):
             mask = key_mask(mask)
             if len(args) > 1:
                 args = (args[0], mask, *args[2:])
@@ -417,6 +448,13 @@ class Model(Replaced):
             return super().forward(*args, **kwargs)
         with use_backend(state.backend):
             return super().forward(*args, **kwargs)
+
+    def _whole(self) -> bool:
+        """Whether everything that reads the mask still is ours."""
+        state: ModelState = self._pyxlbert
+        encoder = at(self, state.encoder)
+        layers = together.layers_of(encoder, state.stack) if state.whole and isinstance(encoder, Encoder) else []
+        return bool(layers) and all(isinstance(one, Layer) for one in layers)
 
     def _takes(self, mask: Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
         tokens = args[0] if args else kwargs.get("input_ids")

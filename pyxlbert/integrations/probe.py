@@ -130,7 +130,7 @@ def encoder_output(model: nn.Module, architecture: Architecture) -> type | None:
     hook = encoder.register_forward_hook(lambda _, given, output: seen.append(output))
     try:
         with _quiet(None, ids.device):
-            model(ids, mask.long())
+            model(ids, mask.long(), return_dict=True)
     except Exception:
         return None
     finally:

@@ -119,7 +119,8 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
     for name in ("q", "k", "v", "o", "r"):
         watch.parameter(attention, name)
     linear = replacement(nn.Linear, ReplacedLinear)
-    watch.child(feed, "dropout", nn.Dropout)
+    for module in (attention, feed):
+        watch.child(module, "dropout", nn.Dropout)
     return LayerParts(
         *(attention, ("q", "kv")),
         (attention, "o"),

@@ -16,38 +16,54 @@ from pyxlbert.nn.watch import Unusual, Watch, usual_call
 
 
 def ready(encoder: nn.Module, stack: Stack, x: Tensor) -> bool:
-    """Whether the layers of an encoder may be packed, before anything about the batch is looked at."""
-    if not usual_call(x) or encoder.training or recorded():
-        return False
-    first = at(encoder, (*stack.layers, "0", *(() if stack.inside is None else (*stack.inside, "0"))))
-    return isinstance(first, Packable) and first.packed is not None
-
-
-def run(encoder: nn.Module, stack: Stack, x: Tensor, layout: TokenLayout) -> Tensor | None:
-    """All layers of an encoder; None where they are to be called one by one.
+    """Whether the layers of an encoder may run in one call, before anything about the batch is looked at.
 
     Args:
         encoder: it; `together`, its packed layers, is set at the first use.
         stack: which layers it calls.
+        x: rows as they come to it.
+    """
+    if not usual_call(x) or encoder.training or recorded():
+        return False
+    first = at(encoder, (*stack.layers, "0", *(() if stack.inside is None else (*stack.inside, "0"))))
+    if not isinstance(first, Packable) or first.packed is None:
+        return False
+    if encoder.together is None:
+        encoder.together = PackedLayers(encoder.find_layers, idle=RECORDER)
+    return encoder.together.ready(x.contiguous())
+
+
+def run(encoder: nn.Module, stack: Stack, x: Tensor, layout: TokenLayout) -> Tensor | None:
+    """All layers of an encoder that is ready; None where they are to be called one by one.
+
+    Args:
+        encoder: it.
+        stack: which layers it calls.
         x: rows `[B, T, E]` or `[total, E]`.
         layout: where they lie.
     """
-    if encoder.together is None:
-        encoder.together = PackedLayers(lambda watch: _find(watch, encoder, stack), idle=RECORDER)
     if stack.before is not None:
         x = getattr(encoder, stack.before)(x)
     x = x.contiguous()
     # The residual stream is in float32, whatever the model's dtype.
-    done = encoder.together.run((x, x.to(torch.promote_types(x.dtype, torch.float32))), layout)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    done = encoder.together.run((x, wide), layout, ready=True)
     return None if done is None else done[0]
 
 
-def _find(watch: Watch, encoder: nn.Module, stack: Stack) -> list[LayerParts]:
-    watch.module(encoder)
+def find(watch: Watch, encoder: nn.Module, stack: Stack) -> list[LayerParts]:
+    """The layers of an encoder, in the order in which it calls them; see `PackedLayers`."""
+    watch.owner(encoder, "config")
+    for name in (*([stack.before] if stack.before is not None else []), *stack.beside):
+        watch.child(encoder, name)
     groups = _members(watch, encoder, stack.layers)
     if stack.inside is None:
         return [_parts(watch, one) for one in groups]
-    count = watch.attribute(encoder.config, "num_hidden_layers")
+    count, found = (watch.attribute(encoder.config, f"num_hidden_{name}") for name in ("layers", "groups"))
+    if found != len(groups):
+        raise Unusual
+    if any(not type(group).__module__.startswith("transformers.models.") for group in groups):
+        raise Unusual
     inside = [[_parts(watch, one) for one in _members(watch, group, stack.inside)] for group in groups]
     return [one for number in range(count) for one in inside[int(number / (count / len(inside)))]]
 
@@ -55,7 +71,18 @@ def _find(watch: Watch, encoder: nn.Module, stack: Stack) -> list[LayerParts]:
 def _members(watch: Watch, parent: nn.Module, path: tuple[str, ...]) -> list[nn.Module]:
     for name in path:
         parent = watch.child(parent, name)
+        # A class of somebody's own may call its members in another way.
+        if type(parent) is not nn.ModuleList and not type(parent).__module__.startswith("transformers.models."):
+            raise Unusual
     return [watch.child(parent, name) for name in watch.children(parent)]
+
+
+def layers_of(encoder: nn.Module, stack: Stack) -> list[nn.Module]:
+    """The layers that an encoder has now."""
+    members = list(getattr(at(encoder, stack.layers), "children", list)())
+    if stack.inside is None:
+        return members
+    return [one for group in members for one in getattr(at(group, stack.inside), "children", list)()]
 
 
 def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
@@ -63,8 +90,11 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
     if not (isinstance(layer, Replaced) and is_as_made(layer) and isinstance(layer, Packable)):
         raise Unusual
     state = watch.attribute(layer, "_pyxlbert")
+    for kind in (layer.pyxlbert_original, nn.Linear):
+        watch.kind(kind)
     kinds = {path: kind for path, kind, _ in state.skipped}
-    if any(kind.forward is not forward for _, kind, forward in state.skipped):
+    known = ((layer.pyxlbert_original, state.forward), *(one[1:] for one in state.skipped))
+    if any(kind.forward is not forward for kind, forward in known):
         raise Unusual
     seen: dict[tuple[str, ...], nn.Module] = {(): layer}
 
@@ -99,14 +129,12 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
     )
 
 
-def returned(kind: type | None, rows: Tensor, return_dict: Any) -> Any:
+def returned(kind: type, rows: Tensor, as_tuple: bool) -> Any:
     """What an encoder returns that has nothing but its rows.
 
     Args:
         kind: the class of what it returned when it was looked at.
         rows: `[B, T, E]`.
-        return_dict: the argument, None if it was not given.
+        as_tuple: whether it was asked for a tuple.
     """
-    if return_dict is False or kind is tuple:
-        return (rows,)
-    return kind(last_hidden_state=rows)
+    return (rows,) if as_tuple or kind is tuple else kind(last_hidden_state=rows)

@@ -213,12 +213,14 @@ class BertEncoder(nn.Module):
 
     def in_one_call(self, stream: Stream, layout: TokenLayout, which: slice = slice(None)) -> Stream | None:
         """Packed layers together, without calling their modules; None where they are to be called one by one."""
+        if torch.compiler.is_compiling():
+            return None
         if self.together is None:
             self.together = PackedLayers(self._parts)
         return self.together.run(stream, layout, which)
 
     def _parts(self, watch: Watch) -> list[LayerParts]:
-        watch.module(self)
+        watch.owner(self)
         layers = watch.child(self, "layer", nn.ModuleList)
         return [watch.child(layers, name, BertLayer).parts(watch) for name in watch.children(layers)]
 

@@ -439,6 +439,8 @@ class XLNetModel(XLNetPreTrainedModel):
 
     def _in_one_call(self, content: Stream, layout: RelativeLayout, which: slice) -> Stream | None:
         """Packed layers together, without calling their modules; None where they are to be called one by one."""
+        if torch.compiler.is_compiling():
+            return None
         if self.together is None:
             self.together = PackedLayers(self._parts)
         return self.together.run(content, layout, which)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,13 @@ class PackedLayers:
     """Runs the layers of an encoder in one call while nothing about them is unusual.
 
     Args:
-        find: looks at every module that the layers are made of, by the watch that it is given.
+        find: a method of the encoder: looks at every module that the layers are made of, by the watch that it is given.
         idle: the Python module whose hooks on those modules do nothing.
     """
 
     def __init__(self, find: Find, idle: str | None = None) -> None:
-        self._find, self._idle = find, idle
+        # Weakly: the encoder holds this, and its weights are to go with its last reference.
+        self._find, self._idle = WeakMethod(find), idle
         self._found: _Found | None = None
         self._failed: Watch | None = None
 
@@ -65,8 +67,25 @@ class PackedLayers:
         """Drops what was made of weights that are packed no more."""
         self._found = self._failed = None
 
+    def ready(self, x: Tensor) -> bool:
+        """Whether rows like these may be run in one call, as far as their layout has no say.
+
+        Args:
+            x: of the products' dtype; of any width.
+        """
+        if not usual_call(x) or not stack.takes(x, x):
+            return False
+        found = self._found
+        if found is None or found.level != stack.level() or not found.watch.unchanged():
+            self._found = found = self._look()
+        return found is not None and found.dtype is x.dtype
+
     def run(
-        self, stream: tuple[Tensor, Tensor], layout: TokenLayout | RelativeLayout, which: slice = slice(None)
+        self,
+        stream: tuple[Tensor, Tensor],
+        layout: TokenLayout | RelativeLayout,
+        which: slice = slice(None),
+        ready: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """Some or all layers; None where they are to be called one by one.
 
@@ -74,16 +93,19 @@ class PackedLayers:
             stream: rows `[B, T, E]` or `[total, E]` in the products' dtype, and the residual stream's.
             layout: where they lie.
             which: the layers, one after the other.
+            ready: whether `ready` has just said so.
         """
         x, residual = stream
         if not usual_call(x) or not stack.takes(x, residual):
             return None
+        tokens = layout if isinstance(layout, TokenLayout) else layout.tokens
+        if x.dim() != (3 if tokens.cu_seqlens is None else 2):
+            return None
         found = self._found
-        if found is None or found.level != stack.level() or not found.watch.unchanged():
+        if not ready and (found is None or found.level != stack.level() or not found.watch.unchanged()):
             self._found = found = self._look()
         if found is None or found.dtype is not x.dtype or found.hidden != x.shape[-1]:
             return None
-        tokens = layout if isinstance(layout, TokenLayout) else layout.tokens
         mask = layout.attention_mask
         bias = layout.bias if isinstance(layout, TokenLayout) else None
         if not stack.takes_masks(x, tokens.cu_seqlens, tokens.max_seqlen, mask, bias, found.heads):
@@ -111,7 +133,8 @@ class PackedLayers:
             return None
         watch = Watch(self._idle)
         try:
-            layers = self._find(watch)
+            find = self._find()
+            layers = [] if find is None else find(watch)
             found = _Found(watch, layers, self) if layers else None
             self._failed = None
         except Unusual:

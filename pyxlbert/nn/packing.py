@@ -16,8 +16,9 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyxlbert import backends
+from pyxlbert.nn.watch import hooked_everywhere
 from pyxlbert.ops import _packed
-from pyxlbert.ops._torch import is_zerotensor, watched
+from pyxlbert.ops._torch import is_zerotensor, transformed, watched
 
 _LOG = logging.getLogger("pyxlbert")
 
@@ -371,7 +372,7 @@ def _is_linear(layer: Packable) -> bool:
     state, kind = vars(layer), vars(type(layer))
     hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
     plain = kind.get("fuses") is not None and kind["fuses"] is kind.get("forward")
-    return plain and not (hooked or layer.training or "forward" in state)
+    return plain and not (hooked or layer.training or "forward" in state or hooked_everywhere())
 
 
 def _plain(parameters: list[Tensor]) -> list[Tensor] | None:
@@ -401,7 +402,7 @@ def _usual(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         # Addresses are read: not of a view that negates what lies there, nor past a mode that wants to see the call.
         and not (x.is_neg() or is_zerotensor(x))
-        and not watched()
+        and not (watched() or transformed())
     )
 
 

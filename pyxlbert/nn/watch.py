@@ -7,7 +7,9 @@ Everything that would change what a call computes is looked at before each use.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ _GLOBAL_HOOKS = [getattr(torch_module, name, {}) for name in ("_global_forward_p
 
 # What a module of a layer computes with, beside its class: set on an instance, it is somebody's.
 _METHODS = ("forward", "_call_impl", "project", "back", "finish")
+
+
+def hooked_everywhere() -> bool:
+    """Whether there are hooks on every module of the process."""
+    return any(_GLOBAL_HOOKS)
 
 
 class Unusual(Exception):
@@ -49,6 +56,9 @@ class Watch:
 
     def __init__(self, idle: str | None = None) -> None:
         self._idle = idle
+        self._owner: Callable[[], nn.Module | None] | None = None
+        self._owner_kind: type[nn.Module] = nn.Module
+        self._owner_attributes: list[tuple[str, Any]] = []
         # What was found where: an attribute, a parameter or a child by its name in the dictionary that holds it.
         self._where: list[dict[str, Any]] = []
         self._name: list[str] = []
@@ -70,7 +80,36 @@ class Watch:
         self._kinds[kind] = vars(kind).get("forward")
         self._modules.append(module)
         self._states.append(state)
-        self._hooks += (state["_forward_hooks"], state["_forward_pre_hooks"])
+        self._watch_hooks(state)
+
+    def owner(self, module: nn.Module, *attributes: str) -> None:
+        """The same of the module that keeps this watch, which is not to keep it alive; and values set on it."""
+        state, kind = vars(module), type(module)
+        if not _is_own(kind):
+            raise Unusual
+        self._kinds[kind] = vars(kind).get("forward")
+        self._owner, self._owner_kind = ref(module), kind
+        self._owner_attributes = [(name, state.get(name)) for name in attributes]
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            self._hooks.append(state[name])
+
+    def _watch_hooks(self, state: dict[str, Any]) -> None:
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            self._hooks.append(state[name])
+            self._remember(state, name, state[name])
+
+    def _owner_changed(self) -> bool:
+        if self._owner is None:
+            return False
+        owner = self._owner()
+        if owner is None or type(owner) is not self._owner_kind or owner.training:
+            return True
+        state = vars(owner)
+        return "forward" in state or any(state.get(name) is not value for name, value in self._owner_attributes)
+
+    def kind(self, kind: type[nn.Module]) -> None:
+        """A class that is not that of a module here, and whose `forward` counts all the same."""
+        self._kinds[kind] = vars(kind).get("forward")
 
     def child(self, parent: nn.Module, name: str, kind: type[nn.Module] | None = None) -> Any:
         """The child, which is exactly of this class."""
@@ -138,7 +177,7 @@ class Watch:
         hooks, training = [len(one) for one in self._hooks], [state["training"] for state in states]
         children = [list(children) for children, _ in self._lists]
         packed = [state.get("packed") is None for state in states]
-        kinds = [vars(kind).get("forward") for kind in map(type, of)]
+        kinds = [vars(kind).get("forward") for kind in (*map(type, of), *self._kinds)]
         return (hooks, training, children, packed, kinds, list(map(len, states)), *self._look())
 
     def unchanged(self) -> bool:
@@ -147,6 +186,7 @@ class Watch:
         return (
             all(map(operator.is_, map(dict.get, self._where, self._name), self._what))
             and not self._hooked()
+            and not self._owner_changed()
             and not any(map(_TRAINING, self._states))
             and not any(map(_PATCHED, self._states))
             and all(list(children) == names for children, names in self._lists)

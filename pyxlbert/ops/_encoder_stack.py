@@ -8,7 +8,7 @@ from torch import Tensor
 from pyxlbert import backends
 from pyxlbert.launch.rows import DTYPE
 from pyxlbert.ops import _scores
-from pyxlbert.ops._torch import is_zerotensor, watched
+from pyxlbert.ops._torch import is_zerotensor, transformed, watched
 
 try:
     from pyxlbert import _C
@@ -45,7 +45,7 @@ def takes(x: Tensor, residual: Tensor) -> bool:
         and not (x.is_neg() or is_zerotensor(x) or residual.is_neg() or is_zerotensor(residual))
         and backends.default_backend() in (None, "cpu")
         and not torch.is_autocast_enabled("cpu")
-        and not watched()
+        and not (watched() or transformed())
     )
 
 

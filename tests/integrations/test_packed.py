@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 import transformers
 import zoo
+from torch.autograd import forward_ad
 
 import pyxlbert
 from pyxlbert.nn.encoder_layers import PackedLayers
@@ -28,7 +32,16 @@ def together(monkeypatch) -> list[bool]:
         attempts.append(done is not None)
         return done
 
+    ready = PackedLayers.ready
+
+    def looked(self, x):
+        found = ready(self, x)
+        if not found:
+            attempts.append(False)
+        return found
+
     monkeypatch.setattr(PackedLayers, "run", counted)
+    monkeypatch.setattr(PackedLayers, "ready", looked)
     return attempts
 
 
@@ -217,6 +230,178 @@ def test_question_answering_reads_padding(together) -> None:
     assert together == [True]
     for name in plain:
         compare.close(name, ours[name], plain[name], tolerances.SUMMATION_ORDER * 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_shape_are_never_read_as_a_batch(kind: str) -> None:
+    """Beside a batch `[B, T, E]` there is only what the modules themselves take."""
+    model = packed(kind)
+    values(model)
+    encoder = model.get_submodule("transformer" if kind == "distilbert" else "encoder")
+    width = 16 if kind in ("albert",) else model.config.hidden_size
+    for shape in ((40, width), (1, 3, 7, width), (width,)):
+        try:
+            with torch.no_grad():
+                rows = encoder(torch.ones(shape))[0]
+        except Exception:
+            continue  # as before
+        assert rows.isfinite().all()
+        pyxlbert.restore(model)
+        with torch.no_grad():
+            compare.close("rows", rows, encoder(torch.ones(shape))[0], tolerances.SUMMATION_ORDER)
+        pyxlbert.pack(pyxlbert.accelerate(model))
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "mpnet", "xlnet"])
+def test_memory_goes_with_the_last_reference(kind: str) -> None:
+    if kind == "xlnet":
+        model = transformers.XLNetModel(transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2)).eval()
+        pyxlbert.pack(pyxlbert.accelerate(model))
+        with torch.no_grad():
+            model(torch.tensor([[7, 8]]))
+    else:
+        model = packed(kind)
+        values(model)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(one) for one in (model, *model.parameters())]
+        del model
+        assert not any(one() is not None for one in gone)
+    finally:
+        gc.enable()
+
+
+def test_a_tangent_is_refused_as_before() -> None:
+    model = packed("bert")
+    embeds = torch.randn(1, 4, model.config.hidden_size)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        model(inputs_embeds=forward_ad.make_dual(embeds, torch.ones_like(embeds)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuples_where_the_original_returns_them(kind: str) -> None:
+    for configured in (True, False):
+        model = zoo.build(kind).eval()
+        model.config.return_dict = configured
+        encoder = model.get_submodule("transformer" if kind == "distilbert" else "encoder")
+        rows = torch.randn(2, 3, 16 if kind == "albert" else model.config.hidden_size)
+
+        def kinds(model=model, encoder=encoder, rows=rows) -> list[type]:
+            with torch.no_grad():
+                found = [encoder(rows), encoder(rows, return_dict=True), encoder(rows, return_dict=False)]
+                found += [model(**zoo.batch(model), return_dict=one) for one in (True, False)]
+                found += [model(**zoo.batch(model))]
+            return [type(one) for one in found]
+
+        wanted = kinds()
+        pyxlbert.pack(pyxlbert.accelerate(model))
+        assert kinds() == wanted
+
+
+def test_alberts_groups_and_configuration_are_looked_at(together) -> None:
+    model = packed("albert", num_hidden_groups=2, num_hidden_layers=4)
+    whole = values(model)
+    encoder = model.encoder
+    encoder.config = copy.copy(encoder.config)
+    encoder.config.num_hidden_layers = 2
+    assert together[-1] and not torch.equal(values(model), whole)
+    encoder.config.num_hidden_layers = 4
+    assert torch.equal(values(model), whole)
+
+    class Mine(type(encoder.albert_layer_groups[1])):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    encoder.albert_layer_groups[1].__class__ = Mine
+    assert not torch.equal(values(model), whole) and not together[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("albert", "embedding_hidden_mapping_in"), ("mpnet", "relative_attention_bias")]
+)
+def test_a_module_beside_the_layers_is_called_once(kind: str, name: str, together) -> None:
+    model = packed(kind)
+    seen: list[torch.Size] = []
+    module = getattr(model.encoder, name)
+    module.register_forward_hook(lambda _, given, output: seen.append(given[0].shape))
+    values(model)
+    assert len(seen) == 1 and not together[-1]
+    assert kind != "albert" or seen[0][:2] == zoo.MASK.shape
+
+
+def test_a_patched_encoder_or_layer_is_called(monkeypatch, together) -> None:
+    model = packed("bert")
+    values(model)
+    for name, count in (("encoder", 1), ("encoder.layer.0", len(model.encoder.layer))):
+        original = type(model.get_submodule(name)).pyxlbert_original
+        forward, seen = original.forward, []
+        with monkeypatch.context() as patch:
+            patch.setattr(original, "forward", lambda self, *a, f=forward, s=seen, **k: s.append(1) or f(self, *a, **k))
+            values(model)
+        assert len(seen) == count, name
+    values(model)
+    assert together[-1]
+
+
+def test_hooks_in_a_new_dictionary_are_called(together) -> None:
+    model = packed("bert")
+    values(model)
+    seen = []
+    for module in model.modules():
+        module._forward_hooks = OrderedDict()
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    values(model)
+    assert model.encoder.layer[0] in seen and model.encoder.layer[0].attention.self.query in seen
+
+
+def test_hooks_on_every_module_are_called(together) -> None:
+    plain = zoo.build("bert").eval()
+    ours = packed("bert")
+
+    def called(model) -> list[type]:
+        seen = []
+        everywhere = torch.nn.modules.module.register_module_forward_hook
+        handle = everywhere(lambda module, *_: seen.append(type(module).__name__))
+        try:
+            values(model)
+        finally:
+            handle.remove()
+        return sorted(seen)
+
+    assert called(ours) == called(plain)
+
+
+def test_a_layer_given_back_alone(together) -> None:
+    """It reads the mask of its own kind, so padding stays."""
+    for kind in ("bert", "albert", "mpnet", "distilbert"):
+        model = zoo.build(kind).eval()
+        plain = values(model)
+        pyxlbert.pack(pyxlbert.accelerate(model))
+        layer = next(one for one in model.modules() if getattr(one, "is_encoder_layer", False))
+        pyxlbert.restore(layer)
+        compare.close(kind, values(model), plain, tolerances.SUMMATION_ORDER)
+
+
+def test_electra_reads_padding_where_it_sums_up(together) -> None:
+    for summary in ("first", "last", "mean"):
+        model = zoo.build("electra", "ForMultipleChoice", summary_type=summary).eval()
+        given = zoo.batch(model, "ForMultipleChoice")
+        with torch.no_grad():
+            plain = model(**given).logits
+            ours = pyxlbert.pack(pyxlbert.accelerate(model))(**given).logits
+        compare.close(summary, ours, plain, tolerances.SUMMATION_ORDER * 2)
+
+
+def test_another_attention_is_called(monkeypatch) -> None:
+    model = packed("bert", attn_implementation="sdpa")
+    wanted = values(model)
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    seen = []
+    monkeypatch.setitem(interface._global_mapping, "mine", lambda *a, **k: seen.append(1) or interface["sdpa"](*a, **k))
+    model.config._attn_implementation = "mine"
+    compare.close("rows", values(model, torch.ones_like(zoo.MASK)), values(model, torch.ones_like(zoo.MASK)), 1e-6)
+    assert seen and wanted.isfinite().all()
 
 
 @pytest.mark.parametrize("reads", ["Model", "ForSequenceClassification"])

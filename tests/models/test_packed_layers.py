@@ -446,8 +446,31 @@ def test_a_global_hook_sees_every_module() -> None:
             bert(input_ids=ids(1, 7))
         finally:
             handle.remove()
-    # Query, key and value are one packed product, and no module of theirs is called.
-    assert seen.count(pyxlbert.nn.Linear) == 2 * 2 + 1 and seen.count(pyxlbert.nn.LinearActivation) == 2
+    assert seen.count(pyxlbert.nn.Linear) == 5 * 2 + 1 and seen.count(pyxlbert.nn.LinearActivation) == 2
+
+
+@pytest.mark.parametrize("build", [pyxlbert.models.BertModel, pyxlbert.models.XLNetModel])
+def test_memory_goes_with_the_last_reference(build) -> None:
+    """Copies are large and the objects around them few: the collector of cycles would come late."""
+    one = build(build.config_class(**TINY[build])).eval()
+    pyxlbert.pack(one)
+    with torch.no_grad():
+        one(torch.tensor([[5, 6, 7]]))
+    assert next(part for part in one.modules() if getattr(part, "together", None) is not None)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(part) for part in (one, *one.parameters())]
+        del one
+        assert not any(part() is not None for part in gone)
+    finally:
+        gc.enable()
+
+
+TINY = {
+    pyxlbert.models.BertModel: {"vocab_size": 20, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2},
+    pyxlbert.models.XLNetModel: {"vocab_size": 20, "d_model": 16, "n_head": 2, "n_layer": 2, "d_inner": 20},
+}
 
 
 def test_copies_find_their_own_parameters(runs: list[bool]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyxlbert.integrations.architecture import Architecture, EmbeddingParts, LayerParts
+from pyxlbert.integrations.architecture import Architecture, EmbeddingParts, LayerParts, Stack
 
 LAYER = LayerParts(
     query="attention.attn.q",
@@ -26,6 +26,7 @@ ARCHITECTURE = Architecture(
     tested="5.17",
     prefix="MPNet",
     layer_parts=LAYER,
+    stack=Stack(beside=("relative_attention_bias",)),
     embedding_parts=EmbeddingParts(
         arguments=("input_ids", "position_ids", "inputs_embeds"), token_type=None, positions="token"
     ),
