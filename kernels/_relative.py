@@ -90,9 +90,7 @@ class Stream:
         shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "OPTIONS": Options(
-                shared.causal, shared.uniform_rows, stream.see_self, stream.mask_by_position, stream.tag
-            ),
+            "OPTIONS": Options(shared.causal, shared.uniform_rows, *stream.options),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),
