@@ -108,8 +108,8 @@ pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs
 }
 
 pyxlbert::QueryRows query_rows(Address query, const Strides3& strides, std::int64_t count, Address out, Address lse,
-                               std::uint32_t tag, Address positions, Address order, Address rank, Address segment,
-                               bool see_self, bool mask_by_position) {
+                               Address positions, Address order, Address rank, Address segment, bool see_self,
+                               bool mask_by_position, std::uint32_t tag) {
     return {attention_tensor(query, strides),
             count,
             pointer(out),

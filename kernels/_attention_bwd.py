@@ -20,19 +20,13 @@ from ._scores import (
     opened,
     store_delta,
     store_rows,
+    typed,
 )
 
 
 @triton.jit
 def bwd_rows(
-    query,
-    key,
-    value,
-    mask,
-    bias,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     out,
     saved,
@@ -44,8 +38,9 @@ def bwd_rows(
     BLOCK_N: tl.constexpr,
 ):
     """What backward needs of every row first: see `Saved`."""
-    block, plane = block_and_plane(sizes.queries, BLOCK_M)
-    at = opened(sizes, plane)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
     if first_i < at.queries:
         i = first_i + tl.arange(0, BLOCK_M)
@@ -54,26 +49,19 @@ def bwd_rows(
         inexact = is_inexact(lse)
         weight = tl.zeros((BLOCK_M,), tl.float32)
         if tl.max(inexact.to(tl.int32), 0) > 0:
-            q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+            q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
             for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)[None, :]
-                if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
-                    k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-                    s = tile_scores(q, k, i[:, None], j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+                if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
+                    k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+                    s = tile_scores(call, at, q, k, i[:, None], j, CAUSAL, True, PRECISION)
                     weight += tl.sum(exp(s - lse[:, None]), 1)
         store_delta(saved, at, i, delta, inexact, weight)
 
 
 @triton.jit
 def bwd_keys(
-    query,
-    key,
-    value,
-    mask,
-    bias,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dkey,
@@ -86,12 +74,13 @@ def bwd_keys(
     BLOCK_N: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_N keys.  Tiles are transposed, `[BLOCK_N, BLOCK_M]`, so that both products take them."""
-    block, plane = block_and_plane(sizes.keys, BLOCK_N)
-    at = opened(sizes, plane)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.keys, BLOCK_N)
+    at = opened(call.sizes, plane)
     first_j = block * BLOCK_N
     if first_j < at.extent:
-        k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-        v = load_rows(value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+        k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+        v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[:, None]
@@ -100,55 +89,47 @@ def bwd_keys(
             low = tl.maximum(first_j - at.shift, 0) // BLOCK_M * BLOCK_M
         for first_i in range(low, tl.where(first_j < at.keys, at.queries, 0), BLOCK_M):
             i = first_i + tl.arange(0, BLOCK_M)
-            if mask.tensor is None or some_allowed(mask, at, i[None, :], j):
+            if call.mask.tensor is None or some_allowed(call, at, i[None, :], j):
                 lse = load_lse(saved, at, i)
                 delta, lse_correction = load_delta(saved, at, i)
-                q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+                q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
                 do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
-                s = tile_scores(k, q, i[None, :], j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+                s = tile_scores(call, at, k, q, i[None, :], j, CAUSAL, True, PRECISION)
                 p = exp((s - lse[None, :]) - lse_correction[None, :])
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 dropped = p
-                if dropout.seed is not None:
-                    keep = tl.trans(kept(dropout, i[:, None], first_j, at, ATTENTION, BLOCK_N))
-                    dropped = tl.where(keep, p * dropout.keep_scale, 0.0)
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                if call.dropout.seed is not None:
+                    keep = tl.trans(kept(call.dropout, i[:, None], first_j, at, ATTENTION, BLOCK_N))
+                    dropped = tl.where(keep, p * call.dropout.keep_scale, 0.0)
+                    dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
                 dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        store_rows(dkey, at, dk * scale, first_j, at.extent, BLOCK_N, D, BLOCK_D)
+        store_rows(dkey, at, dk * call.scale, first_j, at.extent, BLOCK_N, D, BLOCK_D)
         store_rows(dvalue, at, dv, first_j, at.extent, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
 def _tile_gradient(
-    q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    call, at, q, do, first_i, first_j, lse, delta, lse_correction,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of scores `[BLOCK_M, BLOCK_N]`, and its keys."""
-    i = first_i + tl.arange(0, BLOCK_M)[:, None]
+    i = first_i + tl.arange(0, q.shape[0])[:, None]
     j = first_j + tl.arange(0, BLOCK_N)[None, :]
-    k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-    v = load_rows(value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-    s = tile_scores(q, k, i, j, at, mask, bias, scale, CAUSAL, True, PRECISION)
+    k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+    v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+    s = tile_scores(call, at, q, k, i, j, CAUSAL, True, PRECISION)
     p = exp((s - lse[:, None]) - lse_correction[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if dropout.seed is not None:
-        dp = tl.where(kept(dropout, i, first_j, at, ATTENTION, BLOCK_N), dp * dropout.keep_scale, 0.0)
+    if call.dropout.seed is not None:
+        dp = tl.where(kept(call.dropout, i, first_j, at, ATTENTION, BLOCK_N), dp * call.dropout.keep_scale, 0.0)
     return p * (dp - delta[:, None]), k
 
 
 @triton.jit
 def bwd_queries(
-    query,
-    key,
-    value,
-    mask,
-    bias,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dquery,
@@ -160,37 +141,43 @@ def bwd_queries(
     BLOCK_N: tl.constexpr,
 ):
     """dquery of BLOCK_M queries."""
-    block, plane = block_and_plane(sizes.queries, BLOCK_M)
-    at = opened(sizes, plane)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
     if first_i < at.queries:
         i = first_i + tl.arange(0, BLOCK_M)
         lse = load_lse(saved, at, i)
         delta, lse_correction = load_delta(saved, at, i)
-        q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+        q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
         do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
-            if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
+            if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
                 ds, k = _tile_gradient(
-                    q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
-                    CAUSAL, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                    call,
+                    at,
+                    q,
+                    do,
+                    first_i,
+                    first_j,
+                    lse,
+                    delta,
+                    lse_correction,
+                    CAUSAL,
+                    PRECISION,
+                    D,
+                    BLOCK_D,
+                    BLOCK_N,
+                )
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        store_rows(dquery, at, dq * scale, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+        store_rows(dquery, at, dq * call.scale, first_i, at.queries, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
 def bwd_bias(
-    query,
-    key,
-    value,
-    mask,
-    bias,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dbias,
@@ -202,6 +189,7 @@ def bwd_bias(
     BLOCK_N: tl.constexpr,
 ):
     """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
+    call = typed(call)
     across = tl.cdiv(dbias.columns, BLOCK_N)
     down = tl.cdiv(dbias.rows, BLOCK_M)
     at_j = tl.program_id(0) % across * BLOCK_N
@@ -211,27 +199,26 @@ def bwd_bias(
     at_h = at_plane % dbias.heads
     # How many of each there are to add up: 1 where the bias has that dimension.
     sequences = tl.where(dbias.batch == dbias.sequences, 1, dbias.sequences)
-    planes = tl.where(dbias.heads == sizes.heads, 1, sizes.heads)
-    tiles_i = tl.where(dbias.rows == sizes.queries, 1, tl.cdiv(sizes.queries, BLOCK_M))
-    tiles_j = tl.where(dbias.columns == sizes.keys, 1, tl.cdiv(sizes.keys, BLOCK_N))
+    planes = tl.where(dbias.heads == call.sizes.heads, 1, call.sizes.heads)
+    tiles_i = tl.where(dbias.rows == call.sizes.queries, 1, tl.cdiv(call.sizes.queries, BLOCK_M))
+    tiles_j = tl.where(dbias.columns == call.sizes.keys, 1, tl.cdiv(call.sizes.keys, BLOCK_N))
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, sequences * planes * tiles_i * tiles_j):
         first_j = at_j + step % tiles_j * BLOCK_N
         left = step // tiles_j
         first_i = at_i + left % tiles_i * BLOCK_M
         left = left // tiles_i
-        at = opened(sizes, (at_b + left // planes) * sizes.heads + at_h + left % planes)
+        at = opened(call.sizes, (at_b + left // planes) * call.sizes.heads + at_h + left % planes)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
-        if mask.tensor is None or some_allowed(mask, at, i[:, None], j):
+        if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
             lse = load_lse(saved, at, i)
             delta, lse_correction = load_delta(saved, at, i)
-            q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+            q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
             do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
             ds, _k = _tile_gradient(
-                q, do, first_i, first_j, lse, delta, lse_correction, key, value, mask, bias, at, scale, dropout,
-                CAUSAL, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+                call, at, q, do, first_i, first_j, lse, delta, lse_correction, CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N
+            )
             sum += ds
     base = dbias.tensor + (at_plane.to(tl.int64) * dbias.rows) * dbias.columns
     i = at_i + tl.arange(0, BLOCK_M)[:, None]
@@ -239,13 +226,13 @@ def bwd_bias(
     # A dimension of one gets the sum of all tiles' rows or columns, and the other is stored as it is.
     one_row = tl.sum(sum, 0)[None, :]
     one_column = tl.sum(sum, 1)[:, None]
-    if (dbias.rows == sizes.queries) & (dbias.columns == sizes.keys):
+    if (dbias.rows == call.sizes.queries) & (dbias.columns == call.sizes.keys):
         place = base + i.to(tl.int64) * dbias.columns + j
         inside = (i < dbias.rows) & (j < dbias.columns)
         tl.store(place, sum.to(dbias.tensor.dtype.element_ty), mask=inside)
-    elif dbias.columns == sizes.keys:
+    elif dbias.columns == call.sizes.keys:
         tl.store(base + j, one_row.to(dbias.tensor.dtype.element_ty), mask=j < dbias.columns)
-    elif dbias.rows == sizes.queries:
+    elif dbias.rows == call.sizes.queries:
         tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < dbias.rows)
     else:
         both = tl.sum(one_row, 1)[:, None]

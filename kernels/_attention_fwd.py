@@ -7,19 +7,12 @@ import triton.language as tl
 
 from ._attention_scores import end_of_keys, some_allowed, tile_scores
 from ._philox import ATTENTION
-from ._scores import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results
+from ._scores import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results, typed
 
 
 @triton.jit
 def fwd(
-    query,
-    key,
-    value,
-    mask,
-    bias,
-    sizes,
-    scale,
-    dropout,
+    call,
     out,
     lse,
     CAUSAL: tl.constexpr,
@@ -30,11 +23,12 @@ def fwd(
     BLOCK_N: tl.constexpr,
 ):
     """out and lse of BLOCK_M queries."""
-    block, plane = block_and_plane(sizes.queries, BLOCK_M)
-    at = opened(sizes, plane)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
     if first_i < at.queries:
-        q = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
+        q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         weight = tl.zeros((BLOCK_M,), tl.float32)
         top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
@@ -44,32 +38,29 @@ def fwd(
         if CAUSAL:
             whole = tl.minimum(whole, tl.maximum(first_i + 1 + at.shift, 0) // BLOCK_N * BLOCK_N)
         acc, weight, top = _walk(
-            acc, weight, top, q, key, value, mask, bias, at, first_i, 0, whole, scale, dropout,
-            CAUSAL, False, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            call, at, q, acc, weight, top, first_i, 0, whole, CAUSAL, False, PRECISION, D, BLOCK_D, BLOCK_N
+        )
         acc, weight, top = _walk(
-            acc, weight, top, q, key, value, mask, bias, at, first_i, whole, high, scale, dropout,
-            CAUSAL, True, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        store_results(out, lse, at, first_i, acc, weight, top, dropout.keep_scale, sizes, BLOCK_M, D, BLOCK_D)
+            call, at, q, acc, weight, top, first_i, whole, high, CAUSAL, True, PRECISION, D, BLOCK_D, BLOCK_N
+        )
+        store_results(out, lse, at, first_i, acc, weight, top, call.dropout.keep_scale, call.sizes, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit
 def _walk(
-    acc, weight, top, q, key, value, mask, bias, at, first_i, low, high, scale, dropout,
-    CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    call, at, q, acc, weight, top, first_i, low, high, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys low .. high - 1: acc, the sum of weights and the largest score of each row."""
-    i = first_i + tl.arange(0, BLOCK_M)[:, None]
+    i = first_i + tl.arange(0, q.shape[0])[:, None]
     for first_j in range(low, high, BLOCK_N):
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
-        if mask.tensor is None or some_allowed(mask, at, i, j):
-            k = load_rows(key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-            s = tile_scores(q, k, i, j, at, mask, bias, scale, CAUSAL, EDGE, PRECISION)
+        if call.mask.tensor is None or some_allowed(call, at, i, j):
+            k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+            s = tile_scores(call, at, q, k, i, j, CAUSAL, EDGE, PRECISION)
             p, less, weight, top = softmax_step(s, weight, top)
-            if dropout.seed is not None:
-                p = tl.where(kept(dropout, i, first_j, at, ATTENTION, BLOCK_N), p, 0.0)
-            v = load_rows(value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+            if call.dropout.seed is not None:
+                p = tl.where(kept(call.dropout, i, first_j, at, ATTENTION, BLOCK_N), p, 0.0)
+            v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
     return acc, weight, top

@@ -8,7 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._scores import INFINITY, load_scores, some
+from ._philox import Dropout
+from ._scores import INFINITY, Broadcast, Rows, Sizes, load_scores, some
+
+
+class Call(NamedTuple):
+    """What every kernel begins with: a call of the op, forward or backward."""
+
+    query: Rows
+    key: Rows
+    value: Rows
+    mask: Broadcast
+    bias: Broadcast
+    sizes: Sizes
+    scale: float
+    dropout: Dropout
 
 
 @triton.jit
@@ -32,24 +46,22 @@ class BiasGradient(NamedTuple):
 
 
 @triton.jit
-def some_allowed(mask, at, i, j):
+def some_allowed(call, at, i, j):
     """Whether the mask leaves anything of a tile."""
-    return some(load_scores(mask, at, i, j) != 0)
+    return some(load_scores(call.mask, at, i, j) != 0)
 
 
 @triton.jit
-def tile_scores(
-    x, y, i, j, at, mask, bias, scale, CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def tile_scores(call, at, x, y, i, j, CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     """Scores of x times y, one of them queries i and the other keys j, with the bias, -inf where i may not attend j.
 
     Without EDGE all keys of the tile are there, before the diagonal.
     """
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
-    if bias.tensor is not None:
-        s += load_scores(bias, at, i, j).to(tl.float32)
-    if mask.tensor is not None:
-        s = tl.where(load_scores(mask, at, i, j) != 0, s, -INFINITY)
+    s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * call.scale
+    if call.bias.tensor is not None:
+        s += load_scores(call.bias, at, i, j).to(tl.float32)
+    if call.mask.tensor is not None:
+        s = tl.where(load_scores(call.mask, at, i, j) != 0, s, -INFINITY)
     if EDGE:
         s = tl.where(j < at.keys, s, -INFINITY)
         if CAUSAL:

@@ -6,9 +6,11 @@ Source: Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # `Tag` of pyxlbert.reference.philox: the last counter word.
 ATTENTION = tl.constexpr(1)
@@ -16,6 +18,19 @@ RELATIVE_ATTENTION = tl.constexpr(2)
 QUERY_STREAM = tl.constexpr(3)
 DROPOUT_ADD_LAYER_NORM = tl.constexpr(4)
 EMBEDDING_LAYER_NORM = tl.constexpr(5)
+
+
+class Dropout(NamedTuple):
+    """A seed `[1]` or None, what words of random bits are compared with, and the factor of what is kept."""
+
+    seed: Tensor | None
+    threshold: int
+    keep_scale: float
+
+
+def dropout_of(dropout_p: float, seed: Tensor | None) -> Dropout:
+    """Without dropout there is no seed."""
+    return Dropout(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p))
 
 
 def dropout_numbers(dropout_p: float) -> tuple[int, float]:

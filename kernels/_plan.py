@@ -7,7 +7,7 @@ the compiled kernel and its numbers are kept, and the next call puts its tensors
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -28,34 +28,45 @@ _plans: dict[Hashable, Plan] = {}
 
 
 class Plan:
-    """A compiled kernel, its grid and arguments, with holes where the tensors of a call go.
+    """A compiled kernel, its grid, and its arguments but for the tensors of a call.
 
     Args:
         compiled: what the first launch returned.
         grid: of it.
-        arguments: all of them, in the order of the kernel's signature, constants too; records as plain tuples.
-        holes: place in `arguments`, place in the record that stands there or None, and place among the tensors.
+        arguments: all of them, in the order of the kernel's signature, constants too; records hold records.
+        tensors: of the first launch, by their place among a call's.
     """
 
-    def __init__(
-        self,
-        compiled: Any,
-        grid: tuple[int, ...],
-        arguments: list[Any],
-        holes: tuple[tuple[int, int | None, int], ...],
-    ) -> None:
-        self.compiled, self.arguments, self.holes = compiled, arguments, holes
-        self.grid = (*grid, 1, 1)[:3]
+    def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any], tensors: dict[int, int]) -> None:
+        self.compiled, self.grid = compiled, (*grid, 1, 1)[:3]
+        # Records of records of some forty fields: a function that was written for them is put together in a third of
+        # the time of a walk through them.  Records become plain tuples, which is all that a launch asks for.
+        constants: dict[str, Any] = {}
+        source = "".join(f"{_source(argument, tensors, constants)}, " for argument in arguments)
+        self.filled = eval(f"lambda t: ({source})", constants)
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
-        arguments = self.arguments.copy()
-        for place, field, tensor in self.holes:
-            if field is None:
-                arguments[place] = tensors[tensor]
-            else:
-                record = arguments[place]
-                arguments[place] = (*record[:field], tensors[tensor], *record[field + 1 :])
-        self.compiled[self.grid](*arguments)
+        self.compiled[self.grid](*self.filled(tensors))
+
+
+def _source(argument: Any, tensors: dict[int, int], constants: dict[str, Any]) -> str:
+    """The expression of an argument, given the tensors t of a call; what else it needs goes to the constants."""
+    if isinstance(argument, Tensor):
+        return f"t[{tensors[id(argument)]}]"
+    if isinstance(argument, tuple) and any(True for _ in tensors_in(argument)):
+        return "(" + "".join(f"{_source(x, tensors, constants)}, " for x in argument) + ")"
+    name = f"c{len(constants)}"
+    constants[name] = argument
+    return name
+
+
+def tensors_in(argument: Any) -> Iterator[Tensor]:
+    """The tensors of an argument: itself, or those of a record and of the records in it."""
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, tuple):
+        for x in argument:
+            yield from tensors_in(x)
 
 
 def kind_of(device: int, tensors: tuple[Tensor | None, ...], *options: Hashable) -> Hashable:
@@ -91,23 +102,14 @@ def remember(
 ) -> None:
     """Keeps a launch for `run`, if all that it took are these tensors as they are, each once, and numbers.
 
-    They may stand in records, which hold no records themselves.
+    They may stand in records, and in records of these.
     """
     given = {id(x): place for place, x in enumerate(tensors) if x is not None}
     if compiled is None or not POSSIBLE or len(given) != sum(x is not None for x in tensors):
         return
     filled = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-    holes: list[tuple[int, int | None, int]] = []
-    for place, argument in enumerate(filled):
-        if isinstance(argument, tuple):
-            tensors_of = [(field, x) for field, x in enumerate(argument) if isinstance(x, Tensor)]
-            filled[place] = tuple(None if isinstance(x, Tensor) else x for x in argument)
-        else:
-            tensors_of = [(None, argument)] if isinstance(argument, Tensor) else []
-            filled[place] = None if tensors_of else argument
-        if any(id(x) not in given for _, x in tensors_of):
-            return
-        holes += [(place, field, given[id(x)]) for field, x in tensors_of]
+    if any(id(x) not in given for x in tensors_in(tuple(filled))):
+        return
     if len(_plans) >= MOST:
         _plans.clear()
-    _plans[kind] = Plan(compiled, grid, filled, tuple(holes))
+    _plans[kind] = Plan(compiled, grid, filled, given)

@@ -27,14 +27,14 @@ from pyxlbert.launch.rows import int32
 
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
+from ._philox import dropout_of
 from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
 from ._relative_bwd_queries import bwd_queries
 from ._relative_fwd import fwd
-from ._relative_scores import Biases, Marks, Table
+from ._relative_scores import Biases, Call, Marks, Options, Table
 from ._scores import (
     broadcast_of,
     constants_of,
-    dropout_of,
     grid_of,
     rows_of,
     saved_of,
@@ -47,8 +47,7 @@ class Stream:
     """The queries of one stream as the kernels take them, sorted by position if they have any."""
 
     def __init__(self, shared: Shared, stream: Queries) -> None:
-        query, self.shared, self.tag = stream.query, shared, stream.tag
-        self.see_self, self.mask_by_position = stream.see_self, stream.mask_by_position
+        query, self.shared, self.stream = stream.query, shared, stream
         self.order: Tensor | None = None
         positions, segments, rank = int32(stream.positions), int32(stream.segments), int32(stream.rank)
         if positions is not None:
@@ -65,8 +64,7 @@ class Stream:
         self.planes, self.tables = batch * self.heads, tables
         mask, dropout = broadcast_of(shared.attention_mask), dropout_of(shared.dropout_p, shared.seed)
         self.extras = mask.tensor is not None or dropout.seed is not None or rank is not None
-        # What every kernel begins with.
-        self.records = (
+        self.call = Call(
             *(rows_of(x) for x in (self.query, shared.key, shared.value)),
             self.table,
             Biases(*(None if x is None else x.contiguous() for x in shared.biases)),
@@ -89,13 +87,10 @@ class Stream:
 
     def options(self, kernel: str) -> dict[str, Any]:
         """Compile-time constants, the tile, how it is compiled."""
+        shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "CAUSAL": self.shared.causal,
-            "SEE_SELF": self.see_self,
-            "UNIFORM": self.shared.uniform_rows,
-            "BY_POSITION": self.mask_by_position,
-            "TAG": self.tag,
+            "OPTIONS": Options(shared.causal, shared.uniform_rows, *stream.options),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),
@@ -110,7 +105,7 @@ class Stream:
             return out, lse
         options = self.options("relative_fwd")
         grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
-        launch(fwd, grid, out.device, *self.records, rows_of(out), statistics_of(lse), **options)
+        launch(fwd, grid, out.device, self.call, rows_of(out), statistics_of(lse), **options)
         return self.unsorted(out), self._statistics(lse, back=True)
 
     def _statistics(self, lse: Tensor, back: bool = False) -> Tensor:
@@ -133,7 +128,7 @@ class Stream:
             parts = torch.zeros(self.heads, 5, self.head_size, device=device)
             found = {"query": dquery, "key": dkey, "value": dvalue, "table": dtable}
             return {name: x.zero_() for name, x in found.items()} | _biases(parts)
-        given = (*self.records, rows_of(self.sorted(dout)))
+        given = (self.call, rows_of(self.sorted(dout)))
         saved = saved_of(self._statistics(lse))
         options = self.options("relative_bwd_rows")
         grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)

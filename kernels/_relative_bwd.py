@@ -30,30 +30,18 @@ from ._scores import (
     opened,
     store_delta,
     store_rows,
+    typed,
 )
 from ._skew import Matrix, load_seen, skewed
 
 
 @triton.jit
 def bwd_rows(
-    query,
-    key,
-    value,
-    table,
-    biases,
-    marks,
-    mask,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     out,
     saved,
-    CAUSAL: tl.constexpr,
-    SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BY_POSITION: tl.constexpr,
-    TAG: tl.constexpr,
+    OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,10 +49,11 @@ def bwd_rows(
     BLOCK_N: tl.constexpr,
 ):
     """What backward needs of every row first: see `Saved`."""
-    block, plane = block_and_plane(sizes.queries, BLOCK_M)
-    at = opened(sizes, plane)
-    IN_ORDER: tl.constexpr = marks.positions is None
-    SPARSE: tl.constexpr = (marks.key_rank is not None) or (mask.tensor is not None)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    at = opened(call.sizes, plane)
+    IN_ORDER: tl.constexpr = call.marks.positions is None
+    SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     first_i = block * BLOCK_M
     if first_i < at.queries:
         row = first_i + tl.arange(0, BLOCK_M)
@@ -74,57 +63,38 @@ def bwd_rows(
         weight = tl.zeros((BLOCK_M,), tl.float32)
         if tl.max(inexact.to(tl.int32), 0) > 0:
             # Where a row without any key averages over all of them, all of them are read.
-            readable = at.extent if UNIFORM else at.keys
+            readable = at.extent if OPTIONS.uniform_rows else at.keys
             hidden = None
-            if marks.key_rank is not None and not UNIFORM:
-                hidden = marks.key_rank + numbers_before(sizes.keys, sizes, at)
-            keys = Matrix(first_row(key, at), key.row, readable, hidden)
-            band = Matrix(first_table_row(table, at), table.row, table.rows, None)
-            lines = query_lines(marks, sizes, at, first_i, BY_POSITION, BLOCK_M)
-            queries = load_queries(query, biases, marks, sizes, lines, at, D, BLOCK_D, BLOCK_M)
-            for first_j in range(0, end_of_keys(at, first_i, CAUSAL, UNIFORM, IN_ORDER, BLOCK_M), BLOCK_N):
+            if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
+                hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+            keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+            band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+            lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
+            queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
+            for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)[None, :]
                 live = True
                 if SPARSE:
-                    live = some_seen(
-                        lines, first_j, j, marks, mask, sizes, at, lse > 0.5 * UNIFORM_SCORE,
-                        CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
+                    live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
                 if live:
                     k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                     s = skewed(
-                        queries.position, band, table.offset + first_j - lines.top, lines.top - lines.position,
+                        queries.position, band, call.table.offset + first_j - lines.top, lines.top - lines.position,
                         lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                    s = tile_scores(
-                        s, queries.content, k, queries, lines, j, marks, mask, sizes, at, scale,
-                        CAUSAL, SEE_SELF, UNIFORM, PRECISION,
-                    )  # fmt: skip
+                    s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
                     weight += tl.sum(exp(s - lse[:, None]), 1)
         store_delta(saved, at, row, delta, inexact, weight)
 
 
 @triton.jit
 def bwd_keys(
-    query,
-    key,
-    value,
-    table,
-    biases,
-    marks,
-    mask,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dkey,
     dvalue,
-    CAUSAL: tl.constexpr,
-    SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BY_POSITION: tl.constexpr,
-    TAG: tl.constexpr,
+    OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,87 +102,69 @@ def bwd_keys(
     BLOCK_N: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_N keys."""
-    block, plane = block_and_plane(sizes.keys, BLOCK_N)
-    at = opened(sizes, plane)
-    IN_ORDER: tl.constexpr = marks.positions is None
-    SPARSE: tl.constexpr = (marks.key_rank is not None) or (mask.tensor is not None)
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.keys, BLOCK_N)
+    at = opened(call.sizes, plane)
+    IN_ORDER: tl.constexpr = call.marks.positions is None
+    SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     first_j = block * BLOCK_N
     if first_j < at.extent:
         # Where a row without any key averages over all of them, all of them are read.
-        readable = at.extent if UNIFORM else at.keys
+        readable = at.extent if OPTIONS.uniform_rows else at.keys
         hidden = None
-        if marks.key_rank is not None and not UNIFORM:
-            hidden = marks.key_rank + numbers_before(sizes.keys, sizes, at)
-        keys = Matrix(first_row(key, at), key.row, readable, hidden)
-        values = Matrix(first_row(value, at), value.row, readable, hidden)
-        band = Matrix(first_table_row(table, at), table.row, table.rows, None)
+        if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
+            hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
+        band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
         v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
         low = 0
-        if CAUSAL and not UNIFORM and IN_ORDER:
+        if OPTIONS.causal and not OPTIONS.uniform_rows and IN_ORDER:
             low = tl.maximum(first_j - at.shift, 0) // BLOCK_M * BLOCK_M
         for first_i in range(low, tl.where(first_j < readable, at.queries, 0), BLOCK_M):
-            lines = query_lines(marks, sizes, at, first_i, BY_POSITION, BLOCK_M)
+            lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
             row = first_i + tl.arange(0, BLOCK_M)
             lse = load_lse(saved, at, row)
             live = True
             if SPARSE:
-                live = some_seen(
-                    lines, first_j, j, marks, mask, sizes, at, lse > 0.5 * UNIFORM_SCORE,
-                    CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
-                queries = load_queries(query, biases, marks, sizes, lines, at, D, BLOCK_D, BLOCK_M)
+                queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
                 delta, lse_correction = load_delta(saved, at, row)
                 do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                 s = skewed(
-                    queries.position, band, table.offset + first_j - lines.top, lines.top - lines.position,
+                    queries.position, band, call.table.offset + first_j - lines.top, lines.top - lines.position,
                     lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                s = tile_scores(
-                    s, queries.content, k, queries, lines, j, marks, mask, sizes, at, scale,
-                    CAUSAL, SEE_SELF, UNIFORM, PRECISION,
-                )  # fmt: skip
+                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
                 p = exp((s - lse[:, None]) - lse_correction[:, None])
                 dp = row_products(do, v, None, PRECISION)
                 dropped = p
-                if dropout.seed is not None:
-                    keep = kept(dropout, lines.number[:, None], first_j, at, TAG, BLOCK_N)
-                    dropped = tl.where(keep, p * dropout.keep_scale, 0.0)
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                if call.dropout.seed is not None:
+                    keep = kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N)
+                    dropped = tl.where(keep, p * call.dropout.keep_scale, 0.0)
+                    dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
                 dv = add_product(tl.trans(dropped.to(do.dtype)), do, dv, PRECISION)
                 g = p * (dp - delta[:, None])
-                if CAUSAL and UNIFORM:
+                if OPTIONS.causal and OPTIONS.uniform_rows:
                     # Such a score is a constant.
                     g = tl.where(j <= lines.number[:, None] + at.shift, g, 0.0)
                 dk = add_product(tl.trans(g.to(do.dtype)), queries.content, dk, PRECISION)
-        store_rows(dkey, at, dk * scale, first_j, at.extent, BLOCK_N, D, BLOCK_D)
+        store_rows(dkey, at, dk * call.scale, first_j, at.extent, BLOCK_N, D, BLOCK_D)
         store_rows(dvalue, at, dv, first_j, at.extent, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
 def bwd_table(
-    query,
-    key,
-    value,
-    table,
-    biases,
-    marks,
-    mask,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dtable,
-    CAUSAL: tl.constexpr,
-    SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BY_POSITION: tl.constexpr,
-    TAG: tl.constexpr,
+    OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -220,30 +172,31 @@ def bwd_table(
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of BLOCK_N rows of the table, laid out by table row: element (m, n) is of the key at distance n."""
-    block, table_plane = block_and_plane(table.rows, BLOCK_N)
-    IN_ORDER: tl.constexpr = marks.positions is None
-    SPARSE: tl.constexpr = (marks.key_rank is not None) or (mask.tensor is not None)
+    call = typed(call)
+    block, table_plane = block_and_plane(call.table.rows, BLOCK_N)
+    IN_ORDER: tl.constexpr = call.marks.positions is None
+    SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     first_p = block * BLOCK_N
-    group = table_plane // sizes.heads
-    h = table_plane % sizes.heads
+    group = table_plane // call.sizes.heads
+    h = table_plane % call.sizes.heads
     # Of the first of the sequences that share the table.
-    opening = opened(sizes, group * table.sequences * sizes.heads + h)
-    band = Matrix(first_table_row(table, opening), table.row, table.rows, None)
+    opening = opened(call.sizes, group * call.table.sequences * call.sizes.heads + h)
+    band = Matrix(first_table_row(call.table, opening), call.table.row, call.table.rows, None)
     r = load_seen(band, first_p, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    blocks = tl.cdiv(sizes.queries, BLOCK_M)
-    for step in range(0, table.sequences * blocks):
-        at = opened(sizes, (group * table.sequences + step // blocks) * sizes.heads + h)
+    blocks = tl.cdiv(call.sizes.queries, BLOCK_M)
+    for step in range(0, call.table.sequences * blocks):
+        at = opened(call.sizes, (group * call.table.sequences + step // blocks) * call.sizes.heads + h)
         first_i = step % blocks * BLOCK_M
-        lines = query_lines(marks, sizes, at, first_i, BY_POSITION, BLOCK_M)
-        first_j = first_p - table.offset + lines.bottom
+        lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
+        first_j = first_p - call.table.offset + lines.bottom
         # Where a row without any key averages over all of them, all of them are read.
-        readable = at.extent if UNIFORM else at.keys
+        readable = at.extent if OPTIONS.uniform_rows else at.keys
         hidden = None
-        if marks.key_rank is not None and not UNIFORM:
-            hidden = marks.key_rank + numbers_before(sizes.keys, sizes, at)
-        keys = Matrix(first_row(key, at), key.row, readable, hidden)
-        values = Matrix(first_row(value, at), value.row, readable, hidden)
+        if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
+            hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         inside = (first_i < at.queries) & (first_j < readable)
         if inside & (first_j + BLOCK_N + (lines.top - lines.bottom) > 0):
             row = first_i + tl.arange(0, BLOCK_M)
@@ -252,45 +205,46 @@ def bwd_table(
             j = first_j + tl.arange(0, BLOCK_N)[None, :] + moved[:, None]
             live = True
             if SPARSE:
-                live = some_seen(
-                    lines, first_j, j, marks, mask, sizes, at, lse > 0.5 * UNIFORM_SCORE,
-                    CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
-                queries = load_queries(query, biases, marks, sizes, lines, at, D, BLOCK_D, BLOCK_M)
+                queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
                 delta, lse_correction = load_delta(saved, at, row)
                 do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
                 s = skewed(
                     queries.content, keys, first_j, moved, lines.top - lines.bottom,
                     IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                s = tile_scores(
-                    s, queries.position, r, queries, lines, j, marks, mask, sizes, at, scale,
-                    CAUSAL, SEE_SELF, UNIFORM, PRECISION,
-                )  # fmt: skip
+                s = tile_scores(call, at, s, queries.position, r, queries, lines, j, OPTIONS, PRECISION)
                 p = exp((s - lse[:, None]) - lse_correction[:, None])
                 dp = skewed(
                     do, values, first_j, moved, lines.top - lines.bottom,
                     IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                if dropout.seed is not None:
-                    keep = keep_each(tl.load(dropout.seed), j, lines.number[:, None], at.number, TAG, dropout.threshold)
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-                g = p * (dp - delta[:, None]) * scale
-                if CAUSAL and UNIFORM:
+                if call.dropout.seed is not None:
+                    keep = keep_each(
+                        tl.load(call.dropout.seed),
+                        j,
+                        lines.number[:, None],
+                        at.number,
+                        OPTIONS.tag,
+                        call.dropout.threshold,
+                    )
+                    dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
+                g = p * (dp - delta[:, None]) * call.scale
+                if OPTIONS.causal and OPTIONS.uniform_rows:
                     # Such a score is a constant.
                     g = tl.where(j <= lines.number[:, None] + at.shift, g, 0.0)
                 dr = tl.dot(tl.trans(g.to(do.dtype)), queries.position, dr, input_precision=PRECISION)
-    store_table_rows(dtable, dr, group, h, first_p, table, sizes, BLOCK_N, D, BLOCK_D)
+    store_table_rows(call, dtable, dr, group, h, first_p, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
 def store_table_rows(
-    dtable, dr, group, h, first_p, table, sizes, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    call, dtable, dr, group, h, first_p, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Rows first_p .. of one table and head of float32 `[G, R, H, D]`."""
     n = first_p + tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    base = dtable + (group.to(tl.int64) * table.rows * sizes.heads + h) * D
-    place = base + n.to(tl.int64) * (sizes.heads * D) + d
-    tl.store(place, dr, mask=(n < table.rows) & (d < D))
+    base = dtable + (group.to(tl.int64) * call.table.rows * call.sizes.heads + h) * D
+    place = base + n.to(tl.int64) * (call.sizes.heads * D) + d
+    tl.store(place, dr, mask=(n < call.table.rows) & (d < D))

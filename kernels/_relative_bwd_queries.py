@@ -29,32 +29,20 @@ from ._scores import (
     load_rows,
     opened,
     store_rows,
+    typed,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
 
 
 @triton.jit
 def bwd_queries(
-    query,
-    key,
-    value,
-    table,
-    biases,
-    marks,
-    mask,
-    sizes,
-    scale,
-    dropout,
+    call,
     dout,
     saved,
     dquery,
     parts,
     dtable,
-    CAUSAL: tl.constexpr,
-    SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BY_POSITION: tl.constexpr,
-    TAG: tl.constexpr,
+    OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,27 +54,28 @@ def bwd_queries(
 
     With a dtable also what they add to the gradient of the table, by atomics.
     """
-    block, plane = block_and_plane(sizes.queries, BLOCK_M)
-    at = opened(sizes, plane)
-    IN_ORDER: tl.constexpr = marks.positions is None
-    SPARSE: tl.constexpr = (marks.key_rank is not None) or (mask.tensor is not None)
-    ROLLED: tl.constexpr = CARRY and marks.positions is None
+    call = typed(call)
+    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    at = opened(call.sizes, plane)
+    IN_ORDER: tl.constexpr = call.marks.positions is None
+    SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
+    ROLLED: tl.constexpr = CARRY and call.marks.positions is None
     # Long rows of float32 do not leave room for everything: where that spilled, `do` is loaded again for each tile.
-    LONG: tl.constexpr = PRECISION == "ieee" and query.tensor.dtype.element_ty == tl.float32 and D > 64
-    RELOAD: tl.constexpr = LONG and ((marks.positions is None) or SPARSE or (dropout.seed is not None))
-    PIECES: tl.constexpr = 2 if marks.positions is None else 4
+    LONG: tl.constexpr = PRECISION == "ieee" and call.query.tensor.dtype.element_ty == tl.float32 and D > 64
+    RELOAD: tl.constexpr = LONG and ((call.marks.positions is None) or SPARSE or (call.dropout.seed is not None))
+    PIECES: tl.constexpr = 2 if call.marks.positions is None else 4
     # Where a row without any key averages over all of them, all of them are read.
-    readable = at.extent if UNIFORM else at.keys
+    readable = at.extent if OPTIONS.uniform_rows else at.keys
     hidden = None
-    if marks.key_rank is not None and not UNIFORM:
-        hidden = marks.key_rank + numbers_before(sizes.keys, sizes, at)
-    keys = Matrix(first_row(key, at), key.row, readable, hidden)
-    values = Matrix(first_row(value, at), value.row, readable, hidden)
-    band = Matrix(first_table_row(table, at), table.row, table.rows, None)
+    if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
+        hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+    keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+    values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
+    band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
     dband = None
     if dtable is not None:
-        dband = dtable + ((at.b // table.sequences) * table.rows * (sizes.heads * D) + at.h * D)
-    gradient = Matrix(dband, sizes.heads * D, table.rows, None)
+        dband = dtable + ((at.b // call.table.sequences) * call.table.rows * (call.sizes.heads * D) + at.h * D)
+    gradient = Matrix(dband, call.sizes.heads * D, call.table.rows, None)
     first_i = block * BLOCK_M
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -97,8 +86,8 @@ def bwd_queries(
     other_weight = tl.zeros((BLOCK_M,), tl.float32)
     wide = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if first_i < at.queries:
-        lines = query_lines(marks, sizes, at, first_i, BY_POSITION, BLOCK_M)
-        queries = load_queries(query, biases, marks, sizes, lines, at, D, BLOCK_D, BLOCK_M)
+        lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
+        queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
         row = first_i + tl.arange(0, BLOCK_M)
         lse = load_lse(saved, at, row)
         delta, lse_correction = load_delta(saved, at, row)
@@ -107,20 +96,17 @@ def bwd_queries(
         moved = lines.top - lines.position
         if ROLLED:
             # Of the tile before: products with the upper block of its band, and its gradients that belong there.
-            lower = products(queries.position, band, table.offset - lines.top, PRECISION, D, BLOCK_D, BLOCK_N)
+            lower = products(queries.position, band, call.table.offset - lines.top, PRECISION, D, BLOCK_D, BLOCK_N)
             carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             lower_at = 0
-        for first_j in range(0, end_of_keys(at, first_i, CAUSAL, UNIFORM, IN_ORDER, BLOCK_M), BLOCK_N):
+        for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
             live = True
             if SPARSE:
-                live = some_seen(
-                    lines, first_j, j, marks, mask, sizes, at, lse > 0.5 * UNIFORM_SCORE,
-                    CAUSAL, SEE_SELF, UNIFORM, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
-                place = table.offset + first_j - lines.top
+                place = call.table.offset + first_j - lines.top
                 if ROLLED:
                     if SPARSE and lower_at != first_j:
                         lower = products(queries.position, band, place, PRECISION, D, BLOCK_D, BLOCK_N)
@@ -132,26 +118,23 @@ def bwd_queries(
                         queries.position, band, place, moved, lines.top - lines.bottom,
                         IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tile_scores(
-                    s, queries.content, k, queries, lines, j, marks, mask, sizes, at, scale,
-                    CAUSAL, SEE_SELF, UNIFORM, PRECISION, PIECES,
-                )  # fmt: skip
+                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION, PIECES)
                 p = exp((s - lse[:, None]) - lse_correction[:, None])
                 v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 if RELOAD:
                     do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
                 dp = row_products(do, v, None, PRECISION, PIECES)
-                if dropout.seed is not None:
-                    keep = kept(dropout, lines.number[:, None], first_j, at, TAG, BLOCK_N)
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-                g = p * (dp - delta[:, None]) * scale
-                if CAUSAL and UNIFORM:
-                    if marks.key_segments is not None:
+                if call.dropout.seed is not None:
+                    keep = kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N)
+                    dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
+                g = p * (dp - delta[:, None]) * call.scale
+                if OPTIONS.causal and OPTIONS.uniform_rows:
+                    if call.marks.key_segments is not None:
                         g_total += tl.sum(g, 1)
                     # Such a score is a constant.
                     g = tl.where(j <= lines.number[:, None] + at.shift, g, 0.0)
-                if marks.key_segments is not None:
-                    other = is_other_segment(queries, j, marks, sizes, at)
+                if call.marks.key_segments is not None:
+                    other = is_other_segment(call, at, queries, j)
                     g_same += tl.sum(tl.where(other, 0.0, g), 1)
                     g_other += tl.sum(tl.where(other, g, 0.0), 1)
                     other_weight += tl.sum(tl.where(other, p, 0.0), 1)
@@ -160,7 +143,7 @@ def bwd_queries(
                     if SPARSE and lower_at != first_j:
                         dq_position = add_block(
                             dq_position, carried, queries.position, band, gradient,
-                            table.offset + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
+                            call.table.offset + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                         carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     back, inside = unskewed(g, moved, BLOCK_M, BLOCK_N)
@@ -177,40 +160,40 @@ def bwd_queries(
                     )  # fmt: skip
         if ROLLED:
             dq_position = add_block(
-                dq_position, carried, queries.position, band, gradient, table.offset + lower_at - lines.top,
+                dq_position, carried, queries.position, band, gradient, call.table.offset + lower_at - lines.top,
                 PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
-        if marks.key_segments is not None:
+        if call.marks.key_segments is not None:
             # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a
             # sum over rounded results, times the weights.
-            if not (CAUSAL and UNIFORM):
+            if not (OPTIONS.causal and OPTIONS.uniform_rows):
                 g_total = g_same + g_other
             g_same -= g_total * (1.0 - other_weight)
             g_other -= g_total * other_weight
-        same_vector = load_vector(biases.embedding, at.h, D, BLOCK_D)[None, :]
-        other_vector = load_vector(biases.embedding, sizes.heads + at.h, D, BLOCK_D)[None, :]
+        same_vector = load_vector(call.biases.embedding, at.h, D, BLOCK_D)[None, :]
+        other_vector = load_vector(call.biases.embedding, call.sizes.heads + at.h, D, BLOCK_D)[None, :]
         dq_segment = g_same[:, None] * same_vector + g_other[:, None] * other_vector
         store_rows(dquery, at, dq_content + dq_position + dq_segment, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-        if marks.query_segments is not None:
+        if call.marks.query_segments is not None:
             # Loaded again, as registers are short in the loop.
-            wide = load_rows(query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D).to(tl.float32)
+            wide = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D).to(tl.float32)
             wide = tl.where(lines.there[:, None], wide, 0.0)
     # Blocks behind a packed sequence add zeros.
-    store_parts(parts, dq_content, dq_position, g_same, g_other, wide, biases, sizes, at, D, BLOCK_D)
+    store_parts(call, at, parts, dq_content, dq_position, g_same, g_other, wide, D, BLOCK_D)
 
 
 @triton.jit
 def store_parts(
-    parts, dq_content, dq_position, g_same, g_other, wide, biases, sizes, at, D: tl.constexpr, BLOCK_D: tl.constexpr
+    call, at, parts, dq_content, dq_position, g_same, g_other, wide, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """A program's share `[5, D]` of the gradients of the three biases and of both segments' embeddings."""
     d = tl.arange(0, BLOCK_D)
     place = parts + tl.program_id(0).to(tl.int64) * (5 * D) + d
     tl.store(place, tl.sum(dq_content, 0), mask=d < D)
     tl.store(place + D, tl.sum(dq_position, 0), mask=d < D)
-    total_same = tl.sum(g_same, 0) * load_vector(biases.embedding, at.h, D, BLOCK_D)
-    total_other = tl.sum(g_other, 0) * load_vector(biases.embedding, sizes.heads + at.h, D, BLOCK_D)
+    total_same = tl.sum(g_same, 0) * load_vector(call.biases.embedding, at.h, D, BLOCK_D)
+    total_other = tl.sum(g_other, 0) * load_vector(call.biases.embedding, call.sizes.heads + at.h, D, BLOCK_D)
     tl.store(place + 2 * D, total_same + total_other, mask=d < D)
-    asks = wide + load_vector(biases.segment, at.h, D, BLOCK_D)[None, :]
+    asks = wide + load_vector(call.biases.segment, at.h, D, BLOCK_D)[None, :]
     tl.store(place + 3 * D, tl.sum(g_same[:, None] * asks, 0), mask=d < D)
     tl.store(place + 4 * D, tl.sum(g_other[:, None] * asks, 0), mask=d < D)

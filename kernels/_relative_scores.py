@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._philox import Dropout
 from ._products import row_products
-from ._scores import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, load_rows, some
+from ._scores import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
 
 # Records that kernels take.
 
@@ -58,6 +59,35 @@ class Marks(NamedTuple):
     key_rank: Tensor | None
 
 
+class Call(NamedTuple):
+    """What every kernel begins with: one stream of a call, forward or backward."""
+
+    query: Rows
+    key: Rows
+    value: Rows
+    table: Table
+    biases: Biases
+    marks: Marks
+    mask: Broadcast
+    sizes: Sizes
+    scale: float
+    dropout: Dropout
+
+
+class Options(NamedTuple):
+    """What every kernel is compiled for, beside its tile.
+
+    Attributes:
+        causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`; the others as in its `StreamOptions`.
+    """
+
+    causal: bool
+    uniform_rows: bool
+    see_self: bool
+    mask_by_position: bool
+    tag: int
+
+
 # Records of a tile.
 
 
@@ -100,9 +130,9 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def numbers_before(rows, sizes, at):
+def numbers_before(rows, call, at):
     """How many numbers of `[B, rows]`, or packed, stand before a sequence's."""
-    if sizes.cu_seqlens is not None:
+    if call.sizes.cu_seqlens is not None:
         return at.start
     else:
         return at.b * rows
@@ -115,45 +145,41 @@ def first_table_row(table, at):
 
 
 @triton.jit
-def end_of_keys(
-    at, first_i, CAUSAL: tl.constexpr, UNIFORM: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
+def end_of_keys(call, at, first_i, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where the keys of BLOCK_M queries end; where rows without any key average over all of them, behind the last."""
-    if UNIFORM:
+    if OPTIONS.uniform_rows:
         return at.extent
-    elif CAUSAL and IN_ORDER:
+    elif OPTIONS.causal and call.marks.positions is None:
         return tl.minimum(at.keys, tl.maximum(first_i + BLOCK_M + at.shift, 0))
     else:
         return at.keys
 
 
 @triton.jit
-def query_lines(marks, sizes, at, first_i, BY_POSITION: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of the BLOCK_M queries from row first_i on all that is no vector; with BY_POSITION the mask has a row for each
-    position, and not for each query.
-    """
+def query_lines(call, at, first_i, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the BLOCK_M queries from row first_i on all that is no vector."""
     row = first_i + tl.arange(0, BLOCK_M)
-    before = numbers_before(sizes.queries, sizes, at)
+    before = numbers_before(call.sizes.queries, call, at)
     inside = row < at.queries
     there = inside
     number = row
     position = row
     top = first_i + BLOCK_M - 1
     bottom = first_i
-    if marks.positions is not None:
-        number = tl.load(marks.numbers + before + row, mask=inside, other=0)
-        position = tl.load(marks.positions + before + row, mask=inside, other=-1)
+    if call.marks.positions is not None:
+        number = tl.load(call.marks.numbers + before + row, mask=inside, other=0)
+        position = tl.load(call.marks.positions + before + row, mask=inside, other=-1)
         there = inside & (position >= 0)
         top = tl.max(tl.where(there, position, 0), 0)
         bottom = tl.minimum(tl.min(tl.where(there, position, 2**30), 0), top)
         # Lines without a position compute something, of which nothing is used.
         position = tl.where(there, position, top)
     rank = tl.zeros((BLOCK_M,), tl.int32)
-    if marks.query_rank is not None:
-        rank = tl.load(marks.query_rank + before + row, mask=inside, other=0)
+    if call.marks.query_rank is not None:
+        rank = tl.load(call.marks.query_rank + before + row, mask=inside, other=0)
     highest = tl.max(tl.where(there, rank, -UNSEEN_RANK), 0)
     mask_row = number
-    if BY_POSITION:
+    if OPTIONS.mask_by_position:
         mask_row = position
     return Lines(first_i, number, position, there, top, bottom, rank, highest, mask_row)
 
@@ -169,94 +195,89 @@ def load_vector(base, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
-    query, biases, marks, sizes, lines, at, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
+def load_queries(call, at, lines, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """The vectors of the queries of `lines`."""
-    x = load_rows(query, at, lines.first, at.queries, BLOCK_M, D, BLOCK_D)
+    x = load_rows(call.query, at, lines.first, at.queries, BLOCK_M, D, BLOCK_D)
     wide = tl.where(lines.there[:, None], x, 0.0).to(tl.float32)
-    content = (wide + load_vector(biases.content, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
-    position = (wide + load_vector(biases.position, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
+    content = (wide + load_vector(call.biases.content, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
+    position = (wide + load_vector(call.biases.position, at.h, D, BLOCK_D)[None, :]).to(x.dtype)
     same = tl.zeros((BLOCK_M,), tl.float32)
     other = tl.zeros((BLOCK_M,), tl.float32)
     segment = tl.zeros((BLOCK_M,), tl.int32)
-    if marks.query_segments is not None:
-        asks = wide + load_vector(biases.segment, at.h, D, BLOCK_D)[None, :]
-        same = tl.sum(asks * load_vector(biases.embedding, at.h, D, BLOCK_D)[None, :], 1)
-        other = tl.sum(asks * load_vector(biases.embedding, sizes.heads + at.h, D, BLOCK_D)[None, :], 1)
+    if call.marks.query_segments is not None:
+        asks = wide + load_vector(call.biases.segment, at.h, D, BLOCK_D)[None, :]
+        same = tl.sum(asks * load_vector(call.biases.embedding, at.h, D, BLOCK_D)[None, :], 1)
+        other = tl.sum(asks * load_vector(call.biases.embedding, call.sizes.heads + at.h, D, BLOCK_D)[None, :], 1)
         row = lines.first + tl.arange(0, BLOCK_M)
-        place = marks.query_segments + numbers_before(sizes.queries, sizes, at) + row
+        place = call.marks.query_segments + numbers_before(call.sizes.queries, call, at) + row
         segment = tl.load(place, mask=row < at.queries, other=0)
     return Queries(content, position, same, other, segment)
 
 
 @triton.jit
-def is_other_segment(queries, j, marks, sizes, at):
+def is_other_segment(call, at, queries, j):
     """Of a tile, whether query and key are of different segments; j is `[1, N]` or `[M, N]`."""
-    place = marks.key_segments + numbers_before(sizes.keys, sizes, at) + j
+    place = call.marks.key_segments + numbers_before(call.sizes.keys, call, at) + j
     return queries.segment[:, None] != tl.load(place, mask=(j >= 0) & (j < at.extent), other=0)
 
 
 @triton.jit
-def allowed_of(lines, j, marks, mask, sizes, at, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr):
+def allowed_of(call, at, lines, j, OPTIONS: tl.constexpr):
     """Which elements of a tile may be attended; j is `[1, N]` or `[M, N]`."""
     i = lines.number[:, None]
     there = lines.there[:, None]
     real = (j >= 0) & (j < at.extent)
     allowed = real & (j < at.keys)
-    if CAUSAL:
+    if OPTIONS.causal:
         allowed = allowed & (j <= i + at.shift)
-    if mask.tensor is not None:
-        place = mask.tensor + (at.b * mask.batch + at.h * mask.head)
-        place += lines.mask_row[:, None].to(tl.int64) * mask.row + j.to(tl.int64) * mask.column
+    if call.mask.tensor is not None:
+        place = call.mask.tensor + (at.b * call.mask.batch + at.h * call.mask.head)
+        place += lines.mask_row[:, None].to(tl.int64) * call.mask.row + j.to(tl.int64) * call.mask.column
         allowed = allowed & (tl.load(place, mask=real & there, other=0) != 0)
-    if marks.key_rank is not None:
-        place = marks.key_rank + numbers_before(sizes.keys, sizes, at) + j
+    if call.marks.key_rank is not None:
+        place = call.marks.key_rank + numbers_before(call.sizes.keys, call, at) + j
         order = tl.load(place, mask=real, other=UNSEEN_RANK)
         allowed = allowed & (lines.rank[:, None] > order)
-        if SEE_SELF:
+        if OPTIONS.see_self:
             allowed = allowed | ((j == i + at.shift) & (order != UNSEEN_RANK) & real & (j < at.keys))
-    elif SEE_SELF:
+    elif OPTIONS.see_self:
         allowed = allowed | ((j == i + at.shift) & real & (j < at.keys))
     return allowed & there
 
 
 @triton.jit
 def some_seen(
-    lines, first_j, j, marks, mask, sizes, at, settled, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    call, at, lines, first_j, j, settled, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Whether a tile adds anything, or is left out: see `allowed_of`.
 
-    With UNIFORM a tile that nothing is seen of counts for rows that have seen nothing elsewhere, those not `settled`.
+    With `uniform_rows` a tile of which nothing is seen counts for rows that have seen nothing elsewhere, those not
+    `settled`.
     """
-    if mask.tensor is None and j.shape[0] == 1:
+    if call.mask.tensor is None and j.shape[0] == 1:
         # By the ranks of the keys alone, without the tile.
-        place = marks.key_rank + numbers_before(sizes.keys, sizes, at) + j
+        place = call.marks.key_rank + numbers_before(call.sizes.keys, call, at) + j
         order = tl.load(place, mask=(j >= 0) & (j < at.keys), other=UNSEEN_RANK)
         seen = lines.highest > tl.min(tl.min(order, 1), 0)
-        if SEE_SELF:
+        if OPTIONS.see_self:
             first = lines.first + at.shift
             seen = seen | ((first + BLOCK_M > first_j) & (first < first_j + BLOCK_N))
     else:
-        seen = some(allowed_of(lines, j, marks, mask, sizes, at, CAUSAL, SEE_SELF))
-    if UNIFORM:
+        seen = some(allowed_of(call, at, lines, j, OPTIONS))
+    if OPTIONS.uniform_rows:
         seen = seen | some(lines.there[:, None] & (settled == 0)[:, None])
     return seen
 
 
 @triton.jit
-def mask_scores(
-    s, queries, lines, j, marks, mask, sizes, at, scale,
-    CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
+def mask_scores(call, at, s, queries, lines, j, OPTIONS: tl.constexpr):
     """Scores of content and position with the term of segments, scaled; masked ones -inf: see `allowed_of`."""
-    if marks.key_segments is not None:
-        other = is_other_segment(queries, j, marks, sizes, at)
+    if call.marks.key_segments is not None:
+        other = is_other_segment(call, at, queries, j)
         s += tl.where(other, queries.other[:, None], queries.same[:, None])
-    s *= scale
-    allowed = allowed_of(lines, j, marks, mask, sizes, at, CAUSAL, SEE_SELF)
-    if UNIFORM:
+    s *= call.scale
+    allowed = allowed_of(call, at, lines, j, OPTIONS)
+    if OPTIONS.uniform_rows:
         s = tl.where(allowed, s, UNIFORM_SCORE)
         return tl.where((j >= 0) & (j < at.extent) & lines.there[:, None], s, -INFINITY)
     else:
@@ -265,9 +286,8 @@ def mask_scores(
 
 @triton.jit
 def tile_scores(
-    s, x, y, queries, lines, j, marks, mask, sizes, at, scale, CAUSAL: tl.constexpr, SEE_SELF: tl.constexpr,
-    UNIFORM: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4,
+    call, at, s, x, y, queries, lines, j, OPTIONS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4
 ):  # fmt: skip
     """The scores of a tile, one term of which is s already and the other lines of x times rows of y."""
     s = row_products(x, y, s, PRECISION, PIECES)
-    return mask_scores(s, queries, lines, j, marks, mask, sizes, at, scale, CAUSAL, SEE_SELF, UNIFORM)
+    return mask_scores(call, at, s, queries, lines, j, OPTIONS)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyxlbert.launch.rows import rows
+
 from ._launch import launch
 
 _TILE = 4096  # elements
@@ -26,6 +28,25 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+
+class Strided(NamedTuple):
+    """`[M, N]` as an address and the stride of its rows; or None and 0."""
+
+    tensor: Tensor | None
+    stride: int
+
+
+class Statistics(NamedTuple):
+    """float32 `[M]`: a row's mean, and the reciprocal of its standard deviation; or None."""
+
+    mean: Tensor | None
+    rstd: Tensor | None
+
+
+def strided(x: Tensor | None) -> Strided:
+    """Rows of x in place where its last dimension is contiguous, else a copy of it."""
+    return Strided(None, 0) if x is None else Strided(*rows(x))
 
 
 def tile_of(columns: int, each: int = 32) -> Tile:
@@ -74,3 +95,31 @@ def _sum_parts(partial, out, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.
         taken = (part < parts)[:, None] & inside[None, :]
         total += tl.load(partial + part[:, None].to(tl.int64) * columns + column[None, :], mask=taken, other=0.0)
     tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_tile(x, row, inside, BLOCK_N: tl.constexpr):
+    """A tile of rows `[M, 1]`, int64, in float32, zeros outside."""
+    place = x.tensor + row * x.stride + tl.arange(0, BLOCK_N)[None, :]
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_parameter(x, columns, BLOCK_N: tl.constexpr):
+    """A parameter `[N]` in float32, zeros outside."""
+    column = tl.arange(0, BLOCK_N)
+    return tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_statistics(statistics, row, count):
+    """mean and rstd of rows `[M]`, zeros outside."""
+    mean = tl.load(statistics.mean + row, mask=row < count, other=0.0)
+    return mean, tl.load(statistics.rstd + row, mask=row < count, other=0.0)
+
+
+@triton.jit
+def store_statistics(statistics, row, count, mean, rstd):
+    """The counterpart of `load_statistics`."""
+    tl.store(statistics.mean + row, mean, mask=row < count)
+    tl.store(statistics.rstd + row, rstd, mask=row < count)

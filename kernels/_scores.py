@@ -21,7 +21,7 @@ from torch import Tensor
 from pyxlbert.launch.attention import score_strides, strides
 from pyxlbert.launch.rows import int32
 
-from ._philox import dropout_numbers, keep
+from ._philox import keep
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -77,14 +77,6 @@ class Sizes(NamedTuple):
     total: int
     key_lengths: Tensor | None
     cu_seqlens: Tensor | None
-
-
-class Dropout(NamedTuple):
-    """A seed `[1]` or None, what words of random bits are compared with, and the factor of what is kept."""
-
-    seed: Tensor | None
-    threshold: int
-    keep_scale: float
 
 
 class Statistics(NamedTuple):
@@ -147,11 +139,6 @@ def broadcast_of(x: Tensor | None) -> Broadcast:
     return Broadcast(x.view(torch.uint8) if x is not None and x.dtype is torch.bool else x, *score_strides(x))
 
 
-def dropout_of(dropout_p: float, seed: Tensor | None) -> Dropout:
-    """Without dropout there is no seed."""
-    return Dropout(None if dropout_p == 0.0 else seed, *dropout_numbers(dropout_p))
-
-
 def constants_of(head_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """What every kernel of scores is compiled for."""
     padded = max(16, triton.next_power_of_2(head_size))
@@ -172,6 +159,22 @@ def _may_round() -> bool:
 def grid_of(rows: int, block: int, planes: int) -> tuple[int]:
     """The grid of kernels that begin with `block_and_plane`."""
     return (triton.cdiv(rows, block) * planes,)
+
+
+def typed(record, _semantic=None):
+    """A record of records, at the beginning of a kernel, before anything is done with it.
+
+    Triton knows the type of such an argument from before it has filled in what is constant, a None or a 1, and in a
+    loop a value is what its type says: a stride of 1 would be None there.  Here the type is made from the values.
+    """
+    if not isinstance(record, tl.tuple):
+        return record
+    values = [typed(x) for x in record.values]
+    return tl.tuple(values, tl.tuple_type([x.type for x in values], record.type.fields))
+
+
+# It runs while a kernel is compiled, and in the interpreter as it is; some versions pass on what they call semantic.
+setattr(typed, tl.core.TRITON_BUILTIN, True)
 
 
 @triton.jit

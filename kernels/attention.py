@@ -14,7 +14,7 @@ Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithms 1 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -24,18 +24,14 @@ from pyxlbert.launch.attention import lse_of
 
 from ._attention_bwd import bwd_bias, bwd_keys, bwd_queries, bwd_rows
 from ._attention_fwd import fwd
-from ._attention_scores import BiasGradient
+from ._attention_scores import BiasGradient, Call
 from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
 from ._launch import launch
+from ._philox import dropout_of
 from ._plan import kind_of, remember, run
 from ._scores import (
-    Broadcast,
-    Dropout,
-    Rows,
-    Sizes,
     broadcast_of,
     constants_of,
-    dropout_of,
     grid_of,
     precision_of,
     rows_of,
@@ -65,10 +61,10 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     kind = kind_of(device, tensors[:8], "attention", *numbers)
     if run(kind, device, tensors):
         return out, lse
-    inputs = _Inputs.of(call)
-    options = inputs.options("attention_fwd")
-    grid = grid_of(inputs.sizes.queries, options["BLOCK_M"], inputs.planes)
-    arguments = (*inputs.records, rows_of(out), statistics_of(lse))
+    planes, given = _given(call)
+    options = _options("attention_fwd", given, call.causal)
+    grid = grid_of(given.sizes.queries, options["BLOCK_M"], planes)
+    arguments = (given, rows_of(out), statistics_of(lse))
     compiled = launch(fwd, grid, query.device, *arguments, **options)
     remember(kind, tensors, fwd, compiled, grid, arguments, options)
     return out, lse
@@ -82,71 +78,50 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
-    inputs = _Inputs.of(call)
-    sizes, planes, device = inputs.sizes, inputs.planes, query.device
+    planes, given = _given(call)
+    sizes, device = given.sizes, query.device
     saved = saved_of(call.lse.contiguous())
-    given = (*inputs.records, rows_of(call.dout))
+    dout = rows_of(call.dout)
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
-    options = inputs.options("attention_bwd_rows")
+    options = _options("attention_bwd_rows", given, call.causal)
     grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
-    launch(bwd_rows, grid, device, *given, rows_of(call.out), saved, **options)
-    options = inputs.options("attention_bwd_keys")
+    launch(bwd_rows, grid, device, given, dout, rows_of(call.out), saved, **options)
+    options = _options("attention_bwd_keys", given, call.causal)
     grid = grid_of(sizes.keys, options["BLOCK_N"], planes)
-    launch(bwd_keys, grid, device, *given, saved, dkey, dvalue, **options)
-    options = inputs.options("attention_bwd_queries")
+    launch(bwd_keys, grid, device, given, dout, saved, dkey, dvalue, **options)
+    options = _options("attention_bwd_queries", given, call.causal)
     grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
-    launch(bwd_queries, grid, device, *given, saved, dquery, **options)
+    launch(bwd_queries, grid, device, given, dout, saved, dquery, **options)
     if wanted:
-        options = inputs.options("attention_bwd_bias")
+        options = _options("attention_bwd_bias", given, call.causal)
         shape = dbias.shape
         across = triton.cdiv(shape[3], options["BLOCK_N"])
         grid = grid_of(shape[2], options["BLOCK_M"], shape[0] * shape[1] * across)
         gradient = BiasGradient(dbias, *shape, planes // sizes.heads)
-        launch(bwd_bias, grid, device, *given, saved, gradient, **options)
+        launch(bwd_bias, grid, device, given, dout, saved, gradient, **options)
     return *gradients, dbias
 
 
-class _Inputs(NamedTuple):
-    """One call, as the kernels take it; up to `dropout` what every kernel begins with."""
+def _given(call: Any) -> tuple[int, Call]:
+    """B * H, and a call, forward or backward, as the kernels take it."""
+    batch, sizes = sizes_of(call, call.query)
+    return batch * sizes.heads, Call(
+        *(rows_of(x) for x in (call.query, call.key, call.value)),
+        broadcast_of(call.attention_mask),
+        broadcast_of(call.bias),
+        sizes,
+        call.scale,
+        dropout_of(call.dropout_p, call.seed),
+    )
 
-    query: Rows
-    key: Rows
-    value: Rows
-    mask: Broadcast
-    bias: Broadcast
-    sizes: Sizes
-    scale: float
-    dropout: Dropout
-    planes: int  # B * H
-    causal: bool
 
-    @classmethod
-    def of(cls, call: Any) -> _Inputs:
-        """Of a call, forward or backward."""
-        batch, sizes = sizes_of(call, call.query)
-        return cls(
-            *(rows_of(x) for x in (call.query, call.key, call.value)),
-            broadcast_of(call.attention_mask),
-            broadcast_of(call.bias),
-            sizes,
-            call.scale,
-            dropout_of(call.dropout_p, call.seed),
-            batch * sizes.heads,
-            call.causal,
-        )
-
-    @property
-    def records(self) -> tuple[Any, ...]:
-        """What every kernel begins with."""
-        return self[:8]
-
-    def options(self, kernel: str) -> dict[str, Any]:
-        """Compile-time constants, the tile, how it is compiled."""
-        query = self.query.tensor
-        extras = any(x is not None for x in (self.mask.tensor, self.bias.tensor, self.dropout.seed))
-        return {
-            "CAUSAL": self.causal,
-            **constants_of(query.shape[-1], query.dtype),
-            **COMPILE_OPTIONS,
-            **configuration(kernel, query, extras).constants(),
-        }
+def _options(kernel: str, given: Call, causal: bool) -> dict[str, Any]:
+    """Compile-time constants, the tile, how it is compiled."""
+    query = given.query.tensor
+    extras = any(x is not None for x in (given.mask.tensor, given.bias.tensor, given.dropout.seed))
+    return {
+        "CAUSAL": causal,
+        **constants_of(query.shape[-1], query.dtype),
+        **COMPILE_OPTIONS,
+        **configuration(kernel, query, extras).constants(),
+    }

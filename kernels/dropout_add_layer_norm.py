@@ -16,11 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
+from pyxlbert.launch.rows import empty_statistics, row_statistics
 
 from ._launch import launch, refusal_of_rows
-from ._philox import DROPOUT_ADD_LAYER_NORM, dropout_numbers, keep
-from ._rows import partial_sums, parts_of, sum_parts, tile_of
+from ._philox import DROPOUT_ADD_LAYER_NORM, dropout_of, keep
+from ._rows import (
+    Statistics,
+    load_parameter,
+    load_statistics,
+    load_tile,
+    partial_sums,
+    parts_of,
+    store_statistics,
+    strided,
+    sum_parts,
+    tile_of,
+)
 from .layer_norm import input_gradient, statistics
 
 supports = refusal_of_rows
@@ -28,8 +39,6 @@ supports = refusal_of_rows
 
 def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
     """y `[..., N]` in residual's dtype; unless `copy_dtype` is None its copy; where `save`, s, mean and rstd."""
-    source, x_stride = rows(call.x)
-    stream, residual_stride = rows(call.residual)
     y = torch.empty_like(call.residual, memory_format=torch.contiguous_format)
     copy = None if call.copy_dtype is None else torch.empty_like(y, dtype=call.copy_dtype)
     outputs = [y] if copy is None else [y, copy]
@@ -44,10 +53,9 @@ def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
         _fwd,
         (triton.cdiv(count, tile.rows),),
         call.x.device,
-        *(source, x_bias, stream, call.weight.contiguous(), call.bias.contiguous(), y, copy),
-        *(saved or (None, None, None)),
-        *(x_stride, residual_stride, count, columns, call.eps),
-        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
+        *(strided(call.x), x_bias, strided(call.residual), call.weight.contiguous(), call.bias.contiguous()),
+        *(y, copy, saved[0] if saved else None, Statistics(*(saved[1:] or (None, None)))),
+        *(count, columns, call.eps, dropout_of(call.dropout_p, call.seed)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
@@ -58,8 +66,6 @@ def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
 def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx in `x_dtype`, dresidual, dweight, dbias, dx_bias; what is not needed is empty."""
     columns = call.s.shape[-1]
-    gradient, dy_stride = (None, 0) if call.dy is None else rows(call.dy)
-    copy_gradient, dy_copy_stride = (None, 0) if call.dy_copy is None else rows(call.dy_copy)
     dx = torch.empty_like(call.s, dtype=call.x_dtype) if call.needs_x else call.s.new_empty(0, dtype=call.x_dtype)
     dresidual = torch.empty_like(call.s) if call.needs_residual else call.s.new_empty(0)
     dweight, dbias = (one.new_empty(columns if call.needs_parameters else 0) for one in (call.weight, call.bias))
@@ -74,10 +80,9 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
         _bwd,
         (parts,),
         call.s.device,
-        *(gradient, copy_gradient, call.s, call.weight.contiguous(), call.mean, call.rstd),
+        *(strided(call.dy), strided(call.dy_copy), call.s, call.weight.contiguous(), Statistics(call.mean, call.rstd)),
         *(dx if call.needs_x else None, dresidual if call.needs_residual else None, partial, partial_bias),
-        *(dy_stride, dy_copy_stride, count, columns, each),
-        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
+        *(count, columns, each, dropout_of(call.dropout_p, call.seed)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
@@ -91,12 +96,13 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @triton.jit
-def dropped(x, row, seed, threshold, keep_scale, tag: tl.constexpr, BLOCK_N: tl.constexpr):
+def dropped(x, row, dropout, tag: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout of rows `[M, N]`: counter (column // 4, row, row >> 32)."""
     block = tl.arange(0, BLOCK_N // 4)[None, :]
     low = row.to(tl.int32)[:, None]
     high = (row >> 32).to(tl.int32)[:, None]
-    return tl.where(keep(tl.load(seed), block, low, high, tag, threshold), x * keep_scale, 0.0)
+    kept = keep(tl.load(dropout.seed), block, low, high, tag, dropout.threshold)
+    return tl.where(kept, x * dropout.keep_scale, 0.0)
 
 
 @triton.jit
@@ -109,16 +115,11 @@ def _fwd(
     y,
     copy,
     s,
-    mean,
-    rstd,
-    x_stride,
-    residual_stride,
+    saved,
     count,
     columns,
     eps,
-    seed,
-    threshold,
-    keep_scale,
+    dropout,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -127,15 +128,15 @@ def _fwd(
     real = column < columns
     inside = (row < count)[:, None] & real[None, :]
     place = row[:, None]
-    branch = tl.load(x + place * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    branch = load_tile(x, place, inside, BLOCK_N)
     if x_bias is not None:
-        branch += tl.load(x_bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
-    if seed is not None:
-        branch = dropped(branch, row, seed, threshold, keep_scale, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
-    stream = tl.load(residual + place * residual_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        branch += load_parameter(x_bias, columns, BLOCK_N)[None, :]
+    if dropout.seed is not None:
+        branch = dropped(branch, row, dropout, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
+    stream = load_tile(residual, place, inside, BLOCK_N)
     total = tl.where(inside, stream + branch, 0.0)
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    w = load_parameter(weight, columns, BLOCK_N)
+    b = load_parameter(bias, columns, BLOCK_N)
     _mean, r, centred = statistics(total, inside, columns, eps)
     result = centred * r[:, None] * w[None, :] + b[None, :]
     target = place * columns + column[None, :]
@@ -147,8 +148,7 @@ def _fwd(
         stored = total.to(s.dtype.element_ty)
         tl.store(s + target, stored, mask=inside)
         m, r, centred = statistics(stored.to(tl.float32), inside, columns, eps)
-        tl.store(mean + row, m, mask=row < count)
-        tl.store(rstd + row, r, mask=row < count)
+        store_statistics(saved, row, count, m, r)
 
 
 @triton.jit
@@ -157,27 +157,22 @@ def _bwd(
     dy_copy,
     s,
     weight,
-    mean,
-    rstd,
+    saved,
     dx,
     dresidual,
     partial,
     partial_bias,
-    dy_stride,
-    dy_copy_stride,
     count,
     columns,
     each,
-    seed,
-    threshold,
-    keep_scale,
+    dropout,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     first = tl.program_id(0) * each
     column = tl.arange(0, BLOCK_N)
     real = column < columns
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    w = load_parameter(weight, columns, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -187,22 +182,20 @@ def _bwd(
         place = row[:, None]
         target = place * columns + column[None, :]
         gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if dy is not None:
-            gradient += tl.load(dy + place * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        if dy_copy is not None:
-            more = tl.load(dy_copy + place * dy_copy_stride + column[None, :], mask=inside, other=0.0)
-            gradient += more.to(tl.float32)
+        if dy.tensor is not None:
+            gradient += load_tile(dy, place, inside, BLOCK_N)
+        if dy_copy.tensor is not None:
+            gradient += load_tile(dy_copy, place, inside, BLOCK_N)
         values = tl.load(s + target, mask=inside, other=0.0).to(tl.float32)
-        m = tl.load(mean + row, mask=row < count, other=0.0)
-        r = tl.load(rstd + row, mask=row < count, other=0.0)
+        m, r = load_statistics(saved, row, count)
         xhat = tl.where(inside, (values - m[:, None]) * r[:, None], 0.0)
         ds = input_gradient(gradient, xhat, w[None, :], r, columns)
         if dresidual is not None:
             tl.store(dresidual + target, ds.to(dresidual.dtype.element_ty), mask=inside)
         if (dx is not None) or (partial_bias is not None):
             branch = ds
-            if seed is not None:
-                branch = dropped(ds, row, seed, threshold, keep_scale, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
+            if dropout.seed is not None:
+                branch = dropped(ds, row, dropout, DROPOUT_ADD_LAYER_NORM, BLOCK_N)
             if dx is not None:
                 tl.store(dx + target, branch.to(dx.dtype.element_ty), mask=inside)
             if partial_bias is not None:

@@ -12,24 +12,60 @@ A row out of its table's range is never read: its token's result is NaN, and it 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyxlbert.launch.rows import row_statistics, rows
+from pyxlbert.launch.rows import row_statistics
 
 from ._launch import launch, refusal_of_rows
-from ._philox import EMBEDDING_LAYER_NORM, dropout_numbers
-from ._rows import partial_sums, parts_of, sum_parts, tile_of
+from ._philox import EMBEDDING_LAYER_NORM, dropout_of
+from ._rows import (
+    Statistics,
+    load_parameter,
+    load_statistics,
+    load_tile,
+    partial_sums,
+    parts_of,
+    store_statistics,
+    strided,
+    sum_parts,
+    tile_of,
+)
 from .dropout_add_layer_norm import dropped
 from .layer_norm import input_gradient, statistics
 
 supports = refusal_of_rows
 
 CHUNK = 64  # tokens of a program of the scatter
+
+
+class Table(NamedTuple):
+    """A table `[rows, N]` or None, and its index `[M]`, or None: counted by the kernel."""
+
+    tensor: Tensor | None
+    rows: int
+    index: Tensor | None
+
+
+class Runs(NamedTuple):
+    """A table's gradient, how many rows it has, and the one that gets none; of the tokens their row and their order.
+
+    Attributes:
+        index, order: int64 `[M]`.
+        shares: float32 `[2, chunks, N]`: of every chunk its share of the run that it begins with, and of the one that
+            goes on behind it.
+    """
+
+    index: Tensor
+    order: Tensor
+    dtable: Tensor
+    shares: Tensor
+    rows: int
+    skip: int
 
 
 def embedding_layer_norm_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,19 +83,9 @@ def embedding_layer_norm_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
         _fwd,
         (triton.cdiv(count, tile.rows),),
         device,
-        *_tables(call.input_ids, call.word, call.token_type, call.position, call.token_type_ids, call.position_ids),
-        *(
-            call.weight.contiguous(),
-            call.bias.contiguous(),
-            y,
-            copy if copied else None,
-            mean,
-            rstd,
-            count,
-            columns,
-            call.eps,
-        ),
-        *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
+        *_tables(call),
+        *(call.weight.contiguous(), call.bias.contiguous(), y, copy if copied else None, Statistics(mean, rstd)),
+        *(count, columns, call.eps, dropout_of(call.dropout_p, call.seed)),
         BLOCK_M=tile.rows,
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
@@ -76,7 +102,6 @@ def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
         dweight.zero_()
         dbias.zero_()
     else:
-        gradient, stride = rows(call.dy)
         count, tile = call.mean.numel(), tile_of(columns, each=16)
         parts, each = parts_of(count, tile)
         partial = partial_sums(parts, columns, 2, device) if call.needs_parameters else None
@@ -84,9 +109,9 @@ def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
             _bwd,
             (parts,),
             device,
-            *_tables(call.input_ids, call.word, call.token_type, call.position, call.token_type_ids, call.position_ids),
-            *(gradient, stride, call.weight.contiguous(), call.mean, call.rstd, dx, partial, count, columns, each),
-            *(None if call.dropout_p == 0.0 else call.seed, *dropout_numbers(call.dropout_p)),
+            *_tables(call),
+            *(strided(call.dy), call.weight.contiguous(), Statistics(call.mean, call.rstd), dx, partial),
+            *(count, columns, each, dropout_of(call.dropout_p, call.seed)),
             BLOCK_M=tile.rows,
             BLOCK_N=max(4, tile.columns),
             num_warps=tile.warps,
@@ -121,114 +146,88 @@ def _flat(ids: Tensor, like: Tensor) -> Tensor:
     return ids.expand(like.shape).reshape(-1).contiguous()
 
 
-def _tables(
-    input_ids: Tensor,
-    word: Tensor,
-    token_type: Tensor | None,
-    position: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-) -> tuple[Tensor | int | None, ...]:
-    """Each table, its rows and its index `[M]` (None: counted by the kernel), and T."""
+def _tables(call: Any) -> tuple[Table, Table, Table, int]:
+    """word, token type and position, and T."""
+    ids = call.input_ids
 
-    def one(table: Tensor | None, index: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
+    def one(table: Tensor | None, index: Tensor | None) -> Table:
         if table is None:
-            return None, 0, None
-        return table.contiguous(), table.shape[0], None if index is None else _flat(index, input_ids)
+            return Table(None, 0, None)
+        return Table(table.contiguous(), table.shape[0], None if index is None else _flat(index, ids))
 
     return (
-        *one(word, input_ids),
-        *one(token_type, token_type_ids),
-        *one(position, position_ids),
-        input_ids.shape[-1],
+        one(call.word, ids),
+        one(call.token_type, call.token_type_ids),
+        one(call.position, call.position_ids),
+        ids.shape[-1],
     )
 
 
 def _scatter(dx: Tensor, index: Tensor, dtable: Tensor, skip: int) -> None:
     """dtable[index[m]] += dx[m], rows of one index in their order; not for row `skip` or outside of the table."""
     count, columns = dx.shape
-    order = index.argsort(stable=True)
     chunks = triton.cdiv(count, CHUNK)
-    # Of every chunk its share of the run that it begins with, and of the one that goes on behind it.
     shares = torch.empty(2, chunks, columns, dtype=torch.float32, device=dx.device)
+    runs = Runs(index, index.argsort(stable=True), dtable, shares, dtable.shape[0], skip)
     block = min(512, max(32, triton.next_power_of_2(columns)))
     grid = (chunks, triton.cdiv(columns, block))
-    arguments = (index, order, dtable, shares, count, columns, dtable.shape[0], skip)
     options = {"CHUNK": CHUNK, "BLOCK_N": block, "num_warps": 4}
-    launch(_add_runs, grid, dx.device, dx, *arguments, **options)
-    launch(_join, grid, dx.device, *arguments, chunks, **options)
+    launch(_add_runs, grid, dx.device, dx, runs, count, columns, **options)
+    launch(_join, grid, dx.device, runs, count, columns, chunks, **options)
 
 
 @triton.jit
-def _row_of(index, token, there, size):
-    """A token's row of a table of `size`, and whether it is one."""
-    row = tl.load(index + token, mask=there, other=0).to(tl.int64)
-    good = (row >= 0) & (row < size)
+def _row_of(table, token, there):
+    """A token's row of a table, and whether it is one."""
+    row = tl.load(table.index + token, mask=there, other=0).to(tl.int64)
+    good = (row >= 0) & (row < table.rows)
     return tl.where(good, row, 0), good
 
 
 @triton.jit
-def _sums(
-    word,
-    words,
-    word_index,
-    token_type,
-    types,
-    type_index,
-    position,
-    positions,
-    position_index,
-    length,
-    token,
-    column,
-    inside,
-    count,
-    columns,
-):
+def _load_table(table, row, inside, columns, BLOCK_N: tl.constexpr):
+    """Rows `[M]` of a table, `[M, N]` in float32."""
+    place = table.tensor + row[:, None] * columns + tl.arange(0, BLOCK_N)[None, :]
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sums(word, token_type, position, length, token, inside, count, columns, BLOCK_N: tl.constexpr):
     """word + position + token type of tokens `[M]` in float32, and whether all of their rows are there."""
     there = token < count
-    row, good = _row_of(word_index, token, there, words)
-    x = tl.load(word + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if position is not None:
-        if position_index is not None:
-            row, fits = _row_of(position_index, token, there, positions)
+    row, good = _row_of(word, token, there)
+    x = _load_table(word, row, inside, columns, BLOCK_N)
+    if position.tensor is not None:
+        if position.index is not None:
+            row, fits = _row_of(position, token, there)
             good = good & fits
         else:
             row = token % length
-        x += tl.load(position + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if token_type is not None:
+        x += _load_table(position, row, inside, columns, BLOCK_N)
+    if token_type.tensor is not None:
         row = tl.zeros_like(token)
-        if type_index is not None:
-            row, fits = _row_of(type_index, token, there, types)
+        if token_type.index is not None:
+            row, fits = _row_of(token_type, token, there)
             good = good & fits
-        x += tl.load(token_type + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x += _load_table(token_type, row, inside, columns, BLOCK_N)
     return x, good
 
 
 @triton.jit
 def _fwd(
     word,
-    words,
-    word_index,
     token_type,
-    types,
-    type_index,
     position,
-    positions,
-    position_index,
     length,
     weight,
     bias,
     y,
     copy,
-    mean,
-    rstd,
+    saved,
     count,
     columns,
     eps,
-    seed,
-    threshold,
-    keep_scale,
+    dropout,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -236,74 +235,56 @@ def _fwd(
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     inside = (token < count)[:, None] & real[None, :]
-    x, good = _sums(
-        word, words, word_index, token_type, types, type_index, position, positions, position_index, length,
-        token, column, inside, count, columns,
-    )  # fmt: skip
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    x, good = _sums(word, token_type, position, length, token, inside, count, columns, BLOCK_N)
+    w = load_parameter(weight, columns, BLOCK_N)
+    b = load_parameter(bias, columns, BLOCK_N)
     m, r, centred = statistics(x, inside, columns, eps)
     result = centred * r[:, None] * w[None, :] + b[None, :]
-    if seed is not None:
-        result = dropped(result, token, seed, threshold, keep_scale, EMBEDDING_LAYER_NORM, BLOCK_N)
+    if dropout.seed is not None:
+        result = dropped(result, token, dropout, EMBEDDING_LAYER_NORM, BLOCK_N)
     result = tl.where(good[:, None], result, float("nan"))
     target = token[:, None] * columns + column[None, :]
     tl.store(y + target, result.to(y.dtype.element_ty), mask=inside)
     if copy is not None:
         tl.store(copy + target, result.to(copy.dtype.element_ty), mask=inside)
-    tl.store(mean + token, m, mask=token < count)
-    tl.store(rstd + token, r, mask=token < count)
+    store_statistics(saved, token, count, m, r)
 
 
 @triton.jit
 def _bwd(
     word,
-    words,
-    word_index,
     token_type,
-    types,
-    type_index,
     position,
-    positions,
-    position_index,
     length,
     dy,
-    dy_stride,
     weight,
-    mean,
-    rstd,
+    saved,
     dx,
     partial,
     count,
     columns,
     each,
-    seed,
-    threshold,
-    keep_scale,
+    dropout,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     first = tl.program_id(0) * each
     column = tl.arange(0, BLOCK_N)
     real = column < columns
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    w = load_parameter(weight, columns, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, tl.minimum(first + each, count), BLOCK_M):
         token = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = (token < count)[:, None] & real[None, :]
-        x, good = _sums(
-            word, words, word_index, token_type, types, type_index, position, positions, position_index, length,
-            token, column, inside, count, columns,
-        )  # fmt: skip
+        x, good = _sums(word, token_type, position, length, token, inside, count, columns, BLOCK_N)
         # A token without a row adds nothing.
         taken = inside & good[:, None]
-        gradient = tl.load(dy + token[:, None] * dy_stride + column[None, :], mask=taken, other=0.0).to(tl.float32)
-        if seed is not None:
-            gradient = dropped(gradient, token, seed, threshold, keep_scale, EMBEDDING_LAYER_NORM, BLOCK_N)
+        gradient = load_tile(dy, token[:, None], taken, BLOCK_N)
+        if dropout.seed is not None:
+            gradient = dropped(gradient, token, dropout, EMBEDDING_LAYER_NORM, BLOCK_N)
             gradient = tl.where(taken, gradient, 0.0)
-        m = tl.load(mean + token, mask=token < count, other=0.0)
-        r = tl.load(rstd + token, mask=token < count, other=0.0)
+        m, r = load_statistics(saved, token, count)
         xhat = tl.where(inside, (x - m[:, None]) * r[:, None], 0.0)
         result = input_gradient(gradient, xhat, w[None, :], r, columns)
         tl.store(dx + token[:, None] * columns + column[None, :], result, mask=inside)
@@ -318,90 +299,66 @@ def _bwd(
 
 
 @triton.jit
-def _sorted_row(index, order, at, count):
+def _sorted_row(runs, at, count):
     """The table's row of the token that is at this place of the order; -2 before the first, -3 behind the last."""
     there = (at >= 0) & (at < count)
-    token = tl.load(order + at, mask=there, other=0)
-    row = tl.load(index + token, mask=there, other=0).to(tl.int64)
+    token = tl.load(runs.order + at, mask=there, other=0)
+    row = tl.load(runs.index + token, mask=there, other=0).to(tl.int64)
     return tl.where(there, row, tl.where(at < 0, -2, -3))
 
 
 @triton.jit
-def _add_runs(
-    dx,
-    index,
-    order,
-    dtable,
-    shares,
-    count,
-    columns,
-    size,
-    skip,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The runs of a chunk: those within it to the table, the first and last share of longer ones to `shares`."""
+def _add_runs(dx, runs, count, columns, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The runs of a chunk: those within it to the table, the first and last share of longer ones to the shares."""
     chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = column < columns
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, count)
     sum = tl.zeros((BLOCK_N,), tl.float32)
-    before = _sorted_row(index, order, first - 1, count)
-    mine = shares + chunk.to(tl.int64) * columns + column
+    before = _sorted_row(runs, first - 1, count)
+    mine = runs.shares + chunk.to(tl.int64) * columns + column
     behind = mine + tl.num_programs(0).to(tl.int64) * columns
-    row = _sorted_row(index, order, first, count)
+    row = _sorted_row(runs, first, count)
     # Whether the run that is being added up began in a chunk before.
     goes_on = row == before
     for at in range(first, last):
-        token = tl.load(order + at).to(tl.int64)
+        token = tl.load(runs.order + at).to(tl.int64)
         sum += tl.load(dx + token * columns + column, mask=real, other=0.0)
-        following = _sorted_row(index, order, at + 1, count)
+        following = _sorted_row(runs, at + 1, count)
         if (following != row) | (at + 1 == last):
             # The end of a run, or of what this chunk has of it.
             if goes_on:
                 tl.store(mine, sum, mask=real)
             elif following == row:
                 tl.store(behind, sum, mask=real)
-            elif (row >= 0) & (row < size) & (row != skip):
-                tl.store(dtable + row * columns + column, sum.to(dtable.dtype.element_ty), mask=real)
+            elif (row >= 0) & (row < runs.rows) & (row != runs.skip):
+                tl.store(runs.dtable + row * columns + column, sum.to(runs.dtable.dtype.element_ty), mask=real)
             sum = tl.zeros((BLOCK_N,), tl.float32)
             goes_on = False
         row = following
 
 
 @triton.jit
-def _join(
-    index,
-    order,
-    dtable,
-    shares,
-    count,
-    columns,
-    size,
-    skip,
-    chunks,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _join(runs, count, columns, chunks, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The run that begins in this chunk and goes on behind it: the sum of all chunks' shares, in order."""
     chunk = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = column < columns
     first = chunk * CHUNK
     end = first + CHUNK
-    row = _sorted_row(index, order, end - 1, count)
-    crosses = (row == _sorted_row(index, order, end, count)) & (end < count)
+    row = _sorted_row(runs, end - 1, count)
+    crosses = (row == _sorted_row(runs, end, count)) & (end < count)
     # A run that fills the chunk and began before belongs to where it began.
-    whole = (_sorted_row(index, order, first, count) == row) & (_sorted_row(index, order, first - 1, count) == row)
-    if crosses & (whole == 0) & (row >= 0) & (row < size) & (row != skip):
-        sum = tl.load(shares + (chunks + chunk).to(tl.int64) * columns + column, mask=real, other=0.0)
+    whole = (_sorted_row(runs, first, count) == row) & (_sorted_row(runs, first - 1, count) == row)
+    if crosses & (whole == 0) & (row >= 0) & (row < runs.rows) & (row != runs.skip):
+        sum = tl.load(runs.shares + (chunks + chunk).to(tl.int64) * columns + column, mask=real, other=0.0)
         at = chunk + 1
         more = True
         while more:
-            sum += tl.load(shares + at.to(tl.int64) * columns + column, mask=real, other=0.0)
+            sum += tl.load(runs.shares + at.to(tl.int64) * columns + column, mask=real, other=0.0)
             at += 1
             next_first = at * CHUNK
             # Goes on as long as a chunk begins with the row that the one before ends with.
-            more = (next_first < count) & (_sorted_row(index, order, next_first, count) == row)
-        tl.store(dtable + row * columns + column, sum.to(dtable.dtype.element_ty), mask=real)
+            more = (next_first < count) & (_sorted_row(runs, next_first, count) == row)
+        tl.store(runs.dtable + row * columns + column, sum.to(runs.dtable.dtype.element_ty), mask=real)

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -47,10 +46,6 @@ CIRCLES: set[tuple[str, str]] = set()
 
 # What one reader can hold.
 MOST_PARAMETERS, MOST_LINES = 15, 800
-
-# How many functions of a room have more parameters, and how many files more lines. The numbers only fall.
-LONG_SIGNATURES = {"kernels": 17}
-LONG_FILES: dict[str, int] = {}
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
@@ -246,11 +241,6 @@ def test_an_import_of_the_package_is_an_arrow_to_where_the_name_lives(tmp_path, 
         assert room in {name.split(".")[1] for name in imports(path)}, code
 
 
-def room_of(path: Path) -> str:
-    """``kernels`` or ``pyxlbert/ops``: the folder of the tree, of the package's the folder or file in it."""
-    return "/".join(path.relative_to(ROOT).parts[: 2 if path.is_relative_to(PACKAGE) else 1])
-
-
 def long_signatures(code: str, public: set[str]) -> list[str]:
     """Functions with too many parameters, lambdas too; those that are `public` are left out, as ``C.f`` in a class."""
     found = []
@@ -287,23 +277,23 @@ def test_signatures_are_short() -> None:
     assert long_signatures(code, set()) == ["f has 16", "C.f has 16", "<lambda> has 16"]
     assert long_signatures(code, {"f", "C.f"}) == ["<lambda> has 16"]
     found = [
-        (room_of(path), f"{path.relative_to(ROOT)}: {name}")
+        f"{path.relative_to(ROOT)}: {name}"
         for folder in (*FOLDERS, "tests")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for name in long_signatures(text_of(path), public_signatures(path))
     ]
-    assert Counter(room for room, _ in found) == LONG_SIGNATURES, "\n".join(text for _, text in found)
+    assert not found
 
 
 def test_files_are_short() -> None:
     found = [
-        (room_of(path), f"{path.relative_to(ROOT)} has {lines}")
+        f"{path.relative_to(ROOT)} has {lines}"
         for folder in (*FOLDERS, "tests", "csrc")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
         and (lines := len(text_of(path).splitlines())) > MOST_LINES
     ]
-    assert Counter(room for room, _ in found) == LONG_FILES, "\n".join(text for _, text in found)
+    assert not found
 
 
 def test_no_assert_on_user_input() -> None:

@@ -50,10 +50,8 @@ class _Rows:
             query.shape[1] if shared.cu_seqlens is None else longest(shared.cu_seqlens),
             out.data_ptr(),
             lse.data_ptr(),
-            stream.tag,
             *(address(x) for x in numbers),
-            stream.see_self,
-            stream.mask_by_position,
+            *stream.options,
         )
 
 

@@ -13,6 +13,7 @@ from pyxlbert.cpu import _packed
 from pyxlbert.cpu._attention import adjacent_keys, longest
 from pyxlbert.cpu._tensors import refusal
 from pyxlbert.launch.attention import score_strides
+from pyxlbert.launch.relative import RELATIVE_ATTENTION, StreamOptions
 from pyxlbert.launch.rows import DTYPE, address, int32
 
 Norm = tuple[Tensor, Tensor, float]  # weight and bias [E], eps
@@ -224,11 +225,9 @@ def _relative(
         *nowhere,
         length,
         *(0, 0),  # out, lse
-        2,  # the tag of dropout, of which there is none
         *(0, 0),  # positions, order
         *(address(numbers[2]), address(numbers[3])),
-        distances.see_self,
-        False,
+        *StreamOptions(distances.see_self, False, RELATIVE_ATTENTION),
     )
     return relative, rows, numbers
 

@@ -60,8 +60,7 @@ class _Call:
         self.keep += [query, positions, numbers, rank, segments]
         return backends.cuda_kernels.QueryStream(
             *(query.data_ptr(), strides(query), _rows(shared, query), address(positions), address(numbers)),
-            *(address(rank), address(segments), stream.see_self, stream.mask_by_position, stream.tag),
-            *(out.data_ptr(), lse.data_ptr()),
+            *(address(rank), address(segments), *stream.options, out.data_ptr(), lse.data_ptr()),
         )
 
 
@@ -142,8 +141,6 @@ def _cut(tensors: list[Tensor], head_size: int) -> list[Tensor]:
 def _shared(dkey: Tensor, dvalue: Tensor, dtable: Tensor, sums: Tensor, head_size: int) -> dict[str, Tensor]:
     dkey, dvalue, dtable, sums = _cut([dkey, dvalue, dtable, sums], head_size)
     # Each a tensor of its own: what an op returns shares no memory.
-    content, position, segment, same, different = (
-        x.clone(memory_format=torch.contiguous_format) for x in sums.unbind(1)
-    )
-    found = (dkey, dvalue, dtable, content, position, segment, torch.stack([same, different]))
+    content, position, segment, same, other = (x.clone(memory_format=torch.contiguous_format) for x in sums.unbind(1))
+    found = (dkey, dvalue, dtable, content, position, segment, torch.stack([same, other]))
     return dict(zip(SHARED, found, strict=True))

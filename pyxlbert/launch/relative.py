@@ -39,6 +39,20 @@ class Shared(NamedTuple):
     uniform_rows: bool
 
 
+class StreamOptions(NamedTuple):
+    """What the kernels of every backend are told of a stream beside its tensors, in this order.
+
+    Attributes:
+        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
+        mask_by_position: whether the mask's row is a query's position and not its number.
+        tag: of the dropout bits.
+    """
+
+    see_self: bool
+    mask_by_position: bool
+    tag: int
+
+
 class Stream(NamedTuple):
     """The queries of one stream.
 
@@ -46,25 +60,20 @@ class Stream(NamedTuple):
         query: `[B, T, H, D]` or packed.
         segments, rank: `[B, T]` or packed, or None.
         positions: `[B, T]`, -1 for a row without one; None: a row's own number.
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
     """
 
     query: Tensor
     segments: Tensor | None
     positions: Tensor | None
     rank: Tensor | None
-    see_self: bool
-    mask_by_position: bool
-    tag: int
+    options: StreamOptions
 
 
 def relative_call(call: Any) -> tuple[Shared, Stream]:
     """A call of relative_attention, forward or backward."""
     stream = Stream(
-        *(call.query, call.query_segments, call.query_positions, call.query_rank, call.see_self, False),
-        RELATIVE_ATTENTION,
+        *(call.query, call.query_segments, call.query_positions, call.query_rank),
+        StreamOptions(call.see_self, False, RELATIVE_ATTENTION),
     )
     return _shared(call, call.cu_seqlens, call.max_seqlen, call.causal), stream
 
@@ -75,9 +84,12 @@ def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
     """
     hidden = call.query_rank is not None or call.attention_mask is not None
     segments, rank = (at_targets(x, call.target_positions) for x in (call.query_segments, call.query_rank))
-    content = (call.content_query, call.query_segments, None, call.query_rank, hidden, False, RELATIVE_ATTENTION)
-    query = (call.query_query, segments, call.target_positions, rank, False, True, QUERY_STREAM)
-    return _shared(call, None, 0, False), [Stream(*content), Stream(*query)]
+    content = StreamOptions(hidden, False, RELATIVE_ATTENTION)
+    query = StreamOptions(False, True, QUERY_STREAM)
+    return _shared(call, None, 0, False), [
+        Stream(call.content_query, call.query_segments, None, call.query_rank, content),
+        Stream(call.query_query, segments, call.target_positions, rank, query),
+    ]
 
 
 def _shared(call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool) -> Shared:

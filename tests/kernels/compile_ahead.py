@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from pyxlbert.bench.ahead import ARCHITECTURES, compile_for, launching, report
-from torch import Tensor
+from pyxlbert.kernels._plan import tensors_in
 
 from pyxlbert import backends
 from pyxlbert.testing.specs import SPECS
@@ -96,7 +96,7 @@ def main(op: str, every: bool) -> None:
             **report(compiled),
         }
         line |= {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages") if name in options}
-        line["half"] = any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in arguments)
+        line["half"] = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors_in(arguments))
         print(json.dumps(line), flush=True)
 
     for architecture in ARCHITECTURES:

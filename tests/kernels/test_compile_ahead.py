@@ -54,6 +54,7 @@ def test_kernels_compile(op: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["architecture"] for line in lines} == (set(SHARED) if ALL else architectures(op))
+    assert any(line["half"] for line in lines)
     wrong = []
     for line in lines:
         architecture = line["architecture"]
