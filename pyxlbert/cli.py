@@ -1,4 +1,4 @@
-"""The `pyxlbert` command: `embed` writes sentence vectors, `info` says what this machine has."""
+"""The `pyxlbert` command: `embed` writes sentence vectors, `quantise` integers, `info` says what this machine has."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 import pyxlbert
 from pyxlbert import backends
 from pyxlbert.files import whole_file
+from pyxlbert.text.sentence_encoder import quantise_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
@@ -110,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
     embed.set_defaults(run=_embed)
 
+    quantise = commands.add_parser(
+        "quantise",
+        help="write a model's eight-bit integers beside its weights",
+        description="Writes int8.safetensors, which --dtype int8 then takes; other files stay as they are.",
+    )
+    quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
+    quantise.set_defaults(run=_quantise)
+
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))
     return parser
@@ -148,6 +157,11 @@ def _embed(options: argparse.Namespace) -> None:
     with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
+
+
+def _quantise(options: argparse.Namespace) -> None:
+    path = quantise_directory(options.model)
+    print(f"{path.stat().st_size >> 10} KiB: {path}", file=sys.stderr)
 
 
 def read_lines(name: str) -> list[str]:
