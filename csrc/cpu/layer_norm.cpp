@@ -21,11 +21,10 @@ void forward(const LayerNormFwd& a) {
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(scratch_rows.threads)
-    {
-        float* row = scratch_rows.mine();
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < a.rows; ++i) {
+    in_team(scratch_rows.threads, [&](int thread, int threads) PYXLBERT_WORK {
+        float* row = scratch_rows.of(thread);
+        const std::int64_t end = block_start(a.rows, threads, thread + 1);
+        for (std::int64_t i = block_start(a.rows, threads, thread); i < end; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             T* y = static_cast<T*>(a.y) + i * n;
             Vec sum = zero();
@@ -42,7 +41,7 @@ void forward(const LayerNormFwd& a) {
                 a.rstd[i] = rstd;
             }
         }
-    }
+    });
 }
 
 template <class T>

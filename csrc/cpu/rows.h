@@ -6,6 +6,7 @@
 #include "../workspace.h"
 #include "simd.h"
 #include "sums.h"
+#include "team.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -238,7 +239,8 @@ struct TeamScratch {
     std::int64_t each;
     float* data;
 
-    PYXLBERT_INLINE float* mine() const { return data + omp_get_thread_num() * each; }
+    PYXLBERT_INLINE float* mine() const { return of(omp_get_thread_num()); }
+    PYXLBERT_INLINE float* of(int thread) const { return data + thread * each; }
 };
 
 PYXLBERT_INLINE TeamScratch team_scratch(int threads, std::int64_t floats) {
