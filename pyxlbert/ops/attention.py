@@ -7,7 +7,7 @@ al., "FlashAttention", https://arxiv.org/abs/2205.14135, section B.2.
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -175,7 +175,7 @@ def attention(
     if (
         cu_seqlens is max_seqlen is attention_mask is bias is seed is None
         and (causal is False or causal is True)
-        and (scale is None or (type(scale) is float and isfinite(scale)))
+        and (scale is None or (type(scale) is float and -inf < scale < inf))
         and type(dropout_p) is float
         and dropout_p == 0.0
         and _usual(backend, query, key, value, key_lengths)
