@@ -66,7 +66,11 @@ class Op(Choice):
         def usual(backend: str | None, *tensors: Any) -> bool:
             return (
                 not torch.compiler.is_compiling()
-                and (default_backend() in _USUAL_BACKENDS if backend is None else backend == "cpu")
+                and (
+                    default_backend() in _USUAL_BACKENDS
+                    if backend is None
+                    else type(backend) is str and backend == "cpu"
+                )
                 and look(tensors)
             )
 
