@@ -57,14 +57,15 @@ std::unique_ptr<Memory> floats(Address source, std::int64_t n, std::int64_t padd
 
 using Part = std::array<std::int64_t, 4>;  // address, rows, row stride, inner stride
 
-// The weights of one or more linear layers of K inputs, one below the other, packed for the active level.
+// The weights of one or more linear layers of K inputs, one below the other, packed for the active level; where there
+// are scales, they are integers.
 class OwnedLinear {
   public:
-    OwnedLinear(const std::vector<Part>& given, Address bias, std::int64_t inner, int dtype, bool quantised)
+    OwnedLinear(const std::vector<Part>& given, Address bias, std::int64_t inner, int dtype, Address scales)
         : level_(active_level()) {
         std::vector<WeightRows> parts;
         PackedMatrix& w = linear.weight;
-        w = {nullptr, 0, inner, DType(dtype), quantised, nullptr, nullptr, 0};
+        w = {nullptr, 0, inner, DType(dtype), scales != 0, nullptr, nullptr, 0};
         for (const Part& part : given) {
             parts.push_back({pointer<const void>(static_cast<Address>(part[0])), part[1], part[2], part[3]});
             w.columns += part[1];
@@ -74,10 +75,10 @@ class OwnedLinear {
         weight_ = std::make_unique<Memory>(static_cast<std::size_t>(w.bytes));
         w.data = weight_->data();
         constexpr std::int64_t widest_panel = 64;
-        if (quantised) {
-            scales_ = floats(0, 0, w.columns + widest_panel);
+        if (w.quantised) {
+            scales_ = floats(scales, w.columns, w.columns + widest_panel);
             sums_ = floats(0, 0, w.columns + widest_panel);
-            w.scales = static_cast<float*>(scales_->data());
+            w.scales = static_cast<const float*>(scales_->data());
             w.sums = static_cast<float*>(sums_->data());
         }
         run(pack);
@@ -190,7 +191,7 @@ void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::in
 
 void bind_encoder(py::module_& cpu) {
     py::class_<OwnedLinear, std::shared_ptr<OwnedLinear>>(cpu, "PackedLinear")
-        .def(py::init<const std::vector<Part>&, Address, std::int64_t, int, bool>())
+        .def(py::init<const std::vector<Part>&, Address, std::int64_t, int, Address>())
         .def_property_readonly("columns", [](const OwnedLinear& one) { return one.linear.weight.columns; })
         .def_property_readonly("inner", [](const OwnedLinear& one) { return one.linear.weight.inner; })
         .def_property_readonly("dtype",

@@ -1,10 +1,11 @@
-// The one Python module: addresses, sizes and strides in, nothing out.  Shapes and types have been
-// checked in Python before a function of this file is called.
+// The one Python module: tensors, or addresses, sizes and strides in, nothing out.  Shapes and types have been checked
+// before a function of this file is called.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
@@ -26,6 +27,7 @@ namespace py = pybind11;
 using pyxlbert::Address;
 using pyxlbert::DType;
 using pyxlbert::pointer;
+using pyxlbert::View;
 
 namespace {
 
@@ -66,9 +68,54 @@ pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_
             threads};
 }
 
-void attention_fwd(const pyxlbert::AttentionInputs& inputs, Address out, Address lse) {
-    pyxlbert::AttentionFwd arguments{inputs, pointer(out), pointer<float>(lse)};
-    PYXLBERT_RUN_AMX(attention_fwd, arguments, amx);
+pyxlbert::AttentionTensor attention_tensor(const View& x) {
+    const bool packed = x.dimensions == 3;
+    return {x.data, packed ? 0 : x.strides[0], x.strides[packed ? 0 : 1], x.strides[packed ? 1 : 2]};
+}
+// Broadcast dimensions have a stride of 0.
+pyxlbert::ScoreTensor score_tensor(const View& x) {
+    if (x.data == nullptr) return {};
+    const auto stride = [&](int d) { return x.shape[d] == 1 ? 0 : x.strides[d]; };
+    return {x.data, stride(0), stride(1), stride(2), stride(3)};
+}
+
+// The same of tensors; `longest` is that of packed sequences.  None if elements of a row are not adjacent.
+std::optional<pyxlbert::AttentionInputs> attention_inputs_of(const View& query, const View& key, const View& value,
+                                                             const View& key_lengths, const View& cu_seqlens,
+                                                             const View& mask, const View& bias, std::int64_t longest,
+                                                             float scale, double dropout_p, std::int64_t seed,
+                                                             bool causal, int threads) {
+    for (const View* one : {&query, &key, &value})
+        if (one->strides[one->dimensions - 1] != 1) return std::nullopt;
+    const bool packed = cu_seqlens.data != nullptr;
+    const std::int64_t* shape = query.shape + query.dimensions - 2;
+    return pyxlbert::AttentionInputs{attention_tensor(query),
+                                     attention_tensor(key),
+                                     attention_tensor(value),
+                                     static_cast<const std::int32_t*>(key_lengths.data),
+                                     static_cast<const std::int32_t*>(cu_seqlens.data),
+                                     score_tensor(mask),
+                                     score_tensor(bias),
+                                     packed ? cu_seqlens.shape[0] - 1 : query.shape[0],
+                                     shape[0],
+                                     packed ? longest : query.shape[1],
+                                     packed ? longest : key.shape[1],
+                                     shape[1],
+                                     packed ? query.shape[0] : 0,
+                                     scale,
+                                     dropout_p,
+                                     seed,
+                                     query.dtype,
+                                     bias.dtype,
+                                     causal,
+                                     threads};
+}
+
+void attention_fwd(const pyxlbert::AttentionInputs& inputs, const View& out, const View& lse) {
+    const pyxlbert::AttentionFwd arguments{inputs, out.data, static_cast<float*>(lse.data)};
+    // 131,072 multiplications take a microsecond or two.
+    const std::int64_t products = inputs.batch * inputs.heads * inputs.queries * (inputs.keys + 1) * inputs.head_size;
+    PYXLBERT_RUN_WHERE(attention_fwd, arguments, amx, products > (1 << 17));
 }
 
 void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const Strides3& dout_strides, Address out,
@@ -162,13 +209,23 @@ void two_stream_attention_bwd(const pyxlbert::RelativeAttentionBwd& arguments) {
     PYXLBERT_RUN_AMX(two_stream_attention_bwd, arguments, amx);
 }
 
-void layer_norm_fwd(Address x, Address weight, Address bias, Address y, Address mean, Address rstd, std::int64_t rows,
-                    std::int64_t columns, std::int64_t x_stride, float eps, int dtype, int weight_dtype, int bias_dtype,
-                    int threads) {
-    pyxlbert::LayerNormFwd arguments{
-        pointer(x), pointer(weight), pointer(bias), pointer(y),   pointer<float>(mean), pointer<float>(rstd), rows,
-        columns,    x_stride,        eps,           DType(dtype), DType(weight_dtype),  DType(bias_dtype),    threads};
-    PYXLBERT_RUN(layer_norm_fwd, arguments);
+void layer_norm_fwd(const View& x, const View& weight, const View& bias, const View& y, const View& mean,
+                    const View& rstd, float eps, int threads) {
+    const pyxlbert::LayerNormFwd arguments{x.data,
+                                           weight.data,
+                                           bias.data,
+                                           y.data,
+                                           static_cast<float*>(mean.data),
+                                           static_cast<float*>(rstd.data),
+                                           y.elements() / y.columns(),
+                                           y.columns(),
+                                           x.row_stride(),
+                                           eps,
+                                           x.dtype,
+                                           weight.dtype,
+                                           bias.dtype,
+                                           threads};
+    PYXLBERT_RUN_ROWS(layer_norm_fwd, arguments, y.elements());
 }
 
 void layer_norm_bwd(Address dy, Address x, Address weight, Address mean, Address rstd, Address dx, Address dweight,
@@ -193,11 +250,11 @@ void layer_norm_bwd(Address dy, Address x, Address weight, Address mean, Address
     PYXLBERT_RUN(layer_norm_bwd, arguments);
 }
 
-void bias_gelu_fwd(Address x, Address bias, Address y, std::int64_t rows, std::int64_t columns, std::int64_t x_stride,
-                   int dtype, int bias_dtype, bool tanh, int threads) {
-    pyxlbert::BiasGeluFwd arguments{pointer(x), pointer(bias), pointer(y),        rows, columns,
-                                    x_stride,   DType(dtype),  DType(bias_dtype), tanh, threads};
-    PYXLBERT_RUN(bias_gelu_fwd, arguments);
+void bias_gelu_fwd(const View& x, const View& bias, const View& y, bool tanh, int threads) {
+    const pyxlbert::BiasGeluFwd arguments{x.data,      bias.data,      y.data,  y.elements() / y.columns(),
+                                          y.columns(), x.row_stride(), x.dtype, bias.dtype,
+                                          tanh,        threads};
+    PYXLBERT_RUN_ROWS(bias_gelu_fwd, arguments, y.elements());
 }
 
 void bias_gelu_bwd(Address dy, Address x, Address bias, Address dx, Address dbias, std::int64_t rows,
@@ -209,10 +266,10 @@ void bias_gelu_bwd(Address dy, Address x, Address bias, Address dx, Address dbia
     PYXLBERT_RUN(bias_gelu_bwd, arguments);
 }
 
-void linear_fwd(Address x, Address weight, Address bias, Address y, std::int64_t rows, std::int64_t columns,
-                std::int64_t inner, std::int64_t x_stride, int dtype, bool gelu, bool tanh, int threads) {
-    pyxlbert::LinearFwd arguments{pointer(x), pointer(weight), pointer(bias), pointer(y), rows, columns,
-                                  inner,      x_stride,        DType(dtype),  gelu,       tanh, threads};
+void linear_fwd(const View& x, const View& weight, const View& bias, const View& y, bool gelu, bool tanh, int threads) {
+    const pyxlbert::LinearFwd arguments{x.data,      weight.data, bias.data,      y.data,  y.elements() / y.columns(),
+                                        y.columns(), x.columns(), x.row_stride(), x.dtype, gelu,
+                                        tanh,        threads};
     PYXLBERT_RUN(linear_fwd, arguments);
 }
 
@@ -294,36 +351,34 @@ void embedding_scatter(Address dx, Address index, Address order, Address dtable,
     PYXLBERT_RUN(embedding_scatter, arguments);
 }
 
-void dropout_add_layer_norm_fwd(Address x, Address x_bias, Address residual, Address weight, Address bias, Address seed,
-                                Address y, Address y_copy, Address sum, Address mean, Address rstd, std::int64_t rows,
-                                std::int64_t columns, std::int64_t x_stride, std::int64_t residual_stride, float eps,
-                                double dropout_p, int dtype, int residual_dtype, int x_bias_dtype, int weight_dtype,
-                                int bias_dtype, int copy_dtype, int threads) {
-    pyxlbert::DropoutAddLayerNormFwd arguments{pointer(x),
-                                               pointer(x_bias),
-                                               pointer(residual),
-                                               pointer(weight),
-                                               pointer(bias),
-                                               pointer<const std::int64_t>(seed),
-                                               pointer(y),
-                                               pointer(y_copy),
-                                               pointer(sum),
-                                               pointer<float>(mean),
-                                               pointer<float>(rstd),
-                                               rows,
-                                               columns,
-                                               x_stride,
-                                               residual_stride,
-                                               eps,
-                                               dropout_p,
-                                               DType(dtype),
-                                               DType(residual_dtype),
-                                               DType(x_bias_dtype),
-                                               DType(weight_dtype),
-                                               DType(bias_dtype),
-                                               DType(copy_dtype),
-                                               threads};
-    PYXLBERT_RUN(dropout_add_layer_norm_fwd, arguments);
+void dropout_add_layer_norm_fwd(const View& x, const View& x_bias, const View& residual, const View& weight,
+                                const View& bias, const View& seed, const View& y, const View& y_copy, const View& sum,
+                                const View& mean, const View& rstd, float eps, double dropout_p, int threads) {
+    const pyxlbert::DropoutAddLayerNormFwd arguments{x.data,
+                                                     x_bias.data,
+                                                     residual.data,
+                                                     weight.data,
+                                                     bias.data,
+                                                     static_cast<const std::int64_t*>(seed.data),
+                                                     y.data,
+                                                     y_copy.data,
+                                                     sum.data,
+                                                     static_cast<float*>(mean.data),
+                                                     static_cast<float*>(rstd.data),
+                                                     y.elements() / y.columns(),
+                                                     y.columns(),
+                                                     x.row_stride(),
+                                                     residual.row_stride(),
+                                                     eps,
+                                                     dropout_p,
+                                                     x.dtype,
+                                                     residual.dtype,
+                                                     x_bias.dtype,
+                                                     weight.dtype,
+                                                     bias.dtype,
+                                                     y_copy.dtype,
+                                                     threads};
+    PYXLBERT_RUN_ROWS(dropout_add_layer_norm_fwd, arguments, y.elements());
 }
 
 void dropout_add_layer_norm_bwd(Address dy, Address dy_copy, Address sum, Address weight, Address mean, Address rstd,
@@ -377,6 +432,7 @@ PYBIND11_MODULE(_C, m) {
 
     py::module_ cpu = m.def_submodule("cpu");
     py::class_<pyxlbert::AttentionInputs>(cpu, "AttentionInputs").def(py::init(&attention_inputs));
+    cpu.def("attention_inputs", &attention_inputs_of);
     cpu.def("attention_fwd", &attention_fwd);
     cpu.def("attention_bwd", &attention_bwd);
     py::class_<pyxlbert::RelativeInputs>(cpu, "RelativeInputs").def(py::init(&relative_inputs));

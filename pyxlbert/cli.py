@@ -1,4 +1,4 @@
-"""The `pyxlbert` command: `embed` writes sentence vectors, `parity` compares with float64, `info` says what is here."""
+"""The `pyxlbert` command: sentence vectors, eight-bit integers, comparisons with float64, and what is here."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import pyxlbert
 from pyxlbert import backends, machine
 from pyxlbert.commands import parity
 from pyxlbert.files import whole_file
+from pyxlbert.text.sentence_encoder import quantise_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
     embed.set_defaults(run=_embed)
 
+    quantise = commands.add_parser(
+        "quantise",
+        help="write a model's eight-bit integers beside its weights",
+        description="Writes int8.safetensors, which --dtype int8 then takes; other files stay as they are.",
+    )
+    quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
+    quantise.set_defaults(run=_quantise)
+
     parity.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
@@ -145,6 +154,11 @@ def _embed(options: argparse.Namespace) -> None:
     with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
+
+
+def _quantise(options: argparse.Namespace) -> None:
+    path = quantise_directory(options.model)
+    print(f"{path.stat().st_size >> 10} KiB: {path}", file=sys.stderr)
 
 
 def read_lines(name: str) -> list[str]:

@@ -154,6 +154,30 @@ def test_errors_name_what_is_wrong_and_leave_nothing(
     assert written(tmp_path) == before
 
 
+def test_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_bert(tmp_path / "model")
+    before = written(folder)
+    assert embed(_lines(tmp_path), folder, tmp_path / "a.npy", "--dtype", "int8") == 0
+    assert cli.main(["quantise", str(folder)]) == 0
+    assert written(folder) == before | {"int8.safetensors"} and "int8.safetensors" in capsys.readouterr().err
+    assert embed(_lines(tmp_path), folder, tmp_path / "b.npy", "--dtype", "int8") == 0
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+    # Of other weights it is refused, until it is written anew.
+    tiny_bert(folder, seed=1)
+    assert embed(_lines(tmp_path), folder, tmp_path / "c.npy", "--dtype", "int8") == 1
+    assert "belongs to other weights" in capsys.readouterr().err
+    assert cli.main(["quantise", str(folder)]) == 0
+    assert embed(_lines(tmp_path), folder, tmp_path / "c.npy", "--dtype", "int8") == 0
+    assert cli.main(["quantise", str(tmp_path / "none")]) == 1
+    assert "pyxlbert quantise: error: directory: " in capsys.readouterr().err
+
+
+def _lines(folder: Path) -> Path:
+    path = folder / "in.txt"
+    path.write_text("\n".join(LINES))
+    return path
+
+
 @pytest.mark.parametrize("layers", ["", "last", "1,", "max:1,2", "sum:"])
 def test_layers_that_are_none(capsys: pytest.CaptureFixture[str], layers: str) -> None:
     with pytest.raises(SystemExit) as exit:

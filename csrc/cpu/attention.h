@@ -40,7 +40,7 @@ struct QueryRows {
     AttentionTensor query;
     std::int64_t count;  // of a sequence; packed: of the longest
     void* out;           // contiguous
-    float* lse;          // [B, H, count], packed [H, total]
+    float* lse;          // [B, H, count], packed [H, total]; null: not wanted
     std::uint32_t tag;   // of dropout
     // The rest is of relative attention alone.
     const std::int32_t* positions;  // [B, count]: where each row stands, -1: nowhere; null: row i at i
@@ -54,7 +54,7 @@ struct QueryRows {
 struct AttentionFwd {
     AttentionInputs in;
     void* out;   // contiguous
-    float* lse;  // [B, H, Tq], packed [H, total]
+    float* lse;  // [B, H, Tq], packed [H, total]; null: not wanted
 };
 
 struct AttentionBwd {

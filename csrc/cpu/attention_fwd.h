@@ -403,7 +403,9 @@ struct Forward {
                                     std::int64_t rows) {
         for (std::int64_t end = row + rows; row < end; ++row) {
             const bool dead = sum[row] == 0.0f;
-            const float lse = dead ? INFINITY_ : maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
+            float lse = INFINITY_;
+            if (!dead && stream.lse != nullptr)
+                lse = maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
             // A dead row may not have been written at all, so its output is not multiplied but replaced.
             store_row(x, stream, h, index[row], lse, dead ? nullptr : o + row * size.columns,
                       dead ? 0.0f : 1.0f / sum[row]);
@@ -415,7 +417,7 @@ struct Forward {
                                    float lse, const float* source, float factor) {
         const std::int64_t d = in.head_size;
         T* target = static_cast<T*>(stream.out) + ((x.first + i) * in.heads + h) * d;
-        stream.lse[x.lse_first + i] = lse;
+        if (stream.lse != nullptr) stream.lse[x.lse_first + i] = lse;
         const auto value = [&](std::int64_t c)
                                PYXLBERT_LAMBDA { return source == nullptr ? zero() : load(source + c) * set1(factor); };
         std::int64_t c = 0;
@@ -523,18 +525,19 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
     if constexpr (RELATIVE) team = larger(1, smaller(team, most_scratch / (size.total * 4)));
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * size.total * sizeof(float)));
 
-#pragma omp parallel num_threads(static_cast<int>(team))
-    {
-        Forward<T, U, RELATIVE> worker(in, relative, streams, size, few, scratch + thread_index() * size.total);
+    std::int64_t next = 0;
+    in_team(static_cast<int>(team), [&](int thread, int) PYXLBERT_WORK {
+        Forward<T, U, RELATIVE> worker(in, relative, streams, size, few, scratch + thread * size.total);
         if constexpr (U::ROW_STEP == 16) begin_tiles();
-#pragma omp for schedule(dynamic, 1)
-        for (std::int64_t task = 0; task < tasks; ++task) {
+        for (;;) {
+            const std::int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+            if (task >= tasks) break;
             const std::int64_t part = task % parts, turn = task / parts;
             const std::int64_t plane = RELATIVE ? turn % in.batch * in.heads + turn / in.batch : turn;
             worker.places(plane, part * places_per_part, part + 1 == parts ? FARTHEST : (part + 1) * places_per_part);
         }
         if constexpr (U::ROW_STEP == 16) end_tiles();
-    }
+    });
 }
 
 // `streams` are two if RELATIVE, one else; the second may have no rows.

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "gemm_tile.h"
 #include "philox.h"
+#include "team.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {

@@ -18,9 +18,10 @@ void forward(const BiasGeluFwd& a) {
         bias = as_float(a.bias, a.bias_dtype, n, static_cast<float*>(workspace(Slot::shared, padded * sizeof(float))));
     const std::int64_t blocks = (n + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 
-#pragma omp parallel for collapse(2) schedule(static) num_threads(team(a.threads, a.rows * n * 4))
-    for (std::int64_t i = 0; i < a.rows; ++i) {
-        for (std::int64_t block = 0; block < blocks; ++block) {
+    in_team(team(a.threads, a.rows * n * 4), [&](int thread, int threads) PYXLBERT_WORK {
+        const std::int64_t last = block_start(a.rows * blocks, threads, thread + 1);
+        for (std::int64_t task = block_start(a.rows * blocks, threads, thread); task < last; ++task) {
+            const std::int64_t i = task / blocks, block = task % blocks;
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             T* y = static_cast<T*>(a.y) + i * n;
             std::int64_t j = block * COLUMN_BLOCK;
@@ -35,7 +36,7 @@ void forward(const BiasGeluFwd& a) {
                 store(y + j, Gelu::value(bias != nullptr ? z + load(bias + j, tail) : z), tail);
             }
         }
-    }
+    });
 }
 
 template <class T, class Gelu>

@@ -60,11 +60,10 @@ void forward(const DropoutAddLayerNormFwd& a) {
     const Dropout dropout = dropout_of(a.dropout_p, a.seed);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(scratch_rows.threads)
-    {
-        float* row = scratch_rows.mine();
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < a.rows; ++i) {
+    in_team(scratch_rows.threads, [&](int thread, int threads) PYXLBERT_WORK {
+        float* row = scratch_rows.of(thread);
+        const std::int64_t end = block_start(a.rows, threads, thread + 1);
+        for (std::int64_t i = block_start(a.rows, threads, thread); i < end; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             const R* residual = static_cast<const R*>(a.residual) + i * a.residual_stride;
             R* y = static_cast<R*>(a.y) + i * n;
@@ -110,7 +109,7 @@ void forward(const DropoutAddLayerNormFwd& a) {
                           [&](auto type) { narrow_row(row, static_cast<decltype(type)*>(a.y_copy) + i * n, n); });
             }
         }
-    }
+    });
 }
 
 // The gradient of one row of y: dy alone in place if it is float32, else widened, or added to the copy's, in scratch.

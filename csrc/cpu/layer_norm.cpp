@@ -1,8 +1,8 @@
 // LayerNorm over the last dimension, forward and backward.
 //
-// Forward walks a row three times, but only the first walk leaves the cache: it widens the row to a
-// float buffer and sums it; the second sums the deviations and their squares (two passes: E[x^2] - mean^2 cancels
-// when the mean is large); the third normalises.  The buffer of one row stays in L1.
+// Forward walks a row three times, but only the first walk leaves the cache: it sums the row, and widens one of 16 bits
+// to a float buffer, which stays in L1 as a row of floats does; the second sums the deviations and their squares (two
+// passes: E[x^2] - mean^2 cancels when the mean is large); the third normalises.
 //
 // Backward, with xhat = (x - mean) * rstd and g = dy * weight:
 //     dx = rstd * (g - mean_j(g) - xhat * mean_j(g * xhat)),  dweight = sum_i dy * xhat,  dbias = sum_i dy.
@@ -13,6 +13,24 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
+// The sum of a row, in four chains: one would wait for every addition.  A row that is not of floats is widened to
+// target.
+template <class T>
+PYXLBERT_INLINE Vec widened(const T* x, std::int64_t n, float* target) {
+    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    const auto add = [&](int k, std::int64_t j, int count) PYXLBERT_LAMBDA {
+        const Vec v = load_some(x + j, count);
+        if constexpr (sizeof(T) < sizeof(float)) store(target + j, v);
+        sums[k] += v;
+    };
+    std::int64_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) add(k, j + k * W, W);
+    for (int k = 0; j < n; j += W, ++k) add(k, j, n - j < W ? static_cast<int>(n - j) : W);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 template <class T>
 void forward(const LayerNormFwd& a) {
     const std::int64_t n = a.columns, padded = round_up(n, W);
@@ -21,28 +39,24 @@ void forward(const LayerNormFwd& a) {
     const float* bias = as_float(a.bias, a.bias_dtype, n, parameters + padded);
     const TeamScratch scratch_rows = team_scratch(team(a.threads, a.rows * n), padded);
 
-#pragma omp parallel num_threads(scratch_rows.threads)
-    {
-        float* row = scratch_rows.mine();
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < a.rows; ++i) {
+    in_team(scratch_rows.threads, [&](int thread, int threads) PYXLBERT_WORK {
+        float* row = scratch_rows.of(thread);
+        const std::int64_t end = block_start(a.rows, threads, thread + 1);
+        for (std::int64_t i = block_start(a.rows, threads, thread); i < end; ++i) {
             const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
             T* y = static_cast<T*>(a.y) + i * n;
-            Vec sum = zero();
-            for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
-                const Vec v = load_some(x + j, count);
-                store(row + j, v);
-                sum += v;
-            });
-            const auto [mean, rstd] = statistics(row, n, sum, a.eps);
-            normalised(row, n, mean, rstd, weight, bias,
+            const Vec sum = widened(x, n, row);
+            const float* values = row;
+            if constexpr (sizeof(T) == sizeof(float)) values = x;
+            const auto [mean, rstd] = statistics(values, n, sum, a.eps);
+            normalised(values, n, mean, rstd, weight, bias,
                        [&](std::int64_t j, int count, Vec v) PYXLBERT_LAMBDA { store_some(y + j, v, count); });
             if (a.mean != nullptr) {
                 a.mean[i] = mean;
                 a.rstd[i] = rstd;
             }
         }
-    }
+    });
 }
 
 template <class T>

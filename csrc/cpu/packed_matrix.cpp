@@ -30,36 +30,20 @@ PYXLBERT_INLINE void pack_column(const WeightRows& part, std::int64_t row, std::
     }
 }
 
-// The same in integers.  The scale of a column without a number but zero is zero; one with an infinity or a NaN has a
-// NaN.
-template <class T, class Place>
-PYXLBERT_INLINE void quantise_column(const WeightRows& part, std::int64_t row, std::int64_t inner, Place at,
-                                     float* scale, float* sum) {
+// The same of integers; *sum becomes that of the column they stand for.
+template <class Place>
+PYXLBERT_INLINE void pack_integers(const WeightRows& part, std::int64_t row, std::int64_t inner, Place at, float scale,
+                                   float* sum) {
     using U = IntegerUnit;
-    const T* source = static_cast<const T*>(part.data) + row * part.row_stride;
-    const auto element = [&](std::int64_t k) PYXLBERT_LAMBDA {
-        float one[W];
-        store(one, load(source + k * part.inner_stride, 1));
-        return one[0];
-    };
-    float most = 0.0f, poison = 0.0f;
-    for (std::int64_t k = 0; k < inner; ++k) {
-        const float x = element(k), size = x < 0.0f ? -x : x;
-        poison += x * 0.0f;
-        if (size > most) most = size;
-    }
-    const bool finite = poison == 0.0f;
-    const float inverse = most > 0.0f && finite ? 127.0f / most : 0.0f;
+    const auto* source = static_cast<const std::int8_t*>(part.data) + row * part.row_stride;
     std::int64_t total = 0;
     for (std::int64_t k = 0; k < round_to(inner, U::PAIR); ++k) {
-        const float x = k < inner && finite ? element(k) * inverse : 0.0f;
-        const auto w = static_cast<U::Weight>(x < 0.0f ? static_cast<int>(x - 0.5f) : static_cast<int>(x + 0.5f));
+        const auto w = static_cast<U::Weight>(k < inner ? source[k * part.inner_stride] : 0);
         total += w;
         auto* unit = reinterpret_cast<unsigned char*>(at(k / U::PAIR));
         __builtin_memcpy(unit + k % U::PAIR * static_cast<int>(sizeof w), &w, sizeof w);
     }
-    *scale = most * (1.0f / 127.0f) + poison;
-    *sum = *scale * static_cast<float>(total);
+    *sum = scale * static_cast<float>(total);
 }
 
 // at(column, unit) is where a unit of a column lies, in floats.
@@ -74,7 +58,7 @@ PYXLBERT_INLINE void pack_columns(const PackMatrix& a, Place at) {
         for (std::int64_t row = 0; row < a.parts[p].rows; ++row, ++column) {
             const auto place = [&](std::int64_t unit) PYXLBERT_LAMBDA { return target + at(column, unit); };
             if (w.quantised)
-                quantise_column<T>(a.parts[p], row, w.inner, place, w.scales + column, w.sums + column);
+                pack_integers(a.parts[p], row, w.inner, place, w.scales[column], w.sums + column);
             else
                 pack_column<T>(a.parts[p], row, w.inner, place);
         }

@@ -8,7 +8,7 @@ namespace pyxlbert {
 
 // One source of a packed weight: rows of the weight are columns of the product.
 struct WeightRows {
-    const void* data;  // [rows, K]
+    const void* data;  // [rows, K], of the matrix's dtype, or where it is quantised int8
     std::int64_t rows, row_stride, inner_stride;
 };
 
@@ -17,9 +17,10 @@ struct PackedMatrix {
     std::int64_t columns, inner;  // N, K
     DType dtype;                  // of the weight before it is packed
     // Of eight-bit integers: column n of the weight is about scales[n] times integers of at most 127, whose sum times
-    // scales[n] is sums[n]; both have zeros to the end of the last panel.
+    // scales[n] is sums[n], which is filled in; both have zeros to the end of the last panel.
     bool quantised;
-    float *scales, *sums;
+    const float* scales;
+    float* sums;
     std::int64_t bytes;  // of `data`; the level that packs fills it in
 };
 

@@ -6,6 +6,7 @@
 #include "../workspace.h"
 #include "simd.h"
 #include "sums.h"
+#include "team.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
@@ -143,13 +144,14 @@ PYXLBERT_INLINE Statistics statistics(const T* row, std::int64_t n, Vec sum, flo
     return {mean + off * inverse_n, 1.0f / sqrt(rest * inverse_n + eps)};
 }
 
-// Calls step(j, count, y) with the vectors of (row - mean) * rstd * weight + bias; the row has room for whole vectors.
+// Calls step(j, count, y) with the vectors of (row - mean) * rstd * weight + bias.
 template <class F>
 PYXLBERT_INLINE void normalised(const float* row, std::int64_t n, float mean, float rstd, const float* weight,
                                 const float* bias, F step) {
     for_vectors(n, [&](std::int64_t j, int count) PYXLBERT_LAMBDA {
         step(j, count,
-             fma((load(row + j) - set1(mean)) * set1(rstd), load_some(weight + j, count), load_some(bias + j, count)));
+             fma((load_some(row + j, count) - set1(mean)) * set1(rstd), load_some(weight + j, count),
+                 load_some(bias + j, count)));
     });
 }
 
@@ -238,7 +240,8 @@ struct TeamScratch {
     std::int64_t each;
     float* data;
 
-    PYXLBERT_INLINE float* mine() const { return data + omp_get_thread_num() * each; }
+    PYXLBERT_INLINE float* mine() const { return of(omp_get_thread_num()); }
+    PYXLBERT_INLINE float* of(int thread) const { return data + thread * each; }
 };
 
 PYXLBERT_INLINE TeamScratch team_scratch(int threads, std::int64_t floats) {

@@ -1,4 +1,4 @@
-"""What the native glue of the attention ops shares: one call as addresses, strides and sizes."""
+"""What the native glue of the attention ops shares: the native description of one call."""
 
 from __future__ import annotations
 
@@ -9,50 +9,30 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.launch.attention import score_strides, strides
-from pyxlbert.launch.rows import DTYPE, address, int32
+from pyxlbert.launch.rows import int32
 
 
-def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, tuple[Tensor | None, ...]]:
+def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, list[Tensor | None]]:
     """The native description of a call, and the tensors that must live as long as it does.
 
     Args:
         query: `[B, T, H, D]` or packed.
         call: of attention, or what the streams of a relative op share.
     """
-    heads, head_size = query.shape[-2:]
-    if call.cu_seqlens is None:
-        batch, queries, keys, total = query.shape[0], query.shape[1], call.key.shape[1], 0
-    else:
-        batch, total = call.cu_seqlens.shape[0] - 1, query.shape[0]
-        queries = keys = longest(call.cu_seqlens)
-    query, key, value = in_place(query), in_place(call.key), in_place(call.value)
-    mask, bias = adjacent_keys(call.attention_mask), adjacent_keys(call.bias)
-    key_lengths, cu_seqlens = int32(call.key_lengths), int32(call.cu_seqlens)
-    inputs = _C.cpu.AttentionInputs(
-        query.data_ptr(),
-        strides(query),
-        key.data_ptr(),
-        strides(key),
-        value.data_ptr(),
-        strides(value),
-        address(key_lengths),
-        address(cu_seqlens),
-        address(mask),
-        score_strides(mask),
-        address(bias),
-        score_strides(bias),
-        (batch, heads, queries, keys, head_size),
-        total,
-        call.scale,
-        call.dropout_p,
-        0 if call.seed is None else int(call.seed),
-        DTYPE[query.dtype],
-        0 if bias is None else DTYPE[bias.dtype],
-        call.causal,
+    tensors = [
+        *(query, call.key, call.value, int32(call.key_lengths), int32(call.cu_seqlens)),
+        *(adjacent_keys(call.attention_mask), adjacent_keys(call.bias)),
+    ]
+    numbers = (
+        0 if call.cu_seqlens is None else longest(call.cu_seqlens),
+        *(call.scale, call.dropout_p, 0 if call.seed is None else int(call.seed), call.causal),
         torch.get_num_threads(),
     )
-    return inputs, (query, key, value, mask, bias, key_lengths, cu_seqlens)
+    inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+    if inputs is None:
+        tensors[:3] = [in_place(x) for x in tensors[:3]]
+        inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+    return inputs, tensors
 
 
 def longest(cu_seqlens: Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.launch.rows import DTYPE, rows
+from pyxlbert.launch.rows import rows
 
 # Above so many rows the arithmetic takes longer than the weight does to arrive, and the vendor's library is faster.
 _MOST_ROWS = {"portable": 0, "avx2": 8}
@@ -38,23 +38,9 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str 
         bias: `[N]`; any strides.
         approximate: None for no activation, "none" or "tanh" for that gelu.
     """
-    source, stride = rows(x)
-    columns, inner = weight.shape
-    y = x.new_empty(*x.shape[:-1], columns)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
     if bias is not None:
         bias = bias.contiguous()
-    _C.cpu.linear_fwd(
-        source.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        x.numel() // inner,
-        columns,
-        inner,
-        stride,
-        DTYPE[x.dtype],
-        approximate is not None,
-        approximate == "tanh",
-        torch.get_num_threads(),
-    )
+    gelu = approximate is not None
+    _C.cpu.linear_fwd(rows(x)[0], weight, bias, y, gelu, approximate == "tanh", torch.get_num_threads())
     return y

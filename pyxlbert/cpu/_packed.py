@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.launch.rows import DTYPE, rows
+from pyxlbert.launch.rows import DTYPE, address, rows
 
 # csrc/cpu/linear.h, enum Activation.
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
@@ -26,18 +26,24 @@ def dtype_of(packed: PackedLinear) -> torch.dtype:
     return next(dtype for dtype, number in DTYPE.items() if number == packed.dtype)
 
 
-def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> PackedLinear:
+def pack(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    integers: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> PackedLinear:
     """The weights `[N, K]` of some layers, one below the other, in the order of the active instruction-set level.
 
     Args:
         weights: CPU tensors of one dtype and K; any strides, no dimension 0.
         biases: one for each, or None.
-        quantised: as eight-bit integers with a scale for each output.
+        integers: of each weight, to be multiplied by instead: int8 `[N, K]` and float32 `[N]`, a scale an output.
     """
     first = weights[0]
     bias = None if biases is None else torch.cat([one.detach().reshape(-1).float() for one in biases])
-    parts = [(one.data_ptr(), one.shape[0], *one.stride()) for one in weights]
-    return PackedLinear(parts, 0 if bias is None else bias.data_ptr(), first.shape[1], DTYPE[first.dtype], quantised)
+    sources = list(weights) if integers is None else [one.contiguous() for one, _ in integers]
+    scales = None if integers is None else torch.cat([one for _, one in integers])
+    parts = [(one.data_ptr(), one.shape[0], *one.stride()) for one in sources]
+    return PackedLinear(parts, address(bias), first.shape[1], DTYPE[first.dtype], address(scales))
 
 
 def readable(packed: PackedLinear) -> bool:

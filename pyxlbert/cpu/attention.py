@@ -22,8 +22,16 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     if lse.numel() == 0:
         return out, lse
     inputs, _keep = inputs_of(call.query, call)
-    _C.cpu.attention_fwd(inputs, out.data_ptr(), lse.data_ptr())
+    _C.cpu.attention_fwd(inputs, out, lse)
     return out, lse
+
+
+def attention_out(call: Any) -> Tensor:
+    """The result of `attention_fwd` without what backward wants; of tensors with elements."""
+    out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
+    inputs, _keep = inputs_of(call.query, call)
+    _C.cpu.attention_fwd(inputs, out, None)
+    return out
 
 
 def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

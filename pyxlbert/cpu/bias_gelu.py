@@ -15,7 +15,7 @@ supports = refusal
 
 def bias_gelu_fwd(call: Any) -> torch.Tensor:
     """See `pyxlbert.reference.bias_gelu.bias_gelu_fwd`."""
-    source, stride = rows(call.x)
+    source, _ = rows(call.x)
     y = (
         torch.empty_like(source)
         if source is call.x
@@ -23,21 +23,8 @@ def bias_gelu_fwd(call: Any) -> torch.Tensor:
     )
     if y.numel() == 0:
         return y
-    columns = call.x.shape[-1]
     bias = None if call.bias is None else call.bias.contiguous()
-    dtype = DTYPE[call.x.dtype]
-    _C.cpu.bias_gelu_fwd(
-        source.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        y.numel() // columns,
-        columns,
-        stride,
-        dtype,
-        dtype if bias is None else DTYPE[bias.dtype],
-        call.approximate == "tanh",
-        torch.get_num_threads(),
-    )
+    _C.cpu.bias_gelu_fwd(source, bias, y, call.approximate == "tanh", torch.get_num_threads())
     return y
 
 

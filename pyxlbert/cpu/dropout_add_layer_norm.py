@@ -16,43 +16,20 @@ supports = refusal
 
 def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
     """See `pyxlbert.reference.dropout_add_layer_norm.dropout_add_layer_norm_fwd`."""
-    source, x_stride = rows(call.x)
-    stream, residual_stride = rows(call.residual)
+    source, stream = rows(call.x)[0], rows(call.residual)[0]
     weight, bias = call.weight.contiguous(), call.bias.contiguous()
     x_bias = None if call.x_bias is None else call.x_bias.contiguous()
     y = torch.empty_like(call.residual, memory_format=torch.contiguous_format)
     outputs = [y] if call.copy_dtype is None else [y, torch.empty_like(y, dtype=call.copy_dtype)]
     saved = (torch.empty_like(y), *row_statistics(call.x)) if call.save else ()
-    elements, columns = y.numel(), call.x.shape[-1]
-    if elements == 0:
+    if y.numel() == 0:
         empty_statistics(saved[1:], call.eps)
         return [*outputs, *saved]
-    dtype = DTYPE[call.x.dtype]
     _C.cpu.dropout_add_layer_norm_fwd(
-        source.data_ptr(),
-        0 if x_bias is None else x_bias.data_ptr(),
-        stream.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        0 if call.seed is None else call.seed.data_ptr(),
-        y.data_ptr(),
-        0 if call.copy_dtype is None else outputs[1].data_ptr(),
-        saved[0].data_ptr() if call.save else 0,
-        saved[1].data_ptr() if call.save else 0,
-        saved[2].data_ptr() if call.save else 0,
-        elements // columns,
-        columns,
-        x_stride,
-        residual_stride,
-        call.eps,
-        call.dropout_p,
-        dtype,
-        DTYPE[call.residual.dtype],
-        dtype if x_bias is None else DTYPE[x_bias.dtype],
-        DTYPE[weight.dtype],
-        DTYPE[bias.dtype],
-        dtype if call.copy_dtype is None else DTYPE[call.copy_dtype],
-        torch.get_num_threads(),
+        *(source, x_bias, stream, weight, bias, call.seed, y),
+        None if call.copy_dtype is None else outputs[1],
+        *(saved or (None, None, None)),
+        *(call.eps, call.dropout_p, torch.get_num_threads()),
     )
     return [*outputs, *saved]
 

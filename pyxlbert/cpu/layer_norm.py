@@ -15,33 +15,18 @@ supports = refusal
 
 def layer_norm_fwd(call: Any) -> list[torch.Tensor]:
     """See `pyxlbert.reference.layer_norm.layer_norm_fwd`."""
-    source, stride = rows(call.x)
+    source, _ = rows(call.x)
     weight, bias = call.weight.contiguous(), call.bias.contiguous()
     y = (
         torch.empty_like(source)
         if source is call.x
         else torch.empty_like(call.x, memory_format=torch.contiguous_format)
     )
-    elements, columns = y.numel(), call.x.shape[-1]
     saved = row_statistics(call.x) if call.save else ()
-    if elements == 0:
+    if y.numel() == 0:
         return [y, *empty_statistics(saved, call.eps)]
-    _C.cpu.layer_norm_fwd(
-        source.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        y.data_ptr(),
-        saved[0].data_ptr() if call.save else 0,
-        saved[1].data_ptr() if call.save else 0,
-        elements // columns,
-        columns,
-        stride,
-        call.eps,
-        DTYPE[call.x.dtype],
-        DTYPE[weight.dtype],
-        DTYPE[bias.dtype],
-        torch.get_num_threads(),
-    )
+    mean, rstd = saved or (None, None)
+    _C.cpu.layer_norm_fwd(source, weight, bias, y, mean, rstd, call.eps, torch.get_num_threads())
     return [y, *saved]
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pyxlbert.models import checkpoints
+from pyxlbert import backends
+from pyxlbert.models import checkpoints, integers
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
-from pyxlbert.nn.packing import PacksItself, packs_by_default
+from pyxlbert.nn.packing import PacksItself, integers_of, is_quantised, packs_by_default, quantised_weights
+from pyxlbert.nn.saved_integers import SavedIntegers
 
 _CHECKPOINT_OPTIONS = {
     "use_reentrant",
@@ -181,7 +184,11 @@ class PretrainedModel(PacksItself):
         Args:
             directory: holds ``config.json`` and the weights.
             config: used in place of ``config.json``.
-            dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's.
+            dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's. "int8"
+                multiplies in the encoder's layers by eight-bit integers (`pyxlbert.pack`): those of the directory's
+                ``int8.safetensors``, where `save_pretrained` has put them, with all else in the dtype of the model that
+                was saved; without that file the weights are quantised, with all else in bfloat16 where the processor
+                multiplies it, in float32 elsewhere.
             output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
             pack: whether the encoder packs its linear layers at its first forward pass without gradients on the CPU,
                 which takes their memory a second time (`pyxlbert.pack`). None: unless the environment says
@@ -195,9 +202,11 @@ class PretrainedModel(PacksItself):
         Raises:
             FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing.
             ValueError: a file is corrupt, a field of the configuration cannot be honoured, an encoder weight is
-                missing, or a tensor has the wrong shape.
+                missing, a tensor has the wrong shape, or ``int8.safetensors`` belongs to other weights.
+            RuntimeError: dtype is "int8", and backend "cpu" is not here.
             TypeError: an override is no field of the configuration.
         """
+        pack_given = pack
         if pack is None:
             pack = packs_by_default()
         elif not isinstance(pack, bool):
@@ -207,6 +216,11 @@ class PretrainedModel(PacksItself):
             if dtype not in ("auto", None, old):
                 raise ValueError(f"torch_dtype: got {old!r} together with dtype {dtype!r}, wanted one of them")
             dtype = old
+        quantised = dtype == "int8"
+        if quantised and pack_given is False:
+            raise ValueError('pack: got False together with dtype "int8", wanted True or None')
+        if quantised and backends.unavailable("cpu") is not None:
+            raise RuntimeError(f'dtype: got "int8", but backend "cpu" is missing: {backends.unavailable("cpu")}')
         model_options = {name: overrides.pop(name) for name in cls._constructor_options() if name in overrides}
         if config is None:
             config = cls.config_class.from_pretrained(directory, **overrides)
@@ -227,6 +241,11 @@ class PretrainedModel(PacksItself):
             with torch.device("meta"):
                 model = cls(config, **model_options)
             tensors, unexpected, _ = model._place(found)
+        saved = None
+        if quantised:
+            saved = integers.read(directory, found)
+            usual = torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32
+            dtype = usual if saved is None else saved.dtype
         dtype = cls._choose_dtype(dtype, config, tensors)
         wanted = model._untied_parameters()
         missing = [name for name in wanted if name not in tensors]
@@ -246,7 +265,9 @@ class PretrainedModel(PacksItself):
         model.loading_info = {"missing_keys": sorted(missing), "unexpected_keys": sorted(unexpected)}
         cls._report(model.loading_info, directory)
         model.eval()
-        model.base_model.packs = "own" if pack else None
+        model.base_model.packs = "int8" if quantised else "own" if pack else None
+        if saved is not None:
+            model._keep_integers(saved, found, directory)
         return (model, model.loading_info) if output_loading_info else model
 
     @classmethod
@@ -255,8 +276,7 @@ class PretrainedModel(PacksItself):
 
     def _place(self, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """The checkpoint's tensors under our names, names without a place, and tied weights that differ."""
-        headed = self.base_model is not self
-        ours = checkpoints.own_names(found, base=self.base_model_prefix, base_parts=self.base_parts, headed=headed)
+        ours = self._own_names(found)
         tensors = {own: found[name] for name, own in ours.items() if own is not None}
         tied = self.tied_names()
         differing = []
@@ -270,6 +290,42 @@ class PretrainedModel(PacksItself):
         places = set(self._untied_parameters())
         unexpected = [name for name, own in ours.items() if own is not None and own not in places and own not in tied]
         return {name: value for name, value in tensors.items() if name in places}, unexpected, differing
+
+    def _own_names(self, found: Mapping[str, Tensor]) -> dict[str, str | None]:
+        headed = self.base_model is not self
+        return checkpoints.own_names(found, base=self.base_model_prefix, base_parts=self.base_parts, headed=headed)
+
+    def _keep_integers(self, saved: integers.SavedModel, found: Mapping[str, Tensor], directory: str | Path) -> None:
+        """Those of the directory, for `pack`."""
+        kept = SavedIntegers()
+        theirs = {own: name for name, own in self._own_names(found).items()}
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for parameter, weight in quantised_weights(self):
+            name = theirs[names[id(parameter)]]
+            one = saved.integers.get(name)
+            if one is None or one.weight.shape != weight.shape:
+                got = "nothing" if one is None else f"int8 {list(one.weight.shape)}"
+                raise ValueError(f"{directory}/{integers.FILE}: {name}: got {got}, wanted int8 {list(weight.shape)}")
+            kept.add(parameter, one)
+        self.base_model.saved_integers = kept
+
+    def save_integers(self, directory: str | Path) -> None:
+        """Write ``int8.safetensors`` into a directory that holds this model's weights.
+
+        Args:
+            directory: as `from_pretrained` has read it or `save_pretrained` written it; its other files stay.
+
+        Raises:
+            ValueError: the model has no layers that eight-bit integers are for, or the directory lacks their weights.
+        """
+        found = checkpoints.read_weights(directory)
+        theirs = {own: name for name, own in self._own_names(found).items() if own is not None}
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        wanted = {names[id(parameter)]: one for parameter, one in integers_of(self) if id(parameter) in names}
+        missing = [name for name in wanted if name not in theirs]
+        if missing or not wanted:
+            raise ValueError(f"{directory} lacks weights of this model's layers: {_listed(missing) or 'it has none'}")
+        integers.write(directory, {theirs[name]: one for name, one in wanted.items()}, found, self.dtype)
 
     def _untied_parameters(self) -> dict[str, Tensor]:
         tied = self.tied_names()
@@ -321,7 +377,9 @@ class PretrainedModel(PacksItself):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json``, which `transformers` reads back.
 
-        Tied tensors are written once. Each file appears whole or not at all.
+        Tied tensors are written once. Each file appears whole or not at all. Of a model that multiplies by eight-bit
+        integers ``int8.safetensors`` is written too, from which ``from_pretrained(directory, dtype="int8")`` makes one
+        with the same outputs; of any other model one that lies there is removed.
 
         Args:
             directory: made if need be.
@@ -331,3 +389,7 @@ class PretrainedModel(PacksItself):
         config.dtype = str(self.dtype).removeprefix("torch.")
         checkpoints.write_weights(directory, self._tensors_to_save())
         config.save_pretrained(directory)
+        if is_quantised(self):
+            self.save_integers(directory)
+        else:
+            integers.remove(directory)

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -16,8 +17,10 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyxlbert import backends
+from pyxlbert.nn.saved_integers import SavedIntegers
 from pyxlbert.nn.watch import hooked_everywhere
 from pyxlbert.ops import _packed
+from pyxlbert.ops._integers import Integers, quantise
 from pyxlbert.ops._torch import is_zerotensor, transformed, watched
 
 _LOG = logging.getLogger("pyxlbert")
@@ -113,9 +116,11 @@ class PacksItself(torch.nn.Module):
 
     Attributes:
         packs: None: it does not; "own": in its own dtype; "int8".
+        saved_integers: those that it was loaded with.
     """
 
     packs: str | None = None
+    saved_integers: SavedIntegers | None = None
     _packed_once: _Once | None = None
 
     def forget(self) -> None:
@@ -160,10 +165,12 @@ class PackedWeight:
 
     Args:
         quantised: as eight-bit integers.
+        saved: those of some weights.
     """
 
-    def __init__(self, quantised: bool = False) -> None:
+    def __init__(self, quantised: bool = False, saved: SavedIntegers | None = None) -> None:
         self.quantised = quantised
+        self._saved = saved
         # One attribute, replaced as a whole, so that a thread never sees half of a new copy.
         self._copy: _Copy | None = None
 
@@ -184,8 +191,14 @@ class PackedWeight:
             return None
         copy = self._copy
         if copy is None or not copy.follows(parameters):
-            self._copy = copy = _Copy.of(layers, parameters, self.quantised)
+            self._copy = copy = _Copy.of(layers, parameters, self._integers(layers))
         return None if copy is None else copy.packed
+
+    def _integers(self, layers: Layers) -> Callable[[], list[Integers]] | None:
+        """What gives those of the layers, if there are any."""
+        if not self.quantised:
+            return None
+        return lambda: [_integers(_parameter(layer), layer.weight, self._saved) for layer in layers]
 
 
 class _User(Protocol):
@@ -224,12 +237,14 @@ class _Copy:
         self._sources = [(one.detach(), one.data_ptr(), one._version) for one in parameters]
 
     @classmethod
-    def of(cls, layers: Layers, parameters: list[Tensor], quantised: bool) -> _Copy | None:
+    def of(
+        cls, layers: Layers, parameters: list[Tensor], integers: Callable[[], list[Integers]] | None
+    ) -> _Copy | None:
         weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # The versions are read before the values: a write in between is then seen as one.
         copy = cls(parameters)
-        copy.packed = _packed.pack(weights, biases or None, quantised)
+        copy.packed = _packed.pack(weights, biases or None, integers)
         return None if copy.packed is None else copy
 
     def follows(self, parameters: list[Tensor]) -> bool:
@@ -274,10 +289,8 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
         raise ValueError(f"pack: dtype: got {dtype!r}, wanted None or 'int8'")
     if model.training:
         raise ValueError("pack: model: got a model in training mode, wanted one in eval mode: call model.eval() first")
-    quantised: set[int] = set()
-    if dtype == "int8":
-        layers = [module for module in model.modules() if getattr(module, "is_encoder_layer", False)]
-        quantised = {id(part) for layer in layers for part in layer.modules()}
+    quantised = {(id(module), product) for module, product in _quantised_products(model)} if dtype == "int8" else set()
+    saved = saved_integers(model)
     covered: set[int] = set()
     made: list[PackedProducts] = []
     for module in model.modules():
@@ -286,7 +299,7 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
         copies = PackedProducts()
         for product in module.packed_products():
             parts = module.packed_layers(product)
-            packed = PackedWeight(id(module) in quantised and product not in module.never_quantised)
+            packed = PackedWeight((id(module), product) in quantised, saved)
             if packed.current(parts) is not None:
                 covered.update(id(part) for part in parts)
                 copies[product] = packed
@@ -306,6 +319,55 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
             for copies in made:
                 copies.users.add(module)
     return model
+
+
+def _quantised_products(model: torch.nn.Module) -> Iterator[tuple[Packable, str]]:
+    """What "int8" is for: every product of a module inside a layer of an encoder."""
+    layers = (module for module in model.modules() if getattr(module, "is_encoder_layer", False))
+    for module in dict.fromkeys(part for layer in layers for part in layer.modules() if isinstance(part, Packable)):
+        for product in module.packed_products():
+            if product not in module.never_quantised:
+                yield module, product
+
+
+def is_quantised(model: torch.nn.Module) -> bool:
+    """Whether `pack(model, "int8")` was the last word, or a model is to pack itself so."""
+    for module in model.modules():
+        if isinstance(module, PacksItself) and module.packs == "int8":
+            return True
+        if isinstance(module, Packable) and any(one.quantised for one in (module.packed or {}).values()):
+            return True
+    return False
+
+
+def quantised_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """The parameters that "int8" quantises, each with the `[N, K]` that it is multiplied as."""
+    found: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
+    for module, product in _quantised_products(model):
+        layers = module.packed_layers(product)
+        if _parameters(layers) is not None:
+            found |= {id(_parameter(layer)): (_parameter(layer), layer.weight) for layer in layers}
+    return list(found.values())
+
+
+def integers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, Integers]]:
+    """The same parameters, and what they are multiplied as: as it was saved, or as they are now."""
+    saved = saved_integers(model)
+    return [(parameter, _integers(parameter, weight, saved)) for parameter, weight in quantised_weights(model)]
+
+
+def saved_integers(model: torch.nn.Module) -> SavedIntegers | None:
+    """Those that some part of the model was loaded with."""
+    parts = (module for module in model.modules() if isinstance(module, PacksItself))
+    return next((one.saved_integers for one in parts if one.saved_integers is not None), None)
+
+
+def _parameter(layer: torch.nn.Linear | Projection) -> torch.nn.Parameter:
+    return layer.parameter if isinstance(layer, Projection) else layer.weight
+
+
+def _integers(parameter: torch.nn.Parameter, weight: Tensor, saved: SavedIntegers | None) -> Integers:
+    return (saved.get(parameter) if saved is not None else None) or quantise(weight)
 
 
 @functools.cache

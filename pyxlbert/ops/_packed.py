@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyxlbert.ops._integers import Integers
 from pyxlbert.ops._torch import watched
 
 try:
@@ -16,10 +17,13 @@ except ImportError:  # backend "cpu" is not here
     _packed = None  # type: ignore[assignment]
 
 
-def pack(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, quantised: bool = False) -> Any:
-    """See `pyxlbert.cpu._packed.pack`; None if there is nothing to gain."""
-    gains = _packed is not None and not watched() and _packed.gains(weights, quantised)
-    return _packed.pack(weights, biases, quantised) if gains else None
+def pack(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, integers: Callable[[], Sequence[Integers]] | None = None
+) -> Any:
+    """See `pyxlbert.cpu._packed.pack`; None if there is nothing to gain.  `integers` gives them where they are used."""
+    if _packed is None or watched() or not _packed.gains(weights, integers is not None):
+        return None
+    return _packed.pack(weights, biases, None if integers is None else integers())
 
 
 def readable(packed: Any) -> bool:

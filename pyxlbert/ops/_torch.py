@@ -5,12 +5,15 @@ tests/ops/test_torch.py says which one has moved.
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from pyxlbert.backends import native
 
 
 def _watched() -> bool:
@@ -26,6 +29,10 @@ def _watched() -> bool:
 
 def _always() -> bool:
     return True
+
+
+def _differentiates_forwards() -> bool:
+    return forward_ad._current_level >= 0
 
 
 try:
@@ -50,6 +57,25 @@ try:
     transformed = _transformed
 except AttributeError:
     transformed = _never
+
+
+def _watchers() -> tuple[Callable[[], Any], ...]:
+    """What `_watched` and `_transformed` ask, each a function without arguments, and whether autocast is on."""
+    if watched is _always or transformed is _never:
+        return (_always,)
+    return (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        torch._C._autograd._profiler_enabled,
+        _differentiates_forwards,
+        functools.partial(torch.is_autocast_enabled, "cpu"),
+    )
+
+
+if native._C is not None:
+    native._C.watch((torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled, _watchers())
 
 
 def refuse_transforms(op: str, arguments: tuple[Any, ...]) -> None:

@@ -7,6 +7,7 @@ al., "FlashAttention", https://arxiv.org/abs/2205.14135, section B.2.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,9 @@ Backward, _bwd = OP.define(
 )
 
 
+_usual, _on_cpu = OP.usual("=BTHD", "=BSHD", "=BSHD", "/:B", run="attention_out")
+
+
 class _Attention(OpFunction):
     op = "attention"
 
@@ -119,7 +123,6 @@ class Given(NamedTuple):
     backend: str | None = None
 
 
-@OP.public
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,6 +172,20 @@ def attention(
         ValueError: a shape, a device, a length, an offset or a probability is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    if (
+        cu_seqlens is max_seqlen is attention_mask is bias is seed is None
+        and (causal is False or causal is True)
+        and (scale is None or (type(scale) is float and -inf < scale < inf))
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and _usual(backend, query, key, value, key_lengths)
+    ):
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        call = Forward(query, key, value, key_lengths, None, 0, None, None, causal, scale, 0.0, None, "cpu")
+        if key_lengths is not None:
+            check_values(call)
+        return _on_cpu(call)
     given = Given(
         query,
         key,
@@ -184,6 +201,7 @@ def attention(
         seed,
         backend,
     )
+    OP.refuse_transforms(*given)
     call = call_of(given)
     if torch.is_grad_enabled() and (
         call.query.requires_grad

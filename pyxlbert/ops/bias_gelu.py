@@ -42,6 +42,10 @@ Backward, _bwd = OP.define(
 )
 
 
+_usual, _on_cpu = OP.usual("=*N", "/^N")
+_APPROXIMATIONS = ("none", "tanh")
+
+
 class _BiasGelu(OpFunction):
     op = "bias_gelu"
 
@@ -65,7 +69,6 @@ class _BiasGelu(OpFunction):
         return dx if needs_x else None, dbias if needs_bias else None, None, None, None
 
 
-@OP.public
 def bias_gelu(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -89,8 +92,11 @@ def bias_gelu(
         ValueError: a shape or a device is wrong, or `approximate` is neither of the two.
         RuntimeError: the named backend cannot run here.
     """
+    if approximate in _APPROXIMATIONS and _usual(backend, x, bias):
+        return _on_cpu(Forward(x, bias, approximate, "cpu"))
+    OP.refuse_transforms(x, bias)
     usual = checks.usual_rows(x) if bias is None else checks.usual_rows(x, bias)
-    if not (usual and approximate in ("none", "tanh")):
+    if not (usual and approximate in _APPROXIMATIONS):
         _check_arguments(x, bias, approximate)
     backend = OP.resolve(backend, x)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -101,5 +107,5 @@ def bias_gelu(
 def _check_arguments(x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> None:
     op = "bias_gelu"
     checks.rows(op, x, **({} if bias is None else {"bias": bias}))
-    if approximate not in ("none", "tanh"):
+    if approximate not in _APPROXIMATIONS:
         raise ValueError(f"{op}: approximate: got {approximate!r}, wanted 'none' or 'tanh'")

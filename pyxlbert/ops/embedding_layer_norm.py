@@ -138,7 +138,6 @@ class _EmbeddingLayerNorm(OpFunction):
         )
 
 
-@OP.public
 def embedding_layer_norm(
     input_ids: Tensor,
     word: Tensor,
@@ -186,6 +185,7 @@ def embedding_layer_norm(
         RuntimeError: the named backend cannot run here.
     """
     op = "embedding_layer_norm"
+    OP.refuse_transforms(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids, seed)
     _check_arguments(input_ids, word, token_type, position, weight, bias, token_type_ids, position_ids)
     eps = checks.non_negative(op, "eps", eps)
     skip = -1

@@ -90,7 +90,6 @@ class Given(NamedTuple):
     backend: str | None
 
 
-@OP.public
 def encoder_layer(
     x: Tensor,
     qkv_weight: Tensor,
@@ -159,6 +158,7 @@ def encoder_layer(
         *(up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias),
         *(num_heads, activation, eps, key_lengths, cu_seqlens, max_seqlen, attention_mask, bias, backend),
     )
+    OP.refuse_transforms(*given)
     given = _lowered(_checked(given))
     backend = OP.resolve(backend, given.x)
     if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):

@@ -47,6 +47,9 @@ Backward, _bwd = OP.define(
 )
 
 
+_usual, _on_cpu = OP.usual("=*N", "^N", "^N")
+
+
 class _LayerNorm(OpFunction):
     op = "layer_norm"
 
@@ -77,7 +80,6 @@ class _LayerNorm(OpFunction):
         )
 
 
-@OP.public
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-12, backend: str | None = None
 ) -> torch.Tensor:
@@ -98,6 +100,9 @@ def layer_norm(
         ValueError: a shape, a device or eps is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    if type(eps) is float and eps >= 0.0 and _usual(backend, x, weight, bias):
+        return _on_cpu(Forward(x, weight, bias, eps, False, "cpu"))[0]
+    OP.refuse_transforms(x, weight, bias)
     if not (checks.usual_rows(x, weight, bias) and type(eps) is float and eps >= 0.0):
         eps = _check_arguments(x, weight, bias, eps)
     backend = OP.resolve(backend, x)

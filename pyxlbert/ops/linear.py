@@ -47,6 +47,9 @@ Backward, _bwd = OP.define(
 )
 
 
+_usual, _on_cpu = OP.usual("=*K", "=NK", "/=N")
+
+
 class _Linear(OpFunction):
     op = "linear"
 
@@ -72,7 +75,6 @@ class _Linear(OpFunction):
         return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
-@OP.public
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
@@ -92,6 +94,9 @@ def linear(
         ValueError: a shape or a device is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    if _usual(backend, x, weight, bias) and OP.refusal("cpu", x) is None:
+        return _on_cpu(Forward(x, weight, bias, "cpu"))
+    OP.refuse_transforms(x, weight, bias)
     x, weight, bias = prepare("linear", x, weight, bias)
     backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):

@@ -51,6 +51,9 @@ Backward, _bwd = OP.define(
 )
 
 
+_usual, _on_cpu = OP.usual("=*K", "=NK", "/=N")
+
+
 class _LinearGelu(OpFunction):
     op = "linear_gelu"
 
@@ -83,7 +86,6 @@ class _LinearGelu(OpFunction):
         )
 
 
-@OP.public
 def linear_gelu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -109,6 +111,9 @@ def linear_gelu(
         ValueError: a shape, a device or `approximate` is wrong.
         RuntimeError: the named backend cannot run here.
     """
+    if approximate in ("none", "tanh") and _usual(backend, x, weight, bias) and OP.refusal("cpu", x) is None:
+        return _on_cpu(Forward(x, weight, bias, approximate, False, "cpu"))[0]
+    OP.refuse_transforms(x, weight, bias)
     x, weight, bias = prepare("linear_gelu", x, weight, bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"linear_gelu: approximate: got {approximate!r}, wanted 'none' or 'tanh'")

@@ -146,7 +146,6 @@ class Given(NamedTuple):
     backend: str | None = None
 
 
-@OP.public
 def relative_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -255,6 +254,7 @@ def relative_attention(
         seed,
         backend,
     )
+    OP.refuse_transforms(*given)
     call = call_of(given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
         return apply(_RelativeAttention, *call, backward_backend(call.backend))[0]

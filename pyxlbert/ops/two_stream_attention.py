@@ -144,7 +144,6 @@ class Given(NamedTuple):
     backend: str | None = None
 
 
-@OP.public
 def two_stream_attention(
     content_query: torch.Tensor,
     query_query: torch.Tensor,
@@ -242,6 +241,7 @@ def two_stream_attention(
         seed,
         backend,
     )
+    OP.refuse_transforms(*given)
     call = call_of(given)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _trained(call)):
         content, _, query, _ = apply(_TwoStreamAttention, *call, backward_backend(call.backend))

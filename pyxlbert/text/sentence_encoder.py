@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pyxlbert import backends
 from pyxlbert.files import read_optional_json
 from pyxlbert.models import BertModel, XLNetModel
+from pyxlbert.models.integers import FILE as INTEGERS
 from pyxlbert.nn.packing import pack, packs_by_default
 
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
@@ -73,37 +74,27 @@ class SentenceEncoder:
             directory: a model's folder. With `modules.json` its pooling, dense layers and normalisation are followed;
                 without it texts are mean-pooled.
             dtype: of the model's weights and products; vectors are float32 always. "int8" multiplies in the layers by
-                eight-bit integers, with all else in bfloat16 where the processor multiplies it, in float32 elsewhere.
+                eight-bit integers: those of ``int8.safetensors`` if the folder has it (`pyxlbert quantise` writes it),
+                with all else in its dtype; without, the weights are quantised, with all else in bfloat16 where the
+                processor multiplies it, in float32 elsewhere.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
             ValueError: a file is corrupt or asks for what is not supported; the message names it.
             TypeError: `dtype` is not one that models run in.
         """
-        quantised = dtype == "int8"
-        if quantised:
-            dtype = torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
             raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16, torch.float16 or 'int8'")
         modules, folder = read_modules(directory)
-        with warnings.catch_warnings():
-            # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
-            warnings.simplefilter("ignore")
-            if read_optional_json(folder / "config.json").get("model_type") == "xlnet":
-                # Every text reads forwards: no memory is kept, and none is of the half of a batch that reads backwards.
-                fields = {"use_mems_eval": False, "bi_data": False}
-                model: BertModel | XLNetModel = XLNetModel.from_pretrained(folder, dtype=dtype, **fields)
-                positions = None
-            else:
-                model = BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
-                positions = model.config.max_position_embeddings
+        model = _read_model(folder, dtype)
+        positions = model.config.max_position_embeddings if isinstance(model, BertModel) else None
         tokenizer = TextTokenizer.from_directory(folder, positions)
         if tokenizer.largest_id >= model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
                 f"{model.config.vocab_size}"
             )
-        return cls(model, tokenizer, modules, quantised)
+        return cls(model, tokenizer, modules, dtype == "int8")
 
     def _mode(self, mode: str) -> str:
         return self._cls if mode == "cls" else mode
@@ -219,6 +210,34 @@ class SentenceEncoder:
                         vectors = F.normalize(vectors, dim=-1)
                     result[row] = TokenVectors(tokens, offsets, vectors.cpu().numpy())
         return [result[row] for row in range(len(texts))]
+
+
+def _read_model(folder: Path, dtype: torch.dtype | str) -> BertModel | XLNetModel:
+    with warnings.catch_warnings():
+        # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
+        warnings.simplefilter("ignore")
+        if read_optional_json(folder / "config.json").get("model_type") == "xlnet":
+            # Every text reads forwards: no memory is kept, and none is of the half of a batch that reads backwards.
+            return XLNetModel.from_pretrained(folder, dtype=dtype, use_mems_eval=False, bi_data=False)
+        return BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
+
+
+def quantise_directory(directory: str | Path) -> Path:
+    """Writes `int8.safetensors` beside the weights of a model, for `SentenceEncoder.from_pretrained(dtype="int8")`.
+
+    Args:
+        directory: as `SentenceEncoder.from_pretrained` reads it; its other files stay as they are.
+
+    Returns:
+        The path of the file, which appears whole or not at all.
+
+    Raises:
+        FileNotFoundError, ValueError: see `SentenceEncoder.from_pretrained`.
+    """
+    _, folder = read_modules(directory)
+    model = _read_model(folder, torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32)
+    model.save_integers(folder)
+    return folder / INTEGERS
 
 
 class _Hidden:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import pyxlbert
 from pyxlbert.launch.rows import DTYPE
+from pyxlbert.ops._integers import quantise
 from pyxlbert.testing import compare, tolerances
 
 cpu = pyxlbert._C.cpu
@@ -46,9 +47,10 @@ def random(*size: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, s
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, quantised: bool = False):
     """Weight `[N, K]` and a float32 bias `[N]` in the order of the active level."""
-    part = (weight.data_ptr(), weight.shape[0], weight.stride(0), weight.stride(1))
-    address = 0 if bias is None else bias.data_ptr()
-    return cpu.PackedLinear([part], address, weight.shape[1], DTYPE[weight.dtype], quantised)
+    source, scales = quantise(weight) if quantised else (weight, None)
+    part = (source.data_ptr(), source.shape[0], source.stride(0), source.stride(1))
+    bias_at, scales_at = (0 if one is None else one.data_ptr() for one in (bias, scales))
+    return cpu.PackedLinear([part], bias_at, weight.shape[1], DTYPE[weight.dtype], scales_at)
 
 
 def product(layer, x: torch.Tensor, activation: str = "none", threads: int = 1) -> torch.Tensor:

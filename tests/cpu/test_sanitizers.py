@@ -57,8 +57,8 @@ def test_it_watches(environment, level: str) -> None:
         assert "sanitized" in pyxlbert._C.__file__
         x, y, mean, rstd = torch.ones(64, 8), torch.empty(63, 8), torch.empty(64), torch.empty(64)
         w = torch.ones(8)
-        pyxlbert._C.cpu.layer_norm_fwd(x.data_ptr(), w.data_ptr(), w.data_ptr(), y.data_ptr(), mean.data_ptr(),
-                                       rstd.data_ptr(), 64, 8, 8, 1e-5, 0, 0, 0, 1)
+        pyxlbert._C.cpu.layer_norm_bwd(x.data_ptr(), x.data_ptr(), w.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+                                       y.data_ptr(), 0, 0, 64, 8, 8, 8, 0, 0, 0, 1)
     """
     environment = environment | {"PYXLBERT_ISA": level}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -173,7 +173,7 @@ def test_dtype(dtype: torch.dtype, tmp_path) -> None:
     assert BertModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert BertModel.from_pretrained(tmp_path, dtype="float64").dtype == torch.float64
     with pytest.raises(ValueError, match="dtype"):
-        BertModel.from_pretrained(tmp_path, dtype="int8")
+        BertModel.from_pretrained(tmp_path, dtype="int4")
 
 
 def test_a_missing_encoder_weight_is_named(tmp_path) -> None:

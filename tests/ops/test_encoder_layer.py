@@ -8,6 +8,7 @@ from runners import arguments_of
 
 import pyxlbert
 from pyxlbert.backends.native import _C
+from pyxlbert.ops._integers import quantise
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 
@@ -102,7 +103,7 @@ def test_sums_of_integers_are_exact(level: str, inner: int) -> None:
         x, weight = (torch.randn(n, inner, generator=generator) for n in (9, 70))
         x[3], x[4], weight[5], weight[6] = 0.7, 0.0, -0.3, 0.0
         x[5] *= 1e4
-        packed = _packed.pack([weight], None, True)
+        packed = _packed.pack([weight], None, [quantise(weight)])
         found = _packed.product(x, packed, "none").double()
     finally:
         _C.set_level(before)
@@ -125,7 +126,7 @@ def test_infinities_stay_in_their_rows() -> None:
     from pyxlbert.cpu import _packed
 
     x, weight = torch.randn(7, 40), torch.randn(9, 40)
-    packed = _packed.pack([weight], None, True)
+    packed = _packed.pack([weight], None, [quantise(weight)])
     wanted = _packed.product(x, packed, "none")
     for odd in (float("inf"), float("nan"), float("-inf")):
         other = x.clone()
