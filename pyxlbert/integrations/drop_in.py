@@ -16,7 +16,13 @@ from torch import nn
 
 from pyxlbert import backends, checks
 from pyxlbert.integrations import probe
-from pyxlbert.integrations.architecture import Architecture, LayerParts, RelativeArchitecture
+from pyxlbert.integrations.architecture import (
+    Architecture,
+    ConformerArchitecture,
+    LayerParts,
+    RelativeArchitecture,
+)
+from pyxlbert.integrations.conformer_drop_in import replace_conformer
 from pyxlbert.integrations.modules import (
     MODULES,
     BiasedEncoder,
@@ -46,7 +52,7 @@ _DROPOUTS = ("attention_dropout", "out_dropout", "down_dropout")
 
 
 @cache
-def architectures() -> dict[str, Architecture | RelativeArchitecture]:
+def architectures() -> dict[str, Architecture | RelativeArchitecture | ConformerArchitecture]:
     """Every table by its model type."""
     folder = importlib.import_module(_FOLDER)
     names = [info.name for info in pkgutil.iter_modules(folder.__path__) if not info.name.startswith("_")]
@@ -117,6 +123,8 @@ def _replace(model: nn.Module, pack: bool, backend: str | None, verify: bool) ->
         if isinstance(table, RelativeArchitecture):
             options = {"pack": pack, "backend": backend, "verify": verify}
             entries.append(replace_relative(name, base, table, heads, options))
+        elif isinstance(table, ConformerArchitecture):
+            entries += replace_conformer(name, base, table, backend, verify)
         else:
             _Base(name, base, table, heads, ModelState(base.config, pack, backend), verify).replace(entries)
     done = Report(tuple(entries))

@@ -24,7 +24,7 @@ from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 IMPLEMENTATIONS = ("eager", "sdpa", "pyxlbert")
 
 # Arguments that change nothing inside a layer.
-_HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
+HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
 
 Path = tuple[str, ...]
 
@@ -49,7 +49,7 @@ def dropout_of(module: nn.Dropout | None) -> float:
     return module.p if module is not None and module.training else 0.0
 
 
-def _asked(kwargs: dict[str, Any], config: Any, *names: str) -> bool:
+def asked(kwargs: dict[str, Any], config: Any, *names: str) -> bool:
     """Whether one of these outputs is asked for."""
     return any(kwargs.get(name) or getattr(config, name, False) for name in names)
 
@@ -117,7 +117,7 @@ class Layer(Replaced):
         return True
 
     def _knows(self, name: str) -> bool:
-        return name in _HARMLESS or (name == "position_bias" and self._pyxlbert.parts.biased)
+        return name in HARMLESS or (name == "position_bias" and self._pyxlbert.parts.biased)
 
     def _rows(self, x: Tensor, layout: TokenLayout, bias: Tensor | None) -> Tensor:
         state: LayerState = self._pyxlbert
@@ -287,7 +287,7 @@ class Encoder(Replaced):
     def _packed(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> TokenLayout | None:
         """The layout without padding; None where every place is computed."""
         state: ModelState = self._pyxlbert
-        if not state.pack or _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
+        if not state.pack or asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
             return None
         real = tokens_of(mask, x)  # [B, T]
         if real is None:
