@@ -96,6 +96,10 @@ class Architecture:
         """The class's name of ``"model"``, ``"embeddings"``, ``"encoder"`` or ``"layer"``."""
         return getattr(self, what).format(self.prefix)
 
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (self.name("model"),)
+
     def computes_padding(self, head: str) -> bool:
         """Whether a class of this name reads what is at padding."""
         return head in {name.format(self.prefix) for name in self.reads_padding}
@@ -120,9 +124,9 @@ class RelativeArchitecture:
     parts: Mapping[str, str]
     reads: Mapping[str, str]
 
-    def name(self, what: str) -> str:
-        """The class's name of ``"model"``."""
-        return f"{self.prefix}{what.capitalize()}"
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (f"{self.prefix}Model",)
 
     def place(self, head: str, summary: str) -> str | None:
         """What a head of this name reads: ``"first"``, ``"last"``, ``"mean"`` or None."""
@@ -217,3 +221,37 @@ class ConformerArchitecture:
         """The class's name of ``"model"``, ``"layer"``, ``"attention"`` and so on."""
         name = getattr(self, what)
         return None if name is None else name.format(self.prefix)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (self.model.format(self.prefix),)
+
+
+@dataclass(frozen=True)
+class FunnelArchitecture:
+    """Funnel's.
+
+    Attributes:
+        model_type: the configuration's.
+        tested: the versions of transformers that the table was tested with.
+        prefix: what the names of its classes begin with.
+        structure, layer: the names of its classes.
+        parts: modules of each layer, and the names of their classes.
+        holds: fields of the configuration and the values that they may have.
+    """
+
+    model_type: str
+    tested: str
+    prefix: str
+    parts: Mapping[str, str]
+    structure: str = "{}AttentionStructure"
+    layer: str = "{}Layer"
+    holds: Mapping[str, tuple] = field(default_factory=dict)
+
+    def name(self, what: str) -> str:
+        """The class's name of ``"structure"`` or ``"layer"``."""
+        return getattr(self, what).format(self.prefix)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return f"{self.prefix}Model", f"{self.prefix}BaseModel"

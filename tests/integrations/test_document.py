@@ -33,7 +33,7 @@ def test_the_table_has_every_architecture() -> None:
 
 @pytest.mark.parametrize("kind", sorted(zoo.ZOO))
 def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
-    """XLNet, the Conformers and the column of compilation have tests of their own."""
+    """XLNet, Funnel, the Conformers and the column of compilation have tests of their own."""
     model = pyxlbert.accelerate(zoo.build(kind))
     inside, attended = [], []
     linear, attention = pyxlbert.nn.linear.linear, pyxlbert.nn.self_attention.attention
