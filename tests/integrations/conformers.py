@@ -144,7 +144,13 @@ def build(name: str, **fields: Any) -> Any:
     """A random model in training mode, without dropout unless asked for."""
     torch.manual_seed(0)
     model = CASES[name].make(**fields)
-    models.randomize(model, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    models.randomize(model, generator)
+    with torch.no_grad():
+        for one in model.modules():
+            # By their class, since not all have a name that says it: small ones would leave nothing to attend by.
+            if isinstance(one, torch.nn.LayerNorm | torch.nn.BatchNorm1d):
+                one.weight.copy_(1 + 0.2 * torch.randn(one.weight.shape, generator=generator))
     return model.train()
 
 

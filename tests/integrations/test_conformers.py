@@ -128,7 +128,8 @@ def test_dropout_of_weights_is_the_ops() -> None:
 def test_distances_of_each_sequence() -> None:
     """Dropout on them is drawn for each sequence, and all the tables have gradients."""
     plain = conformers.build("parakeet", dropout_positions=0.5)
-    ours = pyxlbert.accelerate(copy.deepcopy(plain))
+    ours, report = pyxlbert.accelerate(copy.deepcopy(plain), report=True)
+    assert not report.left, str(report)
     found = []
     for model in (plain, ours):
         torch.manual_seed(7)
@@ -147,12 +148,13 @@ def test_no_mask_is_as_long_as_the_square(name: str, mask: str, monkeypatch) -> 
     seen = []
     op = conformer.relative_attention
     monkeypatch.setattr(
-        conformer, "relative_attention", lambda *rows, **named: (seen.append(named), op(*rows, **named))[1]
+        conformer, "relative_attention", lambda *rows, **named: (seen.append((rows[3], named)), op(*rows, **named))[1]
     )
     values(name, model, mask)
     lengths = None if mask == "none" else conformers.RIGHT.sum(1)
     assert len(seen) == 2
-    for named in seen:
+    for table, named in seen:
+        assert table.dim() == 3  # one for all sequences
         assert "attention_mask" not in named and ("key_lengths" in named) == (lengths is not None)
         if lengths is not None:
             assert torch.equal(named["key_lengths"].long(), lengths)
