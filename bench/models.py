@@ -1,5 +1,5 @@
 """Races of whole models with random weights: BERT-base against transformers, torch.compile, ONNX Runtime and OpenVINO,
-XLNet-base against transformers."""
+XLNet-base against transformers, and `accelerate` (`conformer.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from pyxlbert.bench import limits, peers
+from pyxlbert.bench import conformer, limits, peers
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import race
 
@@ -279,7 +279,7 @@ def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> flo
     return float((output.float() - truth)[real].abs().max())
 
 
-def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace]:
+def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace | conformer.ConformerRace]:
     """Every race of `python -m pyxlbert.bench models`."""
     for dtype in (torch.float32, torch.bfloat16):
         for batch, length in ((8, 128), (2, 512), (1, 128), (1, 16)):
@@ -294,3 +294,4 @@ def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace]:
     for batch, length in ((8, 128), (1, 128), (1, 16)):
         yield ModelRace(batch, length, torch.bfloat16, quantised=True)
     yield ModelRace(32, 16, torch.bfloat16, size="MiniLM", quantised=True)
+    yield from conformer.races()

@@ -6,7 +6,7 @@ import torch  # noqa: F401  (first: the native module binds to torch's OpenMP ru
 
 from pyxlbert import backends
 from pyxlbert.backends import allow_atomics, debug_checks, use_backend
-from pyxlbert.integrations import accelerate, register_attention, restore
+from pyxlbert.integrations import accelerate, register_attention, register_kernels, restore
 from pyxlbert.models.graphed import graphed
 from pyxlbert.nn.packing import pack, unpack
 from pyxlbert.ops import (
@@ -42,6 +42,7 @@ __all__ = [
     "linear_gelu",
     "pack",
     "register_attention",
+    "register_kernels",
     "relative_attention",
     "restore",
     "two_stream_attention",

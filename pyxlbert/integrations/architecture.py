@@ -117,6 +117,10 @@ class Architecture:
         """The class's name of ``"model"``, ``"embeddings"``, ``"encoder"`` or ``"layer"``."""
         return getattr(self, what).format(self.prefix)
 
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (self.name("model"),)
+
     def computes_padding(self, head: str, summary: str | None) -> bool:
         """Whether a class of this name, with this `summary_type`, reads what is at padding."""
         heads = self.reads_padding if summary in ("first", None) else (*self.reads_padding, *self.summaries)
@@ -142,9 +146,9 @@ class RelativeArchitecture:
     parts: Mapping[str, str]
     reads: Mapping[str, str]
 
-    def name(self, what: str) -> str:
-        """The class's name of ``"model"``."""
-        return f"{self.prefix}{what.capitalize()}"
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (f"{self.prefix}Model",)
 
     def place(self, head: str, summary: str) -> str | None:
         """What a head of this name reads: ``"first"``, ``"last"``, ``"mean"`` or None."""
@@ -152,3 +156,124 @@ class RelativeArchitecture:
         if reads != "summary":
             return reads
         return "last" if summary == "cls_index" else summary
+
+
+@dataclass(frozen=True)
+class DistanceParts:
+    """Attention with a term of the distance, by the names of its modules and arguments.
+
+    The table of distances holds R = 2 T - 1 rows, from that of the last key's first query to the reverse: the row of
+    query i and key j is T - 1 + j - i.
+
+    Attributes:
+        query, key, value, out, position: the linear layers.
+        content_bias, position_bias: the parameters ``[H, D]``.
+        dropout: of the weights, a module or a number.
+        arguments: the names of the arguments, in order, among them `hidden_states` and
+        mask, positions: those of the mask and of the distances.
+        masks: in which form its mask is made: ``"interface"`` by transformers' interface of masks, ``"square"``
+            ``[B, 1, T, T]``, in which padding sees nothing, or ``"keys"`` ``[B, 1, T]``, not 0 where a token is.
+    """
+
+    query: str = "linear_q"
+    key: str = "linear_k"
+    value: str = "linear_v"
+    out: str = "linear_out"
+    position: str = "linear_pos"
+    content_bias: str = "pos_bias_u"
+    position_bias: str = "pos_bias_v"
+    dropout: str = "dropout"
+    arguments: tuple[str, ...] = ("hidden_states", "attention_mask", "relative_position_embeddings")
+    mask: str = "attention_mask"
+    positions: str = "relative_position_embeddings"
+    masks: str = "interface"
+
+
+@dataclass(frozen=True)
+class FeedForwardParts:
+    """A feed-forward network: linear, activation, dropout, linear, dropout.
+
+    Attributes:
+        up, down: the linear layers.
+        activation: the module between them.
+        inner_dropout, dropout: modules or numbers; None for no dropout.
+        activation_name: the configuration's field that names the activation.
+    """
+
+    up: str = "intermediate_dense"
+    activation: str = "intermediate_act_fn"
+    inner_dropout: str = "intermediate_dropout"
+    down: str = "output_dense"
+    dropout: str | None = "output_dropout"
+    activation_name: str = "hidden_act"
+
+
+@dataclass(frozen=True)
+class ConformerArchitecture:
+    """A Conformer: layers of attention with a term of the distance, feed-forward networks and a convolution.
+
+    Attributes:
+        model_type: the configuration's.
+        tested: the versions of transformers that the table was tested with.
+        prefix: what the names of its classes begin with.
+        model, layer, attention, feed_forward, convolution: the names of its classes, ``{}`` for the prefix; no
+            `feed_forward` where it is made of convolutions.
+        attention_parts, feed_forward_parts: where the parameters are.
+        distances: the name of a class that makes the same distances for each sequence of a batch, or None.
+        inputs: the width of what the model takes and how many of it make one place, numbers or the configuration's
+            fields.
+        holds: fields of the configuration and the values that they may have.
+    """
+
+    model_type: str
+    tested: str
+    prefix: str
+    attention_parts: DistanceParts = DistanceParts()
+    feed_forward_parts: FeedForwardParts = FeedForwardParts()
+    model: str = "{}Encoder"
+    layer: str = "{}EncoderLayer"
+    attention: str = "{}SelfAttention"
+    feed_forward: str | None = "{}FeedForward"
+    convolution: str = "{}ConvolutionModule"
+    distances: str | None = None
+    inputs: tuple[str | int, str | int] = ("hidden_size", 1)
+    holds: Mapping[str, tuple] = field(default_factory=lambda: {"position_embeddings_type": ("relative",)})
+
+    def name(self, what: str) -> str | None:
+        """The class's name of ``"model"``, ``"layer"``, ``"attention"`` and so on."""
+        name = getattr(self, what)
+        return None if name is None else name.format(self.prefix)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return (self.model.format(self.prefix),)
+
+
+@dataclass(frozen=True)
+class FunnelArchitecture:
+    """Funnel's.
+
+    Attributes:
+        model_type: the configuration's.
+        tested: the versions of transformers that the table was tested with.
+        prefix: what the names of its classes begin with.
+        structure, layer: the names of its classes.
+        parts: modules of each layer, and the names of their classes.
+        holds: fields of the configuration and the values that they may have.
+    """
+
+    model_type: str
+    tested: str
+    prefix: str
+    parts: Mapping[str, str]
+    structure: str = "{}AttentionStructure"
+    layer: str = "{}Layer"
+    holds: Mapping[str, tuple] = field(default_factory=dict)
+
+    def name(self, what: str) -> str:
+        """The class's name of ``"structure"`` or ``"layer"``."""
+        return getattr(self, what).format(self.prefix)
+
+    def models(self) -> tuple[str, ...]:
+        """The names of the classes of a whole model."""
+        return f"{self.prefix}Model", f"{self.prefix}BaseModel"

@@ -32,9 +32,16 @@ def register_attention() -> None:
     Raises:
         ImportError: transformers is not installed, or has no such interfaces.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
+    register_masks()
+
+
+def register_masks() -> None:
+    """Makes the form of masks known to transformers; raises ImportError as `register_attention` does."""
+    from transformers import AttentionMaskInterface
+
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
@@ -83,10 +90,10 @@ def attention_mask(
             **options,
         )
     keys = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return None if keys is None else _shortest(keys[:, kv_offset : kv_offset + kv_length])
+    return None if keys is None else shortest(keys[:, kv_offset : kv_offset + kv_length])
 
 
-def _shortest(keys: Tensor) -> Tensor | None:
+def shortest(keys: Tensor) -> Tensor | None:
     """A mask of keys ``[B, Tk]`` as None or lengths, where they say the same."""
     keys = keys.to(torch.bool)
     if not can_look(keys):

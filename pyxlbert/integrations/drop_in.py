@@ -16,7 +16,15 @@ from torch import nn
 
 from pyxlbert import backends, checks
 from pyxlbert.integrations import probe
-from pyxlbert.integrations.architecture import Architecture, LayerParts, RelativeArchitecture
+from pyxlbert.integrations.architecture import (
+    Architecture,
+    ConformerArchitecture,
+    FunnelArchitecture,
+    LayerParts,
+    RelativeArchitecture,
+)
+from pyxlbert.integrations.conformer_drop_in import replace_conformer
+from pyxlbert.integrations.funnel_drop_in import replace_funnel
 from pyxlbert.integrations.modules import (
     MODULES,
     BiasedEncoder,
@@ -37,6 +45,8 @@ from pyxlbert.integrations.report import Entry, Report
 from pyxlbert.integrations.swap import Replaced, Unlike, at, give_back, is_as_made, shares_weights, swap
 from pyxlbert.nn import ACTIVATIONS
 
+Table = Architecture | RelativeArchitecture | ConformerArchitecture | FunnelArchitecture
+
 _LOG = logging.getLogger("pyxlbert")
 _FOLDER = "pyxlbert.integrations.transformers"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +57,7 @@ _DROPOUTS = ("attention_dropout", "out_dropout", "down_dropout")
 
 
 @cache
-def architectures() -> dict[str, Architecture | RelativeArchitecture]:
+def architectures() -> dict[str, Table]:
     """Every table by its model type."""
     folder = importlib.import_module(_FOLDER)
     names = [info.name for info in pkgutil.iter_modules(folder.__path__) if not info.name.startswith("_")]
@@ -118,6 +128,10 @@ def _replace(model: nn.Module, pack: bool, backend: str | None, verify: bool) ->
         if isinstance(table, RelativeArchitecture):
             options = {"pack": pack, "backend": backend, "verify": verify}
             entries.append(replace_relative(name, base, table, heads, options))
+        elif isinstance(table, ConformerArchitecture):
+            entries += replace_conformer(name, base, table, backend, verify)
+        elif isinstance(table, FunnelArchitecture):
+            entries.append(replace_funnel(name, base, table, backend, verify))
         else:
             _Base(name, base, table, heads, ModelState(base.config, pack, backend, table.stack), verify).replace(
                 entries
@@ -191,11 +205,11 @@ def _bases(model: nn.Module, entries: list[Entry]) -> Iterator[tuple[str, nn.Mod
         table = architectures().get(getattr(getattr(module, "config", None), "model_type", None))
         if table is None:
             continue
-        kind, wanted = type(module), table.name("model")
-        if kind.__name__ == wanted and _of_transformers(kind):
+        kind, wanted = type(module), table.models()
+        if kind.__name__ in wanted and _of_transformers(kind):
             yield name, module, table
-        elif any(one.__name__ == wanted for one in kind.__mro__):
-            reason = f"a class of {kind.__module__}, wanted transformers' {wanted}"
+        elif any(one.__name__ in wanted for one in kind.__mro__):
+            reason = f"a class of {kind.__module__}, wanted transformers' {' or '.join(wanted)}"
             entries.append(Entry(name, kind.__name__, reason=reason))
 
 

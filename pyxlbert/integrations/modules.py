@@ -29,7 +29,7 @@ from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 IMPLEMENTATIONS = ("eager", "sdpa", "pyxlbert")
 
 # Arguments that change nothing inside a layer.
-_HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
+HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
 
 Path = tuple[str, ...]
 Skipped = tuple[Path, type[nn.Module], Any]  # a module's path, class, and that class's `forward`
@@ -55,7 +55,7 @@ def dropout_of(module: nn.Dropout | None) -> float:
     return module.p if module is not None and module.training else 0.0
 
 
-def _asked(kwargs: dict[str, Any], config: Any, *names: str) -> bool:
+def asked(kwargs: dict[str, Any], config: Any, *names: str) -> bool:
     """Whether one of these outputs is asked for."""
     return any(kwargs.get(name) or getattr(config, name, False) for name in names)
 
@@ -178,7 +178,7 @@ class Layer(Replaced, Packable):
 
 def _harmless(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether arguments after the mask change nothing inside a layer."""
-    given = (*args, *(value for name, value in kwargs.items() if name not in _HARMLESS))
+    given = (*args, *(value for name, value in kwargs.items() if name not in HARMLESS))
     return all(one is None or one is False for one in given)
 
 
@@ -344,7 +344,7 @@ class Encoder(Replaced):
             return None
         if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)) or not _harmless(args, kwargs):
             return None
-        if _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
+        if asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
             return None
         if not together.ready(self, state.stack, x):
             return None
@@ -365,7 +365,7 @@ class Encoder(Replaced):
 
     def _packed(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> TokenLayout | None:
         """The layout without padding; None where every place is computed."""
-        if _asked(kwargs, self._pyxlbert.config, "output_attentions", "output_hidden_states"):
+        if asked(kwargs, self._pyxlbert.config, "output_attentions", "output_hidden_states"):
             return None
         if not all(isinstance(one, Layer) for one in together.layers_of(self, self._pyxlbert.stack)):
             return None

@@ -190,3 +190,62 @@ def relative_fault(plain: nn.Module, ours: nn.Module, like: Tensor) -> None:
         # In other dtypes than float32 transformers itself fails on two.
         got, wanted = (run(deepcopy(model).float(), **targets) for model in (ours, plain))
     compare.close("two streams", got, wanted, tolerances.CONTESTANT[torch.float32])
+
+
+# Arguments of a module in a dtype, as the replaced module takes them and as ours may get them.
+Arguments = Callable[[torch.dtype], dict[str, Any]]
+
+
+@_reason
+def part_fault(
+    plain: nn.Module, ours: nn.Module, calls: list[tuple[Arguments, Arguments]], backend: str | None
+) -> None:
+    """Why a part of a layer is not what it replaces, or None.
+
+    Args:
+        plain, ours: the part before and after, in eval mode.
+        calls: what plain and ours are called with to give the same.
+        backend: what ours runs on.
+    """
+    weight = next(one for one in plain.parameters() if one.is_floating_point())
+    exact = deepcopy(plain).double()
+
+    def run(module: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        output = module(**arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    with _quiet(backend, weight.device):
+        for place, (theirs, own) in enumerate(calls):
+            rows = run(ours, own(weight.dtype)), run(plain, theirs(weight.dtype)), run(exact, theirs(torch.float64))
+            compare.within_budget(f"call {place}", *rows, factor=tolerances.REPLACEMENT_FACTOR)
+
+
+@_reason
+def conformer_fault(plain: nn.Module, ours: nn.Module, width: int, frames: int) -> None:
+    """Why a model whose layers have been proven already is not what it was beside a mask, or None.
+
+    Args:
+        plain, ours: the model before and after, in eval mode.
+        width: of what it is given, ``[B, frames · T, width]``.
+        frames: how many of it make one place.
+    """
+    weight = next(one for one in plain.parameters() if one.is_floating_point())
+    mask = _mask(weight.device)
+    given = mask.repeat_interleave(frames, dim=1)
+    x = torch.randn(*given.shape, width, generator=_generator()).to(weight.device, weight.dtype)
+
+    def run(module: nn.Module) -> Tensor:
+        output = module(x.clone(), attention_mask=given)
+        return output if isinstance(output, Tensor) else output[0]
+
+    with _quiet(None, weight.device):
+        wanted, got = run(plain)[mask], run(ours)[mask]
+    relative = tolerances.FLOAT64 if weight.dtype is torch.float64 else tolerances.CONTESTANT[weight.dtype]
+    # Parakeet's "eager" attention has no number for a place that sees nothing, nor then for anybody beside it.
+    wanted = torch.where(wanted.isfinite(), wanted, got)
+    compare.close("hidden states", got, wanted, relative)
+
+
+def places(device: torch.device) -> Tensor:
+    """Bool ``[B, T]``, True where a token is, of a small ragged batch."""
+    return _mask(device)

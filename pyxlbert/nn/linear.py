@@ -46,7 +46,9 @@ def linear_activation(layer: Linear | LinearActivation, x: Tensor, activation: s
     if approximate is not None:
         return linear_gelu(x, layer.weight, layer.bias, approximate=approximate)
     y = linear(x, layer.weight, layer.bias)
-    return F.relu(y) if activation == "relu" else F.silu(y)
+    # Of a product that nobody else has, and that backward does not need, no second copy is made.
+    inplace = not y.requires_grad
+    return F.relu(y, inplace) if activation == "relu" else F.silu(y, inplace)
 
 
 class LinearActivation(Packable, torch.nn.Linear):

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import conformers
 import pytest
 import torch
 import zoo
@@ -28,7 +29,7 @@ def values(model, **options):
 
 
 def test_every_table_is_in_the_zoo() -> None:
-    assert set(architectures()) == {*zoo.ZOO, "xlnet"}  # which has a suite of its own
+    assert set(architectures()) == {*zoo.ZOO, *conformers.MODELS, "xlnet", "funnel"}  # which have suites of their own
 
 
 @pytest.mark.parametrize("head", zoo.HEADS)

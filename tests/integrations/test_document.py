@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import conformers
 import pytest
 import torch
 import zoo
 
 import pyxlbert
+from pyxlbert.integrations import conformer
 from pyxlbert.integrations.drop_in import architectures
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
@@ -31,7 +33,7 @@ def test_the_table_has_every_architecture() -> None:
 
 @pytest.mark.parametrize("kind", sorted(zoo.ZOO))
 def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
-    """XLNet and the column of compilation have tests of their own."""
+    """XLNet, Funnel, the Conformers and the column of compilation have tests of their own."""
     model = pyxlbert.accelerate(zoo.build(kind))
     inside, attended = [], []
     linear, attention = pyxlbert.nn.linear.linear, pyxlbert.nn.self_attention.attention
@@ -52,3 +54,18 @@ def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
     assert (removed, relative) == said
     model.train()(**zoo.batch(model))[0].sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+@pytest.mark.parametrize("kind", sorted(conformers.MODELS))
+def test_the_table_says_what_a_conformer_does(kind: str, monkeypatch) -> None:
+    name = conformers.MODELS[kind]
+    model = pyxlbert.accelerate(conformers.build(name))
+    attended = []
+    op = conformer.relative_attention
+    monkeypatch.setattr(
+        conformer, "relative_attention", lambda *rows, **named: (attended.append((rows, named)), op(*rows, **named))[1]
+    )
+    model.train()(**conformers.arguments(name, model))[0].sum().backward()
+    assert all(p.grad is not None for path, p in model.named_parameters() if "self_attn" in path)
+    whole = all(rows[0].dim() == 4 and "cu_seqlens" not in named for rows, named in attended)
+    assert attended and ROWS[kind][2::2] == ("no, a convolution sees it" if whole else "yes", "yes")
