@@ -51,7 +51,7 @@ class PretrainedModel(PacksItself):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
+        if type(config) not in self.config_class.kinds().values():
             raise TypeError(f"config: got {type(config).__name__}, wanted {self.config_class.__name__}")
         config.validate()
         self.config = config
@@ -71,6 +71,11 @@ class PretrainedModel(PacksItself):
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         """What `forward` returns: the output, or where that is asked for its fields as a tuple."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a row; None where any number is taken."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -327,7 +332,7 @@ class PretrainedModel(PacksItself):
             directory: made if need be.
         """
         config = type(self.config).from_dict(self.config.to_dict())
-        config.architectures = [type(self).__name__]
+        config.architectures = [config.architecture(type(self))]
         config.dtype = str(self.dtype).removeprefix("torch.")
         checkpoints.write_weights(directory, self._tensors_to_save())
         config.save_pretrained(directory)
