@@ -22,6 +22,7 @@ PACKAGE = ROOT / "pyxlbert"
 ARROWS = {
     "checks": set(),
     "files": set(),
+    "hub": {"files"},
     # Imported to say why it is missing.
     "backends": {"backends", "checks", "_C"},
     "launch": {"launch"},
@@ -31,8 +32,8 @@ ARROWS = {
     "cuda": {"cuda", "backends", "launch"},
     "ops": {"ops", "checks", "backends", "launch", "reference", "cpu", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "backends"},
-    "models": {"models", "nn", "ops", "backends", "files"},
-    "text": {"text", "models", "nn", "ops", "backends", "files"},
+    "models": {"models", "nn", "ops", "backends", "files", "hub"},
+    "text": {"text", "models", "nn", "ops", "backends", "files", "hub"},
     "training": {"training", "models", "nn", "ops", "backends"},
     "integrations": {"integrations", "checks", "models", "nn", "ops", "backends", "testing"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},

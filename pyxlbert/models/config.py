@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pyxlbert.files import read_json, require_file, whole_file
+from pyxlbert.hub import Hub
 
 
 def _labels(given: object) -> dict[int, str]:
@@ -154,14 +155,30 @@ class ModelConfig:
         return kinds[model_type](**known_values, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
         """Read ``config.json`` of a directory.
 
+        Args:
+            directory: the folder, or the name of a model of the hub.
+            revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
+            overrides: fields to replace.
+
         Raises:
-            FileNotFoundError: the directory or the file is missing.
+            FileNotFoundError: the directory or the file is missing, or a model of the hub cannot be had.
             ValueError: the file is not JSON, or a field cannot be honoured.
         """
-        return cls.from_dict(read_json(require_file(directory, "config.json")), **overrides)
+        hub = Hub(revision, cache_dir, token, local_files_only)
+        path = require_file(hub.folder(directory, weights=False), "config.json")
+        return cls.from_dict(read_json(path), **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a ``config.json``, unknown ones that were read included."""

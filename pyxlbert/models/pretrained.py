@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyxlbert.hub import Hub
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
@@ -175,22 +176,28 @@ class PretrainedModel(PacksItself):
         dtype: torch.dtype | str | None = "auto",
         output_loading_info: bool = False,
         pack: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **overrides: Any,
     ) -> Self | tuple[Self, dict[str, list[str]]]:
-        """A model in evaluation mode, read from a local Hugging Face directory.
+        """A model in evaluation mode, read from a Hugging Face directory.
 
         A checkpoint of the bare encoder loads into a model with a head, and the other way round. Everything is read
         and checked before a model is made. Weights of the encoder must all be there; a pooler or head that is missing
         gets fresh values, tensors that have no place here are left out, and both are reported, once, as a warning.
 
         Args:
-            directory: holds ``config.json`` and the weights.
+            directory: holds ``config.json`` and the weights. A name that is no folder is that of a model of the hub,
+                of which `huggingface_hub` has a copy or downloads one.
             config: used in place of ``config.json``.
             dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's.
             output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
             pack: whether the encoder packs its linear layers at its first forward pass without gradients on the CPU,
                 which takes their memory a second time (`pyxlbert.pack`). None: unless the environment says
                 PYXLBERT_PACK=0.
+            revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
             overrides: fields of the configuration to replace, such as ``num_labels=3``; also ``add_pooling_layer``
                 where the constructor takes it. `torch_dtype` is another name of `dtype`.
 
@@ -198,7 +205,8 @@ class PretrainedModel(PacksItself):
             The model, with `output_loading_info` the pair (model, info). The model also carries it as `loading_info`.
 
         Raises:
-            FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing.
+            FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing, or a model of the hub
+                cannot be had; the message says what to do.
             ValueError: a file is corrupt, a field of the configuration cannot be honoured, an encoder weight is
                 missing, or a tensor has the wrong shape.
             TypeError: an override is no field of the configuration.
@@ -212,6 +220,7 @@ class PretrainedModel(PacksItself):
             if dtype not in ("auto", None, old):
                 raise ValueError(f"torch_dtype: got {old!r} together with dtype {dtype!r}, wanted one of them")
             dtype = old
+        directory = Hub(revision, cache_dir, token, local_files_only).folder(directory)
         model_options = {name: overrides.pop(name) for name in cls._constructor_options() if name in overrides}
         if config is None:
             config = cls.config_class.from_pretrained(directory, **overrides)
