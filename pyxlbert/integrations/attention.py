@@ -11,6 +11,7 @@ hand over no mask, and padding would be attended.  Of a mask the shape says what
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ def register_attention() -> None:
     Raises:
         ImportError: transformers is not installed, or has no such interfaces.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
 
+    if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(
+            f"register_attention: got transformers {__version__}, wanted 5.4 or later: masks differ there"
+        )
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
 
