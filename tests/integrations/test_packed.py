@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+import transformers
 import zoo
 
 import pyxlbert
 from pyxlbert.nn.encoder_layers import PackedLayers
 from pyxlbert.nn.packing import Packable
-from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing import compare, models, tolerances
 
 KINDS = sorted(zoo.ZOO)
 
@@ -216,3 +217,33 @@ def test_question_answering_reads_padding(together) -> None:
     assert together == [True]
     for name in plain:
         compare.close(name, ours[name], plain[name], tolerances.SUMMATION_ORDER * 2)
+
+
+@pytest.mark.parametrize("reads", ["Model", "ForSequenceClassification"])
+def test_xlnet(reads: str, together) -> None:
+    fields = {"vocab_size": 50, "d_model": 24, "n_layer": 2, "n_head": 3, "d_inner": 20, "use_mems_eval": False}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"XLNet{reads}")(transformers.XLNetConfig(**fields)).eval()
+    models.randomize(model, torch.Generator().manual_seed(0))
+    mask = zoo.MASK.flip(1)
+    given = {"input_ids": torch.where(mask.bool(), 7, 5), "attention_mask": mask}
+
+    def rows():
+        with torch.no_grad():
+            found = model(**given)[0]
+        return found[mask.bool()] if found.shape[:2] == mask.shape else found
+
+    plain, kinds = rows(), [type(one) for one in model.modules()]
+    pyxlbert.pack(pyxlbert.accelerate(model))
+    ours = rows()
+    assert together == [True]
+    compare.close("rows", ours, plain, tolerances.MODEL_FLOAT32)
+    with torch.no_grad():
+        model.base_model.layer[0].ff.layer_1.weight.mul_(1.5)
+    moved = rows()
+    assert together == [True] * 2 and not torch.equal(moved, ours)
+    pyxlbert.pack(model, "int8")
+    assert not torch.equal(rows(), moved) and together == [True] * 3
+    pyxlbert.restore(model)
+    compare.close("restored", moved, rows(), tolerances.MODEL_FLOAT32)
+    assert together == [True] * 3 and [type(one) for one in model.modules()] == kinds
