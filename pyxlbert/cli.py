@@ -83,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("file", metavar="FILE", help="the texts, or - for standard input")
     embed.add_argument(
-        "--model", required=True, metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="a folder as Hugging Face or sentence-transformers write it, or the name of a model of the hub",
     )
     embed.add_argument(
         "--out", required=True, metavar="X.npy|X.jsonl", help="a float32 matrix, or a JSON object a line"

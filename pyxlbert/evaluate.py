@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = parser.add_subparsers(dest="task", required=True)
     stsb = tasks.add_parser("stsb", help="sentence similarity: Spearman x 100 on the dev pairs of STS Benchmark")
     stsb.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with sts-dev.csv")
-    stsb.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model's folder")
+    stsb.add_argument("--model", required=True, metavar="DIR", help="the model's folder, or its name in the hub")
     stsb.add_argument("--split", choices=("dev", "train", "test"), default="dev")
     stsb.add_argument("--dtype", choices=DTYPES, default="float32")
     stsb.add_argument("--batch-size", type=int, default=32, metavar="N")

@@ -11,6 +11,7 @@ hand over no mask, and padding would be attended.  Of a mask the shape says what
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -34,14 +35,18 @@ def register_attention() -> None:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attention_forward)
     register_masks()
+    AttentionInterface.register(NAME, attention_forward)
 
 
 def register_masks() -> None:
     """Makes the form of masks known to transformers; raises ImportError as `register_attention` does."""
-    from transformers import AttentionMaskInterface
+    from transformers import AttentionMaskInterface, __version__, masking_utils
 
+    if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(
+            f"register_attention: got transformers {__version__}, wanted 5.4 or later: masks differ there"
+        )
     AttentionMaskInterface.register(NAME, attention_mask)
 
 

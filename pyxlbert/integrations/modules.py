@@ -18,6 +18,7 @@ from pyxlbert.integrations import together
 from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts, Stack
 from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
 from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
+from pyxlbert.nn.embeddings import without_gradient_of_padding
 from pyxlbert.nn.encoder_layers import LayerParts as PartsOfLayer
 from pyxlbert.nn.encoder_layers import PackedLayers
 from pyxlbert.nn.packing import Packable
@@ -246,14 +247,11 @@ class Embeddings(Replaced):
         if places is None and parts.positions == "token":
             real = ids.ne(self.padding_idx).int()
             places = (real.cumsum(1, dtype=torch.int32) * real + self.padding_idx).long()
-        table = position.weight
-        if position.padding_idx is not None and table.requires_grad and torch.is_grad_enabled():
-            table = _RowWithoutGradient.apply(table, position.padding_idx)
         return embedding_layer_norm(
             ids,
             word.weight,
             None if kinds is None else kinds.weight,
-            table,
+            without_gradient_of_padding(position),
             norm.weight,
             norm.bias,
             token_type_ids=types,
@@ -265,21 +263,6 @@ class Embeddings(Replaced):
 
     def _usual(self) -> bool:
         return _as_found(self, self._pyxlbert.skipped, recorded())
-
-
-class _RowWithoutGradient(torch.autograd.Function):
-    """A table as it is, one row of which receives no gradient, as `torch.nn.Embedding` does with its padding."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return table.view_as(table)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        gradient[ctx.row] = 0
-        return gradient, None
 
 
 @dataclass(frozen=True, eq=False)

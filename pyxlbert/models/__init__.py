@@ -13,6 +13,17 @@ from pyxlbert.models.bert_heads import (
     BertForTokenClassification,
 )
 from pyxlbert.models.outputs import ModelOutput
+from pyxlbert.models.roberta import (
+    CamembertConfig,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+    XLMRobertaConfig,
+)
 from pyxlbert.models.xlnet import XLNetModel
 from pyxlbert.models.xlnet_answers import XLNetForQuestionAnswering, XLNetForQuestionAnsweringSimple
 from pyxlbert.models.xlnet_config import XLNetConfig
@@ -33,7 +44,16 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "CamembertConfig",
     "ModelOutput",
+    "RobertaConfig",
+    "RobertaForMaskedLM",
+    "RobertaForMultipleChoice",
+    "RobertaForQuestionAnswering",
+    "RobertaForSequenceClassification",
+    "RobertaForTokenClassification",
+    "RobertaModel",
+    "XLMRobertaConfig",
     "XLNetConfig",
     "XLNetForMultipleChoice",
     "XLNetForQuestionAnswering",

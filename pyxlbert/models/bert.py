@@ -301,6 +301,7 @@ class BertModel(BertPreTrainedModel):
             config.max_position_embeddings,
             config.type_vocab_size,
             padding_idx=config.pad_token_id,
+            position_padding_idx=self._position_padding(config),
             eps=config.layer_norm_eps,
             dropout_p=config.hidden_dropout_prob,
         )
@@ -308,6 +309,16 @@ class BertModel(BertPreTrainedModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.checkpointing: dict[str, Any] | None = None
         self.init_weights()
+
+    @staticmethod
+    def _position_padding(config: BertConfig) -> int | None:
+        """The row of the position table that is padding's and receives no gradient, if there is one."""
+        return None
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a row: what the position table has rows for."""
+        return self.config.max_position_embeddings
 
     @classmethod
     def _constructor_options(cls) -> tuple[str, ...]:
@@ -336,7 +347,8 @@ class BertModel(BertPreTrainedModel):
                 ``[B, T, T]`` of 1 (query may attend key) and 0, or ``[B or 1, H or 1, T or 1, T]``, boolean or integer
                 with the same meaning or floating point and then added to the scores: every place is computed.
             token_type_ids: ``[B, T]``; zeros by default.
-            position_ids: ``[B, T]`` or ``[1, T]``; by default the place in the padded row.
+            position_ids: ``[B, T]`` or ``[1, T]``; by default the place in the padded row (RoBERTa's family counts
+                tokens: see `RobertaModel`).
             inputs_embeds: ``[B, T, E]``, in place of `input_ids` and their table.
             output_attentions: also return each layer's attention weights ``[B, H, T, T]``.
             output_hidden_states: also return the embeddings' and each layer's output.
@@ -389,13 +401,24 @@ class BertModel(BertPreTrainedModel):
         else:
             check_device("attention_mask", given.attention_mask, tokens.device)
             layout = TokenLayout.from_mask(given.attention_mask, *tokens.shape[:2])
-        longest = layout.max_seqlen if layout.length is None else layout.length
-        if given.position_ids is None and longest > config.max_position_embeddings:
-            most = config.max_position_embeddings
-            raise ValueError(f"{name}: got {longest} tokens a row, wanted at most max_position_embeddings {most}")
+        if given.position_ids is None:
+            self._check_length(name, given, layout)
         if layout.bias is not None:
             layout = replace(layout, bias=layout.bias.to(torch.promote_types(weight.dtype, torch.float32)))
         return layout
+
+    def _check_length(self, name: str, given: BertInputs, layout: TokenLayout) -> None:
+        longest, most = layout.max_seqlen if layout.length is None else layout.length, self.max_tokens
+        if longest > most:
+            raise ValueError(f"{name}: got {longest} tokens a row, wanted at most max_position_embeddings {most}")
+
+    def _positions(self, given: BertInputs, layout: TokenLayout) -> Tensor | None:
+        """Rows of the position table, as the caller gave none: ``[B, T]``, packed ``[total]``; None for the places."""
+        if not layout.packed:
+            return None
+        tokens = given.input_ids if given.inputs_embeds is None else given.inputs_embeds[..., 0]
+        total = tokens.numel() if layout.indices is None else layout.indices.numel()
+        return layout.positions(tokens.device, total)
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype | None]:
         """Of the residual stream, and of the products where it is not the stream's."""
@@ -412,11 +435,7 @@ class BertModel(BertPreTrainedModel):
         shape, device = tokens.shape, tokens.device
         token_type_ids = check_ids("token_type_ids", given.token_type_ids, shape, device)
         position_ids = check_ids("position_ids", given.position_ids, shape, device)
-        if position_ids is None and layout.packed:
-            total = tokens.numel() if layout.indices is None else layout.indices.numel()
-            position_ids = layout.positions(device, total)  # [total]
-        elif position_ids is not None:
-            position_ids = layout.take(position_ids)  # [B, T], packed [total]
+        position_ids = self._positions(given, layout) if position_ids is None else layout.take(position_ids)
         table = None
         if given.inputs_embeds is None:
             rows = layout.take(given.input_ids)  # [B, T], packed [total]

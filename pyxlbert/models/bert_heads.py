@@ -66,32 +66,41 @@ class BertHeads(nn.Module):
 class BertVocabularyModel(BertHead):
     """What the models with a masked-LM head share."""
 
+    #: Where the head is whose `decoder` gives the logits.
+    predictions_name: ClassVar[str] = "cls.predictions"
+
+    @property
+    def predictions(self) -> nn.Module:
+        """The masked-LM head."""
+        return self.get_submodule(self.predictions_name)
+
     def tied_names(self) -> dict[str, str]:
-        tied = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+        name = self.predictions_name
+        tied = {f"{name}.decoder.bias": f"{name}.bias"}
         if self.config.tie_word_embeddings:
-            tied["cls.predictions.decoder.weight"] = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
+            tied[f"{name}.decoder.weight"] = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
         return tied
 
     def tie_weights(self) -> None:
-        predictions = self.cls.predictions
+        predictions = self.predictions
         predictions.decoder.bias = predictions.bias
         if self.config.tie_word_embeddings:
             predictions.decoder.weight = self.base_model.embeddings.word_embeddings.weight
 
     def get_output_embeddings(self) -> nn.Linear:
         """The decoder."""
-        return self.cls.predictions.decoder
+        return self.predictions.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the decoder."""
-        self.cls.predictions.decoder = value
-        self.cls.predictions.bias = value.bias
+        self.predictions.decoder = value
+        self.predictions.bias = value.bias
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
         tensors = super()._tensors_to_save()
         if not self.config.tie_word_embeddings:
             # transformers ties both or neither, so it looks for the bias under both names.
-            tensors["cls.predictions.decoder.bias"] = self.cls.predictions.bias.detach().clone()
+            tensors[f"{self.predictions_name}.decoder.bias"] = self.predictions.bias.detach().clone()
         return tensors
 
     def _predict(self, encoded: PackedModelOutput, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +108,7 @@ class BertVocabularyModel(BertHead):
         rows, layout = encoded.last_hidden_state, encoded.layout  # [B, T, E], packed [total, E]
         config = self.config
         if labels is None:
-            return layout.restore(self.cls.predictions(rows)), None
+            return layout.restore(self.predictions(rows)), None
         ignored = config.sparse_pred_ignore_index if config.sparse_prediction else IGNORED
         check_labels("labels", labels, rows.device, (layout.batch, layout.length))
         check_classes("labels", labels, config.vocab_size, ignored)
@@ -109,9 +118,9 @@ class BertVocabularyModel(BertHead):
             labels = labels.reshape(-1)
             labelled = (labels != ignored).nonzero().squeeze(1)  # [labelled]
             chosen = rows.reshape(-1, rows.shape[-1]).index_select(0, labelled)  # [labelled, E]
-            logits = self.cls.predictions(chosen)  # [labelled, V]
+            logits = self.predictions(chosen)  # [labelled, V]
             return logits, cross_entropy(logits, labels.index_select(0, labelled), ignored)
-        logits = self.cls.predictions(rows)  # [B, T, V], packed [total, V]
+        logits = self.predictions(rows)  # [B, T, V], packed [total, V]
         return layout.restore(logits), cross_entropy(logits, labels, ignored)
 
 
@@ -170,9 +179,12 @@ class BertForMaskedLM(BertVocabularyModel):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self._add_encoder(add_pooling_layer=False)
-        self.cls = BertHeads(config, masked_lm=True, next_sentence=False)
+        self._add_predictions(config)
         self.tie_weights()
-        self.init_weights("cls.")
+        self.init_weights(f"{self.predictions_name}.")
+
+    def _add_predictions(self, config: BertConfig) -> None:
+        self.cls = BertHeads(config, masked_lm=True, next_sentence=False)
 
     def forward(
         self,
@@ -245,10 +257,16 @@ class BertForSequenceClassification(BertHead):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
+        self._add_classifier(config)
+        self.init_weights("classifier.")
+
+    def _add_classifier(self, config: BertConfig) -> None:
         self._add_encoder()
         self.dropout = nn.Dropout(config.head_dropout_prob)
         self.classifier = Linear(config.hidden_size, config.num_labels)
-        self.init_weights("classifier.")
+
+    def _classify(self, encoded: PackedModelOutput) -> Tensor:
+        return self.classifier(self.dropout(encoded.pooler_output))
 
     def forward(
         self,
@@ -275,7 +293,7 @@ class BertForSequenceClassification(BertHead):
         """
         rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self._encode(BertInputs(*rows, output_attentions, output_hidden_states))
-        logits = self.classifier(self.dropout(encoded.pooler_output))  # [B, num_labels]
+        logits = self._classify(encoded)  # [B, num_labels]
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         output = HeadOutput(loss, logits, *encoded.passed_on())
         return self._returned(output, return_dict)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pyxlbert.files import read_json, require_file, whole_file
+from pyxlbert.hub import Hub
 
 
 def _labels(given: object) -> dict[int, str]:
@@ -35,6 +36,8 @@ class ModelConfig:
     """
 
     model_type: ClassVar[str] = ""
+    #: What transformers' classes of this model type begin with, where ours begin otherwise: their beginning for ours.
+    prefix: ClassVar[tuple[str, str]] = ("", "")
     unsupported: ClassVar[dict[str, tuple]] = {
         "is_encoder_decoder": (False, None),
         "tie_encoder_decoder": (False, None),
@@ -107,6 +110,16 @@ class ModelConfig:
             raise ValueError(f"{name}: got {value!r}, wanted a finite number {wanted}")
 
     @classmethod
+    def kinds(cls) -> dict[str, type[ModelConfig]]:
+        """The configurations that a model of this configuration takes, by model type."""
+        return {cls.model_type: cls}
+
+    def architecture(self, model: type) -> str:
+        """The name of transformers' class for a class of ours."""
+        ours, theirs = self.prefix
+        return theirs + model.__name__.removeprefix(ours)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
         """The configuration for the keys of a ``config.json``.
 
@@ -126,8 +139,10 @@ class ModelConfig:
             near = difflib.get_close_matches(name, known)
             raise TypeError(f"{name}: no field of {cls.__name__}" + (f"; near: {', '.join(near)}" if near else ""))
         model_type = values.pop("model_type", None) or cls.model_type
-        if model_type != cls.model_type:
-            raise ValueError(f"model_type: got {model_type!r}, wanted {cls.model_type!r}")
+        kinds = cls.kinds()
+        if model_type not in kinds:
+            wanted = " or ".join(map(repr, kinds))
+            raise ValueError(f"model_type: got {model_type!r}, wanted {wanted}")
         if "torch_dtype" in values:
             old = values.pop("torch_dtype")
             values.setdefault("dtype", old)
@@ -137,17 +152,33 @@ class ModelConfig:
         values.update(overrides)
         extra = {name: value for name, value in values.items() if name not in known}
         known_values = {name: value for name, value in values.items() if name in known}
-        return cls(**known_values, extra=extra)
+        return kinds[model_type](**known_values, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
         """Read ``config.json`` of a directory.
 
+        Args:
+            directory: the folder, or the name of a model of the hub.
+            revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
+            overrides: fields to replace.
+
         Raises:
-            FileNotFoundError: the directory or the file is missing.
+            FileNotFoundError: the directory or the file is missing, or a model of the hub cannot be had.
             ValueError: the file is not JSON, or a field cannot be honoured.
         """
-        return cls.from_dict(read_json(require_file(directory, "config.json")), **overrides)
+        hub = Hub(revision, cache_dir, token, local_files_only)
+        path = require_file(hub.folder(directory, weights=False), "config.json")
+        return cls.from_dict(read_json(path), **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a ``config.json``, unknown ones that were read included."""

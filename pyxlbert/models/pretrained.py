@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
+from pyxlbert.hub import Hub
 from pyxlbert.models import checkpoints, integers
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
@@ -54,7 +55,7 @@ class PretrainedModel(PacksItself):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
+        if type(config) not in self.config_class.kinds().values():
             raise TypeError(f"config: got {type(config).__name__}, wanted {self.config_class.__name__}")
         config.validate()
         self.config = config
@@ -74,6 +75,11 @@ class PretrainedModel(PacksItself):
     def _returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         """What `forward` returns: the output, or where that is asked for its fields as a tuple."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of a row; None where any number is taken."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,16 +179,21 @@ class PretrainedModel(PacksItself):
         dtype: torch.dtype | str | None = "auto",
         output_loading_info: bool = False,
         pack: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
         **overrides: Any,
     ) -> Self | tuple[Self, dict[str, list[str]]]:
-        """A model in evaluation mode, read from a local Hugging Face directory.
+        """A model in evaluation mode, read from a Hugging Face directory.
 
         A checkpoint of the bare encoder loads into a model with a head, and the other way round. Everything is read
         and checked before a model is made. Weights of the encoder must all be there; a pooler or head that is missing
         gets fresh values, tensors that have no place here are left out, and both are reported, once, as a warning.
 
         Args:
-            directory: holds ``config.json`` and the weights.
+            directory: holds ``config.json`` and the weights. A name that is no folder is that of a model of the hub,
+                of which `huggingface_hub` has a copy or downloads one.
             config: used in place of ``config.json``.
             dtype: of the parameters; ``"auto"`` or None takes the configuration's, else the checkpoint's. "int8"
                 multiplies in the encoder's layers by eight-bit integers (`pyxlbert.pack`): those of the directory's
@@ -193,6 +204,7 @@ class PretrainedModel(PacksItself):
             pack: whether the encoder packs its linear layers at its first forward pass without gradients on the CPU,
                 which takes their memory a second time (`pyxlbert.pack`). None: unless the environment says
                 PYXLBERT_PACK=0.
+            revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
             overrides: fields of the configuration to replace, such as ``num_labels=3``; also ``add_pooling_layer``
                 where the constructor takes it. `torch_dtype` is another name of `dtype`.
 
@@ -200,7 +212,8 @@ class PretrainedModel(PacksItself):
             The model, with `output_loading_info` the pair (model, info). The model also carries it as `loading_info`.
 
         Raises:
-            FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing.
+            FileNotFoundError: the directory, ``config.json``, the weights or a shard is missing, or a model of the hub
+                cannot be had; the message says what to do.
             ValueError: a file is corrupt, a field of the configuration cannot be honoured, an encoder weight is
                 missing, a tensor has the wrong shape, or ``int8.safetensors`` belongs to other weights.
             RuntimeError: dtype is "int8", and backend "cpu" is not here.
@@ -221,6 +234,7 @@ class PretrainedModel(PacksItself):
             raise ValueError('pack: got False together with dtype "int8", wanted True or None')
         if quantised and backends.unavailable("cpu") is not None:
             raise RuntimeError(f'dtype: got "int8", but backend "cpu" is missing: {backends.unavailable("cpu")}')
+        directory = Hub(revision, cache_dir, token, local_files_only).folder(directory)
         model_options = {name: overrides.pop(name) for name in cls._constructor_options() if name in overrides}
         if config is None:
             config = cls.config_class.from_pretrained(directory, **overrides)
@@ -385,7 +399,7 @@ class PretrainedModel(PacksItself):
             directory: made if need be.
         """
         config = type(self.config).from_dict(self.config.to_dict())
-        config.architectures = [type(self).__name__]
+        config.architectures = [config.architecture(type(self))]
         config.dtype = str(self.dtype).removeprefix("torch.")
         checkpoints.write_weights(directory, self._tensors_to_save())
         config.save_pretrained(directory)

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyxlbert.nn.layer_norm import LayerNorm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
+
+
+class _RowWithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        gradient[ctx.row] = 0
+        return gradient, None
+
+
+def without_gradient_of_padding(table: torch.nn.Embedding) -> Tensor:
+    """A table's weight; its padding's row, where it has one, receives no gradient of what is looked up in it."""
+    weight = table.weight
+    if table.padding_idx is None or not weight.requires_grad or not torch.is_grad_enabled():
+        return weight
+    return _RowWithoutGradient.apply(weight, table.padding_idx)
 
 
 class Embeddings(torch.nn.Module):
@@ -17,6 +40,7 @@ class Embeddings(torch.nn.Module):
         max_position_embeddings: rows of the position table.
         type_vocab_size: rows of the token-type table.
         padding_idx: the word row that receives no gradient.
+        position_padding_idx: the position row that receives none.
         eps: added to LayerNorm's variance.
         dropout_p: probability that an element is dropped while training.
 
@@ -32,12 +56,15 @@ class Embeddings(torch.nn.Module):
         type_vocab_size: int,
         *,
         padding_idx: int | None = None,
+        position_padding_idx: int | None = None,
         eps: float = 1e-12,
         dropout_p: float = 0.0,
     ) -> None:
         super().__init__()
         self.word_embeddings = torch.nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx)
-        self.position_embeddings = torch.nn.Embedding(max_position_embeddings, hidden_size)
+        self.position_embeddings = torch.nn.Embedding(
+            max_position_embeddings, hidden_size, padding_idx=position_padding_idx
+        )
         self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size)
         self.LayerNorm = LayerNorm(hidden_size, eps=eps)
         self.dropout_p = dropout_p
@@ -71,7 +98,7 @@ class Embeddings(torch.nn.Module):
             input_ids,
             words.weight if word_table is None else word_table,
             self.token_type_embeddings.weight,
-            self.position_embeddings.weight,
+            without_gradient_of_padding(self.position_embeddings),
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             token_type_ids=token_type_ids,

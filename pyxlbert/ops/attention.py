@@ -94,7 +94,7 @@ class _Attention(OpFunction):
             return (None,) * 14
         results, call = kept(ctx, Forward)
         needs_query, needs_key, needs_value, *_, needs_bias = ctx.needs_input_grad[:8]
-        dquery, dkey, dvalue, dbias = _bwd(Backward(dout, *results, *call[:-1], needs_bias, ctx.backend))
+        dquery, dkey, dvalue, dbias = _bwd(Backward(dout, *results, *tuple(call)[:-1], needs_bias, ctx.backend))
         return (
             dquery if needs_query else None,
             dkey if needs_key else None,

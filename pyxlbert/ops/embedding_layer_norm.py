@@ -109,7 +109,7 @@ class _EmbeddingLayerNorm(OpFunction):
         ctx.dropout_p, ctx.has_copy = call.dropout_p, call.copy_dtype is not None
         ctx.mark_non_differentiable(mean, rstd, *(() if ctx.has_copy else (copy,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call[:8], mean, rstd, call.seed)
+        ctx.save_for_backward(*tuple(call)[:8], mean, rstd, call.seed)
 
     @staticmethod
     @single_backward("embedding_layer_norm")

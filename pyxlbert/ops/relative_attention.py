@@ -111,7 +111,7 @@ class _RelativeAttention(OpFunction):
             return (None,) * 26
         results, call = kept(ctx, Forward)
         needs = [*ctx.needs_input_grad[:6], *ctx.needs_input_grad[7:9]]
-        found = _bwd(Backward(dout, *results, *call[:-1], needs, ctx.backend))
+        found = _bwd(Backward(dout, *results, *tuple(call)[:-1], needs, ctx.backend))
         wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return (*wanted[:6], None, *wanted[6:], *(None,) * 17)
 

@@ -112,7 +112,7 @@ class _TwoStreamAttention(OpFunction):
             return (None,) * 23
         results, call = kept(ctx, Forward)
         needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[8:10]]
-        found = _bwd(Backward(dcontent, dquery, *results, *call[:-1], needs, ctx.backend))
+        found = _bwd(Backward(dcontent, dquery, *results, *tuple(call)[:-1], needs, ctx.backend))
         wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
         return (*wanted[:7], None, *wanted[7:], *(None,) * 13)
 

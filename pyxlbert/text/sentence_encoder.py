@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from pyxlbert import backends
-from pyxlbert.files import read_optional_json
-from pyxlbert.models import BertModel, XLNetModel
+from pyxlbert.hub import Hub
+from pyxlbert.models import BertModel, RobertaModel, XLNetModel
+from pyxlbert.models.by_type import encoder_class
 from pyxlbert.models.integers import FILE as INTEGERS
 from pyxlbert.nn.packing import pack, packs_by_default
 
@@ -40,11 +41,11 @@ class TokenVectors(NamedTuple):
 
 
 class SentenceEncoder:
-    """A BERT or XLNet model with its tokenizer and the pooling of its directory. Threads may share one.
+    """A BERT, RoBERTa or XLNet model with its tokenizer and the pooling of its directory. Threads may share one.
 
     Args:
-        model: a `BertModel` or an `XLNetModel`. It is owned from here on: set to evaluation, its weights packed for
-            speed.
+        model: a `BertModel`, a `RobertaModel` or an `XLNetModel`. It is owned from here on: set to evaluation, its
+            weights packed for speed.
         tokenizer: gives at most as many tokens as the model has positions.
         modules: what happens after the model; None is mean pooling without normalisation.
         quantised: multiply in the layers by eight-bit integers: see `pyxlbert.pack`.
@@ -52,7 +53,7 @@ class SentenceEncoder:
 
     def __init__(
         self,
-        model: BertModel | XLNetModel,
+        model: BertModel | RobertaModel | XLNetModel,
         tokenizer: TextTokenizer,
         modules: SentenceModules | None = None,
         quantised: bool = False,
@@ -67,28 +68,40 @@ class SentenceEncoder:
         self.modules = replace(modules, modes=tuple(map(self._mode, modules.modes)))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | str = torch.float32) -> SentenceEncoder:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> SentenceEncoder:
         """Reads a Hugging Face or sentence-transformers directory.
 
         Args:
             directory: a model's folder. With `modules.json` its pooling, dense layers and normalisation are followed;
-                without it texts are mean-pooled.
+                without it texts are mean-pooled. A name that is no folder is that of a model of the hub, of which
+                `huggingface_hub` has a copy or downloads one.
             dtype: of the model's weights and products; vectors are float32 always. "int8" multiplies in the layers by
                 eight-bit integers: those of ``int8.safetensors`` if the folder has it (`pyxlbert quantise` writes it),
                 with all else in its dtype; without, the weights are quantised, with all else in bfloat16 where the
                 processor multiplies it, in float32 elsewhere.
+            revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
 
         Raises:
-            FileNotFoundError: the directory or one of its files is missing.
+            FileNotFoundError: the directory or one of its files is missing, or a model of the hub cannot be had; the
+                message says what to do.
             ValueError: a file is corrupt or asks for what is not supported; the message names it.
             TypeError: `dtype` is not one that models run in.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
             raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16, torch.float16 or 'int8'")
+        directory = Hub(revision, cache_dir, token, local_files_only).folder(directory, text=True)
         modules, folder = read_modules(directory)
         model = _read_model(folder, dtype)
-        positions = model.config.max_position_embeddings if isinstance(model, BertModel) else None
-        tokenizer = TextTokenizer.from_directory(folder, positions)
+        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens)
         if tokenizer.largest_id >= model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
@@ -212,14 +225,16 @@ class SentenceEncoder:
         return [result[row] for row in range(len(texts))]
 
 
-def _read_model(folder: Path, dtype: torch.dtype | str) -> BertModel | XLNetModel:
+def _read_model(folder: Path, dtype: torch.dtype | str) -> BertModel | RobertaModel | XLNetModel:
+    encoder = encoder_class(folder)
     with warnings.catch_warnings():
         # An encoder has no optional weights; what it leaves out is a head or the pooler, as intended here.
         warnings.simplefilter("ignore")
-        if read_optional_json(folder / "config.json").get("model_type") == "xlnet":
-            # Every text reads forwards: no memory is kept, and none is of the half of a batch that reads backwards.
-            return XLNetModel.from_pretrained(folder, dtype=dtype, use_mems_eval=False, bi_data=False)
-        return BertModel.from_pretrained(folder, dtype=dtype, add_pooling_layer=False)
+        # Every text of XLNet's reads forwards: no memory is kept, and none is of the half of a batch that reads
+        # backwards.
+        xlnet = {"use_mems_eval": False, "bi_data": False}
+        fields = xlnet if encoder is XLNetModel else {"add_pooling_layer": False}
+        return encoder.from_pretrained(folder, dtype=dtype, **fields)
 
 
 def quantise_directory(directory: str | Path) -> Path:
@@ -244,7 +259,11 @@ class _Hidden:
     """Runs the model on packed ids and returns the chosen layer or combination of layers, [total, E]."""
 
     def __init__(
-        self, model: BertModel | XLNetModel, tokenizer: TextTokenizer, layers: list[int] | None, combine: str
+        self,
+        model: BertModel | RobertaModel | XLNetModel,
+        tokenizer: TextTokenizer,
+        layers: list[int] | None,
+        combine: str,
     ) -> None:
         self.model, self.tokenizer, self.layers, self.combine = model, tokenizer, layers, combine
 

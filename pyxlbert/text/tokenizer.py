@@ -1,4 +1,4 @@
-"""From text to ids: a thin layer over the `tokenizers` library, for BERT's and XLNet's directories.
+"""From text to ids: a thin layer over the `tokenizers` library, for BERT's, RoBERTa's and XLNet's directories.
 
 The library does the work; this file decides which settings count. A `tokenizer.json` often carries the padding and
 the truncation of whatever was done last with the model (all-MiniLM-L6-v2 ships "pad everything to 128"), so both are
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyxlbert.files import model_directory, read_optional_json, read_text, setting
+from pyxlbert.files import model_directory, read_json, read_optional_json, read_text, setting
 
 from . import xlnet_tokenizer
 
@@ -36,6 +36,13 @@ _SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
+}
+_ROBERTA_TOKENS = {
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
 }
 
 
@@ -111,7 +118,8 @@ class TextTokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path, max_positions: int | None = None) -> TextTokenizer:
-        """Reads `tokenizer.json`, or else `vocab.txt` or `spiece.model`, and the settings beside it.
+        """Reads `tokenizer.json`, or else `vocab.txt`, `spiece.model`, or `vocab.json` with `merges.txt`, and the
+        settings beside it.
 
         XLNet's directories (by `config.json`, or because they hold `spiece.model`) have no length limit of their own,
         pad on the left, and give their token types to the model where `tokenizer_config.json` lists them among its
@@ -132,15 +140,17 @@ class TextTokenizer:
         xlnet = xlnet_tokenizer.is_xlnet(path, settings)
         if xlnet and max_positions is None:
             max_positions = UNLIMITED
+        tokenizer = load_tokenizer(path)
+        padding = "[PAD]" if tokenizer.token_to_id("[PAD]") is not None and not xlnet else "<pad>"
         return cls(
-            load_tokenizer(path),
+            tokenizer,
             length_limit(path, max_positions),
             special_types=xlnet,
             token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
             pad_token=_named(
                 xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
                 "pad_token",
-                "<pad>" if xlnet else "[PAD]",
+                padding,
             ),
             pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
             cut_left=_side(file, settings, "truncation_side", "right") == "left",
@@ -266,7 +276,8 @@ def length_limit(directory: Path, max_positions: int | None = None) -> int:
 
 
 def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer from `tokenizer.json`, `vocab.txt` or `spiece.model`, without truncation or padding.
+    """The library's tokenizer from the first of these, without truncation or padding: `tokenizer.json`, `vocab.txt`,
+    `spiece.model`, `vocab.json` with `merges.txt`.
 
     Raises:
         FileNotFoundError: none of them is there.
@@ -292,9 +303,12 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         tokenizer = _from_vocabulary(vocabulary, settings)
     elif pieces.is_file():
         tokenizer = xlnet_tokenizer.from_sentencepiece(pieces, settings)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        tokenizer = _from_byte_pairs(directory, settings)
     else:
         raise FileNotFoundError(
-            f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model"
+            f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model, nor "
+            "vocab.json with merges.txt"
         )
     sentences = directory / "sentence_bert_config.json"
     if setting(sentences, read_optional_json(sentences), "do_lower_case", bool):
@@ -366,6 +380,38 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
         special_tokens=[(cls_token, vocab[cls_token]), (sep_token, vocab[sep_token])],
     )
     tokenizer.add_special_tokens([token for token in special.values() if token in vocab])
+    _add_tokens(tokenizer, file, settings)
+    return tokenizer
+
+
+def _from_byte_pairs(directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """RoBERTa's pairs of bytes, from `vocab.json` and `merges.txt`."""
+    import tokenizers
+    from tokenizers import AddedToken, models, pre_tokenizers, processors
+
+    file, vocabulary, merges = (directory / name for name in ("tokenizer_config.json", "vocab.json", "merges.txt"))
+    vocab = read_json(vocabulary)
+    try:
+        _, pairs = models.BPE.read_file(str(vocabulary), str(merges))
+        model = models.BPE(vocab, pairs)
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise ValueError(f"{vocabulary} and {merges} are not pairs of bytes that can be read: {error}") from None
+    special = _special_tokens(_ROBERTA_TOKENS, directory, settings)
+    for name in ("cls_token", "sep_token"):
+        if special[name] not in vocab:
+            raise ValueError(f"{vocabulary} has no entry {special[name]!r}, the {name}")
+    prefix = setting(file, settings, "add_prefix_space", bool, False)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (special["sep_token"], vocab[special["sep_token"]]),
+        (special["cls_token"], vocab[special["cls_token"]]),
+        trim_offsets=setting(file, settings, "trim_offsets", bool, True),
+        add_prefix_space=prefix,
+    )
+    # The mask takes the space before it, as a word would.
+    known = [(name, token) for name, token in special.items() if token in vocab]
+    tokenizer.add_special_tokens([AddedToken(token, lstrip=name == "mask_token") for name, token in known])
     _add_tokens(tokenizer, file, settings)
     return tokenizer
 

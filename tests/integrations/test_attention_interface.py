@@ -177,3 +177,12 @@ def test_compile() -> None:
         got = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)(**ids(HOLES))[0]
     real = HOLES.bool()
     compare.close("output", got[real], wanted[real], tolerances.MODEL_FLOAT32)
+
+
+def test_masks_of_older_versions_are_refused(monkeypatch) -> None:
+    def before(batch_size, cache_position, kv_length):
+        raise AssertionError
+
+    monkeypatch.setattr(tr.masking_utils, "sdpa_mask", before)
+    with pytest.raises(ImportError, match=r"register_attention: got transformers .*, wanted 5.4 or later"):
+        pyxlbert.register_attention()

@@ -27,6 +27,12 @@ def test_the_examples_run(capsys) -> None:
     assert printed.strip() and all(f"    {line}" in TEXT for line in printed.strip().splitlines())
 
 
+def test_the_oldest_version_is_the_one_that_is_tested() -> None:
+    lines = (Path(__file__).resolve().parents[2] / "requirements-oldest.txt").read_text(encoding="utf-8")
+    (oldest,) = re.findall(r"^transformers==(\d+\.\d+)", lines, re.MULTILINE)
+    assert f"runs the tests with {oldest}, the oldest" in TEXT and f"Before {oldest}, `register_attention`" in TEXT
+
+
 def test_the_table_has_every_architecture() -> None:
     assert sorted(architectures()) == list(ROWS)
 

@@ -1,11 +1,16 @@
-"""Libraries around transformers; each test runs where its library is installed."""
+"""Libraries around transformers, and other processes; each test runs where its library is installed."""
 
 from __future__ import annotations
 
 import copy
+import json
+import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
+import workers
 import zoo
 
 import pyxlbert
@@ -78,6 +83,57 @@ def test_cross_encoder(tmp_path) -> None:
     wanted = model.predict(pairs)
     got = pyxlbert.accelerate(model).predict(pairs)
     compare.close("scores", torch.tensor(got), torch.tensor(wanted), tolerances.MODEL_FLOAT32)
+
+
+def test_pipelines(tmp_path) -> None:
+    """One of texts in batches, which are padded, and one of tokens."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(_sentence_model(tmp_path, "bert"))
+    for task, head in (("text-classification", "ForSequenceClassification"), ("ner", "ForTokenClassification")):
+        model = zoo.build("bert", head, vocab_size=len(VOCABULARY)).eval()
+        pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer, device="cpu", batch_size=4)
+        wanted = pipe(TEXTS)
+        pyxlbert.accelerate(pipe.model)
+        for got, was in zip(pipe(TEXTS), wanted, strict=True):
+            got, was = ([one] if isinstance(one, dict) else one for one in (got, was))
+            names = [{name: value for name, value in one.items() if name != "score"} for one in got]
+            assert names == [{name: value for name, value in one.items() if name != "score"} for one in was] != []
+            scores = [torch.tensor([float(one["score"]) for one in several]) for several in (got, was)]
+            compare.close(task, *scores, tolerances.MODEL_FLOAT32)
+
+
+def test_a_process_without_pyxlbert_loads_what_was_saved(tmp_path) -> None:
+    model = pyxlbert.accelerate(zoo.build("roberta", "ForSequenceClassification").eval())
+    model.save_pretrained(tmp_path)
+    given = zoo.batch(model)
+    with torch.no_grad():
+        wanted = model(**given).logits
+    code = (
+        "import sys, json; sys.modules['pyxlbert'] = None\n"
+        "import torch, transformers\n"
+        "given = {name: torch.tensor(value) for name, value in json.loads(sys.argv[2]).items()}\n"
+        "model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()\n"
+        "print(json.dumps(model(**given).logits.tolist()))"
+    )
+    arguments = json.dumps({name: value.tolist() for name, value in given.items()})
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compare.close("logits", torch.tensor(json.loads(done.stdout)), wanted, tolerances.MODEL_FLOAT32)
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_worker_processes(how: str) -> None:
+    """A model that has run here, its weights packed, runs in workers too, a copy or the parent's own memory."""
+    model = pyxlbert.pack(pyxlbert.accelerate(zoo.build("roberta").eval()))
+    wanted = workers.states(model)
+    context = multiprocessing.get_context(how)
+    workers.MODEL = model  # what a fork finds
+    with context.Pool(1 if how == "spawn" else 2, workers.start, (None if how == "fork" else model,)) as pool:
+        found = pool.map_async(workers.run, range(4)).get(timeout=120)
+    for got in found:
+        compare.close(how, torch.from_numpy(got), torch.from_numpy(wanted), tolerances.MODEL_FLOAT32)
+    # Weights that were handed to another process lie in shared memory, and their packed copies are no more used.
+    compare.close("after", torch.from_numpy(workers.states(model)), torch.from_numpy(wanted), tolerances.MODEL_FLOAT32)
 
 
 def test_trainer(tmp_path) -> None:

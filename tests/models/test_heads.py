@@ -8,29 +8,31 @@ import pytest
 import torch
 
 from pyxlbert import models
-from pyxlbert.models import BertConfig, BertModel, XLNetConfig, XLNetModel
+from pyxlbert.models import BertConfig, BertModel, RobertaConfig, RobertaModel, XLNetConfig, XLNetModel
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.testing import compare
 
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 9,
+}
 SMALL = {
-    "Bert": BertConfig(
-        vocab_size=40,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=20,
-        max_position_embeddings=9,
-    ),
+    "Bert": BertConfig(**SIZES),
+    "Roberta": RobertaConfig(**SIZES),
     "XLNet": XLNetConfig(vocab_size=40, d_model=24, n_layer=2, n_head=3, d_inner=20, start_n_top=2, end_n_top=2),
 }
-ENCODERS = {"Bert": BertModel, "XLNet": XLNetModel}
-HEADS = [name for name in models.__all__ if name.startswith(("BertFor", "XLNetFor", "XLNetLM"))]
+ENCODERS = {"Bert": BertModel, "Roberta": RobertaModel, "XLNet": XLNetModel}
+HEADS = [name for name in models.__all__ if name.startswith(("BertFor", "RobertaFor", "XLNetFor", "XLNetLM"))]
 IDS = torch.randint(1, 40, (4, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(4, 7).tril(3)
 
 
 def family(head: str) -> str:
-    return "Bert" if head.startswith("Bert") else "XLNet"
+    return next(name for name in ENCODERS if head.startswith(name))
 
 
 def another(head: str) -> tuple[PretrainedModel, PretrainedModel]:
