@@ -1,4 +1,4 @@
-"""The `pyxlbert` command: `embed` writes sentence vectors, `info` says what this machine has."""
+"""The `pyxlbert` command: `embed` writes sentence vectors, `info` describes the machine; `commands` holds the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
+from pyxlbert.commands import convert
 from pyxlbert.files import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
@@ -109,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
     embed.set_defaults(run=_embed)
+
+    convert.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))
