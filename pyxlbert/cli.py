@@ -19,7 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends
-from pyxlbert.commands import convert
+from pyxlbert.commands import convert, export
 from pyxlbert.files import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=_embed)
 
     convert.add(commands)
+    export.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))
