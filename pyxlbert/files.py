@@ -100,12 +100,12 @@ def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
         for written in temporary.iterdir():
             with written.open("rb+") as file:
                 os.fsync(file.fileno())
-        if path.is_dir():
-            os.replace(path, old)
         try:
+            if path.is_dir():
+                os.replace(path, old)
             os.replace(temporary, path)
-        except BaseException:
-            if old.is_dir():
+        except BaseException:  # a signal's too
+            if old.is_dir() and not path.exists():
                 os.replace(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)

@@ -150,6 +150,8 @@ class _Graph(torch.nn.Module):
         super().__init__()
         self.model = model
         config = model.config
+        if getattr(config, "bi_data", False):
+            raise ValueError("bi_data: got True, which halves a batch; wanted False for a graph of any batch")
         self.options = {"use_mems": False} if config.model_type == "xlnet" else {}
         self.choices = name.endswith("ForMultipleChoice")
         self.searches = name == "XLNetForQuestionAnswering"

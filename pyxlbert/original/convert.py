@@ -24,6 +24,7 @@ from pyxlbert.original.vocabulary import Vocabulary, find_vocabulary, write_toke
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NAMED_AT_MOST = 8
+_INDEX = ("", ".index.json")  # of weights in one file, and in several
 _OBJECTS = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
@@ -71,6 +72,10 @@ def convert(
         raise FileNotFoundError(f"source: {str(source)!r} does not exist")
     prefix = find_checkpoint(source)
     folder = source if prefix is None else prefix.parent
+    if prefix is None and not any(
+        (folder / f"{name}{end}").is_file() for name in checkpoints.WEIGHTS for end in _INDEX
+    ):
+        raise FileNotFoundError(f"no checkpoint in {folder}: wanted one's .index and .data files, or pytorch_model.bin")
     check_new_directory(output, force)
     if folder.resolve() == output.resolve() or output.resolve() in folder.resolve().parents:
         raise ValueError(f"output: {str(output)!r} holds the source, which must stay")
@@ -84,7 +89,7 @@ def convert(
     found = find_vocabulary(folder, architecture.VOCABULARY, _path(vocabulary), lower_case) if tokenizer else None
     if prefix is None:
         if architecture is not bert:
-            raise FileNotFoundError(f"no checkpoint in {folder}: wanted xlnet_model.ckpt.index and its data")
+            raise FileNotFoundError(f"no checkpoint in {folder}: wanted XLNet's .index and .data files")
         converted = from_pickle(folder, settings_file, original, task)
     else:
         converted = _from_bundle(Bundle(prefix), settings_file, original, architecture, task)

@@ -405,6 +405,7 @@ def test_bad_outputs(source, tmp_path: Path, capsys) -> None:
     fails("holds no config.json", arguments=[*command, "--force"])
     fails("does not exist", arguments=["convert", str(folder), str(tmp_path / "a" / "b")])
     fails("does not exist", arguments=["convert", str(tmp_path / "a" / "b"), str(out)])
+    fails("no checkpoint in", "pytorch_model.bin", arguments=["convert", str(tmp_path), str(tmp_path / "o")])
     (folder / "config.json").write_text("{}")
     fails("holds the source", arguments=["convert", str(folder), str(folder), "--force"])
     fails("holds the source", arguments=["convert", str(folder / "model.ckpt-21"), str(folder), "--force"])

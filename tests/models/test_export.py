@@ -226,20 +226,22 @@ def test_without_packages(bert: Exported, tmp_path: Path, monkeypatch, capsys) -
 def test_bad_input(bert: Exported, tmp_path: Path, capsys) -> None:
     model = str(bert.model)
     (tmp_path / "there.onnx").write_text("x")
-    (tmp_path / "roberta").mkdir()
-    (tmp_path / "roberta" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    save("XLNetModel", tmp_path / "two_ways", bi_data=True)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
         ([model, "x.txt"], "wanted a name that ends in .onnx"),
         ([model, "there.onnx"], "exists; --force replaces it"),
         ([model, "a/x.onnx"], "the directory of"),
         (["nowhere", "x.onnx"], "nowhere"),
-        (["roberta", "x.onnx"], "model_type is 't5'; wanted bert or xlnet"),
+        (["t5", "x.onnx"], "model_type is 't5'; wanted bert or xlnet"),
         (
             [model, "x.onnx", "--task", "text-classification"],
             "which would be random: classifier.bias, classifier.weight",
         ),
         ([model, "x.onnx", "--task", "text-generation"], "task: got 'text-generation', wanted for bert one of"),
+        (["two_ways", "x.onnx"], "bi_data: got True"),
         ([model, "x.onnx", "--opset", "9"], "opset: got 9, wanted 18 to 23"),
     ):
         first, second, *rest = arguments
