@@ -265,3 +265,30 @@ def test_calls_for_training_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="in a graph for inference"):
         table[op](x, weight, bias, 1e-5, True, "torch")
+
+
+@pytest.mark.quick
+def test_a_row_that_sees_nothing_is_zeros() -> None:
+    """In the graph too, before anything is put over it: runtimes may look for NaN."""
+    table, generator = decompositions(), torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 5, 3, 4, generator=generator) for _ in range(3))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    mask[0], mask[1, :, :, 3:] = False, False
+    op = torch.ops.pyxlbert.attention_fwd.default
+    given = (query, key, value, None, None, 0, mask, None, False, 0.5, 0.0, None, "torch")
+    compare.close("attention", table[op](*given)[0], op(*given)[0], tolerances.MODEL_FLOAT32)
+    assert not table[op](*given)[0][0].any()
+
+    op = torch.ops.pyxlbert.relative_attention_fwd.default
+    distances, embedding = torch.randn(10, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
+    biases = [torch.randn(3, 4, generator=generator) for _ in range(3)]
+    segments = torch.randint(0, 2, (2, 5), generator=generator, dtype=torch.int32)
+    query_rank = torch.tensor([[0, 3, 1, 2, 0], [0, 0, 0, 0, 0]], dtype=torch.int32)
+    key_rank = torch.tensor([[0, 2, 1, -1, 2**31 - 1], [2**31 - 1] * 5], dtype=torch.int32)
+    for see_self in (False, True):
+        given = (
+            *(query, key, value, distances, *biases[:2], 5, biases[2], embedding, segments, segments, None, None, None),
+            *(0, query_rank, key_rank, see_self, None, False, False, 0.5, 0.0, None, "torch"),
+        )
+        compare.close("relative_attention", table[op](*given)[0], op(*given)[0], tolerances.MODEL_FLOAT32)
+        assert not table[op](*given)[0][1].any()
