@@ -18,21 +18,14 @@ import numpy as np
 import torch
 
 import pyxlbert
-from pyxlbert import backends
-from pyxlbert.commands import convert, export
+from pyxlbert import backends, machine
+from pyxlbert.commands import convert, export, parity
 from pyxlbert.files import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
 # Packages whose versions matter in a report; read from their metadata, so that none is imported.
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
-
-# The processor flags that some kernel of ours or of oneDNN asks for, as Linux spells them.
-_FEATURES = (
-    *("sse4_2", "avx", "f16c", "fma", "bmi2", "avx2", "avx_vnni"),
-    *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"),
-    *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "sve"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 1 after an error, which has been printed. Wrong usage exits with 2.
+        The exit status: 0, or 1 after an error, which has been printed, or where a command has found what is wrong.
+        Wrong usage exits with 2.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -50,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _stop_orderly()
         if backends.level_error is not None and options.command != "info":
             raise ValueError(backends.level_error)
-        options.run(options)
+        status = options.run(options)
     except (ValueError, OSError) as error:
         print(f"pyxlbert {options.command}: error: {error}", file=sys.stderr)
         return 1
@@ -60,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # not foreseen: still one line, with the kind of the error
         print(f"pyxlbert {options.command}: error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _stop_orderly() -> None:
@@ -113,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert.add(commands)
     export.add(commands)
+    parity.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))
@@ -209,7 +204,7 @@ def info_text() -> str:
     """What `pyxlbert info` prints."""
     lines = [f"pyxlbert {pyxlbert.__version__}", f"python {platform.python_version()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
-    model, features = processor()
+    model, features = machine.processor()
     lines += ["", f"processor: {model}, {os.cpu_count()} cores", f"features: {' '.join(features) or 'unknown'}"]
     if backends.unavailable("cpu") is None:
         from pyxlbert import _C
@@ -218,7 +213,7 @@ def info_text() -> str:
     if backends.level_error is not None:
         lines.append(f"error: {backends.level_error}")
     lines.append(f"threads: {torch.get_num_threads()}")
-    runtimes = openmp_runtimes()
+    runtimes = machine.openmp_runtimes()
     lines.append(f"OpenMP runtimes: {', '.join(runtimes) or 'none loaded'}")
     if len(runtimes) > 1:
         lines.append("warning: several OpenMP runtimes are loaded; their thread pools compete for the same cores")
@@ -234,28 +229,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def processor() -> tuple[str, list[str]]:
-    """The processor's name and those of its features that matter here, from /proc/cpuinfo (Linux)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.machine(), []
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
-    flags = set((fields.get("flags") or fields.get("features") or "").split())
-    return fields.get("model name", platform.machine()), [name for name in _FEATURES if name in flags]
-
-
-def openmp_runtimes() -> list[str]:
-    """The OpenMP runtimes loaded into this process, as file names (Linux; elsewhere empty)."""
-    try:
-        text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    paths = {columns[5] for line in text.splitlines() if len(columns := line.split(maxsplit=5)) == 6}
-    names = ("libgomp", "libiomp", "libomp")
-    return sorted(name for path in paths if (name := os.path.basename(path)).startswith(names) and ".so" in name)

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "pyxlbert"
 ARROWS = {
     "checks": set(),
     "files": set(),
+    "machine": set(),
     # Imported to say why it is missing.
     "backends": {"backends", "checks", "_C"},
     "launch": {"launch"},
