@@ -1,6 +1,7 @@
 """The peers that a whole BERT races against, each a call that returns last_hidden_state as a tensor.
 
-What a peer needs is an extra (`requirements-bench.txt`); one that is missing or fails is reported, not hidden.
+What a peer needs is an extra (`requirements-bench.txt`, ONNX Runtime's `requirements-dev.txt`); one that is missing
+or fails is reported, not hidden.
 """
 
 from __future__ import annotations

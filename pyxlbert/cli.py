@@ -1,4 +1,4 @@
-"""The `pyxlbert` command: sentence vectors, eight-bit integers, comparisons with float64, and what is here."""
+"""The `pyxlbert` command: sentence vectors, integers, and what is here; `commands` holds the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, machine
-from pyxlbert.commands import parity
+from pyxlbert.commands import convert, export, parity
 from pyxlbert.files import whole_file
 from pyxlbert.text.sentence_encoder import quantise_directory
 
@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
     quantise.set_defaults(run=_quantise)
 
+    convert.add(commands)
+    export.add(commands)
     parity.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,63 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_directory(path: Path, force: bool = False) -> None:
+    """Whether `whole_directory` may write there.
+
+    Raises:
+        FileExistsError: the directory holds something, and is not to be replaced; a directory without a
+            ``config.json`` is no model's and is never replaced.
+        NotADirectoryError: it is a file.
+        FileNotFoundError: the directory in which it is to be made does not exist.
+        PermissionError: that directory cannot be written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"output: {str(path)!r} is a file, wanted a directory's name")
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise FileExistsError(f"output: {str(path)!r} is not empty; --force replaces a model's directory")
+        if not (path / "config.json").is_file():
+            raise FileExistsError(f"output: {str(path)!r} holds no config.json, so that it is not replaced")
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"output: the directory of {str(path)!r} does not exist")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"output: the directory of {str(path)!r} is not writable")
+
+
+@contextmanager
+def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary directory to write to: it becomes `path` when the block ends, and is removed when the block raises.
+
+    Args:
+        path: the directory; what it held before is gone afterwards.
+        force: whether it may hold something.
+
+    Raises:
+        OSError: as `check_new_directory`.
+    """
+    check_new_directory(path, force)
+    path = path.resolve()  # a link keeps pointing where it did
+    temporary, old = (path.with_name(f".{path.name}.{secrets.token_hex(6)}.{end}") for end in ("part", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for written in temporary.iterdir():
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+        try:
+            if path.is_dir():
+                os.replace(path, old)
+            os.replace(temporary, path)
+        except BaseException:  # a signal's too
+            if old.is_dir() and not path.exists():
+                os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_text(path: Path) -> str:

@@ -35,6 +35,8 @@ ARROWS = {
     "models": {"models", "nn", "ops", "backends", "files", "hub"},
     "text": {"text", "models", "nn", "ops", "backends", "files", "hub"},
     "training": {"training", "models", "nn", "ops", "backends"},
+    "original": {"original", "text", "models", "nn", "ops", "backends", "files"},
+    "export": {"export", "models", "nn", "ops", "backends", "reference", "testing", "files"},
     "integrations": {"integrations", "checks", "models", "nn", "ops", "backends", "testing"},
     "testing": {"testing", "ops", "reference", "backends", "nn", "models"},
 }

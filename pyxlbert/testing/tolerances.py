@@ -59,6 +59,9 @@ PACKED = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # A small model in eight-bit integers against itself in float64, by the norm of the difference.
 INT8 = 2e-2
 
+# A graph in ONNX Runtime against the model it was made of, relative to the largest element of an output, at least 1.
+ONNX = 1e-5
+
 # Worst 1 - cosine of a sentence vector against transformers in float32.
 COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}
 
