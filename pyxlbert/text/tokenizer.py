@@ -213,6 +213,24 @@ class TextTokenizer:
             result.extend(np.array(e.ids, dtype=np.int32) for e in self._tokenizer.encode_batch_fast(part))
         return result
 
+    def pairs(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The ids of each pair of texts and their token types, special tokens included.
+
+        Args:
+            first, second: as many texts each; of a pair that is too long the longer text is cut first.
+
+        Returns:
+            Two lists of int32 arrays, at most `max_length` long.
+        """
+        ids: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        both = list(zip(map(well_formed, first), map(well_formed, second), strict=True))
+        for start in range(0, len(both), _SLICE):
+            for e in self._tokenizer.encode_batch(both[start : start + _SLICE]):
+                ids.append(np.array(e.ids, dtype=np.int32))
+                types.append(np.array(e.type_ids, dtype=np.int32))
+        return ids, types
+
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """The ids of each text with tokens, character offsets and words. Offsets count Python characters."""
         result: list[TokenizedText] = []
