@@ -130,14 +130,19 @@ def share_of_threads(processes: int) -> int:
     return max(1, torch.get_num_threads() // processes)
 
 
+def take_threads(threads: int) -> None:
+    """Lets this process use so many threads, before it tokenizes for the first time."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
+    torch.set_num_threads(threads)
+
+
 def begin(threads: int) -> None:
     """What a process does first: it takes its share of threads, and goes when its parent has gone.
 
     An interrupt from the terminal reaches all processes; the parent alone decides what happens then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
-    torch.set_num_threads(threads)
+    take_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
