@@ -44,7 +44,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def embed_files(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     model: str | Path,
     out: str | Path,
     options: Options | None = None,
@@ -75,6 +75,9 @@ def embed_files(
         Interrupted: by the keyboard.
     """
     options = Options() if options is None else options
+    inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    if not inputs:
+        raise ValueError("inputs: got none, wanted files or folders")
     _check(options, processes, engine)
     if engine == "ray":
         ray_engine.load()

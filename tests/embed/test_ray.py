@@ -47,9 +47,9 @@ def test_a_worker_dies_and_nothing_is_lost(tmp_path: Path, short: Path) -> None:
     arguments = ["--model", str(model), "--out", str(out), "--shard-rows", str(SHARD), "--threads", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pyxlbert", "embed", str(inputs[0]), *arguments, "--engine", "ray", "--processes", "2"],
-        # No address of a cluster that is there, no workers but those of the job.
+        # No cluster that is there, no workers but those of the job, and those as urgent as other processes.
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        | {"RAY_TMPDIR": str(short), "RAY_prestart_worker_first_driver": "0"},
+        | {"RAY_TMPDIR": str(short), "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
