@@ -15,7 +15,7 @@ from pyxlbert.bench import apart, lengths, models, on_gpu, ops, report
 from pyxlbert.bench.report import Row
 
 # By the device that they run on.
-SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text"), "cuda": ("gpu",)}
+SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in"), "cuda": ("gpu",)}
 # glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 
@@ -27,9 +27,9 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return lengths.races()
     if suite == "models":
         return models.races()
-    from pyxlbert.bench import text
+    from pyxlbert.bench import drop_in, text
 
-    return text.races(options.data, options.model)
+    return (text if suite == "text" else drop_in).races(options.data, options.model)
 
 
 def _rows(suite: str, options: argparse.Namespace) -> Iterator[tuple[Row | None, dict[str, object] | None]]:
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="of the suite lengths, drawn from the file of --out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON to write or to update")
-    parser.add_argument("--data", type=Path, help="folder with stsb/ and wikitext2/, for the suite text")
-    parser.add_argument("--model", type=Path, help="model directory, for the suite text")
+    parser.add_argument("--data", type=Path, help="folder with stsb/ and wikitext2/, for the suites text and drop-in")
+    parser.add_argument("--model", type=Path, help="model directory, for the same two")
     options = parser.parse_args(arguments)
     suites = options.suites or (["ops", "models"] if options.device == "cpu" else ["gpu"])
     for suite in suites:
@@ -73,8 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"suite: got {suite!r}, on {options.device} wanted one of {', '.join(SUITES[options.device])}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, and no CUDA device is here")
-    if "text" in suites and (options.data is None or options.model is None):
-        parser.error("the suite text needs --data and --model")
+    for suite in {"text", "drop-in"} & set(suites):
+        if options.data is None or options.model is None:
+            parser.error(f"the suite {suite} needs --data and --model")
     if options.picture is not None and options.out is None:
         parser.error("--picture needs --out")
     if options.keep_pages and not KEEP_PAGES.items() <= os.environ.items():

@@ -33,6 +33,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" if " | " in line else f"|{line}|" for line in lines)
 
 
+def several(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of ours and of the best peer for rows of several subjects."""
+    lines = ["| op | case | dtype | ours | best peer | ratio | of limit |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ours = row["timings"].get("pyxlbert", {}).get("median")
+        best = min((t["median"] for name, t in row["timings"].items() if is_peer(name)), default=None)
+        cells = [row["subject"], row["case"], row["dtype"], *("" if one is None else _ms(one) for one in (ours, best))]
+        cells += [
+            f"{best / ours:.2f}" if best and ours else "",
+            f"{row['limit'] / ours:.0%}" if row["limit"] and ours else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 

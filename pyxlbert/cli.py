@@ -1,4 +1,4 @@
-"""The `pyxlbert` command: `embed` writes sentence vectors, `evaluate` scores a model, `info` describes this machine."""
+"""The `pyxlbert` command: `embed` writes vectors, `evaluate` and `parity` judge, `info` says what is here."""
 
 from __future__ import annotations
 
@@ -18,21 +18,15 @@ import numpy as np
 import torch
 
 import pyxlbert
-from pyxlbert import backends, evaluate
-from pyxlbert.embed import command
+from pyxlbert import backends, evaluate, machine
+from pyxlbert.commands import embed as many
+from pyxlbert.commands import parity
 from pyxlbert.files import whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 
 # Packages whose versions matter in a report; read from their metadata, so that none is imported.
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
-
-# The processor flags that some kernel of ours or of oneDNN asks for, as Linux spells them.
-_FEATURES = (
-    *("sse4_2", "avx", "f16c", "fma", "bmi2", "avx2", "avx_vnni"),
-    *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"),
-    *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "sve"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 1 after an error (of a job of many files 2), which has been printed. Wrong usage exits
-        with 2.
+        The exit status: 0, or 1 after an error (of a job of many files 2), which has been printed, or where a command
+        has found what is wrong. Wrong usage exits with 2.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -51,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _stop_orderly()
         if backends.level_error is not None and options.command != "info":
             raise ValueError(backends.level_error)
-        return options.run(options) or 0
+        status = options.run(options)
     except (ValueError, OSError) as error:
         print(f"pyxlbert {options.command}: error: {error}", file=sys.stderr)
         return 1
@@ -61,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # not foreseen: still one line, with the kind of the error
         print(f"pyxlbert {options.command}: error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    return status or 0
 
 
 def _stop_orderly() -> None:
@@ -112,12 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
-    command.add_options(embed)
+    many.add_options(embed)
     embed.set_defaults(run=_embed, refuse=embed.error)
 
     evaluation = commands.add_parser("evaluate", help="how good a model is on data that you bring")
     evaluate.add_tasks(evaluation)
     evaluation.set_defaults(run=evaluate.run)
+
+    parity.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))
@@ -136,8 +133,8 @@ def _layers(text: str) -> int | tuple[str | int, ...]:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    if command.is_job(options):
-        return command.run(options)
+    if many.is_job(options):
+        return many.run(options)
     # Everything that can be wrong without the model is found before minutes are spent.
     out = _output_path(options.out)
     if options.batch_size < 1:
@@ -148,7 +145,7 @@ def _embed(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     texts = read_lines(options.files[0])
     encoder = pyxlbert.SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
-    vectors = encoder.encode(texts, show_progress=options.progress, **command.encoding(options))
+    vectors = encoder.encode(texts, show_progress=options.progress, **many.encoding(options))
     with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
@@ -210,7 +207,7 @@ def info_text() -> str:
     """What `pyxlbert info` prints."""
     lines = [f"pyxlbert {pyxlbert.__version__}", f"python {platform.python_version()}"]
     lines += [f"{name} {_version(name)}" for name in _PACKAGES]
-    model, features = processor()
+    model, features = machine.processor()
     lines += ["", f"processor: {model}, {os.cpu_count()} cores", f"features: {' '.join(features) or 'unknown'}"]
     if backends.unavailable("cpu") is None:
         from pyxlbert import _C
@@ -219,7 +216,7 @@ def info_text() -> str:
     if backends.level_error is not None:
         lines.append(f"error: {backends.level_error}")
     lines.append(f"threads: {torch.get_num_threads()}")
-    runtimes = openmp_runtimes()
+    runtimes = machine.openmp_runtimes()
     lines.append(f"OpenMP runtimes: {', '.join(runtimes) or 'none loaded'}")
     if len(runtimes) > 1:
         lines.append("warning: several OpenMP runtimes are loaded; their thread pools compete for the same cores")
@@ -235,28 +232,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def processor() -> tuple[str, list[str]]:
-    """The processor's name and those of its features that matter here, from /proc/cpuinfo (Linux)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.machine(), []
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
-    flags = set((fields.get("flags") or fields.get("features") or "").split())
-    return fields.get("model name", platform.machine()), [name for name in _FEATURES if name in flags]
-
-
-def openmp_runtimes() -> list[str]:
-    """The OpenMP runtimes loaded into this process, as file names (Linux; elsewhere empty)."""
-    try:
-        text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    paths = {columns[5] for line in text.splitlines() if len(columns := line.split(maxsplit=5)) == 6}
-    names = ("libgomp", "libiomp", "libomp")
-    return sorted(name for path in paths if (name := os.path.basename(path)).startswith(names) and ".so" in name)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import pyxlbert
-from pyxlbert import backends, cli, demo, evaluate
+from pyxlbert import backends, cli, demo, evaluate, machine
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.directories import tiny_bert
 
@@ -270,7 +270,7 @@ def test_info() -> None:
 
 
 def test_info_warns_of_two_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
+    monkeypatch.setattr(machine, "openmp_runtimes", lambda: ["libgomp.so.1", "libiomp5.so"])
     assert "warning: several OpenMP runtimes" in cli.info_text()
 
 

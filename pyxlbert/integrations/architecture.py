@@ -67,6 +67,22 @@ class EmbeddingParts:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Which layers an encoder calls, and in which order.
+
+    Attributes:
+        layers: the path of the list of them, each called once.
+        inside: if not None, `layers` are groups, each called several times in a row, `num_hidden_layers` times
+            altogether; the path in a group of the list of its layers.
+        before: the module that rows go through before the first.
+    """
+
+    layers: tuple[str, ...] = ("layer",)
+    inside: tuple[str, ...] | None = None
+    before: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture of `transformers`.
 
@@ -75,7 +91,7 @@ class Architecture:
         tested: the versions of transformers that the table was tested with.
         prefix: what the names of its classes begin with.
         model, embeddings, encoder, layer: the names of its classes, ``{}`` for the prefix.
-        layer_parts, embedding_parts: where the parameters are.
+        layer_parts, embedding_parts, stack: where the parameters are.
         holds: fields of the configuration and the values that they may have.
         reads_padding: heads that read places where padding is, so that it is computed, ``{}`` for the prefix.
     """
@@ -85,6 +101,7 @@ class Architecture:
     prefix: str
     layer_parts: LayerParts
     embedding_parts: EmbeddingParts = EmbeddingParts()
+    stack: Stack = Stack()
     model: str = "{}Model"
     embeddings: str = "{}Embeddings"
     encoder: str = "{}Encoder"

@@ -29,6 +29,7 @@ from pyxlbert.integrations.modules import (
     ModelState,
     Path,
     ReplacedLinear,
+    Skipped,
     path_of,
 )
 from pyxlbert.integrations.relative import replace_relative
@@ -118,7 +119,9 @@ def _replace(model: nn.Module, pack: bool, backend: str | None, verify: bool) ->
             options = {"pack": pack, "backend": backend, "verify": verify}
             entries.append(replace_relative(name, base, table, heads, options))
         else:
-            _Base(name, base, table, heads, ModelState(base.config, pack, backend), verify).replace(entries)
+            _Base(name, base, table, heads, ModelState(base.config, pack, backend, table.stack), verify).replace(
+                entries
+            )
     done = Report(tuple(entries))
     if not done.replaced:
         known = ", ".join(sorted(architectures()))
@@ -325,8 +328,10 @@ class _Base:
         """The embeddings, the encoder and the model itself, together; raises `Unlike` where they stay as they are."""
         found = {what: self._only(what) for what in ("embeddings", "encoder")}
         was, reason = type(self.model).__name__, None
-        # A clone of the original, whose layers may be watched for a moment.
-        state = replace(self.state, whole=probe.takes_keys(shares_weights(self.plain), self.table))
+        # Clones of the original, whose modules may be watched for a moment.
+        whole = probe.takes_keys(shares_weights(self.plain), self.table)
+        output = probe.encoder_output(shares_weights(self.plain), self.table)
+        state = replace(self.state, whole=whole, output=output)
         reader = next((head for head in self.heads if self.table.computes_padding(head)), None)
         if state.pack and reader is not None:
             state, reason = replace(state, pack=False), f"padding stays, for {reader} reads it"
@@ -369,16 +374,16 @@ class _Base:
                 raise Unlike(f"{name}: got {type(child).__name__}, wanted {kind.__name__}")
             if kind is nn.Embedding and (child.max_norm is not None or child.sparse or child.scale_grad_by_freq):
                 raise Unlike(f"{name}: got {child}, wanted a plain table")
-            skipped.append(((name,), kind))
+            skipped.append(((name,), kind, kind.forward))
         return EmbeddingState(parts, tuple(skipped))
 
 
-def _skipped(layer: nn.Module, paths: Mapping[str, Path], fused: bool) -> tuple[tuple[Path, type[nn.Module]], ...]:
+def _skipped(layer: nn.Module, paths: Mapping[str, Path], fused: bool) -> tuple[Skipped, ...]:
     """The modules of a layer that are not called: those around others, norms, dropouts, and a fused activation."""
     names = (*_NORMS, *_DROPOUTS, *(("activation",) if fused else ()))
     around = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
     skipped = (*sorted(around), *(paths[name] for name in names if name in paths))
-    return tuple((path, type(at(layer, path))) for path in skipped)
+    return tuple((path, type(at(layer, path)), type(at(layer, path)).forward) for path in skipped)
 
 
 def _swap_layer(layer: nn.Module, state: LayerState) -> None:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pyxlbert.backends import use_backend
-from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts
+from pyxlbert.integrations import together
+from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts, Stack
 from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
 from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
+from pyxlbert.nn.encoder_layers import PackedLayers
+from pyxlbert.nn.packing import Packable
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from pyxlbert.ops.embedding_layer_norm import embedding_layer_norm
 
@@ -27,6 +30,7 @@ IMPLEMENTATIONS = ("eager", "sdpa", "pyxlbert")
 _HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
 
 Path = tuple[str, ...]
+Skipped = tuple[Path, type[nn.Module], Any]  # a module's path, class, and that class's `forward`
 
 # The modules of a layer, by their names in `LayerParts`.
 MODULES = (
@@ -61,7 +65,8 @@ class LayerState:
     Attributes:
         parts: where its modules are.
         paths: the same, by the names of `MODULES`, of those that the layer has.
-        skipped: the modules that are computed by an op in their place, by path, each with the class that it has.
+        skipped: the modules that are computed by an op in their place, by path, each with the class that it has and
+            that class's `forward`.
         heads: H.
         activation: what `activation_kind` returns; None: a module that is called.
         tuples: whether it returns a tuple, as it does in some versions of transformers.
@@ -71,7 +76,7 @@ class LayerState:
 
     parts: LayerParts
     paths: Mapping[str, Path]
-    skipped: tuple[tuple[Path, type[nn.Module]], ...]
+    skipped: tuple[Skipped, ...]
     heads: int
     activation: str | None
     tuples: bool
@@ -79,11 +84,17 @@ class LayerState:
     config: Any
 
 
-class Layer(Replaced):
+class Layer(Replaced, Packable):
     """A post-norm layer: attention, residual, feed-forward network, residual.
 
-    The mask may be a `TokenLayout`: the rows are then packed ``[total, E]``.
+    The mask may be a `TokenLayout`: the rows are then packed ``[total, E]``.  Its packed product is query, key and
+    value side by side.
     """
+
+    is_encoder_layer = True
+
+    def packed_layers(self, product: str = "") -> Any:
+        return tuple(at(self, self._pyxlbert.paths[name]) for name in ("query", "key", "value"))
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         state: LayerState = self._pyxlbert
@@ -102,28 +113,25 @@ class Layer(Replaced):
         """Whether nobody watches a module that is skipped, each is the one that was found, and all arguments known."""
         if not (mask is None or isinstance(mask, TokenLayout) or (isinstance(mask, Tensor) and mask.dim() == 4)):
             return False
-        if any(one is not None and one is not False for one in args):
+        if not _harmless(args, {name: value for name, value in kwargs.items() if not self._knows(name)}):
             return False
-        for name, value in kwargs.items():
-            if value is not None and value is not False and not self._knows(name):
-                return False
         # Hidden states are recorded where layers are called, which they still are.
         keys = recorded()
         keys = None if keys is None else keys - {"hidden_states", "_hidden_states_layers"}
-        for path, kind in self._pyxlbert.skipped:
-            module = at(self, path)
-            if type(module) is not kind or watched(module, keys):
-                return False
-        return True
+        return _as_found(self, self._pyxlbert.skipped, keys)
 
     def _knows(self, name: str) -> bool:
-        return name in _HARMLESS or (name == "position_bias" and self._pyxlbert.parts.biased)
+        return name == "position_bias" and self._pyxlbert.parts.biased
 
     def _rows(self, x: Tensor, layout: TokenLayout, bias: Tensor | None) -> Tensor:
         state: LayerState = self._pyxlbert
         part = {name: at(self, path) for name, path in state.paths.items()}
         heads = (state.heads, -1)
-        query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
+        side_by_side = self.packed_product(x)
+        if side_by_side is None:
+            query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
+        else:
+            query, key, value = side_by_side.unflatten(-1, (3, *heads)).unbind(-3)
         dropout_p = dropout_of(part.get("attention_dropout"))
         if layout.packed and bias is not None:
             # A bias is by the places of the padded batch.
@@ -154,6 +162,21 @@ class Layer(Replaced):
         if isinstance(output, tuple):
             return (layout.take(output[0]), *output[1:])
         return layout.take(output)
+
+
+def _harmless(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether arguments after the mask change nothing inside a layer."""
+    given = (*args, *(value for name, value in kwargs.items() if name not in _HARMLESS))
+    return all(one is None or one is False for one in given)
+
+
+def _as_found(module: nn.Module, skipped: tuple[Skipped, ...], recording: frozenset[str] | None) -> bool:
+    """Whether every part that is skipped is of the class that was found there, and neither patched nor watched."""
+    for path, kind, forward in skipped:
+        part = at(module, path)
+        if type(part) is not kind or kind.forward is not forward or watched(part, recording):
+            return False
+    return True
 
 
 def native_mask(mask: Any, dtype: torch.dtype, state: LayerState) -> Any:
@@ -187,10 +210,10 @@ def _residual(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingState:
-    """What embeddings know: where their modules are, and the class that each has."""
+    """What embeddings know: where their modules are, and the class that each has with that class's `forward`."""
 
     parts: EmbeddingParts
-    skipped: tuple[tuple[Path, type[nn.Module]], ...]
+    skipped: tuple[Skipped, ...]
 
 
 class Embeddings(Replaced):
@@ -227,12 +250,7 @@ class Embeddings(Replaced):
         )
 
     def _usual(self) -> bool:
-        keys = recorded()
-        for path, kind in self._pyxlbert.skipped:
-            module = at(self, path)
-            if type(module) is not kind or watched(module, keys):
-                return False
-        return True
+        return _as_found(self, self._pyxlbert.skipped, recorded())
 
 
 class _RowWithoutGradient(torch.autograd.Function):
@@ -258,19 +276,32 @@ class ModelState:
         config: the model's.
         pack: whether padding is removed.
         backend: whose kernels run, or None.
+        stack: which layers the encoder calls.
+        output: the class of what the encoder returns; None where it returns more than its rows.
         whole: whether encoder and all layers are replaced, and the model hands on a mask of keys.
     """
 
     config: Any
     pack: bool
     backend: str | None
+    stack: Stack
+    output: type | None = None
     whole: bool = True
 
 
 class Encoder(Replaced):
-    """The stack of layers; the padding is removed before the first and put back, as zeros, after the last."""
+    """The stack of layers; the padding is removed before the first and put back, as zeros, after the last.
+
+    Layers whose weights are packed run in one call.
+    """
+
+    # The packed layers in one call, made at the first use.
+    together: PackedLayers | None = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        done = self._in_one_call(hidden_states, attention_mask, args, kwargs)
+        if done is not None:
+            return done
         layout = self._packed(hidden_states, attention_mask, kwargs)
         if layout is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -284,16 +315,36 @@ class Encoder(Replaced):
         # The class that was replaced hands rows and mask from layer to layer, whatever they are.
         return super().forward(rows, layout, *args, **kwargs)
 
+    def _in_one_call(self, x: Tensor, mask: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Packed layers together, without calling their modules; None where they are to be called one by one."""
+        state: ModelState = self._pyxlbert
+        if state.output is None or not together.ready(self, state.stack, x):
+            return None
+        if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)) or not _harmless(args, kwargs):
+            return None
+        if _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
+            return None
+        layout = self._arranged(x, mask)
+        rows = together.run(self, state.stack, layout.take(x), layout)
+        if rows is None:
+            return None
+        return together.returned(state.output, layout.restore(rows), kwargs.get("return_dict"))
+
+    def _arranged(self, x: Tensor, mask: Any) -> TokenLayout:
+        """Where the rows of a call lie, with the masks."""
+        return self._without_padding(x, mask) or _layout(mask, x)
+
     def _packed(self, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> TokenLayout | None:
         """The layout without padding; None where every place is computed."""
-        state: ModelState = self._pyxlbert
-        if not state.pack or _asked(kwargs, state.config, "output_attentions", "output_hidden_states"):
+        if _asked(kwargs, self._pyxlbert.config, "output_attentions", "output_hidden_states"):
             return None
-        real = tokens_of(mask, x)  # [B, T]
-        if real is None:
-            return None
+        layout = self._without_padding(x, mask)
+        return None if layout is None or watched_anywhere(self, recorded()) else layout
+
+    def _without_padding(self, x: Tensor, mask: Any) -> TokenLayout | None:
+        real = tokens_of(mask, x) if self._pyxlbert.pack else None  # [B, T]
         # A head reads the first place of every sequence, token or not.
-        if not bool(real[:, 0].all()) or watched_anywhere(self, recorded()):
+        if real is None or not bool(real[:, 0].all()):
             return None
         layout = TokenLayout.from_mask(real, *x.shape[:2])
         return layout if layout.packed else None
@@ -317,12 +368,25 @@ def tokens_of(mask: Any, x: Tensor) -> Tensor | None:
     return keys.expand(x.shape[0], -1)
 
 
+def _side_by_side(layout: TokenLayout) -> bool:
+    """Whether there is no padding between the tokens of a sequence, so that two are as far apart as their rows."""
+    starts, ends = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
+    return bool((layout.indices[ends - 1] - layout.indices[starts] == ends - starts - 1).all())
+
+
 class BiasedEncoder(Encoder):
     """The same, for layers that share a bias by the distance of two places."""
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[1, H, T, T]``: no sequence has one of its own."""
         return super().compute_position_bias(x[:1], *args, **kwargs)
+
+    def _arranged(self, x: Tensor, mask: Any) -> TokenLayout:
+        bias = self.compute_position_bias(x)  # [1, H, T, T]
+        layout = self._without_padding(x, mask)
+        if layout is None or not _side_by_side(layout):
+            layout = _layout(mask, x)
+        return replace(layout, bias=bias if layout.bias is None else bias + layout.bias)
 
     def _run(self, rows: Tensor, layout: TokenLayout, args: tuple, kwargs: dict[str, Any]) -> Any:
         bias = self.compute_position_bias(rows.new_empty(1, layout.length, 0))  # [1, H, T, T]

@@ -122,6 +122,25 @@ def takes_keys(model: nn.Module, architecture: Architecture) -> bool:
     return bool(seen) and isinstance(seen[0], Tensor) and tuple(seen[0].shape[1:3]) == (1, 1)
 
 
+def encoder_output(model: nn.Module, architecture: Architecture) -> type | None:
+    """The class of what an encoder, in eval mode, returns; None if that is more than its rows, or cannot be seen."""
+    ids, mask, _ = _ids(model, architecture)
+    encoder = next(one for one in model.modules() if type(one).__name__ == architecture.name("encoder"))
+    seen: list[Any] = []
+    hook = encoder.register_forward_hook(lambda _, given, output: seen.append(output))
+    try:
+        with _quiet(None, ids.device):
+            model(ids, mask.long())
+    except Exception:
+        return None
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        return None
+    rows = seen[0].values() if hasattr(seen[0], "last_hidden_state") else seen[0]
+    return type(seen[0]) if [isinstance(one, Tensor) for one in rows if one is not None] == [True] else None
+
+
 @_reason
 def model_fault(plain: nn.Module, ours: nn.Module, architecture: Architecture) -> None:
     """Why a model with everything replaced is not what it was, or None.

@@ -19,9 +19,19 @@ from pyxlbert.integrations import probe
 from pyxlbert.integrations.architecture import RelativeArchitecture
 from pyxlbert.integrations.modules import ReplacedLinear, dropout_of
 from pyxlbert.integrations.report import Entry
-from pyxlbert.integrations.swap import Replaced, Unlike, shares_weights, swap, watched_anywhere
+from pyxlbert.integrations.swap import (
+    Replaced,
+    Unlike,
+    is_as_made,
+    replacement,
+    shares_weights,
+    swap,
+    watched_anywhere,
+)
 from pyxlbert.models import XLNetConfig, XLNetModel
 from pyxlbert.nn import ACTIVATIONS, LastTable, RelativeAttention, linear_activation, rows_and_stream
+from pyxlbert.nn.encoder_layers import LayerParts, watched_linear
+from pyxlbert.nn.watch import Unusual, Watch
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
 
 _ARGUMENTS = (
@@ -61,6 +71,8 @@ class ReplacedAttention(Replaced, RelativeAttention):
 class RelativeLayer(Replaced):
     """XLNet's layer: for streams and a layout it is ours, for tensors the replaced class's."""
 
+    is_encoder_layer = True
+
     def forward(self, content: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(content, Tensor):
             return super().forward(content, *args, **kwargs)
@@ -90,6 +102,37 @@ def _residual(x: Tensor, residual: Tensor, owner: nn.Module, copy_dtype: torch.d
     return rows_and_stream(dropout_add_layer_norm(x, residual, norm.weight, norm.bias, **options))
 
 
+class Twin(XLNetModel):
+    """Our model over the modules of a replaced one."""
+
+    def _parts(self, watch: Watch) -> list[LayerParts]:
+        layers = watch.child(self, "layer", nn.ModuleList)
+        return [_parts(watch, watch.child(layers, name)) for name in watch.children(layers)]
+
+
+def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
+    """The modules of a replaced layer; the class of each is looked at by the model, before every call."""
+    attention, feed = watch.child(layer, "rel_attn"), watch.child(layer, "ff")
+    for module, ours in ((layer, RelativeLayer), (attention, ReplacedAttention)):
+        if not (isinstance(module, ours) and is_as_made(module)):
+            raise Unusual
+    for name in ("q", "k", "v", "o", "r"):
+        watch.parameter(attention, name)
+    linear = replacement(nn.Linear, ReplacedLinear)
+    watch.child(feed, "dropout", nn.Dropout)
+    return LayerParts(
+        *(attention, ("q", "kv")),
+        (attention, "o"),
+        *((watched_linear(watch, feed, name, linear), "") for name in ("layer_1", "layer_2")),
+        watch.child(attention, "layer_norm", nn.LayerNorm),
+        watch.child(feed, "layer_norm", nn.LayerNorm),
+        *(watch.attribute(attention, "n_head"), watch.attribute(attention, "d_head")),
+        watch.attribute(layer, "_pyxlbert"),
+        "r",
+        ("r_w_bias", "r_r_bias", "r_s_bias", "seg_embed"),
+    )
+
+
 @dataclass(eq=False)
 class RelativeState:
     """What the model knows.
@@ -106,7 +149,7 @@ class RelativeState:
     reads: str | None
     backend: str | None
     kinds: dict[str, type[nn.Module]]
-    twin: XLNetModel | None = None
+    twin: Twin | None = None
 
 
 class RelativeModel(Replaced):
@@ -153,12 +196,12 @@ class RelativeModel(Replaced):
         modules = dict(self.named_modules())
         return len(modules) == len(kinds) and all(_was(modules.get(name)) is kind for name, kind in kinds.items())
 
-    def _twin(self) -> XLNetModel:
+    def _twin(self) -> Twin:
         """Our model over the modules of this one, made anew where one of them was replaced."""
         state: RelativeState = self._pyxlbert
         twin = state.twin
         if twin is None or any(getattr(twin, name) is not getattr(self, name) for name in _SHARED):
-            twin = XLNetModel.__new__(XLNetModel)
+            twin = Twin.__new__(Twin)
             nn.Module.__init__(twin)
             twin.config, twin.checkpointing, twin.distances = state.config, None, LastTable()
             for name in _SHARED:

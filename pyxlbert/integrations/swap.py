@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from pyxlbert.nn import has_values
+from pyxlbert.nn.packing import Packable
 
 _STATE = "_pyxlbert"
 
@@ -26,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _BLIND = "torch.distributed."
 
 # Where transformers records hidden states and attentions, by hooks that it leaves in place.
-_RECORDER = "transformers.utils.output_capturing"
+RECORDER = "transformers.utils.output_capturing"
 
 
 class Unlike(Exception):
@@ -60,6 +61,9 @@ def replacement(original: type[nn.Module], ours: type[Replaced]) -> type[Replace
         "pyxlbert_original": original,
         "pyxlbert_ours": ours,
     }
+    if getattr(ours, "fuses", None) is not None:
+        # It is as linear as ours, and says so itself.
+        names["forward"] = names["fuses"] = ours.fuses
     if ours.keeps_signature:
 
         @wraps(original.forward)
@@ -89,7 +93,9 @@ def is_as_made(module: Replaced) -> bool:
 
 def give_back(module: Replaced) -> None:
     """Makes `module` an instance of its old class again."""
-    for name in (_STATE, "packed"):
+    if isinstance(module, Packable):
+        module.drop_packed()
+    for name in (_STATE, "packed", "together"):
         module.__dict__.pop(name, None)
     module.__class__ = module.pyxlbert_original
 
@@ -118,7 +124,7 @@ def recorded() -> frozenset[str] | None:
     """What transformers records of this call, by its names; None where that cannot be told."""
     if torch.compiler.is_compiling():
         return None
-    recorder = sys.modules.get(_RECORDER)
+    recorder = sys.modules.get(RECORDER)
     collector = getattr(recorder, "_active_collector", None)
     return None if collector is None else frozenset(collector.get() or ())
 
@@ -138,7 +144,7 @@ def watched(module: nn.Module, recording: frozenset[str] | None = frozenset(), b
     for name in _HOOKS:
         for hook in state[name].values() if state[name] else ():
             owner = getattr(hook, "__module__", None) or ""
-            idle = owner == _RECORDER and recording is not None and not recording
+            idle = owner == RECORDER and recording is not None and not recording
             if not (idle or (not blind and owner.startswith(_BLIND))):
                 return True
     return False

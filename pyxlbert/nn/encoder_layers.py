@@ -22,7 +22,7 @@ class LayerParts(NamedTuple):
     Attributes:
         attention: the module whose products query, key and value are; `projections` are their names.
         out, up, down: modules with a packed product: ("module", "product").
-        attention_norm, norm: after either residual sum.
+        attention_norm, norm: after either residual sum; of `torch.nn.LayerNorm`, its rows alone are normalised.
         position: the name of the attention's product of distances; None where there is none.
         terms: names of the attention's parameters, or none.
     """
@@ -49,10 +49,11 @@ class PackedLayers:
 
     Args:
         find: looks at every module that the layers are made of, by the watch that it is given.
+        idle: the Python module whose hooks on those modules do nothing.
     """
 
-    def __init__(self, find: Find) -> None:
-        self._find = find
+    def __init__(self, find: Find, idle: str | None = None) -> None:
+        self._find, self._idle = find, idle
         self._found: _Found | None = None
         self._failed: Watch | None = None
 
@@ -108,7 +109,7 @@ class PackedLayers:
     def _look(self) -> _Found | None:
         if self._failed is not None and self._failed.as_failed():
             return None
-        watch = Watch()
+        watch = Watch(self._idle)
         try:
             layers = self._find(watch)
             found = _Found(watch, layers, self) if layers else None
@@ -178,7 +179,7 @@ class _Found:
             return found
 
         def norm(module: nn.Module) -> tuple[Tensor, Tensor, float]:
-            if type(module) is not DropoutAddLayerNorm:
+            if type(module) not in (DropoutAddLayerNorm, nn.LayerNorm):
                 raise Unusual
             weight, bias = watch.parameter(module, "weight"), watch.parameter(module, "bias")
             if weight is None or bias is None:

@@ -59,8 +59,9 @@ class TokenLayout:
     """The layout of one batch and the masks that attention needs for it.
 
     Exactly one of these holds: every token is there (all fields but the first two are None); the padding is removed
-    (`cu_seqlens`); a 2-D mask is kept as a mask, under `torch.compile`, where sizes must not depend on values
-    (`token_mask`); a 3-D or 4-D mask was given (`attention_mask` or `bias`).
+    (`cu_seqlens`), and a bias, where layers take one, is by the places in each sequence; a 2-D mask is kept as a mask,
+    under `torch.compile`, where sizes must not depend on values (`token_mask`); a 3-D or 4-D mask was given
+    (`attention_mask` or `bias`).
 
     Attributes:
         batch, length: B and T of the padded shape; length is None for input that came packed.

@@ -31,7 +31,7 @@ class Unusual(Exception):
 def _is_own(kind: type[nn.Module]) -> bool:
     """Whether the class computes what it was written to: nobody has put another `forward` in its place."""
     forward = vars(kind).get("forward")
-    if forward is None:
+    if forward is None or forward is vars(kind).get("fuses"):
         return True
     named = getattr(forward, "__qualname__", None), getattr(forward, "__module__", None)
     return named == (f"{kind.__qualname__}.forward", kind.__module__) and not hasattr(forward, "__wrapped__")
@@ -40,11 +40,15 @@ def _is_own(kind: type[nn.Module]) -> bool:
 class Watch:
     """Modules, attributes and parameters as they were found.
 
+    Args:
+        idle: the Python module whose hooks do nothing.
+
     Raises:
         Unusual: by its methods, if something is not what was expected there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle: str | None = None) -> None:
+        self._idle = idle
         # What was found where: an attribute, a parameter or a child by its name in the dictionary that holds it.
         self._where: list[dict[str, Any]] = []
         self._name: list[str] = []
@@ -142,13 +146,18 @@ class Watch:
         # Maps and not loops: this is run for every call, and a loop would take longer than a short text's layers.
         return (
             all(map(operator.is_, map(dict.get, self._where, self._name), self._what))
-            and not any(self._hooks)
+            and not self._hooked()
             and not any(map(_TRAINING, self._states))
             and not any(map(_PATCHED, self._states))
             and all(list(children) == names for children, names in self._lists)
             and all(vars(kind).get("forward") is forward for kind, forward in self._kinds.items())
             and self._look() == self._seen
         )
+
+    def _hooked(self) -> bool:
+        if not any(self._hooks) or self._idle is None:
+            return any(self._hooks)
+        return any(getattr(hook, "__module__", None) != self._idle for hooks in self._hooks for hook in hooks.values())
 
     def _look(self) -> tuple[list[Any], ...]:
         # A write raises the version; `.data = ` another tensor changes the address, unless it is a view of what was

@@ -64,15 +64,23 @@ def takes_masks(
 ) -> bool:
     """Whether the masks fit the rows `[B, T, E]` or packed `[total, E]`; if not, `attention` says what is wrong.
 
+    Unlike there, packed rows may have a bias `[1, H or 1, T or 1, T or 1]`, of at least the longest sequence's places.
+
     Raises:
         ValueError: cu_seqlens or max_seqlen is wrong, in the words of `attention`.
     """
     if cu_seqlens is not None:
         if max_seqlen is not None and type(max_seqlen) is not int:
             return False
-        _scores.check_offsets("attention", cu_seqlens, x.shape[0], x.shape[0] if max_seqlen is None else max_seqlen)
-        return attention_mask is None and bias is None
-    scores = (x.shape[0], heads, x.shape[1], x.shape[1])
+        longest = x.shape[0] if max_seqlen is None else max_seqlen
+        _scores.check_offsets("attention", cu_seqlens, x.shape[0], longest)
+        if attention_mask is not None or (bias is not None and (bias.dim() != 4 or bias.shape[0] != 1)):
+            return False
+        # By the places in each sequence, the same for all of them.
+        scores = (1, heads, longest, longest)
+        bias = None if bias is None else bias[..., :longest, :longest]
+    else:
+        scores = (x.shape[0], heads, x.shape[1], x.shape[1])
     for one in (attention_mask, bias):
         if one is None:
             continue

@@ -2,9 +2,55 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from pyxlbert.testing import tolerances
+
+
+class Errors(NamedTuple):
+    """How wrong a result is, beside plain PyTorch and what the budget allows; zeros if there is nothing to compare.
+
+    Attributes:
+        largest, plain_largest: the largest absolute error of ours, and of plain PyTorch.
+        l2, plain_l2: the error's L2 norm over that of the truth.
+        largest_share, l2_share: of the budget that either measure uses; over 1 is over budget.
+        largest_over, l2_budget: what the largest error is over budget by; what the L2 norm of the error may be.
+        factor: how many times as wrong as plain PyTorch a result may be.
+    """
+
+    largest: float = 0.0
+    plain_largest: float = 0.0
+    l2: float = 0.0
+    plain_l2: float = 0.0
+    largest_share: float = 0.0
+    l2_share: float = 0.0
+    largest_over: float = 0.0
+    l2_budget: float = 0.0
+    factor: float = tolerances.FACTOR
+
+    @property
+    def share(self) -> float:
+        """Of the budget, by the worse measure."""
+        return max(self.largest_share, self.l2_share)
+
+    def require(self, name: str) -> None:
+        """Raises AssertionError, with the numbers, if the budget is not kept.
+
+        Args:
+            name: what is compared, for the message.
+        """
+        _require(
+            self.largest_share <= 1.0,
+            f"{name}: largest error {self.largest:.3e}, plain PyTorch's {self.plain_largest:.3e}, "
+            f"{self.largest_over:.3e} over {self.factor} times that plus rounding",
+        )
+        _require(
+            self.l2_share <= 1.0,
+            f"{name}: relative L2 error {self.l2:.3e}, plain PyTorch's {self.plain_l2:.3e}, "
+            f"budget {self.l2_budget:.3e}",
+        )
 
 
 def within_budget(
@@ -18,8 +64,26 @@ def within_budget(
 ) -> None:
     """`ours` is at most `factor` times as wrong as `plain`, both measured against the float64 `truth`.
 
-    Two measures must hold: the largest error and the relative L2 error.  Where plain is not finite,
-    ours must be finite or equal to it.
+    Two measures must hold: the largest error and the relative L2 error.  The arguments are those of `errors`.
+
+    Raises:
+        AssertionError: a shape or dtype differs, a value is not finite, or the error is over budget.
+    """
+    errors(name, ours, plain, truth, terms=terms, factor=factor).require(name)
+
+
+def errors(
+    name: str,
+    ours: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    terms: torch.Tensor | float | None = None,
+    factor: float = tolerances.FACTOR,
+) -> Errors:
+    """How wrong `ours` and `plain` are against the float64 `truth`.
+
+    Where plain is not finite, ours must be finite or equal to it.
 
     Args:
         name: what is compared, for the message.
@@ -30,36 +94,36 @@ def within_budget(
         factor: see `tolerances.FACTOR`.
 
     Raises:
-        AssertionError: a shape or dtype differs, a value is not finite, or the error is over budget.
+        AssertionError: a shape or dtype differs, or a value is not finite.
     """
     _require(ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, wanted {list(truth.shape)}")
     _require(ours.dtype == plain.dtype, f"{name}: dtype {ours.dtype}, wanted {plain.dtype}")
     if truth.numel() == 0:
-        return
+        return Errors(factor=factor)
     a, b, t = ours.double(), plain.double(), truth.double()
     finite = b.isfinite() & t.isfinite()
     odd = ~(finite | a.isfinite() | (a == b))
     _require(not odd.any(), f"{name}: {int(odd.sum())} elements not finite where plain PyTorch is not, and not equal")
     _require(bool(a[finite].isfinite().all()), f"{name}: not finite where plain PyTorch is")
     if not finite.any():
-        return
+        return Errors(factor=factor)
     a, b, t = a[finite], b[finite], t[finite]
     accumulation = torch.finfo(torch.promote_types(ours.dtype, torch.float32)).eps
     output = torch.finfo(ours.dtype).eps / 2 * tolerances.OUTPUT_ROUNDINGS
     scale = _terms(terms, truth)[finite]
     slack = output * t.abs() + tolerances.TERMS * accumulation * scale + torch.finfo(ours.dtype).tiny
 
-    ours_max, plain_max = (a - t).abs(), (b - t).abs().max()
-    excess = (ours_max - slack).max()
-    _require(
-        bool(excess <= factor * plain_max),
-        f"{name}: largest error {ours_max.max():.3e}, plain PyTorch's {plain_max:.3e}, "
-        f"{excess - factor * plain_max:.3e} over {factor} times that plus rounding",
-    )
-    ours_l2, plain_l2, slack_l2 = (a - t).norm(), (b - t).norm(), slack.norm()
-    _require(
-        bool(ours_l2 <= factor * plain_l2 + slack_l2),
-        f"{name}: L2 error {ours_l2:.3e}, plain PyTorch's {plain_l2:.3e}, budget {factor * plain_l2 + slack_l2:.3e}",
+    far, plain_far = (a - t).abs(), (b - t).abs()
+    plain_largest = plain_far.max()
+    norm = t.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    l2, plain_l2 = far.norm(), plain_far.norm()
+    budget = factor * plain_l2 + slack.norm()
+    return Errors(
+        *(float(far.max()), float(plain_largest)),
+        *(float(l2 / norm), float(plain_l2 / norm)),
+        *(float((far / (slack + factor * plain_largest)).max()), float(l2 / budget)),
+        *(float((far - slack).max() - factor * plain_largest), float(budget / norm)),
+        factor,
     )
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
-import torch
 
-from pyxlbert.backends import native
+from pyxlbert.testing import poison
 
 
 @pytest.fixture
@@ -21,36 +18,6 @@ def ledger(record_property):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Inside `with poisoned():` every tensor that torch.empty and friends hand out is full of NaN, and so is
-    the scratch memory of the native kernels."""
-    module = native._C
-
-    def poison(function):
-        def make(*args, **kwargs):
-            tensor = function(*args, **kwargs)
-            if tensor.is_floating_point() and tensor.device.type != "meta":
-                tensor.fill_(float("nan"))
-            return tensor
-
-        return make
-
-    @contextmanager
-    def block():
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                (torch, "empty"),
-                (torch, "empty_like"),
-                (torch, "empty_strided"),
-                (torch.Tensor, "new_empty"),
-            ):
-                patch.setattr(owner, name, poison(getattr(owner, name)))
-            if module is not None:
-                module.poison_workspaces(True)
-            try:
-                yield
-            finally:
-                if module is not None:
-                    module.poison_workspaces(False)
-
-    return block
+def poisoned():
+    """Inside `with poisoned():` memory that is handed out is full of NaN."""
+    return poison.poisoned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyxlbert.integrations.architecture import Architecture, LayerParts
+from pyxlbert.integrations.architecture import Architecture, LayerParts, Stack
 
 LAYER = LayerParts(
     query="attention.query",
@@ -21,5 +21,10 @@ LAYER = LayerParts(
 )
 
 ARCHITECTURE = Architecture(
-    model_type="albert", tested="5.17", prefix="Albert", layer_parts=LAYER, encoder="{}Transformer"
+    model_type="albert",
+    tested="5.17",
+    prefix="Albert",
+    layer_parts=LAYER,
+    stack=Stack(("albert_layer_groups",), inside=("albert_layers",), before="embedding_hidden_mapping_in"),
+    encoder="{}Transformer",
 )

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyxlbert.embed.plan import NULLS, Options, is_parquet
 from pyxlbert.text.batches import check_count
 from pyxlbert.text.quantisation import PRECISIONS
-
-from .plan import NULLS, Options, is_parquet
 
 # Endings of an output that is one file.
 _FILES = (".npy", ".jsonl")
@@ -97,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0; 2 after an error, 130 after an interruption, and either has been printed.
     """
     try:
-        from .job import Interrupted, embed_files
+        from pyxlbert.embed.job import Interrupted, embed_files
     except ImportError as error:
         print(
             f"pyxlbert embed: error: Parquet needs pyarrow, which cannot be imported ({error}); "

@@ -1,0 +1,1 @@
+"""Commands of `pyxlbert` that stand in files of their own: each adds its parser and runs it."""

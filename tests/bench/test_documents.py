@@ -1,0 +1,36 @@
+"""README and docs show what `bench/results` holds, and nothing by hand."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pyxlbert.bench import documents, tables
+
+
+@pytest.mark.parametrize("page", documents.documents(), ids=lambda page: page.name)
+def test_a_page_shows_the_results(page) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert documents.filled(text) == text, "python -m pyxlbert.bench.documents --write"
+
+
+def test_every_table_of_ratios_comes_from_results() -> None:
+    for page in documents.documents():
+        outside = documents._BLOCK.sub("", page.read_text(encoding="utf-8"))
+        assert not re.search(r"^\|.*\| ratio \|.*\| of limit \|", outside, re.MULTILINE), page.name
+
+
+def test_a_wrong_number_is_made_anew(tmp_path, monkeypatch, capsys) -> None:
+    page = tmp_path / "page.md"
+    block = "<!-- results epyc-zen4-2-cores.json: MiniLM -->\n{}<!-- end -->"
+    page.write_text(f"before\n{block.format('| old |')}\nafter", encoding="utf-8")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    monkeypatch.setattr(documents, "documents", lambda: [page])
+    assert documents.main([]) == 1 and "old" in page.read_text(encoding="utf-8")
+    assert documents.main(["--write"]) == 0 and documents.main([]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
+    assert tables.table(documents._of("epyc-zen4-2-cores.json", "MiniLM")) in text
+    page.write_text(block.replace("MiniLM", "nothing"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"epyc-zen4-2-cores\.json: got no rows of 'nothing'"):
+        documents.main([])
