@@ -253,10 +253,11 @@ def test_killed_and_interrupted(tmp_path: Path, model: Path) -> None:
         Options(shard_rows=20, dtype="int8"),
     )
     process = start(model, out, inputs, "--processes", "2")
+    process.send_signal(signal.SIGSTOP)
     workers = children(process.pid)
     assert len(workers) >= 2
-    with pytest.raises(ValueError, match="another process is writing"):
-        embed_files(inputs, model, out, options)
+    with pytest.raises(ValueError, match="another process is writing"), folder.OutputFolder(out).locked():
+        pass
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
