@@ -39,9 +39,11 @@ def find(names: Sequence[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{name} is not there")
     found = [path.resolve() for path in found]
+    seen: set[Path] = set()
     for path in found:
-        if found.count(path) > 1:
+        if path in seen:
             raise ValueError(f"{path} is given twice")
+        seen.add(path)
     return found
 
 
