@@ -21,11 +21,12 @@ from pyxlbert.ops import (
     relative_attention,
     two_stream_attention,
 )
-from pyxlbert.text import SentenceEncoder
+from pyxlbert.text import CrossEncoder, SentenceEncoder
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEncoder",
     "SentenceEncoder",
     "accelerate",
     "allow_atomics",

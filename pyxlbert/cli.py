@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 import pyxlbert
-from pyxlbert import backends, machine
+from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import convert, export, parity
+from pyxlbert.commands import embed as many
 from pyxlbert.files import whole_file
+from pyxlbert.text import DTYPES
+from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
 # Packages whose versions matter in a report; read from their metadata, so that none is imported.
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 1 after an error, which has been printed, or where a command has found what is wrong.
-        Wrong usage exits with 2.
+        The exit status: 0, or 1 after an error (of a job of many files 2), which has been printed, or where a command
+        has found what is wrong. Wrong usage exits with 2.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -78,10 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = commands.add_parser(
         "embed",
-        help="write one vector for each line of a file",
+        help="write one vector for each line of a file, or row of Parquet files",
         description="One text a line, UTF-8; an empty line is an empty text; row i of the output is line i.",
     )
-    embed.add_argument("file", metavar="FILE", help="the texts, or - for standard input")
+    embed.add_argument(
+        "files", nargs="+", metavar="FILE", help="the texts, or - for standard input; or Parquet, or several"
+    )
     embed.add_argument(
         "--model",
         required=True,
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder as Hugging Face or sentence-transformers write it, or the name of a model of the hub",
     )
     embed.add_argument(
-        "--out", required=True, metavar="X.npy|X.jsonl", help="a float32 matrix, or a JSON object a line"
+        "--out", required=True, metavar="X.npy|X.jsonl|X/", help="a matrix, a JSON object a line, or a folder"
     )
     embed.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per run of the model (32)")
     embed.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model; the output is float32")
@@ -98,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         type=_layers,
         metavar="L",
-        help="a layer (0: embeddings, -1: last), the mean of several (--layers=-2,-1) or a sum (--layers=sum:-2,-1)",
+        help="a layer (0: embeddings, -1: last), the mean of several (--layers=-2,-1), their sum (--layers=sum:-2,-1), "
+        "or side by side (--layers=concat:-2,-1)",
     )
     embed.add_argument(
         "--normalize",
@@ -107,7 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
-    embed.set_defaults(run=_embed)
+    many.add_options(embed)
+    embed.set_defaults(run=_embed, refuse=embed.error)
+
+    evaluation = commands.add_parser("evaluate", help="how good a model is on data that you bring")
+    evaluate.add_tasks(evaluation)
+    evaluation.set_defaults(run=evaluate.run)
 
     quantise = commands.add_parser(
         "quantise",
@@ -132,12 +141,14 @@ def _layers(text: str) -> int | tuple[str | int, ...]:
         layers = [int(part) for part in listed.split(",")]
     except ValueError:
         layers = []
-    if combine not in ("", "sum", "mean") or not layers:
+    if combine not in ("", *COMBINATIONS) or not layers:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a layer such as -2, or several such as sum:-2,-1")
     return layers[0] if len(layers) == 1 else (combine or "mean", *layers)
 
 
-def _embed(options: argparse.Namespace) -> None:
+def _embed(options: argparse.Namespace) -> int:
+    if many.is_job(options):
+        return many.run(options)
     # Everything that can be wrong without the model is found before minutes are spent.
     out = _output_path(options.out)
     if options.batch_size < 1:
@@ -146,19 +157,13 @@ def _embed(options: argparse.Namespace) -> None:
         if options.threads < 1:
             raise ValueError(f"--threads: got {options.threads}, wanted at least 1")
         torch.set_num_threads(options.threads)
-    texts = read_lines(options.file)
+    texts = read_lines(options.files[0])
     encoder = pyxlbert.SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
-    vectors = encoder.encode(
-        texts,
-        batch_size=options.batch_size,
-        normalize=options.normalize,
-        layers=options.layers,
-        pooling=options.pooling,
-        show_progress=options.progress,
-    )
+    vectors = encoder.encode(texts, show_progress=options.progress, **many.encoding(options))
     with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
+    return 0
 
 
 def _quantise(options: argparse.Namespace) -> None:
@@ -190,7 +195,7 @@ def read_lines(name: str) -> list[str]:
 def _output_path(name: str) -> Path:
     path = Path(os.path.realpath(name))  # a link keeps pointing where it did
     if path.suffix not in _WRITERS:
-        raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}")
+        raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}, or / for a folder")
     if path.is_dir():
         raise IsADirectoryError(f"--out: {name!r} is a directory")
     if not path.parent.is_dir():

@@ -1,8 +1,9 @@
-"""`python -m pyxlbert.evaluate TASK`: how good a model is, or how equal, on data that you bring.
+"""`pyxlbert evaluate TASK` or `python -m pyxlbert.evaluate TASK`: how good a model is, on data that you bring.
 
 `stsb --data DIR --model DIR`: a model's score on STS Benchmark's dev pairs: Spearman's rank correlation, times 100,
 between the cosine of two sentences' vectors and the similarity that people gave the pair. Needs SciPy, and
-`transformers` for `--compare`.
+`transformers` for `--compare`. `--layers all` scores every layer and every sum of neighbouring layers; `--picture`
+draws that, with matplotlib.
 
 `tokens --text FILE --model PATH`: an XLNet tokenizer against that of `transformers`, line by line.
 """
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pyxlbert import SentenceEncoder
-from pyxlbert.cli import DTYPES
+from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
+from pyxlbert.text import DTYPES, SentenceEncoder
 
 # Columns of the tab-separated file: genre, file, year, id, score, sentence 1, sentence 2.
 _SCORE, _FIRST, _SECOND = 4, 5, 6
@@ -49,23 +50,6 @@ def read_stsb(directory: Path, split: str = "dev") -> tuple[list[str], list[str]
     return first, second, np.array(scores)
 
 
-def spearman(
-    encode: Callable[[Sequence[str]], np.ndarray], first: Sequence[str], second: Sequence[str], scores: np.ndarray
-) -> float:
-    """Spearman's correlation of cosine similarity with `scores`.
-
-    Args:
-        encode: texts to [N, E].
-        first, second: the pairs' sentences.
-        scores: one number a pair.
-    """
-    from scipy.stats import spearmanr
-
-    a, b = (np.asarray(encode(texts), dtype=np.float64) for texts in (first, second))
-    cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return float(spearmanr(cosine, scores).statistic)
-
-
 def differing_lines(ours: Sequence[np.ndarray], theirs: Sequence[Sequence[int]]) -> list[int]:
     """The numbers, from 0, of the lines whose ids are not the same."""
     return [number for number, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.tolist() != list(b)]
@@ -78,10 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.evaluate", description="Scores on public benchmarks.")
+    add_tasks(parser)
+    return run(parser.parse_args(arguments))
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Adds the tasks and their options."""
     tasks = parser.add_subparsers(dest="task", required=True)
     stsb = tasks.add_parser("stsb", help="sentence similarity: Spearman x 100 on the dev pairs of STS Benchmark")
     stsb.add_argument("--data", type=Path, required=True, metavar="DIR", help="the folder with sts-dev.csv")
-    stsb.add_argument("--model", required=True, metavar="DIR", help="the model's folder, or its name in the hub")
+    stsb.add_argument(
+        "--model", required=True, nargs="+", metavar="DIR", help="the model's folder or its name in the hub, or several"
+    )
     stsb.add_argument("--split", choices=("dev", "train", "test"), default="dev")
     stsb.add_argument("--dtype", choices=DTYPES, default="float32")
     stsb.add_argument("--batch-size", type=int, default=32, metavar="N")
@@ -90,10 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also by transformers: masked mean, in float32 and batches of the same size",
     )
+    stsb.add_argument("--layers", choices=("all",), help="every layer, and every sum of neighbouring layers")
+    stsb.add_argument("--picture", type=Path, metavar="X.png", help="of --layers all")
     tokens = tasks.add_parser("tokens", help="XLNet's tokens of a text against those of transformers")
     tokens.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8")
     tokens.add_argument("--model", type=Path, required=True, metavar="PATH", help="the folder, or a SentencePiece file")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the task that was parsed.
+
+    Returns:
+        The exit status.
+    """
     try:
         return _stsb(options) if options.task == "stsb" else _tokens(options)
     except (ValueError, OSError, ImportError) as error:
@@ -129,19 +130,50 @@ def _tokens(options: argparse.Namespace) -> int:
 
 
 def _stsb(options: argparse.Namespace) -> int:
-    first, second, scores = read_stsb(options.data, options.split)
-    encoder = SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
+    if options.compare and options.layers:
+        raise ValueError("--compare: goes with the directory's own layer alone, not with --layers")
+    if options.picture and not options.layers:
+        raise ValueError("--picture: draws layers; wanted --layers all with it")
+    if options.picture:
+        check_picture(options.picture)
+    pairs = read_stsb(options.data, options.split)
+    if options.layers:
+        return _stsb_layers(options, pairs)
+    for number, model in enumerate(options.model):
+        if number:
+            print()
+        _stsb_model(options, model, pairs)
+    return 0
+
+
+def _stsb_layers(options: argparse.Namespace, pairs: tuple[list[str], list[str], np.ndarray]) -> int:
+    tables = {}
+    for model in options.model:
+        encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
+        table = layer_scores(encoder, *pairs, batch_size=options.batch_size)
+        name = model.absolute().name
+        print(f"STS-B {options.split}, {len(pairs[2])} pairs, Spearman x 100: {name} {options.dtype}")
+        print(layer_table(table) + "\n")
+        tables[name if name not in tables else str(model)] = table
+    if options.picture:
+        draw_layers(tables, options.picture, f"STS-B {options.split}, {len(pairs[2])} pairs")
+        print(f"picture: {options.picture}")
+    return 0
+
+
+def _stsb_model(options: argparse.Namespace, model: Path, pairs: tuple[list[str], list[str], np.ndarray]) -> None:
+    first, second, scores = pairs
+    encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
     if options.compare and (encoder.modules.modes != ("mean",) or encoder.modules.dense):
-        raise ValueError(
-            f"--compare: {options.model} does not pool by mean alone, which is all that the peer does here"
-        )
+        raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
-    print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100")
+    several = f": {model.absolute().name}" if len(options.model) > 1 else ""
+    print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100{several}")
     print(f"  pyxlbert {options.dtype:<12}{100 * own:.4f}")
     if options.compare:
         from pyxlbert.demo import transformers_encoder
 
-        reference = transformers_encoder(options.model, encoder.tokenizer.max_length)
+        reference = transformers_encoder(model, encoder.tokenizer.max_length)
 
         def encode(texts: Sequence[str]) -> np.ndarray:
             size = options.batch_size
@@ -150,7 +182,6 @@ def _stsb(options: argparse.Namespace) -> int:
         peer = spearman(encode, first, second, scores)
         print(f"  transformers float32 {100 * peer:.4f}")
         print(f"  difference           {100 * (own - peer):+.4f}")
-    return 0
 
 
 if __name__ == "__main__":

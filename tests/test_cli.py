@@ -242,9 +242,10 @@ def test_a_bar_on_a_terminal_alone(tmp_path: Path, model: Path, terminal: bool) 
     """Long work shows its progress where somebody looks, and writes nothing into a file of errors."""
     code = (
         "import sys\n"
-        "import pyxlbert.text.sentence_encoder as encoder\n"
-        "encoder._BAR_DELAY = 0\n"
-        "encoder.SentenceEncoder.from_pretrained(sys.argv[1]).encode(['a b'] * 70)\n"
+        "import pyxlbert.text.batches as batches\n"
+        "from pyxlbert.text import SentenceEncoder\n"
+        "batches.BAR_DELAY = 0\n"
+        "SentenceEncoder.from_pretrained(sys.argv[1]).encode(['a b'] * 70)\n"
     )
     command = [sys.executable, "-c", code, str(model)]
     if not terminal:

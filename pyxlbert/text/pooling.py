@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from pyxlbert.files import model_directory, read_json, read_optional_json, setting
+from pyxlbert.files import model_directory, read_json, setting
 from pyxlbert.models.checkpoints import read_weights
 
 
@@ -24,8 +25,8 @@ def _mean_sqrt_length(rows: torch.Tensor) -> torch.Tensor:
     return rows.sum(0) / len(rows) ** 0.5
 
 
-def _weighted_mean(rows: torch.Tensor) -> torch.Tensor:
-    weights = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
+def _weighted_mean(rows: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    weights = torch.arange(1 + skip, len(rows) + 1 + skip, dtype=rows.dtype, device=rows.device)
     return weights @ rows / weights.sum()
 
 
@@ -47,7 +48,7 @@ _KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Identity": lambda x: x,
     "Tanh": torch.tanh,
     "ReLU": torch.relu,
@@ -58,7 +59,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 POOLINGS = ("mean", "cls", "max")
 
 
-def pool(hidden: torch.Tensor, lengths: Sequence[int], modes: Sequence[str] = ("mean",)) -> torch.Tensor:
+def pool(hidden: torch.Tensor, lengths: Sequence[int], modes: Sequence[str] = ("mean",), skip: int = 0) -> torch.Tensor:
     """One vector a text; several modes are concatenated in the order given.
 
     Args:
@@ -66,15 +67,17 @@ def pool(hidden: torch.Tensor, lengths: Sequence[int], modes: Sequence[str] = ("
         lengths: B numbers of rows, `total` in sum. A text without rows gets zeros.
         modes: of "cls", "max", "mean", "mean_sqrt_len_tokens" (the sum over the root of the length), "weightedmean"
             (weights 1, 2, 3, ...), "lasttoken".
+        skip: so many rows at the beginning of each text are left out; the weights of the others stay as they are.
 
     Returns:
         [B, len(modes)·E] in float32; each text is reduced alone, so its vector does not depend on its neighbours.
     """
     if len(lengths) == 0:
         return hidden.new_zeros(0, len(modes) * hidden.shape[-1], dtype=torch.float32)
-    pieces = hidden.float().split(list(lengths))
+    pieces = [rows[skip:] for rows in hidden.float().split(list(lengths))]
     empty = hidden.new_zeros(hidden.shape[-1], dtype=torch.float32)
-    columns = [torch.stack([_MODES[mode](rows) if len(rows) else empty for rows in pieces]) for mode in modes]
+    reduce = _MODES | {"weightedmean": partial(_weighted_mean, skip=skip)}
+    columns = [torch.stack([reduce[mode](rows) if len(rows) else empty for rows in pieces]) for mode in modes]
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
 
@@ -100,8 +103,8 @@ class Dense:
         config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
         file, tanh = directory / "config.json", "torch.nn.modules.activation.Tanh"
         activation = setting(file, config, "activation_function", str, tanh).rsplit(".", 1)[-1]
-        if activation not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
             raise ValueError(f"{directory / 'config.json'}: activation_function {activation!r} is not one of {known}")
         state = read_weights(directory)
         if "linear.weight" not in state:
@@ -118,24 +121,29 @@ class Dense:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(x.device)
-        return _ACTIVATIONS[self.activation](F.linear(x, weight, None if self.bias is None else self.bias.to(x.device)))
+        return ACTIVATIONS[self.activation](F.linear(x, weight, None if self.bias is None else self.bias.to(x.device)))
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What happens after the transformer: pooling modes, dense layers, normalisation, in that order."""
+    """What happens after the transformer: pooling modes, dense layers, normalisation, in that order.
+
+    Attributes:
+        include_prompt: whether the tokens of a prompt are pooled with those of the text.
+    """
 
     modes: tuple[str, ...] = ("mean",)
     dense: tuple[Dense, ...] = ()
     normalize: bool = False
+    include_prompt: bool = True
 
     def size(self, hidden_size: int) -> int:
         """The length of a sentence vector for a model of `hidden_size`."""
         return self.dense[-1].weight.shape[0] if self.dense else len(self.modes) * hidden_size
 
-    def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Pooling and dense layers (normalisation is the caller's): [total, E] to float32 [B, size]."""
-        x = pool(hidden, lengths, self.modes)
+    def __call__(self, hidden: torch.Tensor, lengths: Sequence[int], skip: int = 0) -> torch.Tensor:
+        """Pooling and dense layers (normalisation is the caller's): [total, E] to float32 [B, size]; see `pool`."""
+        x = pool(hidden, lengths, self.modes, skip)
         for layer in self.dense:
             x = layer(x)
         return x
@@ -158,7 +166,7 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
     transformer: Path | None = None
     modes: tuple[str, ...] | None = None
     dense: list[Dense] = []
-    normalize = False
+    normalize, include_prompt = False, True
     for module in read_json(listing, list):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
             raise ValueError(f"{listing}: an entry is {module!r}; wanted an object with a type and a path")
@@ -166,7 +174,7 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
         if kind == "Transformer" and transformer is None:
             transformer = path
         elif kind == "Pooling" and transformer is not None and modes is None:
-            modes = _read_pooling(path / "config.json")
+            modes, include_prompt = _read_pooling(path / "config.json")
         elif kind == "Dense" and modes is not None and not normalize:
             dense.append(Dense.from_directory(path))
         elif kind == "Normalize" and modes is not None:
@@ -178,8 +186,7 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
             )
     if transformer is None or modes is None:
         raise ValueError(f"{listing} lists no {'Transformer' if transformer is None else 'Pooling'} module")
-    _refuse_default_prompt(root)
-    return SentenceModules(modes, tuple(dense), normalize), transformer
+    return SentenceModules(modes, tuple(dense), normalize, include_prompt), transformer
 
 
 def _inside(root: Path, path: object, listing: Path) -> Path:
@@ -188,7 +195,7 @@ def _inside(root: Path, path: object, listing: Path) -> Path:
     return root / path  # need not exist: Normalize has no files, and some archives drop empty folders
 
 
-def _read_pooling(path: Path) -> tuple[str, ...]:
+def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     if not path.is_file():
         raise ValueError(f"{path} is missing, which modules.json names")
     config = read_json(path)
@@ -200,15 +207,4 @@ def _read_pooling(path: Path) -> tuple[str, ...]:
         chosen = [_KEYS.get(key, key) for key in keys]
     if not isinstance(chosen, list) or not chosen or any(mode not in tuple(_MODES) for mode in chosen):
         raise ValueError(f"{path}: pooling mode: got {chosen!r}, wanted one or several of {', '.join(_MODES)}")
-    return tuple(mode for mode in _MODES if mode in chosen)
-
-
-def _refuse_default_prompt(root: Path) -> None:
-    path = root / "config_sentence_transformers.json"
-    config = read_optional_json(path)
-    name = setting(path, config, "default_prompt_name", str)
-    if name and setting(path, config, "prompts", dict, {}).get(name):
-        raise ValueError(
-            f"{path}: default_prompt_name {name!r} puts a prompt before every text, which is not supported; "
-            "set it to null and write the prompt into the texts"
-        )
+    return tuple(mode for mode in _MODES if mode in chosen), setting(path, config, "include_prompt", bool, True)

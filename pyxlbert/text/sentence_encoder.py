@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +21,14 @@ from pyxlbert.models.by_type import encoder_class
 from pyxlbert.models.integers import FILE as INTEGERS
 from pyxlbert.nn.packing import pack, packs_by_default
 
+from .batches import check_count, check_switch, check_texts, longest_first
+from .hidden import HiddenStates, Layers
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
+from .processes import ProcessPool, default_devices
+from .quantisation import check_precision, quantise
+from .settings import SentenceSettings, model_dtype
+from .similarities import similarity, similarity_pairwise
 from .tokenizer import TextTokenizer
-
-# A progress bar that nobody asked for appears after so many seconds, on a terminal.
-_BAR_DELAY = 2.0
 
 
 class TokenVectors(NamedTuple):
@@ -49,6 +51,8 @@ class SentenceEncoder:
         tokenizer: gives at most as many tokens as the model has positions.
         modules: what happens after the model; None is mean pooling without normalisation.
         quantised: multiply in the layers by eight-bit integers: see `pyxlbert.pack`.
+        settings: prompts, similarity and length of vectors; None is sentence-transformers' own default: no prompts,
+            cosines, whole vectors.
     """
 
     def __init__(
@@ -57,7 +61,10 @@ class SentenceEncoder:
         tokenizer: TextTokenizer,
         modules: SentenceModules | None = None,
         quantised: bool = False,
+        settings: SentenceSettings | None = None,
     ) -> None:
+        self.quantised = quantised
+        self.settings = SentenceSettings() if settings is None else settings
         self.model = model.eval().requires_grad_(False)
         if quantised or packs_by_default():
             pack(self.model, "int8" if quantised else None)
@@ -96,10 +103,10 @@ class SentenceEncoder:
             ValueError: a file is corrupt or asks for what is not supported; the message names it.
             TypeError: `dtype` is not one that models run in.
         """
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
-            raise TypeError(f"dtype: got {dtype!r}, wanted torch.float32, torch.bfloat16, torch.float16 or 'int8'")
+        _, quantised = model_dtype(dtype)
         directory = Hub(revision, cache_dir, token, local_files_only).folder(directory, text=True)
         modules, folder = read_modules(directory)
+        settings = SentenceSettings.from_directory(Path(directory))
         model = _read_model(folder, dtype)
         tokenizer = TextTokenizer.from_directory(folder, model.max_tokens)
         if tokenizer.largest_id >= model.config.vocab_size:
@@ -107,15 +114,25 @@ class SentenceEncoder:
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
                 f"{model.config.vocab_size}"
             )
-        return cls(model, tokenizer, modules, dtype == "int8")
+        return cls(model, tokenizer, modules, quantised, settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is packed is packed again where the copy is made.
+        return SentenceEncoder, (self.model, self.tokenizer, self.modules, self.quantised, self.settings)
 
     def _mode(self, mode: str) -> str:
         return self._cls if mode == "cls" else mode
 
     @property
     def size(self) -> int:
-        """The length of a sentence vector, with the directory's own pooling."""
-        return self.modules.size(self.model.config.hidden_size)
+        """The length of a sentence vector, with the directory's own pooling, layer and `truncate_dim`."""
+        size = self.modules.size(self.model.config.hidden_size)
+        return size if self.settings.truncate_dim is None else min(size, self.settings.truncate_dim)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What `encode` may put before a text, by name."""
+        return self.settings.prompts
 
     def encode(
         self,
@@ -126,6 +143,13 @@ class SentenceEncoder:
         pooling: str | None = None,
         token_vectors: bool | str = False,
         show_progress: bool | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        pool: ProcessPool | None = None,
+        chunk_size: int | None = None,
     ) -> Any:
         """One vector a text, or one a token.
 
@@ -133,82 +157,154 @@ class SentenceEncoder:
             texts: a text or several. A text longer than the tokenizer's limit is cut; an empty one is its special
                 tokens; surrogate code points are read as U+FFFD.
             batch_size: texts per run of the model; they run longest first, without padding.
-            normalize: divide each vector by its length; None does what the directory's modules say (for token
-                vectors: no).
+            normalize: divide each vector by its length, after it is cut to `truncate_dim`; None does what the
+                directory's modules say, before it is cut (for token vectors: no).
             layers: None is the last; an int is that layer, 0 being the embeddings and negatives counting from the
-                top; several ints are averaged; `("sum", -1, -2)` adds them, `("mean", -1, -2)` is the average.
+                top; several ints are averaged; `("sum", -1, -2)` adds them, `("mean", -1, -2)` is the average and
+                `("concat", -1, -2)` lays them side by side.
             pooling: "mean", "cls" (the classification token's: BERT's first, XLNet's last) or "max"; None is the
                 directory's own, dense layers included.
             token_vectors: True gives the vectors of the tokens, "word" those of the words (the mean of their pieces).
             show_progress: a bar on standard error; None shows it on a terminal when the work takes long.
+            prompt_name: the name of one of `prompts`, which is put before every text; None is the default prompt, where
+                the directory has one.
+            prompt: what is put before every text; "" is nothing.
+            truncate_dim: how many numbers of each vector are kept; None is what the directory says, else all.
+            precision: "float32", or "int8", "uint8", "binary", "ubinary" as `quantise` says.
+            ranges: [2, E], the smallest and largest value of each column for "int8" and "uint8"; without it they are
+                found in this call's vectors.
+            pool: processes that share the work, from `start_multi_process_pool`.
+            chunk_size: texts that a process takes at once.
 
         Shape:
-            A text gives [E], N texts [N, E]; several pooling modes or a dense layer change E as they say.
+            A text gives [E], N texts [N, E]; several pooling modes or a dense layer change E as they say, and k
+            layers side by side make it k·E.
 
         Returns:
-            float32 NumPy in the order of the texts; with `token_vectors` a `TokenVectors`, or a list of them.
+            float32 NumPy in the order of the texts, or the precision's type; with `token_vectors` a `TokenVectors`, or
+            a list of them.
 
         Raises:
             TypeError: an argument, or an item of `texts`, has the wrong type.
             ValueError: an argument has a value that means nothing; the message names it.
+            RuntimeError: a process of the pool died.
         """
         single = isinstance(texts, str)
-        items = [texts] if single else _check_texts(texts)
-        _check_batch_size(batch_size)
+        items = [texts] if single else check_texts(texts)
+        check_count("batch_size", batch_size)
         for name, value in (("normalize", normalize), ("show_progress", show_progress)):
-            if value is not None and not isinstance(value, bool):
-                raise TypeError(f"{name}: got {value!r}, wanted True, False or None")
-        chosen, combine = _resolve_layers(layers, self.model.config.num_hidden_layers)
+            check_switch(name, value)
+        chosen = Layers.of(layers, self.model.config.num_hidden_layers)
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
         if not isinstance(token_vectors, bool) and token_vectors != "word":
             raise ValueError(f"token_vectors: got {token_vectors!r}, wanted True, False or 'word'")
-        if token_vectors and pooling is not None:
-            raise ValueError(f"pooling: got {pooling!r} with token_vectors, which are not pooled; wanted None")
-        hidden = _Hidden(self.model, self.tokenizer, chosen, combine)
+        check_precision(precision)
+        if ranges is not None and precision not in ("int8", "uint8"):
+            raise ValueError(f"ranges: got some with precision {precision!r}, wanted them with int8 or uint8 alone")
         if token_vectors:
-            result: Any = self._tokens(
-                items, hidden, batch_size, bool(normalize), token_vectors == "word", show_progress
+            _refuse_with_tokens(pooling=pooling, truncate_dim=truncate_dim, precision=precision)
+        elif chosen.width > 1 and pooling is None and self.modules.dense:
+            raise ValueError(
+                f"layers: got {layers!r}, but the directory's dense layers take {self.model.config.hidden_size} "
+                "numbers a token; wanted one layer, a sum or a mean, or pooling given"
             )
+        put_before = self.settings.prompt(prompt, prompt_name)
+        keep = None if token_vectors else self._kept(truncate_dim, self._width(chosen, pooling))
+        if pool is not None and items:
+            options = {"batch_size": batch_size, "normalize": normalize, "layers": layers, "pooling": pooling}
+            options |= {"token_vectors": token_vectors, "prompt": put_before, "truncate_dim": truncate_dim}
+            parts = pool.run("encode", items, chunk_size, show_progress, options)
+            result: Any = [one for part in parts for one in part] if token_vectors else np.concatenate(parts)
         else:
-            divide = self.modules.normalize if normalize is None else normalize
-            result = self._sentences(items, hidden, batch_size, divide, pooling, show_progress)
+            hidden = HiddenStates(self.model, self.tokenizer, chosen)
+            wanted = _Wanted(batch_size, normalize, pooling, put_before, keep, show_progress)
+            if token_vectors:
+                result = self._tokens(items, hidden, wanted, token_vectors == "word")
+            else:
+                result = self._sentences(items, hidden, wanted)
+        if not token_vectors and precision != "float32":
+            result = quantise(result, precision, ranges)
         return result[0] if single else result
 
-    def _sentences(
-        self,
-        texts: list[str],
-        hidden: _Hidden,
-        batch_size: int,
-        normalize: bool,
-        pooling: str | None,
-        show_progress: bool | None,
-    ) -> np.ndarray:
-        size = self.size if pooling is None else self.model.config.hidden_size
-        result = np.empty((len(texts), size), dtype=np.float32)
-        ids = self.tokenizer.ids(texts)
-        for rows in _longest_first([len(i) for i in ids], batch_size, show_progress):
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the prompt named "query" unless one is given: never with the default prompt."""
+        return self.encode(texts, **_with_prompt("query", options))
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Any:
+        """`encode` with the prompt named "document" unless one is given: never with the default prompt."""
+        return self.encode(texts, **_with_prompt("document", options))
+
+    def similarity(self, a: Any, b: Any) -> torch.Tensor:
+        """float32 [N, M]: each of N vectors with each of M, by the directory's function (cosine if it names none)."""
+        return similarity(a, b, self.settings.similarity)
+
+    def similarity_pairwise(self, a: Any, b: Any) -> torch.Tensor:
+        """float32 [N]: N vectors with N others, one by one."""
+        return similarity_pairwise(a, b, self.settings.similarity)
+
+    def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> ProcessPool:
+        """Processes that share the work of `encode(..., pool=)`, each with its share of this one's threads.
+
+        Args:
+            target_devices: one a process; None takes each CUDA device, or else the CPU as often as there are threads,
+                at most four times.
+
+        Returns:
+            The pool; `stop_multi_process_pool`, or leaving its ``with`` block, ends it.
+        """
+        return ProcessPool(self, default_devices() if target_devices is None else target_devices)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: ProcessPool) -> None:
+        """Ends the processes of a pool."""
+        pool.close()
+
+    def _width(self, layers: Layers, pooling: str | None) -> int:
+        hidden = self.model.config.hidden_size * layers.width
+        return self.modules.size(hidden) if pooling is None else hidden
+
+    def _kept(self, truncate_dim: int | None, size: int) -> int:
+        """How many numbers of a vector are kept."""
+        if truncate_dim is None:
+            return size if self.settings.truncate_dim is None else min(size, self.settings.truncate_dim)
+        check_count("truncate_dim", truncate_dim)
+        if truncate_dim > size:
+            raise ValueError(f"truncate_dim: got {truncate_dim}, wanted at most the {size} numbers of a vector")
+        return int(truncate_dim)
+
+    def _prompt_rows(self, prompt: str) -> int:
+        """How many rows of a text are its prompt's and are to be left out of the pooling."""
+        if self.modules.include_prompt or not prompt:
+            return 0
+        (text,) = self.tokenizer.tokenize([prompt])
+        # As sentence-transformers counts: all tokens but one special one at the end.
+        return len(text.ids) - int(bool(text.special[-1]))
+
+    def _sentences(self, texts: list[str], hidden: HiddenStates, wanted: _Wanted) -> np.ndarray:
+        size = self._width(hidden.layers, wanted.pooling)
+        result = np.empty((len(texts), wanted.keep), dtype=np.float32)
+        ids = self.tokenizer.ids([wanted.prompt + text for text in texts] if wanted.prompt else texts)
+        skip = self._prompt_rows(wanted.prompt)
+        modules = self.modules if wanted.pooling is None else SentenceModules((self._mode(wanted.pooling),))
+        own = wanted.normalize is None and self.modules.normalize
+        for rows in longest_first([len(i) for i in ids], wanted.batch_size, wanted.show_progress):
             lengths = [len(ids[row]) for row in rows]
             with torch.inference_mode():
-                x = hidden([ids[row] for row in rows])
-                vectors = self.modules(x, lengths) if pooling is None else pool(x, lengths, (self._mode(pooling),))
-                if normalize:
+                vectors = modules(hidden([ids[row] for row in rows]), lengths, skip)
+                if own:
+                    vectors = F.normalize(vectors, dim=-1)
+                if wanted.keep < size:
+                    vectors = vectors[:, : wanted.keep]
+                if wanted.normalize:
                     vectors = F.normalize(vectors, dim=-1)
                 result[rows] = vectors.cpu().numpy()
         return result
 
-    def _tokens(
-        self,
-        texts: list[str],
-        hidden: _Hidden,
-        batch_size: int,
-        normalize: bool,
-        words: bool,
-        show_progress: bool | None,
-    ) -> list[TokenVectors]:
-        tokenized = self.tokenizer.tokenize(texts)
+    def _tokens(self, texts: list[str], hidden: HiddenStates, wanted: _Wanted, words: bool) -> list[TokenVectors]:
+        tokenized = self.tokenizer.tokenize([wanted.prompt + text for text in texts] if wanted.prompt else texts)
         result: dict[int, TokenVectors] = {}
-        for rows in _longest_first([len(t.ids) for t in tokenized], batch_size, show_progress):
+        for rows in longest_first([len(t.ids) for t in tokenized], wanted.batch_size, wanted.show_progress):
             with torch.inference_mode():
                 x = hidden([tokenized[row].ids for row in rows]).float()
                 pieces = x.split([len(tokenized[row].ids) for row in rows])
@@ -219,7 +315,7 @@ class SentenceEncoder:
                     vectors = vectors[torch.from_numpy(keep).to(vectors.device)]
                     if words:
                         tokens, offsets, vectors = _merge_words(text.text, text.words[keep], offsets, vectors)
-                    if normalize:
+                    if wanted.normalize:
                         vectors = F.normalize(vectors, dim=-1)
                     result[row] = TokenVectors(tokens, offsets, vectors.cpu().numpy())
         return [result[row] for row in range(len(texts))]
@@ -255,61 +351,26 @@ def quantise_directory(directory: str | Path) -> Path:
     return folder / INTEGERS
 
 
-class _Hidden:
-    """Runs the model on packed ids and returns the chosen layer or combination of layers, [total, E]."""
+class _Wanted(NamedTuple):
+    """What one call of `encode` asks for; `keep` is the length of its vectors."""
 
-    def __init__(
-        self,
-        model: BertModel | RobertaModel | XLNetModel,
-        tokenizer: TextTokenizer,
-        layers: list[int] | None,
-        combine: str,
-    ) -> None:
-        self.model, self.tokenizer, self.layers, self.combine = model, tokenizer, layers, combine
-
-    def __call__(self, ids: list[np.ndarray]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
-        given: dict[str, Any] = {}
-        tokens = torch.from_numpy(ids[0][None] if len(ids) == 1 else np.concatenate(ids)).long().to(device)
-        lengths = [len(i) for i in ids]
-        if len(ids) > 1:  # a text alone is a batch without padding
-            cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-            given = {"cu_seqlens": cu_seqlens.to(device), "max_seqlen": max(lengths)}
-        types = [one for one in map(self.tokenizer.types, lengths) if one is not None]
-        if types:
-            given["token_type_ids"] = torch.from_numpy(np.concatenate(types)).view(tokens.shape).to(device)
-        # A directory's config may ask for tuples or for attention weights.
-        given |= {"output_attentions": False, "return_dict": True}
-        output = self.model(input_ids=tokens, output_hidden_states=self.layers is not None, **given)
-        if self.layers is None:
-            return output.last_hidden_state.flatten(end_dim=-2)
-        first, *rest = (output.hidden_states[layer].flatten(end_dim=-2) for layer in self.layers)
-        total = first.float()
-        for other in rest:
-            total = total + other.float()
-        return total / len(self.layers) if self.combine == "mean" else total
+    batch_size: int
+    normalize: bool | None
+    pooling: str | None
+    prompt: str
+    keep: int | None
+    show_progress: bool | None
 
 
-def _longest_first(lengths: list[int], batch_size: int, show_progress: bool | None) -> Iterator[list[int]]:
-    """Rows of each batch. Longest first: memory is at its largest at once, and the bar's estimate never grows."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    if show_progress is False or (show_progress is None and len(order) <= batch_size):
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
-        return
-    from tqdm import tqdm
+def _with_prompt(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    given = options.get("prompt") is not None or options.get("prompt_name") is not None
+    return options if given else {**options, "prompt_name": name}
 
-    bar = tqdm(
-        total=len(order),
-        unit="text",
-        delay=_BAR_DELAY if show_progress is None else 0,
-        disable=None if show_progress is None else False,  # None: unless it is a terminal
-    )
-    with bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            yield rows
-            bar.update(len(rows))
+
+def _refuse_with_tokens(**given: Any) -> None:
+    for name, value in given.items():
+        if value not in (None, "float32"):
+            raise ValueError(f"{name}: got {value!r} with token_vectors, which are not pooled; wanted None")
 
 
 def _merge_words(
@@ -326,39 +387,3 @@ def _merge_words(
             end += 1
         merged[row, 1] = end
     return [text[start:end] for start, end in merged], merged, pool(vectors, [b - a for a, b in spans])
-
-
-def _check_texts(texts: object) -> list[str]:
-    if isinstance(texts, (bytes, bytearray, Mapping, AbstractSet)) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts: got {type(texts).__name__}, wanted a str or a list of str")
-    items = list(texts)
-    for index, item in enumerate(items):
-        if not isinstance(item, str):
-            raise TypeError(f"texts: item {index} is {type(item).__name__}, wanted str")
-    return items
-
-
-def _check_batch_size(batch_size: object) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
-        raise TypeError(f"batch_size: got {type(batch_size).__name__}, wanted int")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
-
-
-def _resolve_layers(layers: object, count: int) -> tuple[list[int] | None, str]:
-    """The indices into `hidden_states` (None: the last layer's output) and "mean" or "sum"."""
-    if layers is None:
-        return None, "mean"
-    several = isinstance(layers, (Sequence, range)) and not isinstance(layers, (str, bytes))
-    items = list(layers) if several or (isinstance(layers, np.ndarray) and layers.ndim == 1) else [layers]
-    combine = items.pop(0) if items and isinstance(items[0], str) and items[0] in ("sum", "mean") else "mean"
-    wanted = f"wanted layers from {-count - 1} to {count} (0 is the embeddings)"
-    if not items:
-        raise ValueError(f"layers: got {layers!r}, which names no layer; {wanted}")
-    for layer in items:
-        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
-            raise TypeError(f"layers: got {layers!r}; wanted an int, several, or ('sum', int, ...)")
-        if not -count - 1 <= layer <= count:
-            raise ValueError(f"layers: got {layer}; {wanted}")
-    resolved = [int(layer) % (count + 1) for layer in items]
-    return (None, "mean") if resolved == [count] else (resolved, combine)

@@ -21,8 +21,13 @@ from . import xlnet_tokenizer
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
 
-# The library hands back one object per text; converting in slices keeps few of them alive.
-_SLICE = 1024
+# The library hands back one object per text; converting in slices of so many texts and characters keeps few of them
+# alive.
+_SLICE, _SLICE_CHARACTERS = 1024, 1 << 18
+
+# Of a text that is cut, the library keeps what is cut off as well, 700 bytes a token. From so many characters on
+# another way is taken, which begins with so many characters for each token that is kept.
+_LONG, _CHARACTERS_PER_TOKEN = 1 << 14, 8
 
 # XLNet has no position table, so its texts may be of any length.
 UNLIMITED = 2**31 - 1
@@ -112,7 +117,12 @@ class TextTokenizer:
         text = np.flatnonzero(~special)
         front, back = (text[0], len(types) - 1 - text[-1]) if len(text) else (0, 0)
         self._types = (types[:front], types[len(types) - back :]) if token_types else None
+        ids = np.array(probe.ids, dtype=np.int32)
+        # The special tokens themselves, where they can be told from the text's.
+        self._around = (ids[:front], ids[len(ids) - back :]) if len(text) else None
+        self._cut_left = cut_left
         self._tokenizer = tokenizer
+        self._uncut: tokenizers.Tokenizer | None = None
         self._pad_id, self._pad_left = tokenizer.token_to_id(pad_token), pad_left
         self.max_length = max_length
 
@@ -215,13 +225,80 @@ class TextTokenizer:
         Returns:
             One int32 array per text, at most `max_length` long.
         """
-        if len(texts) == 1:  # the batch call wakes a thread pool
+        if len(texts) == 1 and len(texts[0]) < _LONG:  # the batch call wakes a thread pool
             return [np.array(self._tokenizer.encode(well_formed(texts[0])).ids, dtype=np.int32)]
         result: list[np.ndarray] = []
-        for start in range(0, len(texts), _SLICE):
-            part = [well_formed(text) for text in texts[start : start + _SLICE]]
+        part: list[str] = []
+        size = 0
+
+        def convert() -> None:
             result.extend(np.array(e.ids, dtype=np.int32) for e in self._tokenizer.encode_batch_fast(part))
+            part.clear()
+
+        for text in map(well_formed, texts):
+            around = self._around if len(text) >= _LONG else None
+            if around or len(part) == _SLICE or size + len(text) > _SLICE_CHARACTERS:
+                convert()
+                size = 0
+            if around:
+                result.append(self._long_ids(text, around))
+            else:
+                part.append(text)
+                size += len(text)
+        convert()
         return result
+
+    def _long_ids(self, text: str, around: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The ids of a long text, cut here, between the special tokens `around` it."""
+        if self._uncut is None:
+            uncut = type(self._tokenizer).from_str(self._tokenizer.to_str())
+            uncut.no_truncation()
+            self._uncut = uncut
+        front, back = around
+        room = self.max_length - len(front) - len(back)
+        size = room * _CHARACTERS_PER_TOKEN if self._words_are_apart() else len(text)
+        while True:
+            # Words in front of a space have the same tokens whatever follows.
+            end = text.rfind(" ", 0, size) if size < len(text) else len(text)
+            ids: list[int] = []
+            if end > 0:
+                ids = self._uncut.encode_batch_fast([text[:end]], add_special_tokens=False)[0].ids
+            if len(ids) >= room or end == len(text):
+                break
+            size *= 4
+        kept = ids[max(0, len(ids) - room) :] if self._cut_left else ids[:room]
+        return np.concatenate([front, np.array(kept, dtype=np.int32), back])
+
+    def _words_are_apart(self) -> bool:
+        """Whether the tokens in front of a space are known without what is behind it: so in BERT's tokenizers."""
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        t = self._tokenizer
+        return (
+            not self._cut_left
+            and isinstance(t.model, models.WordPiece)
+            and isinstance(t.normalizer, (normalizers.BertNormalizer, type(None)))
+            and isinstance(t.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+            and not any(" " in token.content for token in t.get_added_tokens_decoder().values())
+        )
+
+    def pairs(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The ids of each pair of texts and their token types, special tokens included.
+
+        Args:
+            first, second: as many texts each; of a pair that is too long the longer text is cut first.
+
+        Returns:
+            Two lists of int32 arrays, at most `max_length` long.
+        """
+        ids: list[np.ndarray] = []
+        types: list[np.ndarray] = []
+        both = list(zip(map(well_formed, first), map(well_formed, second), strict=True))
+        for start in range(0, len(both), _SLICE):
+            for e in self._tokenizer.encode_batch(both[start : start + _SLICE]):
+                ids.append(np.array(e.ids, dtype=np.int32))
+                types.append(np.array(e.type_ids, dtype=np.int32))
+        return ids, types
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """The ids of each text with tokens, character offsets and words. Offsets count Python characters."""

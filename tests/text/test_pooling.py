@@ -166,15 +166,6 @@ def test_dense_files_that_are_not_supported(tmp_path: Path) -> None:
         read_modules(root)
 
 
-def test_a_default_prompt_is_refused(tmp_path: Path) -> None:
-    root = directory(tmp_path, TRANSFORMER, POOLING)
-    write(root / "config_sentence_transformers.json", {"prompts": {"query": "query: "}, "default_prompt_name": None})
-    read_modules(root)
-    write(root / "config_sentence_transformers.json", {"prompts": {"query": "query: "}, "default_prompt_name": "query"})
-    with pytest.raises(ValueError, match="default_prompt_name"):
-        read_modules(root)
-
-
 def test_corrupt_listing(tmp_path: Path) -> None:
     for content in ("{}", "[", "[3]"):
         (tmp_path / "modules.json").write_text(content)

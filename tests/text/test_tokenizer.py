@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from pyxlbert.testing.directories import VOCABULARY, tiny_bert
-from pyxlbert.text import TextTokenizer
+from pyxlbert.text import TextTokenizer, tokenizer
 from pyxlbert.text.tokenizer import length_limit, load_tokenizer, well_formed
 
 pytestmark = pytest.mark.quick
@@ -73,6 +73,25 @@ def test_one_text_and_many_texts_agree(directory: Path) -> None:
         assert tokenizer.ids([text])[0].tolist() == ids.tolist()
         assert tokenizer.tokenize([text])[0].ids.tolist() == ids.tolist()
     assert tokenizer.ids([]) == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_very_long_texts_take_another_way_to_the_same_ids(
+    directory: Path, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cut here, and few texts are with the library at once."""
+    write(directory, "tokenizer_config.json", {"truncation_side": side})
+    texts = [*TEXTS, "the world " * 60, "a" * 99 + " \ud800 b" * 30, "x y " * 31]
+    wanted = ids_of(directory, texts, 64)
+    assert max(map(len, wanted)) == 64
+    for characters in (1, 30):
+        monkeypatch.setattr(tokenizer, "_SLICE_CHARACTERS", characters)
+        assert ids_of(directory, texts, 64) == wanted
+    for long, characters in ((200, 8), (1, 1), (0, 2)):
+        monkeypatch.setattr(tokenizer, "_LONG", long)
+        monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_TOKEN", characters)
+        assert ids_of(directory, texts, 64) == wanted
+        assert [ids_of(directory, [text], 64)[0] for text in texts] == wanted
 
 
 def test_special_tokens_by_other_names(directory: Path) -> None:
