@@ -146,28 +146,33 @@ def _stsb(options: argparse.Namespace) -> int:
     return 0
 
 
+def _name(model: str) -> str:
+    """What a table calls a model: its folder's own name, or that of the hub."""
+    return Path(model).absolute().name if Path(model).is_dir() else model
+
+
 def _stsb_layers(options: argparse.Namespace, pairs: tuple[list[str], list[str], np.ndarray]) -> int:
     tables = {}
     for model in options.model:
         encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
         table = layer_scores(encoder, *pairs, batch_size=options.batch_size)
-        name = model.absolute().name
+        name = _name(model)
         print(f"STS-B {options.split}, {len(pairs[2])} pairs, Spearman x 100: {name} {options.dtype}")
         print(layer_table(table) + "\n")
-        tables[name if name not in tables else str(model)] = table
+        tables[name if name not in tables else model] = table
     if options.picture:
         draw_layers(tables, options.picture, f"STS-B {options.split}, {len(pairs[2])} pairs")
         print(f"picture: {options.picture}")
     return 0
 
 
-def _stsb_model(options: argparse.Namespace, model: Path, pairs: tuple[list[str], list[str], np.ndarray]) -> None:
+def _stsb_model(options: argparse.Namespace, model: str, pairs: tuple[list[str], list[str], np.ndarray]) -> None:
     first, second, scores = pairs
     encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
     if options.compare and (encoder.modules.modes != ("mean",) or encoder.modules.dense):
         raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
-    several = f": {model.absolute().name}" if len(options.model) > 1 else ""
+    several = f": {_name(model)}" if len(options.model) > 1 else ""
     print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100{several}")
     print(f"  pyxlbert {options.dtype:<12}{100 * own:.4f}")
     if options.compare:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pyxlbert.embed.plan import NULLS, Options, is_parquet
+from pyxlbert.hub import Hub
 from pyxlbert.text.batches import check_count
 from pyxlbert.text.quantisation import PRECISIONS
 
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
             torch.set_num_threads(options.threads)
         report = embed_files(
             options.files,
-            options.model,
+            Hub().folder(options.model, text=True),
             options.out,
             _options(options),
             processes=options.processes,

@@ -18,6 +18,11 @@ from pyxlbert.testing import compare, runners
 from pyxlbert.testing.models import randomize
 from pyxlbert.testing.parity.rows import Gathered, Row
 
+OWN = {
+    "bert": pyxlbert.models.BertModel,
+    "roberta": pyxlbert.models.RobertaModel,
+    "xlnet": pyxlbert.models.XLNetModel,
+}
 SMALL = {
     **{"vocab_size": 60, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 80},
     **{"max_position_embeddings": 40, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -47,7 +52,7 @@ def rows(names: list[str], dtypes: list[torch.dtype]) -> Iterator[Row]:
 
     here = [one for one in runners.runners() if one.partition("/")[0] in names and runners.best_level(one)]
     here = [one for one in here if one.partition("/")[0] not in runners.slow()]
-    subjects = [(kind, False) for kind in ("bert", "xlnet")] + [(kind, True) for kind in sorted(architectures())]
+    subjects = [(kind, False) for kind in OWN] + [(kind, True) for kind in sorted(architectures())]
     if importlib.util.find_spec("transformers") is None:
         yield Row("models", "", "", "", reason="transformers, which they are compared with, is not installed")
         return
@@ -70,8 +75,7 @@ def _build(kind: str) -> Any:
 
 def _own(kind: str, theirs: Any) -> torch.nn.Module:
     """Our model with the weights of a model of transformers."""
-    classes = {"bert": pyxlbert.models.BertModel, "xlnet": pyxlbert.models.XLNetModel}
-    ours = classes[kind](classes[kind].config_class.from_dict(theirs.config.to_dict())).eval()
+    ours = OWN[kind](OWN[kind].config_class.from_dict(theirs.config.to_dict())).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours
 
