@@ -68,11 +68,13 @@ $(OLDEST)/ready: requirements-oldest.txt $(VENV)/ready
 	touch $@
 
 # Left out: what this transformers itself does not do (multiple choice of two families fails there, MPNet takes no mask
-# of four dimensions, ModernBERT has no mask interface), and what takes long and asks nothing of a version.
+# of four dimensions, ModernBERT has no mask interface, three Conformers log while they are compiled), and what takes long and asks nothing of a version.
 NOT_OLDEST := $(addprefix --deselect tests/integrations/, \
 	"test_accelerate.py::test_outputs_loss_and_gradients[camembert-ForMultipleChoice]" \
 	"test_accelerate.py::test_outputs_loss_and_gradients[xlm-roberta-ForMultipleChoice]" \
 	"test_attention_interface.py::test_outputs_and_gradients[modernbert" \
+	"test_conformers.py::test_compile[wav2vec2-conformer]" "test_conformers.py::test_compile[wav2vec2-bert]" \
+	"test_conformers.py::test_compile[seamless]" \
 	"test_works_with.py::test_masks_of_four_dimensions_and_none[mpnet]" \
 	test_works_with.py::test_two_processes test_libraries.py::test_worker_processes)
 
