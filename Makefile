@@ -68,7 +68,8 @@ $(OLDEST)/ready: requirements-oldest.txt $(VENV)/ready
 	touch $@
 
 # Left out: what this transformers itself does not do (multiple choice of two families fails there, MPNet takes no mask
-# of four dimensions, ModernBERT has no mask interface, three Conformers log while they are compiled), and what takes long and asks nothing of a version.
+# of four dimensions, ModernBERT has no mask interface, three Conformers log while they are compiled), and what takes
+# long and asks nothing of a version.
 NOT_OLDEST := $(addprefix --deselect tests/integrations/, \
 	"test_accelerate.py::test_outputs_loss_and_gradients[camembert-ForMultipleChoice]" \
 	"test_accelerate.py::test_outputs_loss_and_gradients[xlm-roberta-ForMultipleChoice]" \
