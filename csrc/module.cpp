@@ -19,6 +19,7 @@
 #include "cuda/bindings.h"
 #endif
 #include "encoder.h"
+#include "records.h"
 #include "run.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -43,9 +44,9 @@ pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_
                                            const Strides3& key_strides, Address value, const Strides3& value_strides,
                                            Address key_lengths, Address cu_seqlens, Address mask,
                                            const Strides4& mask_strides, Address bias, const Strides4& bias_strides,
-                                           const std::array<std::int64_t, 5>& sizes, std::int64_t total, float scale,
-                                           double dropout_p, std::int64_t seed, int dtype, int bias_dtype, bool causal,
-                                           int threads) {
+                                           const std::array<std::int64_t, 5>& sizes, std::int64_t total,
+                                           const pyxlbert::ScoreOptions& options, double dropout_p, std::int64_t seed,
+                                           int dtype, int bias_dtype, int threads) {
     return {attention_tensor(query, query_strides),
             attention_tensor(key, key_strides),
             attention_tensor(value, value_strides),
@@ -59,12 +60,11 @@ pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_
             sizes[3],
             sizes[4],
             total,
-            scale,
+            options,
             dropout_p,
             seed,
             DType(dtype),
             DType(bias_dtype),
-            causal,
             threads};
 }
 
@@ -83,8 +83,8 @@ pyxlbert::ScoreTensor score_tensor(const View& x) {
 std::optional<pyxlbert::AttentionInputs> attention_inputs_of(const View& query, const View& key, const View& value,
                                                              const View& key_lengths, const View& cu_seqlens,
                                                              const View& mask, const View& bias, std::int64_t longest,
-                                                             float scale, double dropout_p, std::int64_t seed,
-                                                             bool causal, int threads) {
+                                                             const pyxlbert::ScoreOptions& options, double dropout_p,
+                                                             std::int64_t seed, int threads) {
     for (const View* one : {&query, &key, &value})
         if (one->strides[one->dimensions - 1] != 1) return std::nullopt;
     const bool packed = cu_seqlens.data != nullptr;
@@ -102,12 +102,11 @@ std::optional<pyxlbert::AttentionInputs> attention_inputs_of(const View& query, 
                                      packed ? longest : key.shape[1],
                                      shape[1],
                                      packed ? query.shape[0] : 0,
-                                     scale,
+                                     options,
                                      dropout_p,
                                      seed,
                                      query.dtype,
                                      bias.dtype,
-                                     causal,
                                      threads};
 }
 
@@ -139,7 +138,8 @@ using TableSizes = std::array<std::int64_t, 3>;
 pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs, Address table,
                                          const Strides3& table_strides, const TableSizes& sizes, Address content_bias,
                                          Address position_bias, Address segment_bias, Address segment_embedding,
-                                         Address key_rank, Address key_segments, bool uniform_rows) {
+                                         Address key_rank, Address key_segments,
+                                         const pyxlbert::RelativeOptions& options) {
     return {inputs,
             attention_tensor(table, table_strides),
             sizes[0],
@@ -151,23 +151,21 @@ pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs
             pointer<const float>(segment_embedding),
             pointer<const std::int32_t>(key_rank),
             pointer<const std::int32_t>(key_segments),
-            uniform_rows};
+            options};
 }
 
 pyxlbert::QueryRows query_rows(Address query, const Strides3& strides, std::int64_t count, Address out, Address lse,
-                               Address positions, Address order, Address rank, Address segment, bool see_self,
-                               bool mask_by_position, std::uint32_t tag) {
+                               Address positions, Address order, Address rank, Address segment,
+                               const pyxlbert::StreamOptions& options) {
     return {attention_tensor(query, strides),
             count,
             pointer(out),
             pointer<float>(lse),
-            tag,
+            options,
             pointer<const std::int32_t>(positions),
             pointer<const std::int32_t>(order),
             pointer<const std::int32_t>(rank),
-            pointer<const std::int32_t>(segment),
-            see_self,
-            mask_by_position};
+            pointer<const std::int32_t>(segment)};
 }
 
 void relative_attention_fwd(const pyxlbert::RelativeInputs& inputs, const pyxlbert::QueryRows& content,

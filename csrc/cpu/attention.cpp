@@ -9,7 +9,7 @@ void attention_fwd(const AttentionFwd& a) {
     rows.count = a.in.queries;
     rows.out = a.out;
     rows.lse = a.lse;
-    rows.tag = static_cast<std::uint32_t>(Tag::attention);
+    rows.options.tag = Tag::attention;
     with_element(a.in.dtype, [&](auto element, auto unit) {
         run_forward<decltype(element), decltype(unit), false>(a.in, nullptr, &rows);
     });

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../types.h"
+#include "../score_options.h"
 
 namespace pyxlbert {
 
@@ -27,11 +27,10 @@ struct AttentionInputs {
     ScoreTensor bias;
     std::int64_t batch, heads, queries, keys, head_size;  // packed: queries = keys = the longest sequence
     std::int64_t total;                                   // packed: number of rows
-    float scale;
+    ScoreOptions options;
     double dropout_p;
     std::int64_t seed;
     DType dtype, bias_dtype;
-    bool causal;
     int threads;
 };
 
@@ -41,14 +40,12 @@ struct QueryRows {
     std::int64_t count;  // of a sequence; packed: of the longest
     void* out;           // contiguous
     float* lse;          // [B, H, count], packed [H, total]; null: not wanted
-    std::uint32_t tag;   // of dropout
+    StreamOptions options;
     // The rest is of relative attention alone.
     const std::int32_t* positions;  // [B, count]: where each row stands, -1: nowhere; null: row i at i
     const std::int32_t* order;      // [B, count]: the rows by rising position, where there are positions
     const std::int32_t* rank;       // [B, count], packed [total], or null
     const std::int32_t* segment;    // the same
-    bool see_self;                  // row i sees key i + Tk - Tq whatever rank and mask say
-    bool mask_by_position;          // a row's mask is that of its position
 };
 
 struct AttentionFwd {

@@ -55,8 +55,8 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
         p.bias_keys = shape[3];
         p.bias_slice = shape[2] * shape[3];
         p.sums_bias = p.members > 1 || shape[2] != in.queries || shape[3] != in.keys;
-        p.fills_bias =
-            shape[2] == in.queries && shape[3] == in.keys && !in.causal && in.key_lengths == nullptr && in.keys > 1;
+        p.fills_bias = shape[2] == in.queries && shape[3] == in.keys && !in.options.causal &&
+                       in.key_lengths == nullptr && in.keys > 1;
         // Partial sums take no more memory than the queries do, or twice that.
         if (p.sums_bias) {
             const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
@@ -178,7 +178,7 @@ struct Backward {
     }
 
     PYXLBERT_INLINE Exponent exponent_of(const Plane<T>& p, std::int64_t i) const {
-        return {set1(terms ? 1.0f : a.in.scale), set1(-a.lse[p.lse_first + i]), set1(log2_norm[i])};
+        return {set1(terms ? 1.0f : a.in.options.scale), set1(-a.lse[p.lse_first + i]), set1(log2_norm[i])};
     }
 
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
@@ -218,7 +218,7 @@ struct Backward {
                 multiply_keys(q, k, scores, round_to(rows, ROW_STEP<U>), n);
                 for (std::int64_t r = 0; r < rows; ++r) {
                     float* s = scores + r * SCORE_STRIDE;
-                    const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                    const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                     if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
                     const Exponent exponent = exponent_of(p, q0 + r);
                     Vec sum = zero();
@@ -298,7 +298,7 @@ struct Backward {
             if (r < rows) {
                 next_q.fetch(r, d);
                 next_dout.fetch(r, d);
-                const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                 if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
                 differentiate(exponent_of(p, q0 + r), dropout, p.plane, delta[q0 + r], s, g, undropped, q0 + r, j0,
                               visible, end, p.keys <= BACKWARD_BLOCK);
@@ -404,7 +404,7 @@ struct Backward {
                 pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   plan.columns);
                 // Causal: query i meets this block from i = j0 - diagonal on.
-                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
+                const std::int64_t first = in.options.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
                 // The first block of a run meets all queries that the others meet.
                 Block<T> block = {
                     p,         dout_rows,   h,  j0, n,  first, p.keys > BACKWARD_BLOCK && index == begin, bias_partial,
@@ -427,7 +427,7 @@ struct Backward {
                 }
             }
             // The packed queries are used up.
-            store_sums<T, U>(dkey + j0 * stride, stride, dk, plan.columns, n, d, in.scale, q);
+            store_sums<T, U>(dkey + j0 * stride, stride, dk, plan.columns, n, d, in.options.scale, q);
             store_sums<T, U>(dvalue + j0 * stride, stride, dv, plan.columns, n, d, 1.0f, q);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
@@ -448,7 +448,7 @@ PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::
         for (std::int64_t part = 1; part < parts; ++part)
             for (std::int64_t c = 0; c < plan.columns; c += W)
                 store(row + c, load(row + c) + load(row + part * between + c));
-        store_row(target + i * stride, row, in.head_size, in.scale);
+        store_row(target + i * stride, row, in.head_size, in.options.scale);
     }
 }
 

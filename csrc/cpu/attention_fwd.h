@@ -196,7 +196,7 @@ struct Forward {
                 if (relative->key_rank != nullptr) {
                     const std::int32_t* rank = relative->key_rank + p.k_first + j0;
                     lowest_key_rank = lowest_of(rank, all);
-                    if (!relative->uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
+                    if (!relative->options.uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
                 }
         }
         if constexpr (RELATIVE) {
@@ -247,10 +247,10 @@ struct Forward {
         const std::int64_t i = index[row];
         if (terms) {
             if constexpr (RELATIVE) {
-                const std::int64_t mask_row = stream.mask_by_position ? position[row] : i;
+                const std::int64_t mask_row = stream.options.mask_by_position ? position[row] : i;
                 add_relative_terms(*relative, p, s, {same_segment[row], other_segment[row]}, x.rank, x.segment,
-                                   stream.see_self, i, mask_row, j0, n);
-                if (relative->uniform_rows) {
+                                   stream.options.see_self, i, mask_row, j0, n);
+                if (relative->options.uniform_rows) {
                     fill_from(s, n, round_to(end, W), UNIFORM_SCORE);
                     n = end;
                 }
@@ -269,7 +269,7 @@ struct Forward {
         const float now = block > before ? block : before;
         // With nothing seen yet every exponent is -inf, whatever is subtracted.
         const float base = now == -INFINITY_ ? 0.0f : now;
-        const float factor = terms ? LOG2E : in.scale * LOG2E;
+        const float factor = terms ? LOG2E : in.options.scale * LOG2E;
         constexpr int DEGREE = U::PAIR == 2 ? 3 : 5;
         const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA {
             return exp2_nonpositive<DEGREE>((load(s + j) - set1(base)) * set1(factor));
@@ -323,8 +323,8 @@ struct Forward {
     // No row of the tile may see a key of the block.
     PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
                                 std::int64_t rows, std::int64_t j0, std::int64_t n) const {
-        if (relative->key_rank == nullptr || relative->uniform_rows) return false;
-        if (stream.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
+        if (relative->key_rank == nullptr || relative->options.uniform_rows) return false;
+        if (stream.options.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
             return false;
         for (std::int64_t r = 0; r < rows; ++r)
             if (x.rank[index[row + r]] > lowest_key_rank) return false;
@@ -336,8 +336,8 @@ struct Forward {
                                 const QueryRows& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size;
         bool all = false;
-        if constexpr (RELATIVE) all = relative->uniform_rows;
-        if (!all) n = smaller(n, p.visible(index[row], in.causal, p.keys) - j0);
+        if constexpr (RELATIVE) all = relative->options.uniform_rows;
+        if (!all) n = smaller(n, p.visible(index[row], in.options.causal, p.keys) - j0);
         if (n <= 0) return;
         multiply_rows<false>(q + row * size.unit_stride, p.k + j0 * p.k_stride, p.k_stride, n, d, scores);
         if constexpr (RELATIVE) {
@@ -348,7 +348,7 @@ struct Forward {
                 static_cast<const T*>(r.data) + b * relative->tables / in.batch * r.batch + h * r.head + first * r.row;
             multiply_rows<true>(q_position + row * size.unit_stride, band_rows, r.row, present, d, scores);
         }
-        const std::int64_t visible = p.visible(index[row], in.causal, p.seen_keys) - j0;
+        const std::int64_t visible = p.visible(index[row], in.options.causal, p.seen_keys) - j0;
         softmax(p, x, stream, row, 0, j0, visible < 0 ? 0 : smaller(visible, n), n);
         add_weighted_rows(scores, p.v + j0 * p.v_stride, p.v_stride, n, d, rescale[0], o + row * size.columns);
     }
@@ -356,10 +356,10 @@ struct Forward {
     // Rows row .. of the chunk, one tile, and keys j0 .. j0 + n - 1.
     void tile(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row, std::int64_t rows,
               std::int64_t j0, std::int64_t n) {
-        const bool causal = in.causal;
+        const bool causal = in.options.causal;
         if constexpr (RELATIVE) {
             if (hidden(p, x, stream, row, rows, j0, n)) return;
-            if (!relative->uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
+            if (!relative->options.uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         } else {
             n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         }
@@ -405,7 +405,7 @@ struct Forward {
             const bool dead = sum[row] == 0.0f;
             float lse = INFINITY_;
             if (!dead && stream.lse != nullptr)
-                lse = maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
+                lse = maximum[row] * (terms ? 1.0f : in.options.scale) + __builtin_logf(sum[row]);
             // A dead row may not have been written at all, so its output is not multiplied but replaced.
             store_row(x, stream, h, index[row], lse, dead ? nullptr : o + row * size.columns,
                       dead ? 0.0f : 1.0f / sum[row]);
@@ -437,13 +437,13 @@ struct Forward {
             at = round_to(at + rows, TILE<U>);
         }
         // Causal sequences have no second stream.
-        const bool all = !in.causal || (RELATIVE && relative->uniform_rows);
+        const bool all = !in.options.causal || (RELATIVE && relative->options.uniform_rows);
         const std::int64_t limit = all ? p.keys : p.visible(highest, true, p.keys);
         for (std::int64_t j0 = 0; j0 < limit; j0 += FORWARD_BLOCK) {
             const std::int64_t n = smaller(FORWARD_BLOCK, limit - j0);
             if (!few) pack(p, b, h, j0, n, lowest, highest);
             for (int stream = 0; stream < STREAMS; ++stream) {
-                dropout.tag = static_cast<Tag>(streams[stream].tag);
+                dropout.tag = streams[stream].options.tag;
                 const std::int64_t rows = runs[stream].end - runs[stream].first;
                 if (few) {
                     for (std::int64_t r = start[stream]; r < start[stream] + rows; ++r)
@@ -463,7 +463,7 @@ struct Forward {
         const std::int64_t b = plane / in.heads, h = plane % in.heads;
         Plane<T> p = plane_of<T>(in, b, h);
         if constexpr (RELATIVE)
-            if (relative->uniform_rows) p.keys = p.all_keys;
+            if (relative->options.uniform_rows) p.keys = p.all_keys;
         Queries<T> queries[STREAMS];
         Run left[STREAMS];
         for (int stream = 0; stream < STREAMS; ++stream) {

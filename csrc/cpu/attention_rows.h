@@ -165,7 +165,7 @@ PYXLBERT_INLINE Plane<T> plane_of(const AttentionInputs& a, std::int64_t b, std:
 
 // Scores need more than scaling inside the exponent.
 PYXLBERT_INLINE bool has_terms(const AttentionInputs& a) {
-    return a.mask.data != nullptr || a.bias.data != nullptr || !(a.scale > 0.0f);
+    return a.mask.data != nullptr || a.bias.data != nullptr || !a.options.only_scales();
 }
 
 template <class T>
@@ -208,15 +208,15 @@ PYXLBERT_INLINE void add_terms(const AttentionInputs& a, const Plane<T>& p, floa
                                std::int64_t n) {
     if (n <= 0) return;
     if (p.bias == nullptr) {
-        for (std::int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * set1(a.scale));
+        for (std::int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * set1(a.options.scale));
     } else {
         const std::int64_t first = i * p.bias_query + j0 * p.bias_key;
         if (a.bias_dtype == DType::float32)
-            add_bias(s, static_cast<const float*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const float*>(p.bias) + first, p.bias_key, n, a.options.scale);
         else if (a.bias_dtype == DType::bfloat16)
-            add_bias(s, static_cast<const bf16*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const bf16*>(p.bias) + first, p.bias_key, n, a.options.scale);
         else
-            add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.options.scale);
     }
     if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n, -INFINITY_);
 }

@@ -16,7 +16,7 @@ struct RelativeInputs {
     const float* segment_embedding;    // [2, H, D]: of the same segment, of another; or null
     const std::int32_t* key_rank;      // [B, Tk], packed [total], or null
     const std::int32_t* key_segments;  // the same
-    bool uniform_rows;                 // a masked score is UNIFORM_SCORE, not -inf
+    RelativeOptions options;
 };
 
 struct RelativeAttentionFwd {

@@ -141,7 +141,7 @@ struct Backward {
         b = plane / in.heads;
         h = plane % in.heads;
         p = plane_of<T>(in, b, h);
-        if (relative.uniform_rows) p.keys = p.all_keys;
+        if (relative.options.uniform_rows) p.keys = p.all_keys;
         start[0] = 0;
         for (int stream = 0; stream < STREAMS; ++stream) {
             const Queries<T>& x = queries[stream] = queries_of<T>(in, a.rows[stream], b, h);
@@ -208,19 +208,19 @@ struct Backward {
             const std::int64_t i = index[row + x], visible = visible_keys(i, j0, n);
             float* s = scores + x * SCORE_STRIDE;
             add_relative_terms(relative, p, s, {same_score[x], other_score[x]}, queries[stream].rank,
-                               queries[stream].segment, info.see_self, i, info.mask_by_position ? place[row + x] : i,
-                               j0, visible);
-            if (relative.uniform_rows) fill_from(s, visible, round_to(n, W), UNIFORM_SCORE);
+                               queries[stream].segment, info.options.see_self, i,
+                               info.options.mask_by_position ? place[row + x] : i, j0, visible);
+            if (relative.options.uniform_rows) fill_from(s, visible, round_to(n, W), UNIFORM_SCORE);
         }
     }
 
     // Of n keys from j0 on those that lengths and causal leave to query i.
     PYXLBERT_INLINE std::int64_t visible_keys(std::int64_t i, std::int64_t j0, std::int64_t n) const {
-        return larger(0, smaller(n, p.visible(i, in.causal, p.seen_keys) - j0));
+        return larger(0, smaller(n, p.visible(i, in.options.causal, p.seen_keys) - j0));
     }
 
     PYXLBERT_INLINE Exponent exponent_of(int stream, std::int64_t row) const {
-        return {set1(terms ? 1.0f : in.scale), set1(-lse_of(stream, row)), set1(log2_norm[row])};
+        return {set1(terms ? 1.0f : in.options.scale), set1(-lse_of(stream, row)), set1(log2_norm[row])};
     }
 
     PYXLBERT_INLINE void pack_keys(std::int64_t j0, std::int64_t n) {
@@ -233,14 +233,14 @@ struct Backward {
         const std::int32_t* ranks = relative.key_rank == nullptr ? nullptr : relative.key_rank + p.k_first + j0;
         const std::int32_t lowest = ranks == nullptr ? 0 : lowest_of(ranks, n);
         for (int stream = 0; stream < STREAMS; ++stream) {
-            dropout.tag = static_cast<Tag>(a.rows[stream].tag);
+            dropout.tag = a.rows[stream].options.tag;
             std::int64_t rows;
             for (std::int64_t row = start[stream]; row < start[stream + 1]; row += rows) {
                 rows = 1;
                 while (rows < TILE<U> && row + rows < start[stream + 1] && place[row + rows] - place[row] <= SPAN)
                     ++rows;
                 std::int64_t seen = n;
-                if (!relative.uniform_rows) {
+                if (!relative.options.uniform_rows) {
                     if (ranks != nullptr && hidden(stream, row, rows, j0, n, lowest)) continue;
                     seen = visible_keys(index[row + rows - 1], j0, n);
                 }
@@ -251,7 +251,8 @@ struct Backward {
 
     PYXLBERT_INLINE bool hidden(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n,
                                 std::int32_t lowest) const {
-        if (a.rows[stream].see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
+        if (a.rows[stream].options.see_self && index[row] + p.diagonal < j0 + n &&
+            index[row + rows - 1] + p.diagonal >= j0)
             return false;
         for (std::int64_t r = row; r < row + rows; ++r)
             if (queries[stream].rank[index[r]] > lowest) return false;
@@ -273,7 +274,8 @@ struct Backward {
             for_tiles(j0, n, [&](int stream, std::int64_t row, std::int64_t rows, std::int64_t seen) {
                 score(stream, row, rows, j0, seen);
                 for (std::int64_t r = 0; r < rows; ++r) {
-                    const std::int64_t own = relative.uniform_rows ? seen : visible_keys(index[row + r], j0, seen);
+                    const std::int64_t own =
+                        relative.options.uniform_rows ? seen : visible_keys(index[row + r], j0, seen);
                     const Exponent exponent = exponent_of(stream, row + r);
                     Vec sum = zero();
                     for (std::int64_t j = 0; j < own; j += W) sum += exponent.weight(scores + r * SCORE_STRIDE, j, own);
@@ -333,9 +335,10 @@ struct Backward {
                                            std::int64_t n, std::int64_t end) {
         const std::int64_t i = index[row], visible = visible_keys(i, j0, n);
         differentiate(exponent_of(stream, row), dropout, p.plane, delta[row], s, g, undropped, i, j0,
-                      relative.uniform_rows ? n : visible, end, p.keys <= BACKWARD_BLOCK);
+                      relative.options.uniform_rows ? n : visible, end, p.keys <= BACKWARD_BLOCK);
         // Later keys may lie outside the table, so their scores are constants.
-        if (relative.uniform_rows && in.causal) fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
+        if (relative.options.uniform_rows && in.options.causal)
+            fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);
         if (relative.segment_embedding == nullptr) return;
         const float same = sum_of_segment(g, relative.key_segments + p.k_first + j0, queries[stream].segment[i], n);
         Vec all = zero();
@@ -571,7 +574,7 @@ struct Backward {
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
                 pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   columns);
-                if (relative.key_rank != nullptr && !relative.uniform_rows) clear_block(j0, n);
+                if (relative.key_rank != nullptr && !relative.options.uniform_rows) clear_block(j0, n);
                 const std::int64_t sums = TILES<U> ? columns * SUM_STRIDE : round_to(n, 2) * columns;
                 clear(dk, sums);
                 clear(dv, sums);
@@ -584,7 +587,7 @@ struct Backward {
                 end_pass();
             }
             const float *dk_sums = n > 0 && gathered ? all_dk : dk, *dv_sums = n > 0 && gathered ? all_dv : dv;
-            store_sums<T, U>(dkey + j0 * stride, stride, dk_sums, columns, n, d, in.scale, q_content);
+            store_sums<T, U>(dkey + j0 * stride, stride, dk_sums, columns, n, d, in.options.scale, q_content);
             store_sums<T, U>(dvalue + j0 * stride, stride, dv_sums, columns, n, d, 1.0f, q_content);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
@@ -612,7 +615,7 @@ struct Backward {
                 for (std::int64_t part = 1; part < parts; ++part) add_row(sum, sum + part * between, columns);
                 T* target =
                     static_cast<T*>(a.dquery[stream]) + ((queries[stream].first + index[row]) * in.heads + h) * d;
-                store_row(target, sum, d, in.scale);
+                store_row(target, sum, d, in.options.scale);
             }
     }
 };
@@ -638,7 +641,7 @@ PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& pla
                     columns);
         }
         store_row(a.dtable + ((table * a.in.table_rows + row) * in.heads + h) * in.head_size, sum, in.head_size,
-                  in.scale);
+                  in.options.scale);
     }
 }
 
@@ -655,7 +658,7 @@ PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan
                     load(smalls + (((b * in.heads + h) * plan.parts + part) * SMALL + which) * plan.columns + c));
         store(sum + c, total);
     }
-    store_row(target, sum, in.head_size, in.scale);
+    store_row(target, sum, in.head_size, in.options.scale);
 }
 
 template <class T, class U>

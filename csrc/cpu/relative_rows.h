@@ -54,7 +54,7 @@ PYXLBERT_INLINE std::int64_t first_at(const Queries<T>& x, std::int64_t place) {
 }
 
 PYXLBERT_INLINE bool has_relative_terms(const RelativeInputs* a) {
-    return a != nullptr && (a->key_rank != nullptr || a->segment_embedding != nullptr || a->uniform_rows);
+    return a != nullptr && (a->key_rank != nullptr || a->segment_embedding != nullptr || a->options.uniform_rows);
 }
 
 PYXLBERT_INLINE const float* of_head(const float* bias, std::int64_t h, std::int64_t d) {
@@ -162,7 +162,7 @@ PYXLBERT_INLINE void add_relative_terms(const RelativeInputs& a, const Plane<T>&
                                         bool see_self, std::int64_t i, std::int64_t mask_row, std::int64_t j0,
                                         std::int64_t n) {
     if (n <= 0) return;
-    const float masked = a.uniform_rows ? UNIFORM_SCORE : -INFINITY_, scale = a.in.scale;
+    const float masked = a.options.uniform_rows ? UNIFORM_SCORE : -INFINITY_, scale = a.in.options.scale;
     const std::int32_t* ranks = a.key_rank == nullptr ? nullptr : a.key_rank + p.k_first + j0;
     const std::int32_t* segments = a.segment_embedding == nullptr ? nullptr : a.key_segments + p.k_first + j0;
     const std::int32_t rank = ranks == nullptr ? 0 : query_ranks[i];

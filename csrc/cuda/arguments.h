@@ -27,15 +27,6 @@ struct Sum {
     DType dtype;
 };
 
-// Dropout: the last counter word of Philox; the table of pyxlbert.reference.philox.Tag.
-enum class Tag : std::uint32_t {
-    attention = 1,
-    relative_attention = 2,
-    query_stream = 3,
-    dropout_add_layer_norm = 4,
-    embedding_layer_norm = 5,
-};
-
 // How a kernel drops: nothing where there is no seed, which lies on the device.
 struct Dropout {
     const std::int64_t* seed;

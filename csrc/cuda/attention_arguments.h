@@ -1,6 +1,7 @@
 // The arguments of all attention kernels, forward and backward; no CUDA in here.
 #pragma once
 #include "cuda/arguments.h"
+#include "score_options.h"
 
 namespace pyxlbert::cuda {
 
@@ -26,9 +27,7 @@ struct QueryStream {
     const std::int32_t *positions, *numbers;
     // int32 [B, rows] or packed, by number; or null.
     const std::int32_t *rank, *segments;
-    bool see_self;          // row i sees key i + Tk - Tq whatever the masks say
-    bool mask_by_position;  // the mask's row is a query's position and not its number
-    Tag tag;
+    StreamOptions options;
     void* out;   // like the query, contiguous
     float* lse;  // [B, H, rows], packed [H, total]
     // Backward.
@@ -48,8 +47,7 @@ struct Attention {
     int batch, heads, queries, keys;  // of a sequence; packed: at most
     int head_size;
     std::int64_t total;  // packed rows, or 0
-    float scale;
-    bool causal;
+    ScoreOptions options;
     Dropout dropout;
     DType dtype;
     // relative_attention: the table [tables, table_rows, H, D]; the others [H, D] and, the last, [2, H, D].
@@ -57,7 +55,7 @@ struct Attention {
     int tables, table_rows, offset;
     Parameter content_bias, position_bias, segment_bias, segment_embedding;
     const std::int32_t *key_rank, *key_segments;  // [B, Tk] or packed, or null
-    bool uniform;                                 // a row without any key averages over all of them
+    RelativeOptions relative;
     int streams;
     QueryStream stream[2];
     // Backward.

@@ -52,7 +52,8 @@ struct KeysSide {
     DEVICE const Sequence& sequence(const Step&) const { return s; }
     DEVICE int lowest(const Step& step) const {
         const QueryStream& stream = a.stream[step.stream];
-        const bool bounded = a.causal && stream.positions == nullptr && !(C::EXTRAS && (a.uniform || stream.see_self));
+        const bool bounded = a.options.causal && stream.positions == nullptr &&
+                             !(C::EXTRAS && (a.relative.uniform_rows || stream.options.see_self));
         return bounded ? max(first_j - s.shift, 0) / C::BM : 0;
     }
     DEVICE int last(const Step& step) const {
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             masks_of(a, a.stream[threadIdx.x], s, b, h);
     __syncthreads();
     KeysSide<C> side(a, s, b, h, first_j);
-    const bool uniform = C::EXTRAS && a.uniform;
+    const bool uniform = C::EXTRAS && a.relative.uniform_rows;
     const int readable = uniform ? s.extent : s.keys;
     const std::int32_t* hidden = C::EXTRAS && !uniform ? side.masks(0).key_rank : nullptr;
     load_rows<T, C::D, C::BK, C::THREADS>(side.keys, plane_of<T>(a.key, b, h, s.start), a.key.row, first_j, readable,
@@ -170,8 +171,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
 #pragma unroll
         for (int d = 0; d < C::COLUMNS / 8; ++d) {
             if (column + d * 8 >= a.head_size) break;
-            store_pair(static_cast<T*>(a.dkey) + at + d * 8, side.dkey[0][d][half * 2] * a.scale,
-                       side.dkey[0][d][half * 2 + 1] * a.scale);
+            store_pair(static_cast<T*>(a.dkey) + at + d * 8, side.dkey[0][d][half * 2] * a.options.scale,
+                       side.dkey[0][d][half * 2 + 1] * a.options.scale);
             store_pair(static_cast<T*>(a.dvalue) + at + d * 8, side.dvalue[0][d][half * 2],
                        side.dvalue[0][d][half * 2 + 1]);
         }

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         const int block = static_cast<int>(blockIdx.x) / Q::SPLIT, share = static_cast<int>(blockIdx.x) % Q::SPLIT;
         const int plane = block / windows, b = plane / a.heads, h = plane % a.heads;
         const int window = block % windows;
-        const int first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+        const int first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
         const Sequence s = sequence_of(a, b);
         if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) {
             float* parts = parts_at(a, stream, plane, windows, first / C::WINDOW);
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                         pair[e] += same[half] * e0[0] + different[half] * e1[0];
                     }
                 }
-                store_pair(dquery + d * 8, pair[0] * a.scale, pair[1] * a.scale);
+                store_pair(dquery + d * 8, pair[0] * a.options.scale, pair[1] * a.options.scale);
             }
         }
         if constexpr (C::RELATIVE) {
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 #pragma unroll
                     for (int k = 0; k < 5; ++k) {
                         float* part = parts + k * a.head_size + c;
-                        *part = (pass == 0 ? 0.0f : *part) + found[k] * a.scale;
+                        *part = (pass == 0 ? 0.0f : *part) + found[k] * a.options.scale;
                     }
                 }
             }

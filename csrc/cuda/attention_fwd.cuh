@@ -103,10 +103,10 @@ DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, i
     w.value_stride = a.value.row;
     w.head_size = a.head_size;
     // Where a row without any key averages over all of them, all of them are read.
-    w.readable = C::EXTRAS && a.uniform ? s.extent : s.keys;
-    w.hidden = C::EXTRAS && !a.uniform ? masks.key_rank : nullptr;
+    w.readable = C::EXTRAS && a.relative.uniform_rows ? s.extent : s.keys;
+    w.hidden = C::EXTRAS && !a.relative.uniform_rows ? masks.key_rank : nullptr;
     w.high = w.readable;
-    if (a.causal && by_number && !(C::EXTRAS && (a.uniform || masks.see_self)))
+    if (a.options.causal && by_number && !(C::EXTRAS && (a.relative.uniform_rows || masks.see_self)))
         w.high = min(w.readable, max(first + C::WINDOW + s.shift, 0));
     if constexpr (C::RELATIVE) {
         w.table = table_of<T>(a, b, h);
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
     // Causal: the windows with the most keys first.
     const int window = static_cast<int>(blockIdx.x) % windows,
-              first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+              first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
     const Sequence s = sequence_of(a, b);
     bool empty = true;
 #pragma unroll

@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const int windows = ceil_div(stream.rows, C::WINDOW);
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
     const int window = static_cast<int>(blockIdx.x) % windows;
-    const int first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+    const int first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
     const Sequence s = sequence_of(a, b);
     if (first >= min(stream.rows, s.queries)) return;
-    const int high = a.causal ? min(s.keys, max(first + C::WINDOW + s.shift, 0)) : s.keys;
+    const int high = a.options.causal ? min(s.keys, max(first + C::WINDOW + s.shift, 0)) : s.keys;
     const int tiles = ceil_div(high, C::BN);
     check_shared_memory();
     if (threadIdx.x == 0) {
@@ -293,15 +293,16 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         }
         if (lane_id() == 0) mbarrier_arrive(&shared.key_empty[stage]);
 
-        const bool edge = first_j + C::BN > s.keys || (a.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
+        const bool edge =
+            first_j + C::BN > s.keys || (a.options.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                c[n][e] = __fmul_rn(c[n][e], a.scale);
+                c[n][e] = __fmul_rn(c[n][e], a.options.scale);
                 if (edge) {
                     const int j = first_j + n * 8 + t2 + (e & 1);
-                    if (j >= s.keys || (a.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
+                    if (j >= s.keys || (a.options.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
                 }
             }
         softmax_step(rows, c, o);

@@ -60,7 +60,7 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
             if (at < high) place.number = stream.numbers[static_cast<std::int64_t>(b) * stream.rows + at];
             more = more || low + (pass + 1) * 16 < high;
         }
-        place.mask_row = stream.mask_by_position ? place.position : place.number;
+        place.mask_row = stream.options.mask_by_position ? place.position : place.number;
         if (RELATIVE && place.number >= 0) {
             if (rank != nullptr) place.rank = rank[place.number];
             if (segments != nullptr) place.segment = segments[place.number];

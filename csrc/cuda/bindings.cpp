@@ -12,6 +12,7 @@
 #include "cuda/layer_norm.h"
 #include "cuda/relative_attention.h"
 #include "cuda/two_stream_attention.h"
+#include "records.h"
 
 namespace py = pybind11;
 
@@ -231,8 +232,7 @@ Heads heads(Address data, const Strides3& s) { return {pointer(data), s[0], s[1]
 Scores scores(Address data, const Strides4& s) { return {pointer(data), s[0], s[1], s[2], s[3]}; }
 
 QueryStream query_stream(Address query, const Strides3& strides, int rows, Address positions, Address numbers,
-                         Address rank, Address segments, bool see_self, bool mask_by_position, std::uint32_t tag,
-                         Address out, Address lse) {
+                         Address rank, Address segments, const StreamOptions& options, Address out, Address lse) {
     QueryStream s{};
     s.query = heads(query, strides);
     s.rows = rows;
@@ -240,9 +240,7 @@ QueryStream query_stream(Address query, const Strides3& strides, int rows, Addre
     s.numbers = pointer<const std::int32_t>(numbers);
     s.rank = pointer<const std::int32_t>(rank);
     s.segments = pointer<const std::int32_t>(segments);
-    s.see_self = see_self;
-    s.mask_by_position = mask_by_position;
-    s.tag = Tag(tag);
+    s.options = options;
     s.out = pointer(out);
     s.lse = pointer<float>(lse);
     return s;
@@ -262,7 +260,7 @@ void stream_gradients(QueryStream& s, Address dout, const Strides3& strides, Add
 Attention attention(const std::vector<QueryStream>& streams, Address key, const Strides3& key_strides, Address value,
                     const Strides3& value_strides, Address key_lengths, Address cu_seqlens, Address mask,
                     const Strides4& mask_strides, Address bias, const Strides4& bias_strides, int bias_dtype,
-                    const std::array<int, 5>& sizes, Size total, float scale, bool causal, Address seed,
+                    const std::array<int, 5>& sizes, Size total, const ScoreOptions& options, Address seed,
                     double dropout_p, int dtype) {
     Attention a{};
     a.streams = static_cast<int>(streams.size());
@@ -280,8 +278,7 @@ Attention attention(const std::vector<QueryStream>& streams, Address key, const 
     a.keys = sizes[3];
     a.head_size = sizes[4];
     a.total = total;
-    a.scale = scale;
-    a.causal = causal;
+    a.options = options;
     a.dropout = make_dropout(dropout_p, pointer<const std::int64_t>(seed));
     a.dtype = DType(dtype);
     a.tables = 1;
@@ -292,7 +289,7 @@ Attention attention(const std::vector<QueryStream>& streams, Address key, const 
 void attention_table(Attention& a, Address table, const Strides3& strides, int tables, int rows, int offset,
                      Address content_bias, int content_dtype, Address position_bias, int position_dtype,
                      Address segment_bias, int segment_dtype, Address segment_embedding, int embedding_dtype,
-                     Address key_rank, Address key_segments, bool uniform) {
+                     Address key_rank, Address key_segments, const RelativeOptions& options) {
     a.table = heads(table, strides);
     a.tables = tables;
     a.table_rows = rows;
@@ -303,7 +300,7 @@ void attention_table(Attention& a, Address table, const Strides3& strides, int t
     a.segment_embedding = parameter(segment_embedding, embedding_dtype);
     a.key_rank = pointer<const std::int32_t>(key_rank);
     a.key_segments = pointer<const std::int32_t>(key_segments);
-    a.uniform = uniform;
+    a.relative = options;
 }
 
 void attention_gradients(Attention& a, Address dkey, Address dvalue, Address dtable, Address dbias,

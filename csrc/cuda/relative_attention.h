@@ -16,8 +16,9 @@ std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions
 
 // Whether scores need more than lengths, causality and segments.
 inline bool has_relative_masks(const Attention& a) {
-    bool masks = a.mask.data != nullptr || a.dropout.seed != nullptr || a.key_rank != nullptr || a.uniform;
-    for (int n = 0; n < a.streams; ++n) masks = masks || a.stream[n].see_self;
+    bool masks =
+        a.mask.data != nullptr || a.dropout.seed != nullptr || a.key_rank != nullptr || a.relative.uniform_rows;
+    for (int n = 0; n < a.streams; ++n) masks = masks || a.stream[n].options.see_self;
     return masks;
 }
 

@@ -52,7 +52,7 @@ struct TableSide {
     DEVICE Sequence sequence(const Step& step) const { return sequence_of(a, step.sequence); }
     // The key that row 0 of the ring is, at window 0.
     DEVICE int origin() const { return first_x - a.offset; }
-    DEVICE bool uniform() const { return C::EXTRAS && a.uniform; }
+    DEVICE bool uniform() const { return C::EXTRAS && a.relative.uniform_rows; }
     DEVICE int readable(const Sequence& s) const { return uniform() ? s.extent : s.keys; }
     // The windows in which any query meets any key at these rows.
     DEVICE int lowest(const Step&) const { return max(-origin() - C::BK - C::BM + 2, 0) / C::BM; }
@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 #pragma unroll
         for (int d = 0; d < C::COLUMNS / 8; ++d) {
             if (column + d * 8 >= a.head_size) break;
-            store_pair(out + d * 8, side.dtable[0][d][half * 2] * a.scale, side.dtable[0][d][half * 2 + 1] * a.scale);
+            store_pair(out + d * 8, side.dtable[0][d][half * 2] * a.options.scale,
+                       side.dtable[0][d][half * 2 + 1] * a.options.scale);
         }
     }
 }

@@ -101,18 +101,18 @@ DEVICE Masks masks_of(const Attention& a, const QueryStream& stream, const Seque
     m.bias_dtype = a.bias_dtype;
     m.key_rank = numbers_of(a, a.key_rank, b, s.start, a.keys);
     m.key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
-    m.causal = a.causal;
-    m.uniform = a.uniform;
-    m.see_self = stream.see_self;
+    m.causal = a.options.causal;
+    m.uniform = a.relative.uniform_rows;
+    m.see_self = stream.options.see_self;
     m.keys = s.keys;
     m.extent = s.extent;
     m.shift = s.shift;
-    m.scale = a.scale;
+    m.scale = a.options.scale;
     m.drops = a.dropout.seed != nullptr;
     m.seed = m.drops ? static_cast<std::uint64_t>(*a.dropout.seed) : 0;
     m.threshold = a.dropout.threshold;
     m.plane = static_cast<std::uint32_t>(b * a.heads + h);
-    m.tag = stream.tag;
+    m.tag = stream.options.tag;
     return m;
 }
 

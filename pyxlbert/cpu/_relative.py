@@ -19,7 +19,7 @@ class _Inputs:
     """The native description of what all streams of a call share; it keeps the tensors it points to alive."""
 
     def __init__(self, query: Tensor, shared: Shared) -> None:
-        inputs, attention = inputs_of(query, shared)
+        inputs, attention = inputs_of(query, shared, shared.options)
         # The products take one element type; a float32 table is rounded as autocast would.
         table = in_place(shared.table.to(query.dtype))
         numbers = [int32(shared.key_rank), int32(shared.key_segments)]
@@ -32,7 +32,7 @@ class _Inputs:
             (table.shape[0] if table.dim() == 4 else 1, table.shape[-3], shared.offset),
             *(address(x) for x in floats),
             *(address(x) for x in numbers),
-            shared.uniform_rows,
+            shared,
         )
 
 
@@ -51,7 +51,7 @@ class _Rows:
             out.data_ptr(),
             lse.data_ptr(),
             *(address(x) for x in numbers),
-            *stream.options,
+            stream.options,
         )
 
 

@@ -12,8 +12,7 @@ from pyxlbert import _C
 from pyxlbert.cpu import _packed
 from pyxlbert.cpu._attention import adjacent_keys, longest
 from pyxlbert.cpu._tensors import refusal
-from pyxlbert.launch.attention import score_strides
-from pyxlbert.launch.relative import RELATIVE_ATTENTION, StreamOptions
+from pyxlbert.launch.attention import RELATIVE_ATTENTION, ScoreOptions, StreamOptions, score_strides
 from pyxlbert.launch.rows import DTYPE, address, int32
 
 Norm = tuple[Tensor, Tensor, float]  # weight and bias [E], eps
@@ -193,11 +192,10 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
         *(address(mask), score_strides(mask), address(bias), score_strides(bias)),
         (batch, places.heads, length, length, places.head_size),
         x.shape[0] if packed else 0,
-        places.scale,
+        ScoreOptions(places.scale, places.causal),
         *(0.0, 0),  # dropout_p, seed
         DTYPE[x.dtype],
         0 if bias is None else DTYPE[bias.dtype],
-        places.causal,
         torch.get_num_threads(),
     )
     return inputs, (mask, bias, lengths, offsets)
@@ -218,7 +216,7 @@ def _relative(
         (positions.shape[0] if positions.dim() == 3 else 1, positions.shape[-2], distances.offset),
         *(0, 0, 0, 0),  # the terms are the layers' own
         *(address(numbers[0]), address(numbers[1])),
-        distances.uniform_rows,
+        distances,
     )
     length = longest(places.cu_seqlens) if places.cu_seqlens is not None else x.shape[1]
     rows = _C.cpu.QueryRows(
@@ -227,7 +225,7 @@ def _relative(
         *(0, 0),  # out, lse
         *(0, 0),  # positions, order
         *(address(numbers[2]), address(numbers[3])),
-        *StreamOptions(distances.see_self, False, RELATIVE_ATTENTION),
+        StreamOptions(distances.see_self, False, RELATIVE_ATTENTION),
     )
     return relative, rows, numbers
 

@@ -37,7 +37,7 @@ class _Call:
         """The native description, with the streams as they are now."""
         shared, query = self.shared, self.keep[1][0].query
         shape = (*query.shape[:-1], self.columns)
-        call, keep = description(self.streams, shape, self.key, self.value, shared)
+        call, keep = description(self.streams, shape, self.key, self.value, shared, shared.options)
         table = in_place(padded(shared.table.to(query.dtype), self.columns))
         tables = table.shape[0] if table.dim() == 4 else 1
         biases = [None if x is None else in_place(padded(x, self.columns)).contiguous() for x in shared.biases]
@@ -45,7 +45,7 @@ class _Call:
         call.table(
             *(table.data_ptr(), strides(table), tables, table.shape[-3], shared.offset),
             *(value for x in biases for value in (address(x), dtype_of(x))),
-            *(address(numbers[0]), address(numbers[1]), shared.uniform_rows),
+            *(address(numbers[0]), address(numbers[1]), shared),
         )
         self.keep += [call, keep, table, biases, numbers]
         return call
@@ -60,7 +60,7 @@ class _Call:
         self.keep += [query, positions, numbers, rank, segments]
         return backends.cuda_kernels.QueryStream(
             *(query.data_ptr(), strides(query), _rows(shared, query), address(positions), address(numbers)),
-            *(address(rank), address(segments), *stream.options, out.data_ptr(), lse.data_ptr()),
+            *(address(rank), address(segments), stream.options, out.data_ptr(), lse.data_ptr()),
         )
 
 
