@@ -122,6 +122,24 @@ PYXLBERT_INLINE void clear_unseen(const std::int32_t* rank, std::int64_t n, floa
     }
 }
 
+// The sum of a row's scores at keys of its own segment; n is rounded up to vectors, the row is zero there.
+PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segments, std::int32_t segment,
+                                     std::int64_t n) {
+#if defined(__AVX512F__)
+    Vec sum = zero();
+    for (std::int64_t j = 0; j < n; j += W) {
+        const __m512i keys = _mm512_maskz_loadu_epi32(first_lanes(static_cast<int>(n - j)), segments + j);
+        sum = sum + _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(segment)), load(g + j));
+    }
+    return reduce_add(sum);
+#else
+    float lanes[W] = {};
+    for (std::int64_t j = 0; j < n; ++j)
+        if (segments[j] == segment) lanes[j % W] += g[j];
+    return reduce_add(load(lanes));
+#endif
+}
+
 struct SegmentScores {
     float same, other;
 };
