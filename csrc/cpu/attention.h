@@ -19,7 +19,7 @@ struct ScoreTensor {
     std::int64_t batch, head, query, key;
 };
 
-struct AttentionInputs {
+struct AttentionCall {
     AttentionTensor query, key, value;
     const std::int32_t* key_lengths;  // [B], or null: all keys
     const std::int32_t* cu_seqlens;   // [B + 1], or null: padded
@@ -35,7 +35,7 @@ struct AttentionInputs {
 };
 
 // Queries of one stream: rows of scores, and where their results go.
-struct QueryRows {
+struct Stream {
     AttentionTensor query;
     std::int64_t count;  // of a sequence; packed: of the longest
     void* out;           // contiguous
@@ -49,13 +49,13 @@ struct QueryRows {
 };
 
 struct AttentionFwd {
-    AttentionInputs in;
+    AttentionCall in;
     void* out;   // contiguous
     float* lse;  // [B, H, Tq], packed [H, total]; null: not wanted
 };
 
 struct AttentionBwd {
-    AttentionInputs in;
+    AttentionCall in;
     AttentionTensor dout;
     const void* out;  // contiguous
     const float* lse;

@@ -60,8 +60,8 @@ struct Backward {
     const Plan& plan;
     const Dropout dropout;
     const bool terms;
-    float *delta, *log2_norm, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv, *all_dk,
-        *all_dv, *undropped, *own_dquery;
+    float *delta, *minus_lse_correction, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv,
+        *all_dk, *all_dv, *undropped, *own_dquery;
 
     PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
         : a(arguments),
@@ -74,7 +74,7 @@ struct Backward {
             return taken;
         };
         delta = take(p.delta);
-        log2_norm = take(p.delta);
+        minus_lse_correction = take(p.delta);
         scores = take(TILE<U> * SCORE_STRIDE);
         dp = take(TILE<U> * SCORE_STRIDE);
         q = take(TILE<U> * p.unit_stride);
@@ -109,7 +109,7 @@ struct Backward {
     }
 
     PYXLBERT_INLINE Exponent exponent_of(const Plane<T>& p, std::int64_t i) const {
-        return {set1(terms ? 1.0f : a.in.options.scale), set1(-a.lse[p.lse_first + i]), set1(log2_norm[i])};
+        return {set1(terms ? 1.0f : a.in.options.scale), set1(-a.lse[p.lse_first + i]), set1(minus_lse_correction[i])};
     }
 
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
@@ -136,7 +136,7 @@ struct Backward {
         const float* lse = a.lse + p.lse_first;
         bool any = false;
         for (std::int64_t i = 0; i < p.queries; ++i) {
-            log2_norm[i] = delta[i] = 0.0f;
+            minus_lse_correction[i] = delta[i] = 0.0f;
             any |= inexact_lse(lse[i]);
         }
         if (!any) return;
@@ -159,7 +159,7 @@ struct Backward {
             }
         }
         for (std::int64_t i = 0; i < p.queries; ++i)
-            if (inexact_lse(lse[i])) log2_norm[i] = -__builtin_log2f(delta[i]);
+            if (inexact_lse(lse[i])) minus_lse_correction[i] = -__builtin_log2f(delta[i]);
     }
 
     // dS of query i into dbias, or into the partial sums of this task.
@@ -315,7 +315,7 @@ struct Backward {
     // comes after them, or -1.
     void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial,
              float* bias_lost, bool begins_bias) {
-        const AttentionInputs& in = a.in;
+        const AttentionCall& in = a.in;
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
         const T* dout_rows = dout_of(p, b, h);
@@ -370,7 +370,7 @@ struct Backward {
 template <class T>
 PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::int64_t plane, const float* dquery,
                                   std::int64_t parts, std::int64_t between) {
-    const AttentionInputs& in = a.in;
+    const AttentionCall& in = a.in;
     const std::int64_t h = plane % in.heads, stride = in.heads * in.head_size;
     const Plane<T> p = plane_of<T>(in, plane / in.heads, h);
     T* target = static_cast<T*>(a.dquery) + p.q_first * stride + h * in.head_size;
@@ -385,7 +385,7 @@ PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::
 
 template <class T, class U>
 void backward(const AttentionBwd& a) {
-    const AttentionInputs& in = a.in;
+    const AttentionCall& in = a.in;
     const Plan plan = make_plan<U>(a);
     const std::int64_t tasks = plan.slices * plan.groups * plan.parts;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications

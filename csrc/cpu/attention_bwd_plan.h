@@ -25,8 +25,8 @@ struct Plan {
 
 template <class U>
 PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
-    constexpr std::int64_t enough_tasks = 32, most_parts = 8, blocks_a_part = 2, most_groups = 16;
-    const AttentionInputs& in = a.in;
+    constexpr std::int64_t enough_tasks = 32, max_parts = 8, blocks_a_part = 2, max_groups = 16;
+    const AttentionCall& in = a.in;
     Plan p;
     p.planes = in.batch * in.heads;
     p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
@@ -48,12 +48,12 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
         if (p.sums_bias) {
             const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
             const std::int64_t rows = (shape[2] == 1 ? in.queries : 1) * (shape[3] == 1 ? p.blocks : 1);
-            p.groups = larger(1, smaller(smaller(room, most_groups), p.members));
+            p.groups = larger(1, smaller(smaller(room, max_groups), p.members));
             p.keeps_lost = p.members / p.groups * rows > RUN_LENGTH;
         }
     }
     p.parts = larger(
-        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
+        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), max_parts));
     // A bias that is the same for all keys is summed over the parts too.
     p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
     p.in_place = p.bias_partials == 1 && in.bias_dtype == DType::float32;

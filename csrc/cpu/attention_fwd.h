@@ -33,9 +33,9 @@ template <class T, class U, bool RELATIVE>
 struct Forward {
     static constexpr int STREAMS = RELATIVE ? 2 : 1;
 
-    const AttentionInputs& in;
-    const RelativeInputs* relative;
-    const QueryRows* streams;
+    const AttentionCall& in;
+    const RelativeCall* relative;
+    const Stream* streams;
     const Sizes& size;
     const bool terms;
     const bool few;  // nothing is packed; U is FloatUnit
@@ -55,13 +55,13 @@ struct Forward {
     std::int32_t lowest_key_rank = 0;  // of the block
     bool started[CHUNK<RELATIVE> / TILE_STEP + 8];
 
-    PYXLBERT_INLINE Forward(const AttentionInputs& inputs, const RelativeInputs* relative_inputs,
-                            const QueryRows* query_rows, const Sizes& sizes, bool few_queries, float* scratch)
+    PYXLBERT_INLINE Forward(const AttentionCall& inputs, const RelativeCall* relative_call, const Stream* given,
+                            const Sizes& sizes, bool few_queries, float* scratch)
         : in(inputs),
-          relative(relative_inputs),
-          streams(query_rows),
+          relative(relative_call),
+          streams(given),
           size(sizes),
-          terms(has_terms(inputs) || has_relative_terms(relative_inputs)),
+          terms(has_terms(inputs) || has_relative_terms(relative_call)),
           few(few_queries),
           dropout(make_dropout(inputs.dropout_p, inputs.seed, Tag::attention)) {
         const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
@@ -184,7 +184,7 @@ struct Forward {
 
     // Scores of one row, n of them visible, to weights; those up to `end` are zero.  Updates the row's
     // statistics and leaves in rescale[r] what its earlier output must be multiplied by.
-    PYXLBERT_INLINE void softmax(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
+    PYXLBERT_INLINE void softmax(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row,
                                  std::int64_t r, std::int64_t j0, std::int64_t n, std::int64_t end) {
         float* s = scores + r * SCORE_STRIDE;
         const std::int64_t i = index[row];
@@ -264,7 +264,7 @@ struct Forward {
     }
 
     // No row of the tile may see a key of the block.
-    PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
+    PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row,
                                 std::int64_t rows, std::int64_t j0, std::int64_t n) const {
         if (relative->key_rank == nullptr || relative->options.uniform_rows) return false;
         if (stream.options.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
@@ -276,7 +276,7 @@ struct Forward {
 
     // A row of the chunk and keys j0 .. j0 + n - 1, as they lie.
     PYXLBERT_INLINE void single(const Plane<T>& p, std::int64_t b, std::int64_t h, const Queries<T>& x,
-                                const QueryRows& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
+                                const Stream& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size;
         bool all = false;
         if constexpr (RELATIVE) all = relative->options.uniform_rows;
@@ -297,7 +297,7 @@ struct Forward {
     }
 
     // Rows row .. of the chunk, one tile, and keys j0 .. j0 + n - 1.
-    void tile(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row, std::int64_t rows,
+    void tile(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row, std::int64_t rows,
               std::int64_t j0, std::int64_t n) {
         const bool causal = in.options.causal;
         if constexpr (RELATIVE) {
@@ -342,7 +342,7 @@ struct Forward {
         }
     }
 
-    PYXLBERT_INLINE void store_rows(const Queries<T>& x, const QueryRows& stream, std::int64_t h, std::int64_t row,
+    PYXLBERT_INLINE void store_rows(const Queries<T>& x, const Stream& stream, std::int64_t h, std::int64_t row,
                                     std::int64_t rows) {
         for (std::int64_t end = row + rows; row < end; ++row) {
             const bool dead = sum[row] == 0.0f;
@@ -356,8 +356,8 @@ struct Forward {
     }
 
     // o null: zeros.
-    PYXLBERT_INLINE void store_row(const Queries<T>& x, const QueryRows& stream, std::int64_t h, std::int64_t i,
-                                   float lse, const float* source, float factor) {
+    PYXLBERT_INLINE void store_row(const Queries<T>& x, const Stream& stream, std::int64_t h, std::int64_t i, float lse,
+                                   const float* source, float factor) {
         const std::int64_t d = in.head_size;
         T* target = static_cast<T*>(stream.out) + ((x.first + i) * in.heads + h) * d;
         if (stream.lse != nullptr) stream.lse[x.lse_first + i] = lse;
@@ -446,7 +446,7 @@ struct Forward {
 };
 
 template <class T, class U, bool RELATIVE>
-void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams, bool few) {
+void run_forward_in(const AttentionCall& in, const RelativeCall* relative, const Stream* streams, bool few) {
     const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
     const bool apart = streams[0].positions != nullptr || (RELATIVE && streams[1].positions != nullptr);
     const Sizes size = sizes_of<U, RELATIVE>(in, rows, apart);
@@ -464,8 +464,8 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
     const std::int64_t work = planes * rows * (in.keys + 1) * in.head_size;
     std::int64_t team = larger(1, smaller(smaller(in.threads, tasks), work / worth_a_thread));
     // Relative attention promises a bound on its memory for any number of threads.
-    constexpr std::int64_t most_scratch = 48 << 20;
-    if constexpr (RELATIVE) team = larger(1, smaller(team, most_scratch / (size.total * 4)));
+    constexpr std::int64_t max_scratch = 48 << 20;
+    if constexpr (RELATIVE) team = larger(1, smaller(team, max_scratch / (size.total * 4)));
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * size.total * sizeof(float)));
 
     std::int64_t next = 0;
@@ -485,7 +485,7 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
 
 // `streams` are two if RELATIVE, one else; the second may have no rows.
 template <class T, class U, bool RELATIVE>
-void run_forward(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams) {
+void run_forward(const AttentionCall& in, const RelativeCall* relative, const Stream* streams) {
     const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
     if (rows == 0) return;
     if (rows <= FEW_QUERIES && in.cu_seqlens == nullptr)

@@ -41,7 +41,7 @@ struct Sizes {
 };
 
 template <class U, bool RELATIVE>
-PYXLBERT_INLINE Sizes sizes_of(const AttentionInputs& in, std::int64_t rows, bool apart) {
+PYXLBERT_INLINE Sizes sizes_of(const AttentionCall& in, std::int64_t rows, bool apart) {
     Sizes s;
     s.units = round_to((in.head_size + U::PAIR - 1) / U::PAIR, U::K_STEP);
     s.unit_stride = round_to(s.units, W);

@@ -1,7 +1,7 @@
 // Relative attention, backward, one stream or two.  Scores are computed again from their parts and the saved lse; with
 //     P = exp(S - lse), dP = dO V^T, G = scale * P * (dP - delta), delta_i = dO_i . O_i, and G_r, which is G with every
 //     row moved to the columns of the table rows that it meets:
-//     dV = P^T dO, dK = G^T (q + u), dr = G_r^T (q + w), dq = G K + G_r r + segments.
+//     dV = P^T dO, dK = G^T (q + u), dr = G_r^T (q + v), dq = G K + G_r r + segments.
 //
 // The work is cut into tasks (relative_bwd_plan.h, relative_bwd_task.h), whose sums become results at the end.
 //
@@ -20,14 +20,14 @@ PYXLBERT_INLINE std::int64_t first_member(const Plan& plan, std::int64_t table, 
 
 template <class T, class U>
 void backward(const RelativeAttentionBwd& a) {
-    const AttentionInputs& in = a.in.in;
+    const AttentionCall& in = a.in.in;
     const Plan plan = make_plan<U>(a);
     const std::int64_t sets = plan.groups * plan.parts, tasks = plan.slices * sets;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications
     const std::int64_t work = plan.planes * plan.rows * (in.keys + 1) * in.head_size;
     // Its memory has a bound for any number of threads.
-    constexpr std::int64_t most_scratch = 96 << 20;
-    const std::int64_t room = larger(1, most_scratch / (plan.task * static_cast<std::int64_t>(sizeof(float))));
+    constexpr std::int64_t max_scratch = 96 << 20;
+    const std::int64_t room = larger(1, max_scratch / (plan.task * static_cast<std::int64_t>(sizeof(float))));
     const std::int64_t wanted = smaller(smaller(in.threads, tasks), work / worth_a_thread);
     const int team = static_cast<int>(larger(1, smaller(wanted, room)));
     const std::int64_t one_table = plan.table_rows * plan.columns, columns = plan.columns;

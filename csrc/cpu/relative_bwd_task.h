@@ -20,14 +20,14 @@ struct RelativeTask {
     static constexpr std::int64_t DBAND_STRIDE = BAND_STRIDE / U::PAIR;
 
     const RelativeAttentionBwd& a;
-    const RelativeInputs& relative;
-    const AttentionInputs& in;
+    const RelativeCall& relative;
+    const AttentionCall& in;
     const Plan& plan;
     const bool terms;
     Dropout dropout;
     float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
-        *dout_values, *dq_tile, *k, *v, *k_values, *undropped, *table, *table_values, *delta, *log2_norm, *same_sum,
-        *other_sum, *same_score, *other_score, *one_row, *own_dquery;
+        *dout_values, *dq_tile, *k, *v, *k_values, *undropped, *table, *table_values, *delta, *minus_lse_correction,
+        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
     KeySums<U> key_sums;
     TableSums<U> table_sums;
     SmallSums small;
@@ -81,7 +81,7 @@ struct RelativeTask {
         table = take(round_to(BACKWARD_BLOCK + SPAN, W) * plan.unit_stride);
         table_values = take(round_to(BACKWARD_BLOCK + SPAN, W) * columns);
         delta = take(rows);
-        log2_norm = take(rows);
+        minus_lse_correction = take(rows);
         same_sum = take(rows);
         other_sum = take(rows);
         index = reinterpret_cast<std::int32_t*>(take(rows));
@@ -104,7 +104,7 @@ struct RelativeTask {
         return dout_rows[stream] + index[row] * a.dout[stream].row;
     }
     PYXLBERT_INLINE float lse_of(int stream, std::int64_t row) const {
-        return a.rows[stream].lse[queries[stream].lse_first + index[row]];
+        return a.streams[stream].lse[queries[stream].lse_first + index[row]];
     }
 
     void begin_plane(std::int64_t plane) {
@@ -114,7 +114,7 @@ struct RelativeTask {
         if (relative.options.uniform_rows) p.keys = p.all_keys;
         start[0] = 0;
         for (int stream = 0; stream < STREAMS; ++stream) {
-            const Queries<T>& x = queries[stream] = queries_of<T>(in, a.rows[stream], b, h);
+            const Queries<T>& x = queries[stream] = queries_of<T>(in, a.streams[stream], b, h);
             const AttentionTensor& d = a.dout[stream];
             dout_rows[stream] =
                 static_cast<const T*>(d.data) + (in.cu_seqlens != nullptr ? x.first * d.row : b * d.batch) + h * d.head;
@@ -122,7 +122,7 @@ struct RelativeTask {
             for (std::int64_t at = first_at(x, 0); at < x.count; ++at, ++row) {
                 index[row] = x.order != nullptr ? x.order[at] : static_cast<std::int32_t>(at);
                 place[row] = x.positions != nullptr ? x.positions[index[row]] : index[row];
-                same_sum[row] = other_sum[row] = log2_norm[row] = 0.0f;
+                same_sum[row] = other_sum[row] = minus_lse_correction[row] = 0.0f;
             }
             start[stream + 1] = row;
         }
@@ -173,7 +173,7 @@ struct RelativeTask {
         multiply<U, false>({q_content, stride}, {k, stride * W, W}, plan.units, init, init_stride,
                            {scores, SCORE_STRIDE}, padded, ceil_divide(n, W));
         if (!terms) return;
-        const QueryRows& info = a.rows[stream];
+        const Stream& info = a.streams[stream];
         for (std::int64_t x = 0; x < rows; ++x) {
             const std::int64_t i = index[row + x], visible = visible_keys(i, j0, n);
             float* s = scores + x * SCORE_STRIDE;
@@ -190,7 +190,7 @@ struct RelativeTask {
     }
 
     PYXLBERT_INLINE Exponent exponent_of(int stream, std::int64_t row) const {
-        return {set1(terms ? 1.0f : in.options.scale), set1(-lse_of(stream, row)), set1(log2_norm[row])};
+        return {set1(terms ? 1.0f : in.options.scale), set1(-lse_of(stream, row)), set1(minus_lse_correction[row])};
     }
 
     PYXLBERT_INLINE void pack_keys(std::int64_t j0, std::int64_t n) {
@@ -203,7 +203,7 @@ struct RelativeTask {
         const std::int32_t* ranks = relative.key_rank == nullptr ? nullptr : relative.key_rank + p.k_first + j0;
         const std::int32_t lowest = ranks == nullptr ? 0 : lowest_of(ranks, n);
         for (int stream = 0; stream < STREAMS; ++stream) {
-            dropout.tag = a.rows[stream].options.tag;
+            dropout.tag = a.streams[stream].options.tag;
             std::int64_t rows;
             for (std::int64_t row = start[stream]; row < start[stream + 1]; row += rows) {
                 rows = 1;
@@ -221,7 +221,7 @@ struct RelativeTask {
 
     PYXLBERT_INLINE bool hidden(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n,
                                 std::int32_t lowest) const {
-        if (a.rows[stream].options.see_self && index[row] + p.diagonal < j0 + n &&
+        if (a.streams[stream].options.see_self && index[row] + p.diagonal < j0 + n &&
             index[row + rows - 1] + p.diagonal >= j0)
             return false;
         for (std::int64_t r = row; r < row + rows; ++r)
@@ -255,7 +255,7 @@ struct RelativeTask {
         }
         for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row)
-                if (inexact_lse(lse_of(stream, row))) log2_norm[row] = -__builtin_log2f(delta[row]);
+                if (inexact_lse(lse_of(stream, row))) minus_lse_correction[row] = -__builtin_log2f(delta[row]);
     }
 
     void tile(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n) {
@@ -433,7 +433,7 @@ struct RelativeTask {
         if (p.keys > BACKWARD_BLOCK)
             for (int stream = 0; stream < STREAMS; ++stream)
                 for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
-                    const T* out = static_cast<const T*>(a.rows[stream].out) +
+                    const T* out = static_cast<const T*>(a.streams[stream].out) +
                                    (queries[stream].first + index[row]) * stride + h * d;
                     delta[row] = dot_row(dout_row(stream, row), out, d);
                 }

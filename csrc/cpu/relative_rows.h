@@ -21,8 +21,7 @@ struct Queries {
 };
 
 template <class T>
-PYXLBERT_INLINE Queries<T> queries_of(const AttentionInputs& in, const QueryRows& rows, std::int64_t b,
-                                      std::int64_t h) {
+PYXLBERT_INLINE Queries<T> queries_of(const AttentionCall& in, const Stream& rows, std::int64_t b, std::int64_t h) {
     Queries<T> x;
     const bool packed = in.cu_seqlens != nullptr;
     x.first = packed ? in.cu_seqlens[b] : b * rows.count;
@@ -53,7 +52,7 @@ PYXLBERT_INLINE std::int64_t first_at(const Queries<T>& x, std::int64_t place) {
     return low;
 }
 
-PYXLBERT_INLINE bool has_relative_terms(const RelativeInputs* a) {
+PYXLBERT_INLINE bool has_relative_terms(const RelativeCall* a) {
     return a != nullptr && (a->key_rank != nullptr || a->segment_embedding != nullptr || a->options.uniform_rows);
 }
 
@@ -175,7 +174,7 @@ PYXLBERT_INLINE Vec relative_terms(Vec x, const std::int32_t* segments, std::int
 
 // Scores of query i against keys j0 .. j0 + n - 1 in natural units, masked ones -inf or UNIFORM_SCORE.
 template <class T>
-PYXLBERT_INLINE void add_relative_terms(const RelativeInputs& a, const Plane<T>& p, float* s, SegmentScores score,
+PYXLBERT_INLINE void add_relative_terms(const RelativeCall& a, const Plane<T>& p, float* s, SegmentScores score,
                                         const std::int32_t* query_ranks, const std::int32_t* query_segments,
                                         bool see_self, std::int64_t i, std::int64_t mask_row, std::int64_t j0,
                                         std::int64_t n) {

@@ -104,7 +104,7 @@ struct TableSums {
 
     // After all tiles of a block of keys.
     PYXLBERT_INLINE void end_pass() {
-        tiles += smaller(pass_tiles, MOST_IN_PASS);
+        tiles += smaller(pass_tiles, MAX_IN_PASS);
         if (plan.gathers_table && tiles >= TABLE_TOGETHER) gather();
     }
 
@@ -179,7 +179,7 @@ struct SmallSums {
 // Rows first .. end - 1 of one head of a table: the sum over its groups and parts.
 PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& plan, const float* partials,
                                   std::int64_t slice, std::int64_t first, std::int64_t end, float* sum) {
-    const AttentionInputs& in = a.in.in;
+    const AttentionCall& in = a.in.in;
     const std::int64_t table = slice / in.heads, h = slice % in.heads, columns = plan.columns;
     for (std::int64_t row = first; row < end; ++row) {
         for (std::int64_t c = 0; c < columns; c += W) store(sum + c, zero());
@@ -199,7 +199,7 @@ PYXLBERT_INLINE void store_dtable(const RelativeAttentionBwd& a, const Plan& pla
 // One head's gradient of a bias or embedding: the sum over its sequences and parts.
 PYXLBERT_INLINE void store_small(const RelativeAttentionBwd& a, const Plan& plan, const float* smalls, std::int64_t h,
                                  Small which, float* target, float* sum) {
-    const AttentionInputs& in = a.in.in;
+    const AttentionCall& in = a.in.in;
     for (std::int64_t c = 0; c < plan.columns; c += W) {
         Vec total = zero(), lost = zero();
         for (std::int64_t b = 0; b < in.batch; ++b)

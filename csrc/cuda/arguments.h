@@ -7,7 +7,7 @@
 namespace pyxlbert::cuda {
 
 // A cudaStream_t.
-using Stream = void*;
+using CudaStream = void*;
 
 // [rows, N], `stride` elements from row to row.
 struct Rows {
@@ -42,6 +42,6 @@ inline Dropout make_dropout(double p, const std::int64_t* seed) {
 }
 
 // The longest row that the kernels on rows take.
-constexpr std::int64_t MOST_COLUMNS = 4096;
+constexpr std::int64_t MAX_COLUMNS = 4096;
 
 }  // namespace pyxlbert::cuda

@@ -19,7 +19,7 @@ struct Scores {
 };
 
 // The queries of one stream and what comes of them.
-struct QueryStream {
+struct Stream {
     Heads query;
     int rows;  // of a sequence; packed: at most
     // int32 [B, rows]: positions in order, and the numbers of their rows; null: row i is at position i.  Rows of
@@ -32,13 +32,14 @@ struct QueryStream {
     float* lse;  // [B, H, rows], packed [H, total]
     // Backward.
     Heads dout;
-    float *delta, *rest;       // like lse: sum of dout * out; what lse is short of the logarithm of the weights' sum
+    float* delta;              // like lse: the sum of dout * out
+    float* lse_correction;     // like lse: what it is short of the logarithm of the weights' sum
     void* dquery;              // like the query, contiguous
     void *content, *position;  // relative_attention: the query with either bias, like the query, contiguous
     float* parts;              // [B * H, windows, 5, D], or null: sums over queries for the biases' gradients
 };
 
-struct Attention {
+struct AttentionCall {
     Heads key, value;
     const std::int32_t *key_lengths, *cu_seqlens;
     Scores mask;  // bytes
@@ -57,7 +58,7 @@ struct Attention {
     const std::int32_t *key_rank, *key_segments;  // [B, Tk] or packed, or null
     RelativeOptions relative;
     int streams;
-    QueryStream stream[2];
+    Stream stream[2];
     // Backward.
     void *dkey, *dvalue;  // contiguous
     float* dtable;        // [tables, table_rows, H, D]
@@ -66,8 +67,8 @@ struct Attention {
 };
 
 // A call with one of its streams alone.
-inline Attention alone(const Attention& a, int stream) {
-    Attention one = a;
+inline AttentionCall alone(const AttentionCall& a, int stream) {
+    AttentionCall one = a;
     one.streams = 1;
     one.stream[0] = a.stream[stream];
     return one;
@@ -75,7 +76,7 @@ inline Attention alone(const Attention& a, int stream) {
 
 // Calls f with each stream that has rows alone.
 template <class F>
-void for_each_stream(const Attention& a, F f) {
+void for_each_stream(const AttentionCall& a, F f) {
     for (int n = 0; n < a.streams; ++n)
         if (a.stream[n].rows > 0) f(alone(a, n));
 }

@@ -12,7 +12,7 @@ from pyxlbert import _C
 from pyxlbert.launch.rows import int32
 
 
-def inputs_of(query: Tensor, call: Any, options: Any) -> tuple[_C.cpu.AttentionInputs, list[Tensor | None]]:
+def native_call(query: Tensor, call: Any, options: Any) -> tuple[_C.cpu.AttentionCall, list[Tensor | None]]:
     """The native description of a call, and the tensors that must live as long as it does.
 
     Args:
@@ -29,10 +29,10 @@ def inputs_of(query: Tensor, call: Any, options: Any) -> tuple[_C.cpu.AttentionI
         *(options, call.dropout_p, 0 if call.seed is None else int(call.seed)),
         torch.get_num_threads(),
     )
-    inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+    inputs = _C.cpu.attention_call(*tensors, *numbers)
     if inputs is None:
         tensors[:3] = [in_place(x) for x in tensors[:3]]
-        inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+        inputs = _C.cpu.attention_call(*tensors, *numbers)
     return inputs, tensors
 
 

@@ -178,7 +178,7 @@ def _packed_layer(call: Any, dtype: torch.dtype, hidden: int) -> Stack:
     return Stack([Layer((packed("qkv"),), *map(packed, ("out", "up", "down")), *norms, call.activation)], hidden)
 
 
-def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
+def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionCall, Any]:
     """The native description of a call's rows, and the tensors that must live as long as it does."""
     packed = places.cu_seqlens is not None
     batch = places.cu_seqlens.shape[0] - 1 if packed else x.shape[0]
@@ -186,7 +186,7 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
     mask, bias = adjacent_keys(places.attention_mask), adjacent_keys(places.bias)
     lengths, offsets = int32(places.key_lengths), int32(places.cu_seqlens)
     nowhere = (0, (0, 0, 0))
-    inputs = _C.cpu.AttentionInputs(
+    inputs = _C.cpu.AttentionCall(
         *nowhere * 3,  # query, key and value are the layers' own
         *(address(lengths), address(offsets)),
         *(address(mask), score_strides(mask), address(bias), score_strides(bias)),
@@ -203,14 +203,14 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
 
 def _relative(
     distances: Distances, inputs: Any, places: Places, x: Tensor
-) -> tuple[_C.cpu.RelativeInputs, _C.cpu.QueryRows, Any]:
+) -> tuple[_C.cpu.RelativeCall, _C.cpu.Stream, Any]:
     positions = distances.positions
     numbers = [
         int32(one)
         for one in (distances.key_rank, distances.key_segments, distances.query_rank, distances.query_segments)
     ]
     nowhere = (0, (0, 0, 0))
-    relative = _C.cpu.RelativeInputs(
+    relative = _C.cpu.RelativeCall(
         inputs,
         *nowhere,
         (positions.shape[0] if positions.dim() == 3 else 1, positions.shape[-2], distances.offset),
@@ -219,7 +219,7 @@ def _relative(
         distances,
     )
     length = longest(places.cu_seqlens) if places.cu_seqlens is not None else x.shape[1]
-    rows = _C.cpu.QueryRows(
+    rows = _C.cpu.Stream(
         *nowhere,
         length,
         *(0, 0),  # out, lse
