@@ -424,7 +424,7 @@ def card(device: torch.device) -> Card:
 def refusal_of_heads(kernel: str, *tensors: Tensor | None) -> str | None:
     """The `supports` of the ops of scores: head sizes that have a tile, on a card that has room for it."""
     head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    most = most_head_size(kernel)
+    most = max_head_size(kernel)
     if head_size > most:
         return f"it takes head sizes of at most {most}, not {head_size}"
     reason = refusal(*tensors)
@@ -446,9 +446,9 @@ lack_of_room._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Of each kernel the largest head size that the table has a tile for.
-_MOST_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
+_MAX_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
 
 
-def most_head_size(kernel: str) -> int:
+def max_head_size(kernel: str) -> int:
     """The largest head size that the table has a tile of this kernel for."""
-    return _MOST_HEAD_SIZES[kernel]
+    return _MAX_HEAD_SIZES[kernel]

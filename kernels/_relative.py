@@ -71,7 +71,7 @@ class Stream:
             Marks(positions, int32(self.order), segments, int32(shared.key_segments), rank, int32(shared.key_rank)),
             mask,
             self.sizes,
-            shared.scale,
+            shared.options.scale,
             dropout,
         )
 
@@ -90,7 +90,7 @@ class Stream:
         shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "OPTIONS": Options(shared.causal, shared.uniform_rows, *stream.options),
+            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),

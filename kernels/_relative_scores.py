@@ -78,7 +78,7 @@ class Options(NamedTuple):
     """What every kernel is compiled for, beside its tile.
 
     Attributes:
-        causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`; the others as in its `StreamOptions`.
+        causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`, the others as in its `StreamOptions`.
     """
 
     causal: bool

@@ -155,23 +155,26 @@ PYXLBERT_INLINE void pair_rows([[maybe_unused]] const float* first, [[maybe_unus
 #endif
 }
 
-// exp(scale * s - lse) * norm of one row.
+// exp(scale * s - lse - lse_correction) of one row; the correction is to base 2.
 struct Exponent {
-    Vec scale, minus_lse, log2_norm;
+    Vec scale, minus_lse, minus_lse_correction;
 
     // Elements j .. of the row, zero from n on.
     PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
-        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(LOG2E), log2_norm));
+        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(LOG2E), minus_lse_correction));
         return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
     }
 };
+
+// From here on lse is too coarse for exp(s - lse).
+constexpr float INEXACT_LSE = 64.0f;
 
 // exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys (a row
 // whose scores are finfo.min throughout).  The weights of such rows are summed first, so that their sum can be divided
 // out.
 PYXLBERT_INLINE bool inexact_lse(float lse) {
     const float size = lse < 0.0f ? -lse : lse;
-    return size >= 64.0f && size < INFINITY_;
+    return size >= INEXACT_LSE && size < INFINITY_;
 }
 
 // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds all

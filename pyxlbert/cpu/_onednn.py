@@ -97,7 +97,7 @@ def reorder(weight: Tensor) -> Tensor | None:
 
 def few_rows(x: Tensor) -> bool:
     """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
-    return _few_rows is not None and x.numel() <= _few_rows.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
+    return _few_rows is not None and x.numel() <= _few_rows.max_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 
 
 def _linear_pointwise(*arguments: object) -> Tensor:

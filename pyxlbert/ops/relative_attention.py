@@ -269,7 +269,7 @@ def call_of(given: Given) -> Any:
     checks.flag(op, "causal", given.causal)
     checks.flag(op, "see_self", given.see_self)
     _scores.check_query_key_value(op, query, key, value, packed=given.cu_seqlens is not None)
-    uniform = _relative.uniform_rows(op, given.masked_rows)
+    uniform_rows = _relative.uniform_rows(op, given.masked_rows)
     if given.cu_seqlens is None:
         if max_seqlen is not None:
             raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
@@ -348,7 +348,7 @@ def call_of(given: Given) -> Any:
         given.see_self,
         given.attention_mask,
         given.causal,
-        uniform,
+        uniform_rows,
         scale,
         dropout_p,
         seed,

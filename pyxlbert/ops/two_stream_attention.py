@@ -256,7 +256,7 @@ def call_of(given: Given) -> Any:
     op, first = "two_stream_attention", "content_query"
     scale = _scores.check_scale(op, given.scale)
     _scores.check_query_key_value(op, content_query, key, value, name=first)
-    uniform = _relative.uniform_rows(op, given.masked_rows)
+    uniform_rows = _relative.uniform_rows(op, given.masked_rows)
     batch, rows, heads, head_size = content_query.shape
     keys = key.shape[1]
     _scores.check_rows(op, "query_query", query_query, content_query, False, first)
@@ -302,7 +302,7 @@ def call_of(given: Given) -> Any:
         given.query_rank,
         given.key_rank,
         given.attention_mask,
-        uniform,
+        uniform_rows,
         scale,
         dropout_p,
         seed,

@@ -251,7 +251,7 @@ def test_many_rows_are_left_to_the_vendor(monkeypatch) -> None:
     rows = []
     right = _few_rows.linear_fwd
     monkeypatch.setattr(_few_rows, "linear_fwd", lambda x, *rest: rows.append(len(x)) or right(x, *rest))
-    most = _few_rows.most_rows(torch.float32, True)
+    most = _few_rows.max_rows(torch.float32, True)
     for m in (most, most + 1):
         pyxlbert.linear(*arguments(m=m))
         pyxlbert.linear_gelu(*arguments(m=m))
