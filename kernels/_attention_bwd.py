@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_scores import end_of_keys, some_allowed, tile_scores
-from ._philox import ATTENTION
-from ._scores import (
+from ._attention import (
     block_and_plane,
     delta_of,
     exp,
@@ -22,6 +20,8 @@ from ._scores import (
     store_rows,
     typed,
 )
+from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._philox import ATTENTION
 
 
 @triton.jit
