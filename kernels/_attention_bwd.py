@@ -5,9 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_scores import end_of_keys, some_allowed, tile_scores
-from ._philox import ATTENTION
-from ._scores import (
+from ._attention import (
     INFINITY,
     block_and_plane,
     delta_of,
@@ -24,6 +22,8 @@ from ._scores import (
     typed,
     weights_of,
 )
+from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._philox import ATTENTION
 
 
 @triton.jit

@@ -358,7 +358,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd_positions", 80, 2, 128, True): Tile(16, 64, 4, 1, False),
 }
 
-# How kernels of scores are compiled: no fused multiply-add (see _scores.py).
+# How kernels of scores are compiled: no fused multiply-add (see _attention.py).
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 # In the interpreter the sizes of tests are a few tiles of these.  The band of a relative tile is two blocks of keys, so

@@ -25,14 +25,7 @@ from pyxlbert.launch.relative import Shared
 from pyxlbert.launch.relative import Stream as Queries
 from pyxlbert.launch.rows import int32
 
-from ._configurations import COMPILE_OPTIONS, configuration
-from ._launch import launch
-from ._philox import dropout_of
-from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
-from ._relative_bwd_queries import bwd_queries
-from ._relative_fwd import fwd
-from ._relative_scores import Biases, Call, Marks, Options, Table
-from ._scores import (
+from ._attention import (
     broadcast_of,
     constants_of,
     grid_of,
@@ -41,6 +34,13 @@ from ._scores import (
     sizes_of,
     statistics_of,
 )
+from ._configurations import COMPILE_OPTIONS, configuration
+from ._launch import launch
+from ._philox import dropout_of
+from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
+from ._relative_bwd_queries import bwd_queries
+from ._relative_fwd import fwd
+from ._relative_scores import Biases, Call, Marks, Options, Table
 
 
 class Stream:

@@ -5,18 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._philox import keep_each
-from ._products import add_product, row_products
-from ._relative_scores import (
-    end_of_keys,
-    first_table_row,
-    load_queries,
-    numbers_before,
-    query_lines,
-    some_seen,
-    tile_scores,
-)
-from ._scores import (
+from ._attention import (
     INFINITY,
     UNIFORM_SCORE,
     block_and_plane,
@@ -33,6 +22,17 @@ from ._scores import (
     store_rows,
     typed,
     weights_of,
+)
+from ._philox import keep_each
+from ._products import add_product, row_products
+from ._relative_scores import (
+    end_of_keys,
+    first_table_row,
+    load_queries,
+    numbers_before,
+    query_lines,
+    some_seen,
+    tile_scores,
 )
 from ._skew import Matrix, load_seen, skewed
 

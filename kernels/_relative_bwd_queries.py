@@ -5,19 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._products import add_product, row_products
-from ._relative_scores import (
-    end_of_keys,
-    first_table_row,
-    is_other_segment,
-    load_queries,
-    load_vector,
-    numbers_before,
-    query_lines,
-    some_seen,
-    tile_scores,
-)
-from ._scores import (
+from ._attention import (
     UNIFORM_SCORE,
     block_and_plane,
     first_row,
@@ -30,6 +18,18 @@ from ._scores import (
     store_rows,
     typed,
     weights_of,
+)
+from ._products import add_product, row_products
+from ._relative_scores import (
+    end_of_keys,
+    first_table_row,
+    is_other_segment,
+    load_queries,
+    load_vector,
+    numbers_before,
+    query_lines,
+    some_seen,
+    tile_scores,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
 from ._philox import Dropout
 from ._products import row_products
-from ._scores import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
 
 # Records that kernels take.
 
