@@ -60,8 +60,8 @@ struct Backward {
     const Plan& plan;
     const Dropout dropout;
     const bool terms;
-    float *delta, *minus_lse_correction, *top, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv,
-        *all_dk, *all_dv, *undropped, *own_dquery;
+    float *delta, *minus_lse_correction, *top, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk,
+        *dv, *all_dk, *all_dv, *undropped, *own_dquery;
 
     PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
         : a(arguments),

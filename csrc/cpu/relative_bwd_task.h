@@ -26,8 +26,8 @@ struct RelativeTask {
     const bool terms;
     Dropout dropout;
     float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
-        *dout_values, *dq_tile, *k, *v, *k_values, *undropped, *table, *table_values, *delta, *minus_lse_correction, *top,
-        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
+        *dout_values, *dq_tile, *k, *v, *k_values, *undropped, *table, *table_values, *delta, *minus_lse_correction,
+        *top, *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
     KeySums<U> key_sums;
     TableSums<U> table_sums;
     SmallSums small;
