@@ -56,7 +56,7 @@ class Structure(Replaced):
     def _plain(self, types: Tensor) -> bool:
         """Whether segments that have a term are equal or not, and none is part of every other."""
         # What it notes of a call is no setting; a method put on the instance would see types in our form.
-        if not can_look(types) or any(name in self.__dict__ for name in self._pyxlbert_settings.methods):
+        if not can_look(types) or not is_as_set(self, self._pyxlbert_settings._replace(values=())):
             return False
         seen = types[:, 1:] if self.config.separate_cls else types
         return not bool((seen == self.cls_token_type_id).any())
@@ -168,12 +168,12 @@ class FunnelFeedForward(Replaced):
 
     def forward(self, hidden: Tensor) -> Tensor:
         kind, up = self._pyxlbert.activation, self.linear_1
-        if not _plain_residual(self.dropout, self.layer_norm):
+        if not (self.is_as_set() and _plain_residual(self.dropout, self.layer_norm)):
             return super().forward(hidden)
         fused = kind is not None and isinstance(up, ReplacedLinear) and not watched(up)
         activation, known = self.activation_function, self._pyxlbert
         fused = fused and type(activation) is known.kind and is_as_set(activation, known.settings)
-        if fused and self.is_as_set() and not watched(activation):
+        if fused and not watched(activation):
             inner = linear_activation(up, hidden, kind)
         else:
             inner = self.activation_function(up(hidden))

@@ -493,7 +493,10 @@ class Model(Replaced):
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
-        known = getattr(self._pyxlbert.config, "_attn_implementation", None) in (*IMPLEMENTATIONS, None)
+        config = self._pyxlbert.config
+        known = getattr(config, "_attn_implementation", None) in (*IMPLEMENTATIONS, None)
+        # A decoder's mask is more than which keys there are.
+        known = known and not getattr(config, "is_decoder", False)
         return known and isinstance(tokens, Tensor) and tokens.shape[:2] == mask.shape and tokens.device == mask.device
 
 

@@ -40,11 +40,11 @@ class Settings(NamedTuple):
 
     Attributes:
         values: attributes by name: numbers, words, functions.
-        methods: names of its class's methods, none of which the instance had.
+        methods: classes with the names of their methods, none of which the instance had, and these.
     """
 
     values: tuple[tuple[str, Any], ...]
-    methods: tuple[str, ...]
+    methods: tuple[tuple[type, str, Any], ...]
 
 
 # Of torch and of this package, and what every replacement reads at each call.
@@ -68,23 +68,23 @@ def settings_of(module: nn.Module) -> Settings:
         if name not in _NO_SETTINGS and not name.startswith("_") and isinstance(value, _VALUES)
     ]
     classes = (kind for kind in type(module).__mro__ if kind.__module__.startswith(_AUTHORS))
-    methods = dict.fromkeys(
-        name
+    methods = [
+        (kind, name, getattr(kind, name))
         for kind in classes
         for name, value in vars(kind).items()
-        if isinstance(value, (FunctionType, staticmethod, classmethod)) and not name.startswith("__")
-    )
-    return Settings(tuple(values), tuple(name for name in methods if name not in state))
+        if isinstance(value, (FunctionType, staticmethod)) and not name.startswith("__") and name not in state
+    ]
+    return Settings(tuple(values), tuple(methods))
 
 
 def is_as_set(module: nn.Module, known: Settings) -> bool:
-    """Whether a module's settings are what they were: no value another, and no method put on the instance."""
+    """Whether a module's settings are what they were: no value and no method another, nor one put on the instance."""
     state = module.__dict__
     for name, value in known.values:
         now = _function(state.get(name, known))
         if type(now) is not type(value) or now != value:
             return False
-    return not any(name in state for name in known.methods)
+    return all(name not in state and getattr(kind, name) is method for kind, name, method in known.methods)
 
 
 def _function(value: Any) -> Any:
