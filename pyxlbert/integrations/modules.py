@@ -175,7 +175,7 @@ class Layer(Replaced, Packable):
             query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
         else:
             query, key, value = side_by_side.unflatten(-1, (3, *heads)).unbind(-3)
-        dropout_p = dropout_of(part.get("attention_dropout"))
+        dropout_p = self._attention_dropout(part.get("attention_dropout"))
         if layout.packed and bias is not None:
             # A bias is by the places of the padded batch.
             there = TokenLayout(layout.batch, layout.length, attention_mask=_keys(layout, x), bias=bias)
@@ -186,6 +186,13 @@ class Layer(Replaced, Packable):
         x = _residual(part["out"](mixed), x, part.get("out_dropout"), part["out_norm"])
         inner = self._inner(x, part["up"], part["activation"], state.activation)  # [B, T, F], packed [total, F]
         return _residual(part["down"](inner), x, part.get("down_dropout"), part["norm"])
+
+    def _attention_dropout(self, dropout: nn.Dropout | None) -> float:
+        """The interface of attention drops where the module of attention is in training mode, not its dropout."""
+        state: LayerState = self._pyxlbert
+        if dropout is None or state.parts.biased:
+            return dropout_of(dropout)
+        return dropout.p if at(self, state.paths["attention_dropout"][:-1]).training else 0.0
 
     @staticmethod
     def _inner(x: Tensor, up: nn.Module, activation: Any, kind: str | None) -> Tensor:

@@ -342,6 +342,23 @@ def _stepped(together: bool) -> torch.Tensor:
     return torch.cat([one.detach().flatten() for one in plain.parameters()])
 
 
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_dropouts_alone_in_training_mode(kind: str) -> None:
+    """Of a model in eval mode: what it drops is what its own code would, by modules of p = 1, which leave no chance."""
+    plain, ours = pair(kind)
+    for model in (plain, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train().p = 1.0
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], FLOAT32)
+    for model in (plain, ours):
+        model.eval()
+        for name, module in model.named_modules():
+            # The module of attention itself, and not its dropout.
+            module.training = name.endswith(("attention.self", "attention.attn", "layer.0.attention", "s.0.attention"))
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], FLOAT32)
+
+
 def test_threads() -> None:
     _, ours = pair("mpnet")
     wanted, got = last(ours), [None] * 8
