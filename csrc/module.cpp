@@ -22,6 +22,7 @@
 #include "fork.h"
 #include "records.h"
 #include "run.h"
+#include "seen.h"
 #include "tensors.h"
 #include "workspace.h"
 
@@ -451,6 +452,7 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
     cpu.def("linear_fwd", &linear_fwd);
     pyxlbert::bind_encoder(cpu);
+    pyxlbert::bind_seen(cpu);
 
 #ifdef PYXLBERT_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

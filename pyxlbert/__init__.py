@@ -8,7 +8,7 @@ from pyxlbert import backends
 from pyxlbert.backends import allow_atomics, debug_checks, use_backend
 from pyxlbert.integrations import accelerate, register_attention, register_kernels, restore
 from pyxlbert.models.graphed import graphed
-from pyxlbert.nn.packing import pack, unpack
+from pyxlbert.nn.packing import pack, repack, unpack
 from pyxlbert.ops import (
     attention,
     bias_gelu,
@@ -45,6 +45,7 @@ __all__ = [
     "register_attention",
     "register_kernels",
     "relative_attention",
+    "repack",
     "restore",
     "two_stream_attention",
     "unpack",

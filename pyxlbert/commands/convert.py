@@ -14,14 +14,14 @@ Reads a checkpoint as google-research/bert and zihangdai/xlnet save it (bert_con
 and transformers read. Prints every variable: its name and shape, whether the model takes it from the checkpoint, and
 what it is called in the directory; what the model has and the checkpoint lacks is left new, the rest (an optimiser's)
 is unused. A folder with pytorch_model.bin, whose LayerNorms have gamma and beta, is read as a BERT of the first PyTorch
-code."""
+code, and model.pt as a RoBERTa of fairseq (with --no-tokenizer: its dictionary is not read)."""
 
 
 def add(commands: Any) -> None:
     """Adds the command to argparse's subparsers."""
     parser = commands.add_parser(
         "convert",
-        help="turn an original TensorFlow checkpoint of BERT or XLNet into a Hugging Face directory",
+        help="turn an original checkpoint of BERT, RoBERTa or XLNet into a Hugging Face directory",
         description=_DESCRIPTION,
     )
     parser.add_argument("source", metavar="SOURCE", help="the checkpoint's folder, or its name: folder/model.ckpt-343")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyxlbert import _C
-from pyxlbert.cpu import _packed
+from pyxlbert.cpu import _packed, _seen
 from pyxlbert.cpu._attention import adjacent_keys, longest
 from pyxlbert.cpu._tensors import refusal
 from pyxlbert.launch.attention import RELATIVE_ATTENTION, ScoreOptions, StreamOptions, score_strides
@@ -162,9 +162,9 @@ def _stack_of(call: Any, dtype: torch.dtype, hidden: int) -> Stack:
     state = [(one.data_ptr(), one._version, one.dtype, one.shape, one.stride()) for one in tensors]
     key = (state, dtype, call.activation, call.eps, _C.level())
     found = _kept.get(call.qkv_weight)
-    if found is None or found[0] != key:
-        # An alias of each is kept, so that no other tensor can come to lie at its address.
-        found = (key, _packed_layer(call, dtype, hidden), [one.detach() for one in tensors])
+    if found is None or found[0] != key or not found[2].unchanged():
+        contents = _seen.Contents(tensors)
+        found = (key, _packed_layer(call, dtype, hidden), contents)
         _kept[call.qkv_weight] = found
     return found[1]
 

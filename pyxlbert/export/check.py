@@ -19,22 +19,22 @@ def runtime_is_here() -> bool:
 
 
 def batches(
-    shape: Callable[[int, int], tuple[int, ...]], least: int, most: int, vocabulary: int, empty: bool = True
+    shape: Callable[[int, int], tuple[int, ...]], least: int, most: int, below: tuple[int, int], empty: bool = True
 ) -> list[list[Tensor]]:
     """Ids, masks and types of batches of several sizes and lengths, with padding on either side.
 
     Args:
         shape: of a batch of B rows of T places.
         least, most: the lengths that the graph takes; rows have at least the least number of tokens.
-        vocabulary: ids are below it.
+        below: what ids and what types are less than.
         empty: whether a row has no token at all.
     """
     generator = torch.Generator().manual_seed(0)
     made = []
     for rows, length in ((1, least), (3, min(most, max(least, 11))), (4, min(most, max(least, 40)))):
         sizes = shape(rows, length)
-        ids = torch.randint(0, vocabulary, sizes, generator=generator)
-        types = torch.randint(0, 2, sizes, generator=generator)
+        ids = torch.randint(0, below[0], sizes, generator=generator)
+        types = torch.randint(0, below[1], sizes, generator=generator)
         places = torch.arange(length)
         mask = torch.ones(sizes, dtype=torch.int64)
         if rows > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -120,10 +121,13 @@ def _load(directory: str | Path, task: str | None) -> tuple[PretrainedModel, str
     config = read_json(require_file(directory, "config.json"))
     kind = config.get("model_type")
     if kind not in TASKS:
-        raise ValueError(f"{directory}: model_type is {kind!r}; wanted {' or '.join(TASKS)}")
-    named = (config.get("architectures") or [None])[0]
+        raise ValueError(f"{directory}: model_type is {kind!r}; wanted one of {', '.join(TASKS)}")
+    encoder = class_name(kind, "feature-extraction")
+    # XLM-RoBERTa's and CamemBERT's classes are RoBERTa's under another name.
+    named = str((config.get("architectures") or [""])[0])
+    named = re.sub(r"^(XLMRoberta|Camembert)", "Roberta", named)
     if task is None:
-        name = named if named in TASKS[kind].values() else class_name(kind, "feature-extraction")
+        name = named if named in TASKS[kind].values() else encoder
     else:
         name = class_name(kind, task)
         beam, simple = (TASKS[kind].get(one) for one in ("question-answering", "question-answering-simple"))
@@ -156,7 +160,8 @@ class _Graph(torch.nn.Module):
         self.choices = name.endswith("ForMultipleChoice")
         self.searches = name == "XLNetForQuestionAnswering"
         self.least = max(config.start_n_top, config.end_n_top) if self.searches else 1
-        self.most = getattr(config, "max_position_embeddings", 2**31 - 1)
+        self.most = model.base_model.max_tokens or 2**31 - 1
+        self.types = max(1, min(2, getattr(config, "type_vocab_size", 2)))
         config.output_hidden_states = config.output_attentions = False
         with torch.no_grad():
             self.outputs = tuple(self._run(*self.example()))
@@ -168,12 +173,14 @@ class _Graph(torch.nn.Module):
     def example(self) -> list[Tensor]:
         """A batch to trace: no size of it is one that a tracer takes for a constant."""
         shape = self.shape(5, min(self.most, max(self.least, 7)))
-        return [torch.ones(shape, dtype=torch.int64), *(torch.arange(shape[-1]).expand(shape) % 2 for _ in range(2))]
+        places, word = torch.arange(shape[-1]).expand(shape), (self.model.config.pad_token_id or 0) + 1
+        return [torch.full(shape, word), places % 2, places % self.types]
 
     def batches(self) -> list[list[Tensor]]:
         """To check the graph with."""
         # Among places of no probability, which all padding has, a search may find any.
-        return check.batches(self.shape, self.least, self.most, self.model.config.vocab_size, empty=not self.searches)
+        sizes = (self.model.config.vocab_size, self.types)
+        return check.batches(self.shape, self.least, self.most, sizes, empty=not self.searches)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._run(input_ids, attention_mask, token_type_ids).values())

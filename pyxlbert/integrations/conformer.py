@@ -21,7 +21,15 @@ from pyxlbert.backends import use_backend
 from pyxlbert.integrations.architecture import DistanceParts, FeedForwardParts
 from pyxlbert.integrations.attention import NAME, register_masks, shortest
 from pyxlbert.integrations.modules import HARMLESS, ReplacedLinear, asked, tokens_of
-from pyxlbert.integrations.swap import Replaced, can_look, recorded, watched, watched_anywhere
+from pyxlbert.integrations.swap import (
+    Replaced,
+    Settings,
+    can_look,
+    is_as_set,
+    recorded,
+    watched,
+    watched_anywhere,
+)
 from pyxlbert.nn import linear_activation
 from pyxlbert.nn.packing import Packable, Projection
 from pyxlbert.ops.linear import linear
@@ -77,6 +85,8 @@ class AttentionState:
 class DistanceAttention(Replaced):
     """Attention with a term of the distance, in memory linear in the length; asked for weights it is as it was."""
 
+    remembers = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts: DistanceParts = self._pyxlbert.parts
         given = dict(zip(parts.arguments, args, strict=False)) | kwargs
@@ -117,7 +127,7 @@ class DistanceAttention(Replaced):
         """Whether nobody asks for weights or watches the dropout, and every argument is known."""
         if any(value is not None and value is not False and name not in HARMLESS for name, value in given.items()):
             return False
-        if "attentions" in (recorded() or ()):
+        if "attentions" in (recorded() or ()) or not self.is_as_set():
             return False
         dropout = getattr(self, self._pyxlbert.parts.dropout)
         return not isinstance(dropout, nn.Module) or (type(dropout) is nn.Dropout and not watched(dropout))
@@ -183,21 +193,25 @@ class SameDistances(Replaced):
 
 @dataclass(frozen=True)
 class FeedForwardState:
-    """What a feed-forward network knows: where its modules are, the activation's kind and its class."""
+    """What a feed-forward network knows: where its modules are, the activation's kind, its class and settings."""
 
     parts: FeedForwardParts
     activation: str | None
     kind: type[nn.Module]
+    settings: Settings
 
 
 class FeedForward(Replaced):
     """A feed-forward network, its activation with the first product."""
+
+    remembers = True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         state: FeedForwardState = self._pyxlbert
         parts = state.parts
         up, activation = getattr(self, parts.up), getattr(self, parts.activation)
         fused = state.activation is not None and isinstance(up, ReplacedLinear) and type(activation) is state.kind
+        fused = fused and self.is_as_set() and is_as_set(activation, state.settings)
         if not fused or watched(up) or watched(activation):
             return super().forward(hidden_states)
         inner = linear_activation(up, hidden_states, state.activation)  # type: ignore[arg-type]  # [B, T, F]
@@ -214,11 +228,13 @@ class FeedForward(Replaced):
 class PointwiseConvolution(Replaced, Packable):
     """A convolution of one place, ``[B, C, T]`` to ``[B, N, T]``: a linear layer on the places."""
 
+    remembers = True
+
     def packed_layers(self, product: str = "") -> tuple[Projection, ...]:
         return (Projection(self.weight, to_heads=False),)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3:
+        if x.dim() != 3 or not self.is_as_set():
             return super().forward(x)
         rows = x.transpose(1, 2)  # [B, T, C], as the model has it
         y = self.packed_product(rows)

@@ -13,7 +13,7 @@ from pyxlbert.integrations.architecture import ConformerArchitecture
 from pyxlbert.integrations.conformer import ConformerState, Keys
 from pyxlbert.integrations.modules import ReplacedLinear
 from pyxlbert.integrations.report import Entry
-from pyxlbert.integrations.swap import Unlike, shares_weights, swap
+from pyxlbert.integrations.swap import Unlike, settings_of, shares_weights, swap
 from pyxlbert.nn import ACTIVATIONS
 
 Swap = Callable[[nn.Module], None]
@@ -163,7 +163,7 @@ class _Conformer:
                 raise Unlike(f"{name}: got {_described(dropout)}, wanted a Dropout or a number")
         named = getattr(self.model.config, parts.activation_name, None)
         kind = ACTIVATIONS.get(named) if isinstance(named, str) else None
-        state = conformer.FeedForwardState(parts, kind, type(activation))
+        state = conformer.FeedForwardState(parts, kind, type(activation), settings_of(activation))
 
         def change(one: nn.Module) -> None:
             _swap_linears(one)

@@ -400,7 +400,7 @@ class _Base:
                 raise Unlike(f"{name}: got {type(child).__name__}, wanted {kind.__name__}")
             if kind is nn.Embedding and (child.max_norm is not None or child.sparse or child.scale_grad_by_freq):
                 raise Unlike(f"{name}: got {child}, wanted a plain table")
-            skipped.append(((name,), kind, kind.forward))
+            skipped.append(Skipped.of(module, (name,)))
         return EmbeddingState(parts, tuple(skipped))
 
 
@@ -409,7 +409,7 @@ def _skipped(layer: nn.Module, paths: Mapping[str, Path], fused: bool) -> tuple[
     names = (*_NORMS, *_DROPOUTS, *(("activation",) if fused else ()))
     around = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
     skipped = (*sorted(around), *(paths[name] for name in names if name in paths))
-    return tuple((path, type(at(layer, path)), type(at(layer, path)).forward) for path in skipped)
+    return tuple(Skipped.of(layer, path) for path in skipped)
 
 
 def _swap_layer(layer: nn.Module, state: LayerState) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pyxlbert.backends import use_backend
 from pyxlbert.integrations.attention import shortest
 from pyxlbert.integrations.modules import ReplacedLinear, dropout_of
-from pyxlbert.integrations.swap import Replaced, can_look, watched
+from pyxlbert.integrations.swap import Replaced, Settings, can_look, is_as_set, watched
 from pyxlbert.nn import linear_activation
 from pyxlbert.ops.attention import attention
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -41,6 +41,8 @@ class Segments:
 class Structure(Replaced):
     """What all attention of a model shares: token types stay one a place, and there is no mask of the first place."""
 
+    remembers = True
+
     def init_attention_inputs(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> tuple:
@@ -53,7 +55,8 @@ class Structure(Replaced):
 
     def _plain(self, types: Tensor) -> bool:
         """Whether segments that have a term are equal or not, and none is part of every other."""
-        if not can_look(types):
+        # What it notes of a call is no setting; a method put on the instance would see types in our form.
+        if not can_look(types) or not is_as_set(self, self._pyxlbert_settings._replace(values=())):
             return False
         seen = types[:, 1:] if self.config.separate_cls else types
         return not bool((seen == self.cls_token_type_id).any())
@@ -71,14 +74,18 @@ class Structure(Replaced):
 
 @dataclass(frozen=True)
 class FunnelState:
-    """What a layer knows: the activation's kind or None, and the type that is part of every segment."""
+    """What a layer knows: the activation's kind or None, class and settings; the type that is part of every segment."""
 
     activation: str | None
     cls_type: int
+    kind: type[nn.Module]
+    settings: Settings
 
 
 class FunnelAttention(Replaced):
     """Attention of a layer with its residual, in memory linear in the length; asked for weights it is as it was."""
+
+    remembers = True
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_inputs: tuple, output_attentions: bool = False
@@ -150,18 +157,23 @@ class FunnelAttention(Replaced):
         return mixed if first is None else torch.cat([first, mixed[..., :-1]], 1)
 
     def _usual(self) -> bool:
-        return _plain(self.attention_dropout, nn.Dropout) and _plain_residual(self.hidden_dropout, self.layer_norm)
+        plain = _plain(self.attention_dropout, nn.Dropout) and _plain_residual(self.hidden_dropout, self.layer_norm)
+        return plain and self.is_as_set()
 
 
 class FunnelFeedForward(Replaced):
     """A feed-forward network with its residual."""
 
+    remembers = True
+
     def forward(self, hidden: Tensor) -> Tensor:
         kind, up = self._pyxlbert.activation, self.linear_1
-        if not _plain_residual(self.dropout, self.layer_norm):
+        if not (self.is_as_set() and _plain_residual(self.dropout, self.layer_norm)):
             return super().forward(hidden)
         fused = kind is not None and isinstance(up, ReplacedLinear) and not watched(up)
-        if fused and not watched(self.activation_function):
+        activation, known = self.activation_function, self._pyxlbert
+        fused = fused and type(activation) is known.kind and is_as_set(activation, known.settings)
+        if fused and not watched(activation):
             inner = linear_activation(up, hidden, kind)
         else:
             inner = self.activation_function(up(hidden))

@@ -11,7 +11,7 @@ from pyxlbert.integrations import funnel, probe
 from pyxlbert.integrations.architecture import FunnelArchitecture
 from pyxlbert.integrations.modules import ReplacedLinear
 from pyxlbert.integrations.report import Entry
-from pyxlbert.integrations.swap import Unlike, shares_weights, swap
+from pyxlbert.integrations.swap import Unlike, settings_of, shares_weights, swap
 from pyxlbert.nn import ACTIVATIONS
 
 
@@ -28,8 +28,11 @@ def replace_funnel(name: str, model: nn.Module, table: FunnelArchitecture, backe
     was = type(model).__name__
     try:
         _check(model, table)
+        activation = _found(model, table, "layer")[0][1].ffn.activation_function
         state = funnel.FunnelState(
-            ACTIVATIONS.get(model.config.hidden_act), _found(model, table, "structure")[0][1].cls_token_type_id
+            ACTIVATIONS.get(model.config.hidden_act),
+            _found(model, table, "structure")[0][1].cls_token_type_id,
+            *(type(activation), settings_of(activation)),
         )
         if verify:
             structure = _found(model, table, "structure")[0][1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from pyxlbert.backends import use_backend
 from pyxlbert.integrations import together
 from pyxlbert.integrations.architecture import EmbeddingParts, LayerParts, Stack
-from pyxlbert.integrations.swap import Replaced, at, can_look, recorded, watched, watched_anywhere
+from pyxlbert.integrations.swap import (
+    Replaced,
+    Settings,
+    at,
+    can_look,
+    is_as_set,
+    recorded,
+    settings_of,
+    watched,
+    watched_anywhere,
+)
 from pyxlbert.nn import Linear, TokenLayout, attend, linear_activation
 from pyxlbert.nn.embeddings import without_gradient_of_padding
 from pyxlbert.nn.encoder_layers import LayerParts as PartsOfLayer
@@ -33,7 +43,22 @@ IMPLEMENTATIONS = ("eager", "sdpa", "pyxlbert")
 HARMLESS = ("position_ids", "output_hidden_states", "return_dict", "use_cache")
 
 Path = tuple[str, ...]
-Skipped = tuple[Path, type[nn.Module], Any]  # a module's path, class, and that class's `forward`
+
+
+class Skipped(NamedTuple):
+    """A module that an op stands for: its path, class, that class's `forward`, and how it was set."""
+
+    path: Path
+    kind: type[nn.Module]
+    forward: Any
+    settings: Settings
+
+    @classmethod
+    def of(cls, parent: nn.Module, path: Path) -> Skipped:
+        """The module at a path as it is now."""
+        module = at(parent, path)
+        return cls(path, type(module), type(module).forward, settings_of(module))
+
 
 # The modules of a layer, by their names in `LayerParts`.
 MODULES = (
@@ -68,8 +93,7 @@ class LayerState:
     Attributes:
         parts: where its modules are.
         paths: the same, by the names of `MODULES`, of those that the layer has.
-        skipped: the modules that are computed by an op in their place, by path, each with the class that it has and
-            that class's `forward`.
+        skipped: the modules that are computed by an op in their place.
         heads: H.
         activation: what `activation_kind` returns; None: a module that is called.
         tuples: whether it returns a tuple, as it does in some versions of transformers.
@@ -99,6 +123,7 @@ class Layer(Replaced, Packable):
     """
 
     is_encoder_layer = True
+    remembers = True
 
     def packed_layers(self, product: str = "") -> Any:
         return tuple(at(self, self._pyxlbert.paths[name]) for name in ("query", "key", "value"))
@@ -131,7 +156,12 @@ class Layer(Replaced, Packable):
         # Hidden states are recorded where layers are called, which they still are.
         keys = recorded()
         keys = None if keys is None else keys - {"hidden_states", "_hidden_states_layers"}
-        return _as_found(self, self._pyxlbert.skipped, keys)
+        return self.is_as_set() and _as_found(self, self._pyxlbert.skipped, keys)
+
+    def as_set_inside(self) -> bool:
+        """Whether this layer's settings, and those of the modules that it stands for, still are what they were."""
+        skipped = self._pyxlbert.skipped
+        return self.is_as_set() and all(is_as_set(at(self, one.path), one.settings) for one in skipped)
 
     def _knows(self, name: str) -> bool:
         return name == "position_bias" and self._pyxlbert.parts.biased
@@ -145,7 +175,7 @@ class Layer(Replaced, Packable):
             query, key, value = (part[name](x).unflatten(-1, heads) for name in ("query", "key", "value"))
         else:
             query, key, value = side_by_side.unflatten(-1, (3, *heads)).unbind(-3)
-        dropout_p = dropout_of(part.get("attention_dropout"))
+        dropout_p = self._attention_dropout(part.get("attention_dropout"))
         if layout.packed and bias is not None:
             # A bias is by the places of the padded batch.
             there = TokenLayout(layout.batch, layout.length, attention_mask=_keys(layout, x), bias=bias)
@@ -156,6 +186,13 @@ class Layer(Replaced, Packable):
         x = _residual(part["out"](mixed), x, part.get("out_dropout"), part["out_norm"])
         inner = self._inner(x, part["up"], part["activation"], state.activation)  # [B, T, F], packed [total, F]
         return _residual(part["down"](inner), x, part.get("down_dropout"), part["norm"])
+
+    def _attention_dropout(self, dropout: nn.Dropout | None) -> float:
+        """The interface of attention drops where the module of attention is in training mode, not its dropout."""
+        state: LayerState = self._pyxlbert
+        if dropout is None or state.parts.biased:
+            return dropout_of(dropout)
+        return dropout.p if at(self, state.paths["attention_dropout"][:-1]).training else 0.0
 
     @staticmethod
     def _inner(x: Tensor, up: nn.Module, activation: Any, kind: str | None) -> Tensor:
@@ -184,12 +221,14 @@ def _harmless(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _as_found(module: nn.Module, skipped: tuple[Skipped, ...], recording: frozenset[str] | None) -> bool:
-    """Whether every part that is skipped is of the class that was found there, and neither patched nor watched."""
+    """Whether every part that is skipped is what was found there, and neither patched nor watched."""
     if hooked_everywhere():
         return False
-    for path, kind, forward in skipped:
-        part = at(module, path)
-        if type(part) is not kind or kind.forward is not forward or watched(part, recording):
+    for one in skipped:
+        part = at(module, one.path)
+        if type(part) is not one.kind or one.kind.forward is not one.forward or watched(part, recording):
+            return False
+        if not is_as_set(part, one.settings):
             return False
     return True
 
@@ -225,7 +264,7 @@ def _residual(x: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingState:
-    """What embeddings know: where their modules are, and the class that each has with that class's `forward`."""
+    """What embeddings know: where their modules are, and which an op stands for."""
 
     parts: EmbeddingParts
     skipped: tuple[Skipped, ...]
@@ -234,6 +273,8 @@ class EmbeddingState:
 class Embeddings(Replaced):
     """Word, position and token-type embeddings with their LayerNorm and dropout, in one pass."""
 
+    remembers = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         parts: EmbeddingParts = self._pyxlbert.parts
         given = dict(zip(parts.arguments, args, strict=False)) | kwargs
@@ -241,6 +282,8 @@ class Embeddings(Replaced):
         # Ready-made vectors, or tokens after others.
         others = any(value is not None and not (type(value) is int and value == 0) for value in given.values())
         if ids is None or others or (types is not None and parts.token_type is None) or not self._usual():
+            return super().forward(*args, **kwargs)
+        if not self._counts(ids, places, types):
             return super().forward(*args, **kwargs)
         word, position = getattr(self, parts.word), getattr(self, parts.position)
         norm, kinds = getattr(self, parts.norm), None if parts.token_type is None else getattr(self, parts.token_type)
@@ -262,7 +305,17 @@ class Embeddings(Replaced):
         )
 
     def _usual(self) -> bool:
-        return _as_found(self, self._pyxlbert.skipped, recorded())
+        return self.is_as_set() and _as_found(self, self._pyxlbert.skipped, recorded())
+
+    def _counts(self, ids: Tensor, places: Tensor | None, types: Tensor | None) -> bool:
+        """Whether the buffers of places and types that the model falls back on say 0, 1, 2 and 0, 0, 0."""
+        row, kinds = self._buffers.get("position_ids"), self._buffers.get("token_type_ids")
+        length = ids.shape[-1]
+        if places is None and self._pyxlbert.parts.positions == "place" and row is not None and can_look(row):
+            there = row[0, :length]
+            if not torch.equal(there, torch.arange(len(there), device=row.device)):
+                return False
+        return types is not None or kinds is None or not can_look(kinds) or not bool(kinds.any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,7 +406,11 @@ class Encoder(Replaced):
         if not all(isinstance(one, Layer) for one in together.layers_of(self, self._pyxlbert.stack)):
             return None
         layout = self._without_padding(x, mask)
-        return None if layout is None or watched_anywhere(self, recorded()) else layout
+        if layout is None or watched_anywhere(self, recorded()):
+            return None
+        # One that is set otherwise may let tokens see what is at padding.
+        layers = together.layers_of(self, self._pyxlbert.stack)
+        return layout if all(one.as_set_inside() for one in layers) else None
 
     def _without_padding(self, x: Tensor, mask: Any) -> TokenLayout | None:
         real = tokens_of(mask, x) if self._pyxlbert.pack else None  # [B, T]
@@ -443,7 +500,10 @@ class Model(Replaced):
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
-        known = getattr(self._pyxlbert.config, "_attn_implementation", None) in (*IMPLEMENTATIONS, None)
+        config = self._pyxlbert.config
+        known = getattr(config, "_attn_implementation", None) in (*IMPLEMENTATIONS, None)
+        # A decoder's mask is more than which keys there are.
+        known = known and not getattr(config, "is_decoder", False)
         return known and isinstance(tokens, Tensor) and tokens.shape[:2] == mask.shape and tokens.device == mask.device
 
 

@@ -21,9 +21,12 @@ from pyxlbert.integrations.modules import ReplacedLinear, dropout_of
 from pyxlbert.integrations.report import Entry
 from pyxlbert.integrations.swap import (
     Replaced,
+    Settings,
     Unlike,
     is_as_made,
+    is_as_set,
     replacement,
+    settings_of,
     shares_weights,
     swap,
     watched_anywhere,
@@ -143,6 +146,7 @@ class RelativeState:
         reads: which places its head reads beside the tokens.
         backend: whose kernels run, or None.
         kinds: the class of every module, by name, as it was before.
+        settings: how each of the others than linear layers and tables was set.
         twin: our model over the modules of the replaced one, which are in no list of modules a second time.
     """
 
@@ -150,6 +154,7 @@ class RelativeState:
     reads: str | None
     backend: str | None
     kinds: dict[str, type[nn.Module]]
+    settings: dict[str, Settings]
     twin: Twin | None = None
 
 
@@ -195,7 +200,9 @@ class RelativeModel(Replaced):
     def _as_found(self) -> bool:
         kinds = self._pyxlbert.kinds
         modules = dict(self.named_modules())
-        return len(modules) == len(kinds) and all(_was(modules.get(name)) is kind for name, kind in kinds.items())
+        if len(modules) != len(kinds) or any(_was(modules.get(name)) is not kind for name, kind in kinds.items()):
+            return False
+        return all(is_as_set(modules[name], known) for name, known in self._pyxlbert.settings.items())
 
     def _twin(self) -> Twin:
         """Our model over the modules of this one, made anew where one of them was replaced."""
@@ -228,7 +235,7 @@ def replace_relative(
     try:
         config = _configuration(model, table)
         reads = next((place for head in heads if (place := table.place(head, config.summary_type)) is not None), None)
-        state = RelativeState(config, reads if options["pack"] else "mean", options["backend"], {})
+        state = RelativeState(config, reads if options["pack"] else "mean", options["backend"], {}, {})
         kind = ACTIVATIONS[config.ff_activation]
         if options["verify"]:
             for number, layer in enumerate(model.layer):
@@ -257,6 +264,10 @@ def _configuration(model: nn.Module, table: RelativeArchitecture) -> XLNetConfig
 
 
 def _swap(model: nn.Module, state: RelativeState, kind: str) -> None:
+    others = (nn.Linear, nn.Embedding)
+    state.settings.update(
+        {name: settings_of(module) for name, module in model.named_modules() if not isinstance(module, others)}
+    )
     for layer in model.layer:
         for linear in (layer.ff.layer_1, layer.ff.layer_2):
             swap(linear, ReplacedLinear)
@@ -284,5 +295,5 @@ def _fault(model: nn.Module, layer: nn.Module, state: RelativeState, kind: str) 
 
     plain, ours, config = alone(), alone(), copy(state.config)
     config.n_layer = 1
-    _swap(ours, RelativeState(config, "mean", state.backend, {}), kind)
+    _swap(ours, RelativeState(config, "mean", state.backend, {}, {}), kind)
     return probe.relative_fault(plain, ours, model.mask_emb)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from functools import cache, wraps
-from typing import Any, ClassVar
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from pyxlbert.nn import has_values
 from pyxlbert.nn.packing import Packable
 
-_STATE = "_pyxlbert"
+_STATE, _SETTINGS = "_pyxlbert", "_pyxlbert_settings"
 
 # Hooks on every module of the process; torch may move them, and has then no such hooks under these names.
 _GLOBAL_HOOKS = [getattr(torch_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")]
@@ -34,6 +35,63 @@ class Unlike(Exception):
     """A module that is not what its table says, with the reason."""
 
 
+class Settings(NamedTuple):
+    """What a module's own code may read of the module, beside its parameters, buffers and children.
+
+    Attributes:
+        values: attributes by name: numbers, words, functions.
+        methods: classes with the names of their methods, none of which the instance had, and these.
+    """
+
+    values: tuple[tuple[str, Any], ...]
+    methods: tuple[tuple[type, str, Any], ...]
+
+
+# Of torch and of this package, and what every replacement reads at each call.
+_NO_SETTINGS = frozenset(vars(nn.Module())) | {
+    *("packed", "together", "gradient_checkpointing", "p", "inplace", "eps"),
+    # Of a whole model, none of which it computes with.
+    *("name_or_path", "loss_type", "kernel_config", "warnings_issued"),
+}
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_VALUES = (bool, int, float, str, tuple, type(None), *_FUNCTIONS)
+# Whose classes have methods that call each other.
+_AUTHORS = ("transformers.models.", "transformers.activations")
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """The settings that a module has now."""
+    state = {name: _function(value) for name, value in module.__dict__.items()}
+    values = [
+        (name, value)
+        for name, value in state.items()
+        if name not in _NO_SETTINGS and not name.startswith("_") and isinstance(value, _VALUES)
+    ]
+    classes = (kind for kind in type(module).__mro__ if kind.__module__.startswith(_AUTHORS))
+    methods = [
+        (kind, name, getattr(kind, name))
+        for kind in classes
+        for name, value in vars(kind).items()
+        if isinstance(value, (FunctionType, staticmethod)) and not name.startswith("__") and name not in state
+    ]
+    return Settings(tuple(values), tuple(methods))
+
+
+def is_as_set(module: nn.Module, known: Settings) -> bool:
+    """Whether a module's settings are what they were: no value and no method another, nor one put on the instance."""
+    state = module.__dict__
+    for name, value in known.values:
+        now = _function(state.get(name, known))
+        if type(now) is not type(value) or now != value:
+            return False
+    return all(name not in state and getattr(kind, name) is method for kind, name, method in known.methods)
+
+
+def _function(value: Any) -> Any:
+    """The function of a method, whose module is another in a copy."""
+    return value.__func__ if isinstance(value, MethodType) else value
+
+
 class Replaced(nn.Module):
     """A module whose class was replaced; its subclasses come before the old class.
 
@@ -44,7 +102,14 @@ class Replaced(nn.Module):
     pyxlbert_original: ClassVar[type[nn.Module]]
     pyxlbert_ours: ClassVar[type[Replaced]]
     keeps_signature: ClassVar[bool] = False
+    # Whether it computes with attributes of the module as they were when its class was replaced.
+    remembers: ClassVar[bool] = False
     _pyxlbert: Any
+    _pyxlbert_settings: Settings
+
+    def is_as_set(self) -> bool:
+        """Whether the attributes that it computes with still are what they were."""
+        return is_as_set(self, self._pyxlbert_settings)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class has no name of its own by which it could be found.
@@ -81,6 +146,8 @@ def _empty(original: type[nn.Module], ours: type[Replaced]) -> nn.Module:
 
 def swap(module: nn.Module, ours: type[Replaced], state: Any = None) -> None:
     """Makes `module` an instance of `ours` before its own class, with what `ours` needs to know of it."""
+    if ours.remembers:
+        module.__dict__[_SETTINGS] = settings_of(module)
     module.__class__ = replacement(type(module), ours)
     if state is not None:
         module.__dict__[_STATE] = state
@@ -95,7 +162,7 @@ def give_back(module: Replaced) -> None:
     """Makes `module` an instance of its old class again."""
     if isinstance(module, Packable):
         module.drop_packed()
-    for name in (_STATE, "packed", "together"):
+    for name in (_STATE, _SETTINGS, "packed", "together"):
         module.__dict__.pop(name, None)
     module.__class__ = module.pyxlbert_original
 

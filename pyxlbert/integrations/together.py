@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyxlbert.integrations.architecture import Stack
-from pyxlbert.integrations.swap import RECORDER, Replaced, at, is_as_made, recorded
+from pyxlbert.integrations.swap import RECORDER, Replaced, Settings, at, is_as_made, is_as_set, recorded
 from pyxlbert.nn import Linear, TokenLayout
 from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers
 from pyxlbert.nn.packing import Packable
@@ -92,8 +92,8 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
     state = watch.attribute(layer, "_pyxlbert")
     for kind in (layer.pyxlbert_original, nn.Linear):
         watch.kind(kind)
-    kinds = {path: kind for path, kind, _ in state.skipped}
-    known = ((layer.pyxlbert_original, state.forward), *(one[1:] for one in state.skipped))
+    kinds = {one.path: one.kind for one in state.skipped}
+    known = ((layer.pyxlbert_original, state.forward), *((one.kind, one.forward) for one in state.skipped))
     if any(kind.forward is not forward for kind, forward in known):
         raise Unusual
     seen: dict[tuple[str, ...], nn.Module] = {(): layer}
@@ -115,6 +115,9 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
 
     for name in state.paths:
         module(state.paths[name])
+    _settings(watch, layer, layer._pyxlbert_settings)
+    for one in state.skipped:
+        _settings(watch, module(one.path), one.settings)
     for name in ("query", "key", "value"):
         linear(name)
     if state.activation is None:
@@ -127,6 +130,13 @@ def _parts(watch: Watch, layer: nn.Module) -> LayerParts:
         *(state.heads, width // state.heads),
         state.activation,
     )
+
+
+def _settings(watch: Watch, module: nn.Module, known: Settings) -> None:
+    for name, _ in known.values:
+        watch.attribute(module, name)
+    if not is_as_set(module, known):
+        raise Unusual
 
 
 def returned(kind: type, rows: Tensor, as_tuple: bool) -> Any:

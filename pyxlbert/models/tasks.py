@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+_ROBERTA = {
+    "feature-extraction": "RobertaModel",
+    "fill-mask": "RobertaForMaskedLM",
+    "text-classification": "RobertaForSequenceClassification",
+    "token-classification": "RobertaForTokenClassification",
+    "question-answering": "RobertaForQuestionAnswering",
+    "multiple-choice": "RobertaForMultipleChoice",
+}
+
 TASKS: dict[str, dict[str, str]] = {
     "bert": {
         "feature-extraction": "BertModel",
@@ -13,6 +22,9 @@ TASKS: dict[str, dict[str, str]] = {
         "question-answering": "BertForQuestionAnswering",
         "multiple-choice": "BertForMultipleChoice",
     },
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
     "xlnet": {
         "feature-extraction": "XLNetModel",
         "text-generation": "XLNetLMHeadModel",
@@ -28,7 +40,7 @@ TASK_NAMES = tuple(dict.fromkeys(task for tasks in TASKS.values() for task in ta
 
 
 def class_name(model_type: str, task: str) -> str:
-    """The class of `pyxlbert.models` and of `transformers` for a task.
+    """The class of `pyxlbert.models` for a task; `transformers` has it under the architecture's own name.
 
     Args:
         model_type: as ``config.json`` has it.

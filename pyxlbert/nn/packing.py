@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyxlbert import backends
 from pyxlbert.nn.saved_integers import SavedIntegers
 from pyxlbert.nn.watch import hooked_everywhere
-from pyxlbert.ops import _packed
+from pyxlbert.ops import _packed, _seen
 from pyxlbert.ops._integers import Integers, quantise
 from pyxlbert.ops._torch import is_zerotensor, transformed, watched
 
@@ -159,9 +159,8 @@ def packs_by_default() -> bool:
 class PackedWeight:
     """The weights `[N, K]` of one or more layers, one below the other, in the processor's order, and their biases.
 
-    It follows its originals: a parameter that was written to or replaced is packed again at its next use.  Not seen
-    are writes past autograd's version counter: through `.data`, through memory shared with another library, and by
-    collectives of `torch.distributed`.  Threads may use it at once.
+    It follows its originals: a parameter that was written to or replaced is packed again at its next use, past
+    autograd's version counter too unless some of it stays as it was (see `repack`).  Threads may use it at once.
 
     Args:
         quantised: as eight-bit integers.
@@ -193,6 +192,10 @@ class PackedWeight:
         if copy is None or not copy.follows(parameters):
             self._copy = copy = _Copy.of(layers, parameters, self._integers(layers))
         return None if copy is None else copy.packed
+
+    def forget(self) -> None:
+        """Packs again at the next use."""
+        self._copy = None
 
     def _integers(self, layers: Layers) -> Callable[[], list[Integers]] | None:
         """What gives those of the layers, if there are any."""
@@ -227,14 +230,13 @@ class PackedProducts(dict[str, PackedWeight]):
 
 
 class _Copy:
-    """The packed form of some parameters, and what tells whether they are still the same.
-
-    An alias of each parameter is kept, so that no other tensor can come to lie at its address.
-    """
+    """The packed form of some parameters, and what tells whether they are still the same."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.packed: Any = None
-        self._sources = [(one.detach(), one.data_ptr(), one._version) for one in parameters]
+        self._contents = _seen.Contents(parameters)
+        addresses = ((one.data_ptr(), one._version) for one in parameters)
+        self._sources = [(alias, *one) for alias, one in zip(self._contents.aliases, addresses, strict=True)]
 
     @classmethod
     def of(
@@ -242,7 +244,7 @@ class _Copy:
     ) -> _Copy | None:
         weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
-        # The versions are read before the values: a write in between is then seen as one.
+        # What tells of writes is read before the values: one in between is then seen.
         copy = cls(parameters)
         copy.packed = _packed.pack(weights, biases or None, integers)
         return None if copy.packed is None else copy
@@ -259,6 +261,7 @@ class _Copy:
                 and one.stride() == source.stride()
                 for one, (source, address, version) in zip(parameters, self._sources, strict=True)
             )
+            and self._contents.unchanged()
         )
 
 
@@ -267,9 +270,9 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
 
     Query, key and value of a self-attention become one product, and so do key and value of XLNet's.  The copies are
     used in eval mode where gradients are off (`torch.no_grad`, `torch.inference_mode`), and take as much memory as the
-    weights; the layers of an encoder then run in one call.  They follow writes to the weights, except through `.data`;
-    `model.train()`, `load_state_dict` and `.to()` drop them, and a copied or unpickled model has none.  Where the
-    processor has nothing to gain the model stays as it is.
+    weights; the layers of an encoder then run in one call.  They follow writes to the weights (see `repack` for those
+    past autograd); `model.train()`, `load_state_dict` and `.to()` drop them, and a copied or unpickled model has none.
+    Where the processor has nothing to gain the model stays as it is.
 
     Args:
         model: in eval mode; layers of `pyxlbert.nn` anywhere in it are packed.
@@ -318,6 +321,31 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
             module.packs, module._packed_once = module.packs and (dtype or "own"), _Once()
             for copies in made:
                 copies.users.add(module)
+    return model
+
+
+def repack(model: torch.nn.Module) -> torch.nn.Module:
+    """Has what `pack` keeps made anew at its next use, for what was written to weights past autograd.
+
+    Writes that autograd counts are seen, and so are others (through `.data`, numpy, another process or library) that
+    change all of a weight or bias, or anything in a bias.  A few elements of a matrix that are written to past autograd
+    are not: whoever does that calls this.
+
+    Args:
+        model: any module; without copies it stays as it is.
+
+    Returns:
+        the same model.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    _check_module("repack", model)
+    for module in model.modules():
+        if isinstance(module, Packable) and module.packed is not None:
+            for one in module.packed.values():
+                one.forget()
+            module.packed.drop()
     return model
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from pyxlbert.ops import _seen
+
 _TRAINING, _PATCHED = operator.itemgetter("training"), operator.methodcaller("get", "forward")
 _VERSION = operator.attrgetter("_version")
 
@@ -69,8 +71,8 @@ class Watch:
         self._lists: list[tuple[dict[str, Any], list[str]]] = []
         self._modules: list[nn.Module] = []
         self._kinds: dict[type[nn.Module], Any] = {}
-        self._aliases: list[Tensor] = []
-        self._seen: tuple[list[Any], ...] = ()
+        self._contents: _seen.Contents | None = None
+        self._seen: tuple[Any, ...] = ()
 
     def module(self, module: nn.Module) -> None:
         """A module that is in eval mode, has no hooks, and whose `forward` is that of its class."""
@@ -156,8 +158,7 @@ class Watch:
         """
         if any(one.is_meta for one in self._parameters):
             raise Unusual
-        # An alias of each is kept, so that no other values can come to lie at its address.
-        self._aliases = [one.detach() for one in self._parameters]
+        self._contents = _seen.Contents(self._parameters)
         self._seen = self._look()
         if not self.unchanged() or any(name in state for state in self._states for name in _METHODS):
             raise Unusual
@@ -168,11 +169,9 @@ class Watch:
 
     def as_failed(self) -> bool:
         """Whether there is nothing new that would make another look worth its time."""
-        return self._state() == self._seen and all(
-            map(operator.is_, map(dict.get, self._where, self._name), self._what)
-        )
+        return self._state() == self._seen and _seen.held(self._where, self._name, self._what)
 
-    def _state(self) -> tuple[list[Any], ...]:
+    def _state(self) -> tuple[Any, ...]:
         of, states = self._modules, self._states
         hooks, training = [len(one) for one in self._hooks], [state["training"] for state in states]
         children = [list(children) for children, _ in self._lists]
@@ -184,7 +183,7 @@ class Watch:
         """Whether every module and parameter is still the one that was found, in eval mode and without hooks."""
         # Maps and not loops: this is run for every call, and a loop would take longer than a short text's layers.
         return (
-            all(map(operator.is_, map(dict.get, self._where, self._name), self._what))
+            _seen.held(self._where, self._name, self._what)
             and not self._hooked()
             and not self._owner_changed()
             and not any(map(_TRAINING, self._states))
@@ -192,6 +191,8 @@ class Watch:
             and all(list(children) == names for children, names in self._lists)
             and all(vars(kind).get("forward") is forward for kind, forward in self._kinds.items())
             and self._look() == self._seen
+            # Last, for what has been looked at before is that the memory is still there.
+            and (self._contents is None or self._contents.unchanged())
         )
 
     def _hooked(self) -> bool:
@@ -199,12 +200,12 @@ class Watch:
             return any(self._hooks)
         return any(getattr(hook, "__module__", None) != self._idle for hooks in self._hooks for hook in hooks.values())
 
-    def _look(self) -> tuple[list[Any], ...]:
+    def _look(self) -> tuple[Any, ...]:
         # A write raises the version; `.data = ` another tensor changes the address, unless it is a view of what was
         # there, whose strides or size then differ.
-        looks = (_VERSION, Tensor.data_ptr, Tensor.stride, Tensor.numel)
         return (
-            *(list(map(look, self._parameters)) for look in looks),
+            list(map(_VERSION, self._parameters)),
+            _seen.layouts(self._parameters),
             list(map(type, self._modules)),
             list(map(len, self._states)),
         )

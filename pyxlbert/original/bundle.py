@@ -32,6 +32,10 @@ _OTHERS = {4: "uint8", 5: "int16", 6: "int8", 7: "string", 8: "complex64", 10: "
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # how protobuf writes a field
 
 
+Slice = tuple[tuple[int, int], ...]
+_WHOLE = -1  # a length: all of a dimension
+
+
 class Entry(NamedTuple):
     """What the index says of a tensor.
 
@@ -40,7 +44,8 @@ class Entry(NamedTuple):
         shard: the number of its file of data.
         offset, size: of its bytes there.
         checksum: their masked CRC-32C.
-        sliced: whether it is stored in parts, as a partitioned variable is.
+        slices: of a partitioned variable, which is stored in parts: the start and length of each part in each
+            dimension; none of a variable that is stored whole.
     """
 
     name: str
@@ -51,7 +56,7 @@ class Entry(NamedTuple):
     offset: int
     size: int
     checksum: int
-    sliced: bool
+    slices: tuple[Slice, ...] = ()
 
 
 class Bundle:
@@ -77,6 +82,7 @@ class Bundle:
         try:
             self._shards, endianness = _header(header)
             self.entries = {key.decode(): _entry(key.decode(), row) for key, row in rows.items() if key[:1] != b"\0"}
+            self._parts = {name: self._parts_of(entry, rows) for name, entry in self.entries.items() if entry.slices}
         except (ValueError, IndexError) as error:
             raise ValueError(f"{self.index} is not the index of a checkpoint: {error}") from None
         if endianness:
@@ -84,7 +90,26 @@ class Bundle:
         self._prefix = prefix
         self._maps: dict[int, mmap.mmap | bytes] = {}
         for entry in self.entries.values():
-            self._check(entry)
+            for one in self._parts[entry.name] if entry.slices else [entry]:
+                self._check(one)
+
+    def _parts_of(self, whole: Entry, rows: dict[bytes, bytes]) -> list[Entry]:
+        """What the index says of each part of a partitioned variable, in the order of `slices`."""
+        found = []
+        for one in whole.slices:
+            if len(one) != len(whole.shape):
+                raise ValueError(f"a part of {whole.name!r} has {len(one)} dimensions, wanted {len(whole.shape)}")
+            row = rows.get(_key(whole.name, one))
+            if row is None:
+                raise ValueError(f"it lacks the part {_spelt(one)} of {whole.name!r}")
+            part = _entry(f"{whole.name}, part {_spelt(one)}", row)
+            shape = tuple(b - a for a, b in _ranges(whole, one))
+            if part.shape != shape or part.dtype_name != whole.dtype_name:
+                got, wanted = f"{list(part.shape)} of {part.dtype_name}", f"{list(shape)} of {whole.dtype_name}"
+                raise ValueError(f"{part.name!r} is {got}, wanted {wanted}")
+            found.append(part)
+        _check_cover(whole)
+        return found
 
     def file_of(self, entry: Entry) -> Path:
         """The file with a tensor's data."""
@@ -93,8 +118,6 @@ class Bundle:
     def _check(self, entry: Entry) -> None:
         """Whether an entry's data are all there."""
         file = self.file_of(entry)
-        if entry.sliced:
-            return  # its data are elsewhere
         if entry.shard not in self._maps:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing; {self.index} places {entry.name!r} in it")
@@ -108,20 +131,27 @@ class Bundle:
             raise ValueError(f"{self.index}: {entry.name!r} has {entry.size} bytes, which is not its shape, {wanted}")
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, which shares the mapped file's memory; its checksum is checked.
+        """A tensor, which shares the mapped file's memory unless it is put together of parts; checksums are checked.
 
         Raises:
             ValueError: its bytes have changed since it was written; the message names file and tensor.
-            TypeError: it is no tensor of numbers, or a partitioned one.
+            TypeError: it is no tensor of numbers.
         """
         entry = self.entries[name]
-        if entry.sliced:
-            raise TypeError(f"{self.index}: {name!r} is a partitioned variable, which is not supported")
         if entry.dtype is None:
             raise TypeError(f"{self.index}: {name!r} is of dtype {entry.dtype_name}, wanted a floating-point dtype")
+        if not entry.slices:
+            return self._stored(entry)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for one, part in zip(entry.slices, self._parts[name], strict=True):
+            whole[tuple(slice(a, b) for a, b in _ranges(entry, one))] = self._stored(part)
+        return whole
+
+    def _stored(self, entry: Entry) -> Tensor:
+        assert entry.dtype is not None
         data = memoryview(self._maps[entry.shard])[entry.offset : entry.offset + entry.size]
         if masked(crc32c(data)) != entry.checksum:
-            raise ValueError(f"{self.file_of(entry)}: the checksum of {name!r} is wrong: the file has changed")
+            raise ValueError(f"{self.file_of(entry)}: the checksum of {entry.name!r} is wrong: the file has changed")
         if not entry.size:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if entry.offset % entry.dtype.itemsize:
@@ -164,17 +194,75 @@ def _header(message: bytes) -> tuple[int, int]:
 
 def _entry(name: str, message: bytes) -> Entry:
     fields: dict[int, int | bytes] = {}
-    sliced = False
+    slices = []
     for number, value in _fields(message):
         fields[number] = value
-        sliced = sliced or number == 7
+        if number == 7:
+            slices.append(_slice(value))
     kind = int(fields.get(1, 0))
     dtype = _DTYPES.get(kind)
     dtype_name = str(dtype).removeprefix("torch.") if dtype else _OTHERS.get(kind, f"number {kind}")
     dimensions = [dict(_fields(value)) for number, value in _fields(fields.get(2, b"")) if number == 2]
     shape = tuple(int(dimension.get(1, 0)) for dimension in dimensions)
     place = (int(fields.get(number, 0)) for number in (3, 4, 5, 6))
-    return Entry(name, dtype, dtype_name, shape, *place, sliced)
+    return Entry(name, dtype, dtype_name, shape, *place, tuple(slices))
+
+
+def _slice(message: bytes) -> Slice:
+    extents = [dict(_fields(value)) for number, value in _fields(message) if number == 1]
+    return tuple((_signed(one.get(1, 0)), _signed(one.get(2, _WHOLE))) for one in extents)
+
+
+def _signed(number: int) -> int:
+    """Of protobuf, which writes a negative number as 64 bits."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _spelt(one: Slice) -> str:
+    return ":".join("-" if length == _WHOLE else f"{start},{length}" for start, length in one)
+
+
+def _ranges(whole: Entry, one: Slice) -> list[tuple[int, int]]:
+    """Where a part begins and ends in each dimension."""
+    return [
+        (0, size) if length == _WHOLE else (start, start + length)
+        for size, (start, length) in zip(whole.shape, one, strict=True)
+    ]
+
+
+def _check_cover(whole: Entry) -> None:
+    """Whether the parts of a variable are all of it, each element once."""
+    boxes = [_ranges(whole, one) for one in whole.slices]
+    inside = all(0 <= a < b <= size for box in boxes for (a, b), size in zip(box, whole.shape, strict=True))
+    apart = all(
+        any(b <= c or d <= a for (a, b), (c, d) in zip(one, other, strict=True))
+        for place, one in enumerate(boxes)
+        for other in boxes[:place]
+    )
+    volume = sum(math.prod(b - a for a, b in box) for box in boxes)
+    if not (inside and apart and volume == math.prod(whole.shape)):
+        parts = " and ".join(map(_spelt, whole.slices))
+        raise ValueError(f"{whole.name!r} is {list(whole.shape)}, which is not what its parts {parts} make up")
+
+
+def _key(name: str, one: Slice) -> bytes:
+    """The key of a part in the index.
+
+    Source:
+        tensorflow/core/util/saved_tensor_slice_util.cc and tensorflow/core/lib/strings/ordered_code.cc
+    """
+    text = b"".join({0: b"\0\xff", 255: b"\xff\0"}.get(one, bytes([one])) for one in name.encode())
+    extents = (_ordered(number) for extent in one for number in extent)
+    return b"\0" + text + b"\0\1" + bytes([1, len(one)] if one else [0]) + b"".join(extents)
+
+
+def _ordered(number: int) -> bytes:
+    """A signed number in bytes that are in the order of numbers: its length in ones, then 6 bits and 7 more a byte."""
+    magnitude = ~number if number < 0 else number
+    length = next(length for length in range(1, 11) if magnitude < 1 << (7 * length - 1))
+    ones = (0xFFFF << 16 - length) & 0xFFFF  # as many at the start as there are bytes
+    header = ones << 8 * (length - 2) if length > 1 else ones >> 8
+    return ((number & (1 << 8 * length) - 1) ^ header).to_bytes(length, "big")
 
 
 def find_checkpoint(source: Path) -> Path | None:

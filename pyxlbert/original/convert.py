@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.models.tasks import class_name
-from pyxlbert.original import bert, xlnet
+from pyxlbert.original import bert, fairseq, xlnet
 from pyxlbert.original.bundle import Bundle, find_checkpoint
 from pyxlbert.original.pickled import from_pickle
 from pyxlbert.original.report import INITIALISED, NEW, NEW_ZEROS, UNUSED, Conversion, Row
@@ -40,14 +40,15 @@ def convert(
     tanh_gelu: bool = False,
     force: bool = False,
 ) -> Conversion:
-    """Turn an original checkpoint of BERT or XLNet into a directory that `from_pretrained` reads.
+    """Turn an original checkpoint of BERT, RoBERTa or XLNet into a directory that `from_pretrained` reads.
 
     Everything that can be checked without the numbers is checked first, and every tensor's checksum when it is read.
     The directory appears whole or not at all.
 
     Args:
         source: a folder with a checkpoint, its configuration and its vocabulary; or the checkpoint's name in it, such
-            as ``folder/model.ckpt-343``. A folder with ``pytorch_model.bin`` is a BERT of the first PyTorch code.
+            as ``folder/model.ckpt-343``. A folder with ``pytorch_model.bin`` is a BERT of the first PyTorch code, one
+            with ``model.pt``, or the name of that file, a RoBERTa of fairseq, without a tokenizer.
         output: the directory to write.
         task: whose model it becomes, as `pyxlbert.models.tasks` has them. None: that of the checkpoint's heads. A head
             that the checkpoint lacks is left new: not written, so that whoever loads the model gets fresh values.
@@ -70,15 +71,22 @@ def convert(
     source, output = Path(source), Path(output)
     if not source.parent.is_dir():
         raise FileNotFoundError(f"source: {str(source)!r} does not exist")
+    saved = _of_fairseq(source)
+    if saved is not None:
+        if tokenizer or config is not None or vocabulary is not None or tanh_gelu:
+            raise ValueError(
+                f"{saved} is a checkpoint of fairseq, whose configuration is in it, and whose dictionary is not read: "
+                "wanted --no-tokenizer, and neither --config nor --tanh-gelu"
+            )
+        _check_output(saved.parent, output, force)
+        return _written(fairseq.read(saved, task), output, None, force)
     prefix = find_checkpoint(source)
     folder = source if prefix is None else prefix.parent
     if prefix is None and not any(
         (folder / f"{name}{end}").is_file() for name in checkpoints.WEIGHTS for end in _INDEX
     ):
         raise FileNotFoundError(f"no checkpoint in {folder}: wanted one's .index and .data files, or pytorch_model.bin")
-    check_new_directory(output, force)
-    if folder.resolve() == output.resolve() or output.resolve() in folder.resolve().parents:
-        raise ValueError(f"output: {str(output)!r} holds the source, which must stay")
+    _check_output(folder, output, force)
     settings_file = _find_config(folder, config)
     original = read_json(settings_file)
     architecture = _architecture(settings_file, original)
@@ -93,12 +101,40 @@ def convert(
         converted = from_pickle(folder, settings_file, original, task)
     else:
         converted = _from_bundle(Bundle(prefix), settings_file, original, architecture, task)
+    return _written(converted, output, found, force)
+
+
+class _Converted(Protocol):
+    """A model that was read, its weights still to be written."""
+
+    config: ModelConfig
+    class_name: str
+    rows: list[Row]
+
+    def save(self, folder: Path) -> None: ...
+
+
+def _written(converted: _Converted, output: Path, vocabulary: Vocabulary | None, force: bool) -> Conversion:
     with whole_directory(output, force) as temporary:
         converted.config.architectures = [converted.class_name]
         converted.config.save_pretrained(temporary)
-        notes = [] if found is None else [_write_tokenizer(temporary, found, converted.config)]
+        notes = [] if vocabulary is None else [_write_tokenizer(temporary, vocabulary, converted.config)]
         converted.save(temporary)
     return Conversion(converted.rows, converted.class_name, notes)
+
+
+def _of_fairseq(source: Path) -> Path | None:
+    """The file of a checkpoint of fairseq; None where there is none, or another kind of checkpoint too."""
+    others = ("*.index", *(f"{name}{end}" for name in checkpoints.WEIGHTS for end in _INDEX))
+    if source.is_dir() and any(next(source.glob(name), None) is not None for name in others):
+        return None
+    return fairseq.find(source)
+
+
+def _check_output(folder: Path, output: Path, force: bool) -> None:
+    check_new_directory(output, force)
+    if folder.resolve() == output.resolve() or output.resolve() in folder.resolve().parents:
+        raise ValueError(f"output: {str(output)!r} holds the source, which must stay")
 
 
 def _path(name: str | Path | None) -> Path | None:
@@ -210,8 +246,6 @@ def _check_shapes(bundle: Bundle, file: Path, used: list[Variable]) -> None:
     for variable in used:
         entry = bundle.entries[variable.name]
         got: Shape = entry.shape
-        if entry.sliced:
-            raise ValueError(f"{bundle.index}: {variable.name!r} is a partitioned variable, which is not supported")
         if entry.dtype not in _FLOATING:
             raise ValueError(f"{bundle.index}: {variable.name!r} is {entry.dtype_name}, wanted a floating-point dtype")
         if got != variable.shape:

@@ -8,9 +8,11 @@ import pickle
 import conformers
 import pytest
 import torch
+import transformers
 
 import pyxlbert
 from pyxlbert.integrations import conformer
+from pyxlbert.integrations.drop_in import architectures
 from pyxlbert.integrations.swap import Replaced
 from pyxlbert.testing import compare, models, tolerances
 
@@ -338,3 +340,34 @@ def test_memory_is_linear_in_the_length() -> None:
     attention = [event for event in profile.events() if "relative_attention" in event.name]
     assert len(attention) == 2
     assert max(event.cpu_memory_usage for event in profile.events()) < 40e6
+
+
+def test_windows() -> None:
+    """No table is of a model with windows of attention; SeamlessM4T's second version has them, and other distances."""
+    from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2SpeechEncoder
+
+    small = {"hidden_size": 24, "speech_encoder_layers": 1, "speech_encoder_attention_heads": 3}
+    small |= {"speech_encoder_intermediate_size": 20, "feature_projection_input_dim": 10}
+    config = transformers.SeamlessM4Tv2Config(**small, speech_encoder_chunk_size=4)
+    with pytest.raises(ValueError, match=r"contains no model of transformers of the types .*seamless_m4t, "):
+        pyxlbert.accelerate(SeamlessM4Tv2SpeechEncoder(config))
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2-conformer", "parakeet_encoder"])
+def test_a_window_in_the_mask(kind: str) -> None:
+    """Of one's own, handed to the layers in the place of theirs."""
+    name = conformers.MODELS[kind]
+    plain = conformers.build(name).eval()
+    ours = pyxlbert.accelerate(copy.deepcopy(plain))
+    found = []
+    for model in (plain, ours):
+        attention = next(one for one in model.modules() if type(one).__name__.endswith("Attention"))
+        width = model.config.hidden_size
+        generator = torch.Generator().manual_seed(2)
+        x, distances = (torch.randn(2, length, width, generator=generator) for length in (9, 17))
+        near = (torch.arange(9)[:, None] - torch.arange(9)).abs() < 3
+        parts = architectures()[kind].attention_parts
+        given = {parts.mask: near.expand(2, 1, 9, 9), parts.positions: distances[:1].expand(2, -1, -1)}
+        with torch.no_grad():
+            found.append(attention(hidden_states=x, **given)[0])
+    compare.close("rows", found[1], found[0], tolerances.MODEL_FLOAT32)

@@ -8,11 +8,13 @@ from pathlib import Path
 import conformers
 import pytest
 import torch
+import transformers
 import zoo
 
 import pyxlbert
-from pyxlbert.integrations import conformer
+from pyxlbert.integrations import conformer, funnel
 from pyxlbert.integrations.drop_in import architectures
+from pyxlbert.nn import relative_attention as relative
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "drop-in.md").read_text(encoding="utf-8")
 PATTERN = r"^\| ([\w-]+) \| (yes) \| (yes) \| (.+?) \| (yes) \| (.+?) \|$"
@@ -39,7 +41,7 @@ def test_the_table_has_every_architecture() -> None:
 
 @pytest.mark.parametrize("kind", sorted(zoo.ZOO))
 def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
-    """XLNet, Funnel, the Conformers and the column of compilation have tests of their own."""
+    """The column of compilation is `test_compile` of each architecture."""
     model = pyxlbert.accelerate(zoo.build(kind))
     inside, attended = [], []
     linear, attention = pyxlbert.nn.linear.linear, pyxlbert.nn.self_attention.attention
@@ -60,6 +62,42 @@ def test_the_table_says_what_a_model_does(kind: str, monkeypatch) -> None:
     assert (removed, relative) == said
     model.train()(**zoo.batch(model))[0].sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "pooler" not in name)
+
+
+def test_the_table_says_what_xlnet_does(monkeypatch) -> None:
+    """Padding goes where no memories are returned."""
+    fields = {"vocab_size": 50, "d_model": 24, "n_layer": 1, "n_head": 3, "d_inner": 20}
+    model = transformers.XLNetModel(transformers.XLNetConfig(**fields))
+    pyxlbert.accelerate(model)
+    packed, op = [], relative.relative_attention
+    monkeypatch.setattr(
+        relative,
+        "relative_attention",
+        lambda *rows, **named: (packed.append(named.get("cu_seqlens") is not None), op(*rows, **named))[1],
+    )
+    for use_mems in (False, True):
+        output = model(torch.full((2, 5), 7), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]), use_mems=use_mems)
+    output[0].sum().backward()
+    assert packed == [True, False] and model.layer[0].rel_attn.r.grad is not None
+    assert ROWS["xlnet"] == ("yes", "yes", "where nobody reads it", "yes", "yes")
+
+
+def test_the_table_says_what_funnel_does(monkeypatch) -> None:
+    fields = {"vocab_size": 50, "d_model": 24, "n_head": 3, "d_head": 8, "d_inner": 20, "block_sizes": [1, 1]}
+    model = pyxlbert.accelerate(transformers.FunnelBaseModel(transformers.FunnelConfig(**fields)).eval())
+    lengths, op = [], funnel.relative_attention
+    monkeypatch.setattr(
+        funnel, "relative_attention", lambda x, *rows, **named: (lengths.append(x.shape[1]), op(x, *rows, **named))[1]
+    )
+    ids, mask = torch.full((2, 8), 7), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    model(ids, attention_mask=mask)[0].sum().backward()
+    # All places of every row, but for the first, which has no term of distance.
+    assert lengths == [7, 3] and model.encoder.blocks[0][0].attention.r_kernel.grad is not None
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(ids, attention_mask=mask)
+    assert len(lengths) == 2
+    assert ROWS["funnel"] == ("yes", "yes", "no, pooling sees it", "yes", "yes, but under compile")
 
 
 @pytest.mark.parametrize("kind", sorted(conformers.MODELS))

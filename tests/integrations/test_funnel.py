@@ -208,7 +208,16 @@ def test_what_is_not_funnel_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"blocks.1.0.ffn.layer_norm: got Identity, wanted LayerNorm"):
         pyxlbert.accelerate(model)
     model = build()
-    model.encoder.blocks[1][1].ffn.activation_function = torch.nn.Tanh()
+    feed = model.encoder.blocks[1][1].ffn
+    feed.forward = lambda hidden: type(feed).forward(feed, hidden) * 1.1
     with pytest.raises(ValueError, match=r"blocks.1.1: it computes something else"):
         pyxlbert.accelerate(model)
     assert not any(isinstance(module, Replaced) for module in model.modules())
+
+
+def test_an_activation_of_one_layer_is_called() -> None:
+    model = build("BaseModel").eval()
+    model.encoder.blocks[1][1].ffn.activation_function = torch.nn.Tanh()
+    with torch.no_grad():
+        wanted = model(**given())[0]
+        compare.close("output", pyxlbert.accelerate(model)(**given())[0], wanted, FLOAT32)

@@ -52,6 +52,32 @@ def test_lora(kind: str, targets: list[str], first: str) -> None:
     assert not any(isinstance(module, Replaced) for module in pyxlbert.restore(merged[1]).modules())
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_adapters_merged_past_autograd(kind: str, dtype: str | None) -> None:
+    """peft writes through `.data` unless it is told to be safe, and takes the adapters out again the same way."""
+    peft = pytest.importorskip("peft")
+    model = pyxlbert.pack(pyxlbert.accelerate(zoo.build(kind, hidden_act="gelu").eval()), dtype)
+
+    def rows(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**zoo.batch(model))[0][zoo.MASK.bool()]
+
+    plain = rows(model)
+    config = peft.LoraConfig(r=2, target_modules=["query", "value", "q", "o"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    wanted = rows(adapted)
+    limit = tolerances.MODEL_FLOAT32 if dtype is None else 3 * tolerances.INT8
+    for _ in range(2):
+        adapted.merge_adapter()
+        compare.close("merged", rows(adapted), wanted, limit)
+        adapted.unmerge_adapter()
+        compare.close("taken out", rows(adapted), wanted, limit)
+    merged = adapted.merge_and_unload()
+    compare.close("merged for good", rows(merged), wanted, limit)
+    assert (wanted - plain).abs().max() > 2 * limit * wanted.abs().max()
+
+
 def _sentence_model(path, kind: str):
     transformers = pytest.importorskip("transformers")
     model = zoo.build(kind, vocab_size=len(VOCABULARY)).eval()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections import OrderedDict
 
+import conformers
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -198,6 +201,38 @@ def test_restored_it_is_what_it_was(kind: str) -> None:
     assert [type(one) for one in model.modules()] == kinds
     assert attributes(model) == keys
     assert torch.equal(values(model), wanted)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*itertools.product(KINDS, [None, "int8"]), ("parakeet", None)])
+def test_writes_past_autograd_are_followed(kind: str, dtype: str | None) -> None:
+    """As adapters are merged, as optimizers write through `.data`, and as other libraries write."""
+    if kind == "parakeet":
+        model = conformers.build("parakeet").eval()
+        given = conformers.arguments("parakeet", model)
+    else:
+        model, given = zoo.build(kind, hidden_act="gelu").eval(), None
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return values(model) if given is None else model(**given)[0]
+
+    pyxlbert.pack(pyxlbert.accelerate(model), dtype)
+    before = output()
+    words = getattr(model.config, "vocab_size", 0)
+    matrices = [one for one in model.parameters() if one.dim() == 2 and len(one) != words]
+    writes = (
+        lambda one: one.data.copy_(one.data * 1.5),
+        lambda one: one.data.add_(0.05),
+        lambda one: np.negative(one.detach().numpy(), out=one.detach().numpy()),
+    )
+    for write in writes:
+        for one in matrices:
+            write(one)
+        after = output()
+        assert not torch.equal(after, before)
+        # The same bits as those of copies made now.
+        before = after
+        assert torch.equal(pyxlbert.pack(model, dtype) and output(), after)
 
 
 def test_copies_pack_anew(together) -> None:

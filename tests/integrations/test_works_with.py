@@ -257,7 +257,7 @@ def test_only_padding_is_found_in_a_mask() -> None:
     assert tokens_of(added.expand(3, 2, 7, 7), x) is None
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind: str) -> None:
     torch.compiler.reset()
     plain, ours = pair(kind, num_hidden_layers=1, **({} if kind == "mpnet" else {"attn_implementation": "sdpa"}))
@@ -302,18 +302,61 @@ def test_float64(kind: str) -> None:
 
 
 def test_two_processes(tmp_path) -> None:
-    """DDP and FSDP2 against one plain process."""
+    """DDP and FSDP2, a Conformer and one with adapters too, and an Accelerator, against one plain process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(two_processes.run, (port, str(tmp_path / "found")), nprocs=2)
-    plain = zoo.build("bert", "ForTokenClassification")
-    given = zoo.batch(plain, "ForTokenClassification")
-    for part in (slice(0, 1), slice(1, 3)):
-        (plain(**{name: value[part] for name, value in given.items()}).loss / 2).backward()
-    wanted = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
-    for got in torch.load(tmp_path / "found"):
-        compare.close("gradients", got, wanted, tolerances.MODEL_GRADIENT_FLOAT32)
+    found = torch.load(tmp_path / "found")
+    for make, names in (
+        (two_processes.bert, ("bert, DDP", "bert, FSDP2")),
+        (two_processes.parakeet, ("parakeet, FSDP2",)),
+        (two_processes.adapted, ("adapted, FSDP2",)),
+    ):
+        plain, given = make()
+        for part in two_processes.PARTS:
+            (plain(**{name: value[part] for name, value in given.items()}).loss / 2).backward()
+        wanted = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None])
+        for name in names:
+            compare.close(name, found.pop(name), wanted, tolerances.MODEL_GRADIENT_FLOAT32)
+    compare.close("Accelerator", found.pop("Accelerator"), _stepped(together=True), tolerances.MODEL_GRADIENT_FLOAT32)
+    assert not found
+
+
+def test_an_accelerator_of_one_process() -> None:
+    pytest.importorskip("accelerate")
+    compare.close("weights", two_processes.prepared(), _stepped(together=False), tolerances.MODEL_GRADIENT_FLOAT32)
+
+
+def _stepped(together: bool) -> torch.Tensor:
+    """The weights of a plain model after a step for each row, or after one for both."""
+    plain, _ = two_processes.bert()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=two_processes.RATE)
+    batches = [{name: value[None] for name, value in row.items()} for row in two_processes.rows()]
+    if together:
+        for batch in batches:
+            (plain(**batch).loss / 2).backward()
+        optimizer.step()
+    else:
+        two_processes.step(plain, optimizer, batches, torch.Tensor.backward)
+    return torch.cat([one.detach().flatten() for one in plain.parameters()])
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_dropouts_alone_in_training_mode(kind: str) -> None:
+    """Of a model in eval mode: what it drops is what its own code would, by modules of p = 1, which leave no chance."""
+    plain, ours = pair(kind)
+    for model in (plain, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train().p = 1.0
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], FLOAT32)
+    for model in (plain, ours):
+        model.eval()
+        for name, module in model.named_modules():
+            # The module of attention itself, and not its dropout.
+            module.training = name.endswith(("attention.self", "attention.attn", "layer.0.attention", "s.0.attention"))
+    compare.close("output", last(ours)[REAL], last(plain)[REAL], FLOAT32)
 
 
 def test_threads() -> None:

@@ -41,6 +41,7 @@ CONFIGS = {
     "bert_pretraining": BERT_CONFIG,
     "bert_classifier": BERT_CONFIG,
     "bert_squad": BERT_CONFIG,
+    "bert_partitioned": BERT_CONFIG,
     "xlnet_lm": XLNET_CONFIG,
     "xlnet_classifier": {**XLNET_CONFIG, "untie_r": False},
     "xlnet_squad": XLNET_CONFIG,
@@ -49,10 +50,13 @@ PREFIXES = {
     "bert_pretraining": "bert_model.ckpt",
     "bert_classifier": "model.ckpt-343",
     "bert_squad": "model.ckpt-21",
+    "bert_partitioned": "model.ckpt-8",
     "xlnet_lm": "xlnet_model.ckpt",
     "xlnet_classifier": "model.ckpt-100",
     "xlnet_squad": "model.ckpt-200",
 }
+# Of how many parts a variable is stored, and along which axis, by the end of its name.
+PARTS = {"bert_partitioned": {"word_embeddings": (4, 0), "query/kernel": (2, 1), "intermediate/dense/bias": (3, 0)}}
 # Kinds that hold the optimiser's slots, and how many files of data a kind has.
 WITH_OPTIMISER = ("bert_pretraining",)
 SHARDS = {"bert_pretraining": 2, "xlnet_lm": 3}
@@ -62,6 +66,11 @@ def value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 array of a variable: numbers near 1 for LayerNorm's gamma, near 0 for the rest."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape) * 0.25
     return (noise + name.endswith("gamma")).astype(np.float32)
+
+
+def parts(kind: str, name: str) -> tuple[int, int] | None:
+    """The number of parts of a variable and their axis; None of one that is stored whole."""
+    return next((cut for end, cut in PARTS.get(kind, {}).items() if name.endswith(end)), None)
 
 
 def shapes(kind: str) -> dict[str, tuple[int, ...]]:

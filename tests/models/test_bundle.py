@@ -171,7 +171,8 @@ def test_broken_files(copied, ending: str, edit, error: type[Exception], parts: 
         (number(1, 7) + number(5, 0), TypeError, "is of dtype string"),
         (number(1, 1) + SHAPE + message(2, SHAPE) + number(5, 12), ValueError, "has 12 bytes, which is not its shape"),
         (number(1, 1) + message(2, SHAPE) + number(4, 10**6) + number(5, 8), ValueError, "ends at byte 1000008"),
-        (number(1, 1) + message(2, SHAPE) + number(5, 8) + message(7, b""), TypeError, "is a partitioned variable"),
+        (number(1, 1) + message(2, SHAPE) + message(7, b""), ValueError, "has 0 dimensions, wanted 1"),
+        (number(1, 1) + message(2, SHAPE) + message(7, message(1, b"")), ValueError, "it lacks the part - of"),
         (number(1, 1) + message(2, SHAPE) + number(3, 5), FileNotFoundError, ".data-00005-of-00001 is missing"),
         (number(1, 1) + message(2, SHAPE)[:-1], ValueError, "is not the index of a checkpoint: a message ends"),
         (b"\x0b", ValueError, "is not the index of a checkpoint: a message has a field of the unknown kind 3"),
@@ -182,6 +183,47 @@ def test_broken_entries(copied, row: bytes, error: type[Exception], part: str) -
     rewrite_index(prefix, lambda rows: rows.update({NAME: row}))
     with pytest.raises(error, match=re.escape(part)):
         Bundle(prefix).tensor(NAME.decode())
+
+
+@pytest.mark.parametrize(
+    ("change_rows", "part"),
+    [
+        (lambda rows, keys: rows.pop(keys[1]), "it lacks the part 25,25:0,16 of 'bert/embeddings/word_embeddings'"),
+        (lambda rows, keys: rows.update({keys[1]: rows[keys[3]]}), "part 25,25:0,16' is [24, 16] of float32, wanted"),
+        (lambda rows, keys: _parts(rows, keys, 3), "is [99, 16], which is not what its parts 0,25:0,16 and"),
+        (lambda rows, keys: _parts(rows, [keys[0], keys[0], *keys[2:]], 4), "which is not what its parts"),
+    ],
+)
+def test_broken_partitions(copied, change_rows, part: str) -> None:
+    prefix = copied("bert_partitioned")
+    name = b"bert/embeddings/word_embeddings"
+
+    def change(rows: dict[bytes, bytes]) -> None:
+        change_rows(rows, sorted(key for key in rows if key.startswith(b"\0" + name)))
+
+    rewrite_index(prefix, change)
+    with pytest.raises(ValueError, match=re.escape(part)):
+        Bundle(prefix)
+
+
+def _parts(rows: dict[bytes, bytes], keys: list[bytes], count: int) -> None:
+    """Has the word embeddings say that they are of these parts alone."""
+    name = b"bert/embeddings/word_embeddings"
+    starts = {key: start for key, start in zip(sorted(set(keys)), (0, 25, 50, 75), strict=False)}
+    slices = b"".join(
+        message(7, message(1, number(1, starts[key]) + number(2, 24 + (starts[key] < 75))) + message(1, number(2, 16)))
+        for key in keys[:count]
+    )
+    rows[name] = number(1, 1) + message(2, message(2, number(1, 99)) + message(2, number(1, 16))) + slices
+
+
+def test_a_part_that_has_changed(copied) -> None:
+    prefix = copied("bert_partitioned")
+    bundle = Bundle(prefix)
+    part = bundle._parts["bert/embeddings/word_embeddings"][2]
+    change(prefix, ".data-00000-of-00001", lambda c: c[: part.offset] + b"\x55" + c[part.offset + 1 :])
+    with pytest.raises(ValueError, match=r"the checksum of 'bert/embeddings/word_embeddings, part 50,25:0,16' is"):
+        Bundle(prefix).tensor("bert/embeddings/word_embeddings")
 
 
 def test_headers(copied) -> None:

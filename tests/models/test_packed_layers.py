@@ -331,6 +331,32 @@ def _data(bert: BertModel) -> None:
     bert.encoder.layer[1].output.dense.weight.data = torch.ones(48, 100)
 
 
+def _added_past_autograd(bert: BertModel) -> None:
+    bert.encoder.layer[1].attention.self.key.weight.data.add_(torch.randn(48, 48))
+
+
+def _copied_past_autograd(bert: BertModel) -> None:
+    weight = bert.encoder.layer[0].output.dense.weight
+    weight.data.copy_(weight * 1.001)
+
+
+def _signs_past_autograd(bert: BertModel) -> None:
+    """In a digest of sums they would cancel each other."""
+    bert.encoder.layer[0].output.dense.weight.data.neg_()
+
+
+def _one_head_through_numpy(bert: BertModel) -> None:
+    bert.encoder.layer[0].attention.self.query.weight.detach().numpy()[12:24] *= 2
+
+
+def _one_of_a_bias_through_numpy(bert: BertModel) -> None:
+    bert.encoder.layer[1].intermediate.dense.bias.detach().numpy()[99] += 1
+
+
+def _one_of_a_norm_through_numpy(bert: BertModel) -> None:
+    bert.encoder.layer[1].attention.output.LayerNorm.weight.detach().numpy()[5] += 1
+
+
 def _transposed(bert: BertModel) -> None:
     weight = bert.encoder.layer[0].attention.self.value.weight
     weight.data = weight.data.t()
@@ -422,6 +448,8 @@ def _rounded(bert: BertModel) -> None:
         *(_parameter, _written, _data, _transposed, _no_bias, _loaded, _rounded),
         *(_norm_at_the_same_address, _shorter_view, _wrapped_query, _three_adapters, _patched_query),
         *(_another_class, _negated, _fused_step),
+        *(_added_past_autograd, _copied_past_autograd, _signs_past_autograd, _one_head_through_numpy),
+        *(_one_of_a_bias_through_numpy, _one_of_a_norm_through_numpy),
     ],
     ids=lambda change: change.__name__.strip("_"),
 )

@@ -1,6 +1,6 @@
 """Writes the checkpoints of `original_checkpoints` by TensorFlow itself, which the suite does not need.
 
-    python tests/models/write_tensorflow_checkpoints.py FOLDER
+    python tests/models/write_tensorflow_checkpoints.py FOLDER [KIND ...]
 
 In an environment of its own, with `tensorflow-cpu` and `numpy` in it.
 """
@@ -15,10 +15,22 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import original_checkpoints as original
 import tensorflow as tf
 
 v1 = tf.compat.v1
+
+
+def _partitioned(name: str, array: np.ndarray, parts: int, axis: int) -> None:
+    """A variable in parts, as training on parameter servers has them."""
+
+    def part(shape: list[int], dtype: object = None, partition_info: object = None) -> object:
+        offsets = partition_info.var_offset
+        return tf.constant(array[tuple(slice(a, a + n) for a, n in zip(offsets, shape, strict=True))])
+
+    cut = v1.fixed_size_partitioner(parts, axis)
+    v1.get_variable(name, array.shape, tf.float32, part, partitioner=cut, use_resource=False)
 
 
 def write(kind: str, folder: Path) -> None:
@@ -27,7 +39,11 @@ def write(kind: str, folder: Path) -> None:
     with tf.Graph().as_default():
         for place, (name, array) in enumerate(original.values(kind).items()):
             with tf.device(f"/cpu:{place % shards}"):
-                v1.get_variable(name, initializer=array, use_resource=False)
+                cut = original.parts(kind, name)
+                if cut is None:
+                    v1.get_variable(name, initializer=array, use_resource=False)
+                else:
+                    _partitioned(name, array, *cut)
                 if kind in original.WITH_OPTIMISER:
                     for slot in ("adam_m", "adam_v"):
                         zeros = tf.zeros_initializer()
@@ -41,5 +57,5 @@ def write(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for kind in original.CONFIGS:
+    for kind in sys.argv[2:] or original.CONFIGS:
         write(kind, Path(sys.argv[1]) / kind)

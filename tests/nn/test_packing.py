@@ -207,8 +207,23 @@ def _transposed_view(parameter: torch.nn.Parameter) -> None:
         parameter.data = parameter.data.flip(0)
 
 
+def _past_autograd(parameter: torch.nn.Parameter) -> None:
+    parameter.data.add_(0.1)
+
+
+def _through_numpy(parameter: torch.nn.Parameter) -> None:
+    """An eighth of its memory, or an element of a bias."""
+    values = parameter.detach().numpy().reshape(-1)
+    part = values[values.size // 2 :][: values.size // 8] if parameter.dim() > 1 else values[-1:]
+    part *= -1
+
+
 @pytest.mark.parametrize(
-    "change", [_copied, torch.Tensor.zero_, _data, _in_inference_mode, _same_address, _transposed_view]
+    "change",
+    [
+        *(_copied, torch.Tensor.zero_, _data, _in_inference_mode, _same_address, _transposed_view),
+        *(_past_autograd, _through_numpy),
+    ],
 )
 @pytest.mark.parametrize(
     "name", ["attention.key.weight", "attention.value.bias", "up.weight", "down.bias", "out.weight"]
@@ -222,6 +237,45 @@ def test_a_changed_parameter_is_packed_again(change, name: str, calls: list[int]
         assert calls == ALL * 2
         assert not torch.equal(before, after)
         close("after the change", after, pyxlbert.unpack(packed)(x))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_single_element_past_autograd_is_followed_by_repack(dtype: str | None) -> None:
+    """It lies in none of the lines that are looked at, so whoever writes it says so; the copies stay what they are."""
+    from pyxlbert.models import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=20, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    bert, ids = pyxlbert.pack(BertModel(config).eval(), dtype), torch.tensor([[5, 6]])
+    weight = bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        before = bert(ids).last_hidden_state
+        for place in range(0, weight.numel(), 16):  # until one is found that is not seen at once
+            weight.detach().numpy().reshape(-1)[place] += 1.0
+            if torch.equal(bert(ids).last_hidden_state, before):
+                break
+            before = bert(ids).last_hidden_state
+        after = pyxlbert.repack(bert)(ids).last_hidden_state
+        assert not torch.equal(after, before)
+        assert torch.equal(after, pyxlbert.pack(bert, dtype)(ids).last_hidden_state)
+    assert pyxlbert.repack(torch.nn.Linear(2, 2)) is not None
+    with pytest.raises(TypeError, match=r"repack: model: got int, wanted a torch.nn.Module"):
+        pyxlbert.repack(3)
+
+
+def test_a_part_of_shared_memory_is_followed() -> None:
+    """A weight that is columns of a wider one; writes beside it do not count."""
+    one, x = model().down, torch.randn(3, 96)
+    wide = torch.randn(64, 200)
+    one.weight.data = wide[:, 50:146]
+    pyxlbert.pack(one)
+    with torch.no_grad():
+        before = one(x)
+        kept = one.packed[""]._copy
+        wide.numpy()[:, :50] = 0
+        assert torch.equal(one(x), before) and one.packed[""]._copy is kept
+        wide.numpy()[:, 50:146] *= 2
+        close("written", one(x), torch.nn.functional.linear(x, one.weight, one.bias))
+        assert not torch.equal(one(x), before)
 
 
 def test_a_replaced_parameter_is_packed_again(calls: list[int]) -> None:
