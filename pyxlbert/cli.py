@@ -242,7 +242,8 @@ def info_text() -> str:
     lines += ["", "backends:"]
     for name in backends.NAMES:
         reason = backends.unavailable(name)
-        lines.append(f"  {name:<7}" + ("available" if reason is None else f"missing: {reason}"))
+        lines.append(f"  {name:<7} " + ("available" if reason is None else f"missing: {reason}"))
+    lines += [f"  left out: {sentence}" for sentence in backends.REFUSED]
     return "\n".join(lines)
 
 
