@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -131,9 +132,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         ValueError: the file is not JSON, or holds something else than a `kind`.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; wanted a {kind.__name__}")
@@ -149,13 +153,14 @@ def setting(path: Path, content: dict[str, Any], key: str, kind: type | tuple[ty
     """A field of a settings file, or `default` where it is missing or null.
 
     Raises:
-        ValueError: it is of another type; true and false are no numbers.
+        ValueError: it is of another type, or no finite number; true and false are no numbers.
     """
     value = content.get(key)
     if value is None:
         return default
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, kinds) or odd or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(_JSON_NAMES[one] for one in kinds)
         raise ValueError(f"{path}: {key} is {value!r}; wanted {wanted}")
     return value

@@ -16,7 +16,7 @@ import numpy as np
 
 from pyxlbert.files import model_directory, read_json, read_optional_json, read_text, setting
 
-from . import xlnet_tokenizer
+from . import folder_settings, xlnet_tokenizer
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -63,6 +63,7 @@ class TokenizedText(NamedTuple):
     offsets: np.ndarray  # int64 [n, 2], characters
     words: np.ndarray  # int64 [n], the index of the word a token belongs to, -1 for none
     special: np.ndarray  # bool [n], added by the post-processor
+    cut: bool  # whether the text was longer
 
 
 class PaddedIds(NamedTuple):
@@ -225,14 +226,28 @@ class TextTokenizer:
         Returns:
             One int32 array per text, at most `max_length` long.
         """
-        if len(texts) == 1 and len(texts[0]) < _LONG:  # the batch call wakes a thread pool
-            return [np.array(self._tokenizer.encode(well_formed(texts[0])).ids, dtype=np.int32)]
+        return self.ids_and_cut(texts)[0]
+
+    def ids_and_cut(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
+        """What `ids` returns, and how many of the texts were longer than `max_length`."""
+        cut = 0
         result: list[np.ndarray] = []
+
+        def add(encoding: tokenizers.Encoding) -> None:
+            nonlocal cut
+            ids = np.array(encoding.ids, dtype=np.int32)
+            cut += len(ids) == self.max_length and bool(encoding.overflowing)
+            result.append(ids)
+
+        if len(texts) == 1 and len(texts[0]) < _LONG:  # the batch call wakes a thread pool
+            add(self._tokenizer.encode(well_formed(texts[0])))
+            return result, cut
         part: list[str] = []
         size = 0
 
         def convert() -> None:
-            result.extend(np.array(e.ids, dtype=np.int32) for e in self._tokenizer.encode_batch_fast(part))
+            for encoding in self._tokenizer.encode_batch_fast(part):
+                add(encoding)
             part.clear()
 
         for text in map(well_formed, texts):
@@ -241,15 +256,17 @@ class TextTokenizer:
                 convert()
                 size = 0
             if around:
-                result.append(self._long_ids(text, around))
+                ids, is_cut = self._long_ids(text, around)
+                result.append(ids)
+                cut += is_cut
             else:
                 part.append(text)
                 size += len(text)
         convert()
-        return result
+        return result, cut
 
-    def _long_ids(self, text: str, around: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """The ids of a long text, cut here, between the special tokens `around` it."""
+    def _long_ids(self, text: str, around: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, bool]:
+        """The ids of a long text, cut here, between the special tokens `around` it; and whether it was cut."""
         if self._uncut is None:
             uncut = type(self._tokenizer).from_str(self._tokenizer.to_str())
             uncut.no_truncation()
@@ -267,7 +284,8 @@ class TextTokenizer:
                 break
             size *= 4
         kept = ids[max(0, len(ids) - room) :] if self._cut_left else ids[:room]
-        return np.concatenate([front, np.array(kept, dtype=np.int32), back])
+        is_cut = len(ids) > room or bool(text[end:].strip())
+        return np.concatenate([front, np.array(kept, dtype=np.int32), back]), is_cut
 
     def _words_are_apart(self) -> bool:
         """Whether the tokens in front of a space are known without what is behind it: so in BERT's tokenizers."""
@@ -314,6 +332,7 @@ class TextTokenizer:
                         offsets=np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
                         words=np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
                         special=np.array(e.special_tokens_mask, dtype=bool),
+                        cut=len(e) == self.max_length and bool(e.overflowing),
                     )
                 )
         return result
@@ -334,15 +353,10 @@ def length_limit(directory: Path, max_positions: int | None = None) -> int:
     Raises:
         ValueError: a setting is not a positive number, or nothing sets a limit.
     """
-    limit = None
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = read_optional_json(directory / name).get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
-            raise ValueError(f"{directory / name}: {key} is {value!r}; wanted a positive number")
-        limit = int(value)
-        break
+    limit = folder_settings.read(directory).max_length
+    if limit is None:
+        path = directory / "tokenizer_config.json"
+        limit = folder_settings.positive(path, read_optional_json(path), "model_max_length")
     limits = [value for value in (limit, max_positions) if value is not None]
     if not limits:
         raise ValueError(
@@ -387,8 +401,7 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model, nor "
             "vocab.json with merges.txt"
         )
-    sentences = directory / "sentence_bert_config.json"
-    if setting(sentences, read_optional_json(sentences), "do_lower_case", bool):
+    if folder_settings.read(directory).lowercase:
         # A normaliser keeps character offsets right where str.lower() would not.
         steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
         tokenizer.normalizer = normalizers.Sequence(steps)
