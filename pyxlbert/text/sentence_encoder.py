@@ -85,6 +85,7 @@ class SentenceEncoder:
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        original_numbers: bool = False,
     ) -> SentenceEncoder:
         """Reads a Hugging Face or sentence-transformers directory.
 
@@ -97,6 +98,7 @@ class SentenceEncoder:
                 with all else in its dtype; without, the weights are quantised, with all else in bfloat16 where the
                 processor multiplies it, in float32 elsewhere.
             revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
+            original_numbers: of XLNet's pieces, as `TextTokenizer.from_directory` says.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing, or a model of the hub cannot be had; the
@@ -110,7 +112,7 @@ class SentenceEncoder:
         settings = SentenceSettings.from_directory(Path(directory))
         model = _read_model(folder, dtype)
         modules.check_fits(Path(directory), model.config.hidden_size)
-        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens)
+        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens, original_numbers=original_numbers)
         if tokenizer.largest_id >= model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "

@@ -17,6 +17,7 @@ import numpy as np
 from pyxlbert.files import model_directory, read_json, read_optional_json, read_text, setting
 
 from . import folder_settings, xlnet_tokenizer
+from .original_numbers import OriginalNumbers
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -87,6 +88,7 @@ class TextTokenizer:
         pad_token: what stands in the places that `padded` fills up.
         pad_left: whether these places are on the left.
         cut_left: whether a text that is too long loses its beginning instead of its end.
+        original_numbers: see `from_directory`.
 
     Raises:
         ValueError: `max_length` leaves no room for a token, or a single text gets token types other than 0 that are
@@ -103,6 +105,7 @@ class TextTokenizer:
         pad_token: str = "[PAD]",
         pad_left: bool = False,
         cut_left: bool = False,
+        original_numbers: bool = False,
     ) -> None:
         added = tokenizer.num_special_tokens_to_add(False)
         if max_length <= added:
@@ -124,11 +127,17 @@ class TextTokenizer:
         self._cut_left = cut_left
         self._tokenizer = tokenizer
         self._uncut: tokenizers.Tokenizer | None = None
+        self._numbers: OriginalNumbers | None = None
+        if original_numbers:
+            self._numbers = OriginalNumbers(tokenizer)
+            tokenizer.no_truncation()  # a text is cut behind the rule
         self._pad_id, self._pad_left = tokenizer.token_to_id(pad_token), pad_left
         self.max_length = max_length
 
     @classmethod
-    def from_directory(cls, directory: str | Path, max_positions: int | None = None) -> TextTokenizer:
+    def from_directory(
+        cls, directory: str | Path, max_positions: int | None = None, *, original_numbers: bool = False
+    ) -> TextTokenizer:
         """Reads `tokenizer.json`, or else `vocab.txt`, `spiece.model`, or `vocab.json` with `merges.txt`, and the
         settings beside it.
 
@@ -139,6 +148,8 @@ class TextTokenizer:
         Args:
             directory: where the files are.
             max_positions: rows of the model's position table; the length limit never passes it.
+            original_numbers: of XLNet's pieces, cut the comma off one that ends in a digit and a comma, as in the
+                code that its checkpoints were trained with; by default as in `transformers`, which does not.
 
         Raises:
             FileNotFoundError: the directory or the files are missing.
@@ -165,6 +176,7 @@ class TextTokenizer:
             ),
             pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
             cut_left=_side(file, settings, "truncation_side", "right") == "left",
+            original_numbers=original_numbers,
         )
 
     @property
@@ -235,6 +247,11 @@ class TextTokenizer:
 
         def add(encoding: tokenizers.Encoding) -> None:
             nonlocal cut
+            if self._numbers is not None:
+                ids, kept, before = self._renumbered(encoding)
+                cut += len(kept) < before
+                result.append(ids[kept])
+                return
             ids = np.array(encoding.ids, dtype=np.int32)
             cut += len(ids) == self.max_length and bool(encoding.overflowing)
             result.append(ids)
@@ -251,7 +268,7 @@ class TextTokenizer:
             part.clear()
 
         for text in map(well_formed, texts):
-            around = self._around if len(text) >= _LONG else None
+            around = self._around if len(text) >= _LONG and self._numbers is None else None
             if around or len(part) == _SLICE or size + len(text) > _SLICE_CHARACTERS:
                 convert()
                 size = 0
@@ -287,6 +304,14 @@ class TextTokenizer:
         is_cut = len(ids) > room or bool(text[end:].strip())
         return np.concatenate([front, np.array(kept, dtype=np.int32), back]), is_cut
 
+    def _renumbered(self, encoding: tokenizers.Encoding) -> tuple[np.ndarray, np.ndarray, int]:
+        """The ids after the rule for numbers, the places of those that are kept, and how many there were."""
+        ids, _ = self._numbers.apply(np.array(encoding.ids, dtype=np.int32))  # type: ignore[union-attr]
+        places, extra = np.arange(len(ids)), max(0, len(ids) - self.max_length)
+        front, back = (0, 0) if self._around is None else map(len, self._around)
+        first = front if self._cut_left else len(ids) - back - extra
+        return ids, np.delete(places, slice(first, first + extra)), len(ids)
+
     def _words_are_apart(self) -> bool:
         """Whether the tokens in front of a space are known without what is behind it: so in BERT's tokenizers."""
         from tokenizers import models, normalizers, pre_tokenizers
@@ -309,6 +334,8 @@ class TextTokenizer:
         Returns:
             Two lists of int32 arrays, at most `max_length` long.
         """
+        if self._numbers is not None:
+            raise ValueError("pairs: got a tokenizer with original_numbers, wanted one without")
         ids: list[np.ndarray] = []
         types: list[np.ndarray] = []
         both = list(zip(map(well_formed, first), map(well_formed, second), strict=True))
@@ -324,18 +351,33 @@ class TextTokenizer:
         for start in range(0, len(texts), _SLICE):
             part = [well_formed(text) for text in texts[start : start + _SLICE]]
             for text, e in zip(part, self._tokenizer.encode_batch(part), strict=True):
-                result.append(
-                    TokenizedText(
-                        text=text,
-                        ids=np.array(e.ids, dtype=np.int32),
-                        tokens=e.tokens,
-                        offsets=np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
-                        words=np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
-                        special=np.array(e.special_tokens_mask, dtype=bool),
-                        cut=len(e) == self.max_length and bool(e.overflowing),
-                    )
-                )
+                result.append(self._tokenized(text, e))
         return result
+
+    def _tokenized(self, text: str, e: tokenizers.Encoding) -> TokenizedText:
+        ids, tokens = np.array(e.ids, dtype=np.int32), e.tokens
+        found = TokenizedText(
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            offsets=np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
+            words=np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
+            special=np.array(e.special_tokens_mask, dtype=bool),
+            cut=len(e) == self.max_length and bool(e.overflowing),
+        )
+        if self._numbers is None:
+            return found
+        numbered, kept, before = self._renumbered(e)
+        sources = self._numbers.apply(ids)[1][kept]
+        return TokenizedText(
+            text=text,
+            ids=numbered[kept],
+            tokens=[self._tokenizer.id_to_token(one) or "" for one in numbered[kept].tolist()],
+            offsets=self._numbers.offsets(ids, found.offsets)[kept],
+            words=found.words[sources],
+            special=found.special[sources],
+            cut=len(kept) < before,
+        )
 
 
 def well_formed(text: str) -> str:
@@ -387,12 +429,17 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             raise ValueError(f"{saved} is not a tokenizer that can be read: {error}") from None
         own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
         if own is None:
+            kept = xlnet_tokenizer.with_accents(saved, settings)
+            tokenizer = tokenizer if kept is None else tokenizers.Tokenizer.from_str(kept)
             _apply_settings(tokenizer, settings, directory / "tokenizer_config.json")
         else:
             tokenizer = own
     elif vocabulary.is_file():
         tokenizer = _from_vocabulary(vocabulary, settings)
     elif pieces.is_file():
+        if not xlnet_tokenizer.is_xlnet(directory, settings):
+            kind = read_optional_json(directory / "config.json").get("model_type")
+            raise ValueError(f"{pieces}: is of model_type {kind!r}, wanted XLNet's, or a tokenizer.json beside it")
         tokenizer = xlnet_tokenizer.from_sentencepiece(pieces, settings)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         tokenizer = _from_byte_pairs(directory, settings)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyxlbert.files import read_optional_json, read_text
+from pyxlbert.files import read_optional_json, read_text, setting
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -110,6 +110,23 @@ def from_saved(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer | N
     return _build(pieces, path.parent, settings)
 
 
+def with_accents(path: Path, settings: dict[str, Any]) -> str | None:
+    """A tokenizer.json as `keep_accents` of the settings beside it wants it, as ALBERT's is; None where it stays.
+
+    Raises:
+        ValueError: `keep_accents` is neither true nor false.
+    """
+    if not setting(path.parent / "tokenizer_config.json", settings, "keep_accents", bool, False):
+        return None
+    content = json.loads(read_text(path))
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [])
+    kept = [step for step in steps if step.get("type") not in ("NFKD", "StripAccents")]
+    if len(kept) == len(steps):
+        return None
+    return json.dumps(content | {"normalizer": {**normalizer, "normalizers": kept}})
+
+
 def special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that count: those of `special_tokens_map.json` too where no tokens are listed with their ids."""
     if "added_tokens_decoder" in settings:
@@ -118,16 +135,18 @@ def special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(pieces: Pieces, directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Doubled quotation marks become one, accents go, the model's own table of replacements follows; words are what
-    white space divides. Added tokens are taken from a text before all this; what follows one in the middle of a word
-    begins as a word does, which SentencePiece itself would not do.
+    """Doubled quotation marks become one, accents go unless `keep_accents` keeps them (which `transformers` 5 passes
+    over), the model's own table of replacements follows; words are what white space divides. Added tokens are taken
+    from a text before all this; what follows one in the middle of a word begins as a word does, which SentencePiece
+    itself would not do.
     """
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces.vocab, unk_id=pieces.unk_id, byte_fallback=False))
     steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-    steps += [normalizers.NFKD(), normalizers.StripAccents()]
+    if not setting(directory / "tokenizer_config.json", settings, "keep_accents", bool, False):
+        steps += [normalizers.NFKD(), normalizers.StripAccents()]
     if settings.get("do_lower_case"):
         steps.append(normalizers.Lowercase())
     if pieces.replacements:
