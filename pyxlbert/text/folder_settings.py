@@ -146,7 +146,8 @@ def positive(path: Path, content: Mapping[str, Any], key: str, shown: str | None
     value = content.get(key)
     if value is None:
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    number = number and not isinstance(value, bool)
     if not number or value < 1:
         raise ValueError(f"{path}: {shown or key} is {value!r}; wanted a positive number")
     return int(value)

@@ -36,6 +36,9 @@ UNLIMITED = 2**31 - 1
 # Pieces that are a word of their own in XLNet's pretraining.
 _PUNCTUATION = frozenset(string.punctuation) - {"'"}
 
+# White space of Unicode, with which a line of a vocabulary may end.
+_BLANKS = "\t\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -497,7 +500,8 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     lines = read_text(path).split("\n")  # not splitlines: U+2028 and others may be tokens
     if lines[-1] == "":
         lines.pop()
-    vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
+    # As the library reads it, which transformers leaves it to; of equal lines the last counts.
+    vocab = {line.rstrip(_BLANKS): index for index, line in enumerate(lines)}
     special = _special_tokens(_SPECIAL_TOKENS, path.parent, settings)
     for name in ("unk_token", "cls_token", "sep_token"):
         if special[name] not in vocab:
