@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,23 @@ from typing import Any
 _WANTED = "wanted a local directory with a model's files"
 
 
+def real_path(option: str, name: str) -> Path:
+    """The path behind a name that a command was given, links followed.
+
+    Raises:
+        ValueError: no file can have the name: it holds a zero or half of a character.
+    """
+    try:
+        path = os.path.realpath(name)
+        os.fsencode(path)
+        os.path.lexists(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: got {name!r}, which is no file's name: {error}") from None
+    if "\0" in name:
+        raise ValueError(f"{option}: got {name!r}, which is no file's name: it holds a zero")
+    return Path(path)
+
+
 def model_directory(directory: str | Path) -> Path:
     """The directory as a Path.
 
@@ -23,6 +41,8 @@ def model_directory(directory: str | Path) -> Path:
         NotADirectoryError: it is a file.
     """
     path = Path(directory)
+    if directory == "":  # which a Path takes for the working directory
+        raise FileNotFoundError(f"directory: got ''; {_WANTED}")
     if not path.exists():
         raise FileNotFoundError(f"directory: {str(path)!r} does not exist; {_WANTED}")
     if not path.is_dir():
@@ -45,16 +65,32 @@ def require_file(directory: str | Path, name: str) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to: it becomes `path` when the block ends, and is removed when the block raises."""
+    """A temporary path to write to: it becomes `path` when the block ends, and is removed when the block raises.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    temporary = _beside(path, "part")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # NumPy's of a full disk has no number and no name: "160000 requested and 25568 written".
+        if str(path) in str(error):
+            raise
+        raise type(error)(
+            error.errno or errno.EIO, f"cannot be written: {error.strerror or error}", str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    """A name of its own in the same folder, no longer than a file's may be where `path`'s is not."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.{end}")
 
 
 def check_new_directory(path: Path, force: bool = False) -> None:
@@ -94,7 +130,7 @@ def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
     """
     check_new_directory(path, force)
     path = path.resolve()  # a link keeps pointing where it did
-    temporary, old = (path.with_name(f".{path.name}.{secrets.token_hex(6)}.{end}") for end in ("part", "old"))
+    temporary, old = _beside(path, "part"), _beside(path, "old")
     temporary.mkdir()
     try:
         yield temporary

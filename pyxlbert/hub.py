@@ -78,6 +78,8 @@ class Hub:
             PermissionError: the model is gated, and the token opens no gate.
             ValueError: the model has no such revision.
         """
+        if name == "":
+            raise FileNotFoundError("directory: got '', wanted a folder, or the name of a model of the hub")
         if not isinstance(name, str) or Path(name).exists() or not _NAME.fullmatch(name):
             return Path(name)
         try:

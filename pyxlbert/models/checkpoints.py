@@ -5,6 +5,7 @@ Nothing here builds a model. A directory is read and checked completely before a
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -87,13 +88,26 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"no weights in {directory}: wanted one of {wanted}")
 
 
-def write_weights(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``model.safetensors``; the file appears whole or not at all. No two tensors may share memory."""
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for want of space, say.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def write_weights(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors``; the file appears whole or not at all. No two tensors may share memory."""
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with whole_file(Path(directory) / "model.safetensors") as path:
-        save_file(own, path, metadata={"format": "pt"})
+        save(own, path, {"format": "pt"})
 
 
 def layers_of(names: Iterable[str]) -> int:

@@ -142,6 +142,17 @@ class Op(Choice):
             if place >= 0:
                 wanted = shapes if packed is None or call.cu_seqlens is None else packed
                 raise ValueError(f"{function}: {_misfit(call, place, wanted, tensors)}")
+            if call.backend == "torch":
+                return
+            # The public function has asked this; `torch.ops` has not, and kernels take dtypes by their size.
+            if call.backend not in backends.NAMES:
+                raise ValueError(
+                    f"{function}: backend: got {call.backend!r}, wanted one of {', '.join(backends.NAMES)}"
+                )
+            floats = (call[place] for place in tensors if call[place] is not None)
+            reason = op.refusal(call.backend, next(x for x in floats if x.is_floating_point()))
+            if reason is not None:
+                raise RuntimeError(f"{function}: backend {call.backend!r} is unavailable: {reason}")
 
         def runner(device: str | None, look: Callable[[Any], None] | None = checked) -> Callable[[Any], Any]:
             def run(call: Any) -> Any:

@@ -136,6 +136,10 @@ class TextTokenizer:
             tokenizer.no_truncation()  # a text is cut behind the rule
         self._pad_id, self._pad_left = tokenizer.token_to_id(pad_token), pad_left
         self.max_length = max_length
+        #: The largest id that a text may give, added tokens among them; -1 without any token.
+        self.largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.largest_id >= 2**31:
+            raise ValueError(f"tokenizer: got an id of {self.largest_id}, wanted less than 2**31")
 
     @classmethod
     def from_directory(
@@ -166,26 +170,23 @@ class TextTokenizer:
         if xlnet and max_positions is None:
             max_positions = UNLIMITED
         tokenizer = load_tokenizer(path)
+        limit = length_limit(path, max_positions)
         padding = "[PAD]" if tokenizer.token_to_id("[PAD]") is not None and not xlnet else "<pad>"
-        return cls(
-            tokenizer,
-            length_limit(path, max_positions),
-            special_types=xlnet,
-            token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
-            pad_token=_named(
-                xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
-                "pad_token",
-                padding,
-            ),
-            pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
-            cut_left=_side(file, settings, "truncation_side", "right") == "left",
-            original_numbers=original_numbers,
-        )
-
-    @property
-    def largest_id(self) -> int:
-        """The largest id that a text may give, added tokens among them; -1 without any token."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        with xlnet_tokenizer.library_errors(path):
+            return cls(
+                tokenizer,
+                limit,
+                special_types=xlnet,
+                token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
+                pad_token=_named(
+                    xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
+                    "pad_token",
+                    padding,
+                ),
+                pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
+                cut_left=_side(file, settings, "truncation_side", "right") == "left",
+                original_numbers=original_numbers,
+            )
 
     def types(self, length: int) -> np.ndarray | None:
         """int64 ``[length]``, the token types of a text that gave so many ids; None where the model is given none."""
@@ -426,10 +427,9 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     saved, vocabulary, pieces = (directory / name for name in ("tokenizer.json", "vocab.txt", "spiece.model"))
     if saved.is_file():
         content = read_text(saved)
-        try:
+        with xlnet_tokenizer.library_errors(saved):
             tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise ValueError(f"{saved} is not a tokenizer that can be read: {error}") from None
+            xlnet_tokenizer.probe(tokenizer)
         own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
         if own is None:
             kept = xlnet_tokenizer.with_accents(saved, settings)
