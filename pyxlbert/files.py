@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         # NumPy's of a full disk has no number and no name: "160000 requested and 25568 written".
-        if str(path) in str(error):
+        if error.filename not in (None, temporary, str(temporary)) or str(path) in str(error):
             raise
         raise type(error)(
             error.errno or errno.EIO, f"cannot be written: {error.strerror or error}", str(path)

@@ -91,7 +91,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (FILE, {"max_sequence_length": 8}, "max_sequence_length is 8, a key that is not supported"),
     (FILE, {"max_seq_length": float("inf")}, "max_seq_length is inf; wanted a positive number"),
     (FILE, {"max_seq_length": float("nan")}, "max_seq_length is nan; wanted a positive number"),
-    ("1_Pooling/config.json", {"embedding_dimension": 16}, "pooling takes 16 numbers a token, the model has 32"),
+    ("1_Pooling/config.json", {"embedding_dimension": 16}, "pooling takes 16 numbers a token, the model 32"),
     ("1_Pooling/config.json", {"pooling_mode": ["mean", "max"]}, "Dense layer 1 takes 32 numbers, wanted 64"),
     ("1_Pooling/config.json", {"window": 3}, "window is 3, a key that is not supported"),
     ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
