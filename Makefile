@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help setup build demo test quick test-all test-oldest lint format bench gpu clean
+.PHONY: help setup build demo test quick test-all test-oldest fuzz lint format bench gpu clean
 
 help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
@@ -21,6 +21,7 @@ help:
 	@echo "make quick     the part of it that answers in a minute"
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
+	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage"
 	@echo "make bench     every op and the model against its peers"
 	@echo "make gpu       build, tests, compute-sanitizer and benchmarks on this machine's GPU; PART=test for one of them"
 	@echo "make lint      ruff and clang-format"
@@ -81,6 +82,12 @@ NOT_OLDEST := $(addprefix --deselect tests/integrations/, \
 
 test-oldest: build $(OLDEST)/ready
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PARALLEL) tests/integrations $(NOT_OLDEST)
+
+# Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn.
+FUZZ_RUNS ?= 4000
+fuzz: build
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --guided --runs $(FUZZ_RUNS)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_RUNS)
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

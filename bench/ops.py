@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from pyxlbert.bench import limits, relative, two_stream
 from pyxlbert.bench.contest import Check, contest
-from pyxlbert.bench.opponents import OPPONENTS, Bind, Call, Opponents, unchanged
+from pyxlbert.bench.opponents import OPPONENTS, Bind, Call, Opponents, Peer, unchanged
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Tell, Timing, copies_for, nobody, race_on
 
+from pyxlbert.backends import OPS
+from pyxlbert.backends.presence import device_type
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._attention import Scores
@@ -278,7 +280,10 @@ def _some_heads(inputs: Scores) -> Part:
 def opponents_of(spec: Spec, case: Case) -> Opponents:
     """What ours races against."""
     others = {"relative_attention": relative.opponents, "two_stream_attention": two_stream.opponents}
-    return (OPPONENTS | others)[spec.name](case)
+    found = (OPPONENTS | others)[spec.name](case)
+    op, device = OPS[spec.name], torch.get_default_device().type
+    outside = [name for name in op.backends if name not in op.own_backends and device_type(name) == device]
+    return found._replace(peers=found.peers | {f"pyxlbert {n}": Peer(ours(spec, backend=n)) for n in outside})
 
 
 def ours(spec: Spec, **options: str) -> Bind:

@@ -21,7 +21,7 @@ import pyxlbert
 from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import convert, export, parity
 from pyxlbert.commands import embed as many
-from pyxlbert.files import whole_file
+from pyxlbert.files import real_path, whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
@@ -154,9 +154,7 @@ def _embed(options: argparse.Namespace) -> int:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: got {options.batch_size}, wanted at least 1")
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: got {options.threads}, wanted at least 1")
-        torch.set_num_threads(options.threads)
+        many.set_threads(options.threads)
     texts = read_lines(options.files[0])
     encoder = pyxlbert.SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
     vectors = encoder.encode(texts, show_progress=options.progress, **many.encoding(options))
@@ -178,7 +176,7 @@ def read_lines(name: str) -> list[str]:
         OSError: the file cannot be read.
         ValueError: a line is not UTF-8; the message has its number.
     """
-    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    content = _standard_input() if name == "-" else real_path("FILE", name).read_bytes()
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":  # what follows the last line end is no line
         lines.pop()
@@ -192,8 +190,17 @@ def read_lines(name: str) -> list[str]:
     return texts
 
 
+def _standard_input() -> bytes:
+    # A process may be started without any; Python then has none, or one that cannot be read.
+    try:
+        return sys.stdin.buffer.read()
+    except (AttributeError, ValueError, OSError) as error:
+        reason = "it is closed" if sys.stdin is None else str(error)
+        raise OSError(f"standard input cannot be read: {reason}") from None
+
+
 def _output_path(name: str) -> Path:
-    path = Path(os.path.realpath(name))  # a link keeps pointing where it did
+    path = real_path("--out", name)  # a link keeps pointing where it did
     if path.suffix not in _WRITERS:
         raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}, or / for a folder")
     if path.is_dir():
@@ -242,7 +249,8 @@ def info_text() -> str:
     lines += ["", "backends:"]
     for name in backends.NAMES:
         reason = backends.unavailable(name)
-        lines.append(f"  {name:<7}" + ("available" if reason is None else f"missing: {reason}"))
+        lines.append(f"  {name:<7} " + ("available" if reason is None else f"missing: {reason}"))
+    lines += [f"  left out: {sentence}" for sentence in backends.REFUSED]
     return "\n".join(lines)
 
 

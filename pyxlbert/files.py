@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -14,6 +16,23 @@ from typing import Any
 _WANTED = "wanted a local directory with a model's files"
 
 
+def real_path(option: str, name: str) -> Path:
+    """The path behind a name that a command was given, links followed.
+
+    Raises:
+        ValueError: no file can have the name: it holds a zero or half of a character.
+    """
+    try:
+        path = os.path.realpath(name)
+        os.fsencode(path)
+        os.path.lexists(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: got {name!r}, which is no file's name: {error}") from None
+    if "\0" in name:
+        raise ValueError(f"{option}: got {name!r}, which is no file's name: it holds a zero")
+    return Path(path)
+
+
 def model_directory(directory: str | Path) -> Path:
     """The directory as a Path.
 
@@ -22,6 +41,8 @@ def model_directory(directory: str | Path) -> Path:
         NotADirectoryError: it is a file.
     """
     path = Path(directory)
+    if directory == "":  # which a Path takes for the working directory
+        raise FileNotFoundError(f"directory: got ''; {_WANTED}")
     if not path.exists():
         raise FileNotFoundError(f"directory: {str(path)!r} does not exist; {_WANTED}")
     if not path.is_dir():
@@ -44,16 +65,32 @@ def require_file(directory: str | Path, name: str) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to: it becomes `path` when the block ends, and is removed when the block raises."""
+    """A temporary path to write to: it becomes `path` when the block ends, and is removed when the block raises.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    temporary = _beside(path, "part")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # NumPy's of a full disk has no number and no name: "160000 requested and 25568 written".
+        if error.filename not in (None, temporary, str(temporary)) or str(path) in str(error):
+            raise
+        raise type(error)(
+            error.errno or errno.EIO, f"cannot be written: {error.strerror or error}", str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    """A name of its own in the same folder, no longer than a file's may be where `path`'s is not."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.{end}")
 
 
 def check_new_directory(path: Path, force: bool = False) -> None:
@@ -93,7 +130,7 @@ def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
     """
     check_new_directory(path, force)
     path = path.resolve()  # a link keeps pointing where it did
-    temporary, old = (path.with_name(f".{path.name}.{secrets.token_hex(6)}.{end}") for end in ("part", "old"))
+    temporary, old = _beside(path, "part"), _beside(path, "old")
     temporary.mkdir()
     try:
         yield temporary
@@ -131,9 +168,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         ValueError: the file is not JSON, or holds something else than a `kind`.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits too
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; wanted a {kind.__name__}")
@@ -149,13 +189,14 @@ def setting(path: Path, content: dict[str, Any], key: str, kind: type | tuple[ty
     """A field of a settings file, or `default` where it is missing or null.
 
     Raises:
-        ValueError: it is of another type; true and false are no numbers.
+        ValueError: it is of another type, or no finite number; true and false are no numbers.
     """
     value = content.get(key)
     if value is None:
         return default
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    odd = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, kinds) or odd or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(_JSON_NAMES[one] for one in kinds)
         raise ValueError(f"{path}: {key} is {value!r}; wanted {wanted}")
     return value

@@ -17,7 +17,11 @@ from pyxlbert.files import read_json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Of a tokenizer: one set of the first makes one, the others are settings.
 _TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("spiece.model",), ("vocab.json", "merges.txt"))
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "sentence_bert_config.json")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# As `pyxlbert.text.folder_settings` reads them, older names too.
+_SETTINGS += ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json")
+_SETTINGS += ("sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json")
+_SETTINGS += ("sentence_xlnet_config.json",)
 _SENTENCES = ("modules.json", "config_sentence_transformers.json")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -74,6 +78,8 @@ class Hub:
             PermissionError: the model is gated, and the token opens no gate.
             ValueError: the model has no such revision.
         """
+        if name == "":
+            raise FileNotFoundError("directory: got '', wanted a folder, or the name of a model of the hub")
         if not isinstance(name, str) or Path(name).exists() or not _NAME.fullmatch(name):
             return Path(name)
         try:

@@ -110,7 +110,7 @@ def test_an_op_has_its_file_on_every_floor(op: str) -> None:
             "triton": [f"kernels/{op}.py"],
             "cuda": [f"pyxlbert/cuda/{op}.py", f"csrc/cuda/{op}.cu", f"csrc/cuda/{op}.h"],
         }
-        for backend in OPS[op].backends:
+        for backend in OPS[op].own_backends:
             wanted += floors[backend]
     missing = [path for path in wanted if not (ROOT / path).exists()]
     assert not missing

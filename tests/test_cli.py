@@ -134,7 +134,12 @@ def test_dtype_and_threads(tmp_path: Path, model: Path) -> None:
         ({"out": "folder.npy"}, "folder.npy"),
         ({"options": ["--batch-size", "0"]}, "--batch-size: got 0"),
         ({"options": ["--threads", "0"]}, "--threads: got 0"),
+        ({"options": ["--threads", "2147483648"]}, "--threads: got 2147483648, wanted at most 4096"),
         ({"options": ["--layers", "7"]}, "layers: got 7"),
+        ({"out": "\ud800.npy"}, "which is no file's name"),
+        ({"file": "\ud800"}, "which is no file's name"),
+        ({"model": "\ud800"}, "does not exist"),
+        ({"out": "x" * 260 + ".npy"}, "File name too long"),
     ],
     ids=str,
 )
@@ -278,6 +283,32 @@ def test_a_link_keeps_pointing_where_it_did(tmp_path: Path, model: Path) -> None
     assert embed(tmp_path / "in.txt", model, tmp_path / "link.npy") == 0
     assert (tmp_path / "link.npy").is_symlink()
     assert np.load(tmp_path / "there.npy").shape == (1, 32)
+
+
+def test_a_closed_standard_input(tmp_path: Path, model: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert embed("-", model, tmp_path / "x.npy") == 1
+    assert "standard input cannot be read: it is closed" in capsys.readouterr().err
+    with open(os.devnull) as closed:
+        pass
+    monkeypatch.setattr(sys, "stdin", closed)
+    assert embed("-", model, tmp_path / "x.npy") == 1
+    assert "standard input cannot be read: " in capsys.readouterr().err
+
+
+def test_a_model_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty name is not the working directory."""
+    (tmp_path / "in.txt").write_text("a\n")
+    assert embed(tmp_path / "in.txt", "", tmp_path / "x.npy") == 1
+    assert "directory: got '', wanted a folder" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="directory: got ''"):
+        pyxlbert.SentenceEncoder.from_pretrained("")
+
+
+def test_the_longest_name_of_an_output(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in.txt").write_text("a\n")
+    out = tmp_path / ("x" * 251 + ".npy")
+    assert embed(tmp_path / "in.txt", model, out) == 0 and out.is_file()
 
 
 @pytest.mark.quick

@@ -100,6 +100,6 @@ def test_another_backend_runs_instead_of_an_old_triton(monkeypatch, three_device
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "3.3.1")
     monkeypatch.setattr(native, "cuda_kernels", None)
     op = OPS["layer_norm"]
-    monkeypatch.delitem(op._modules, "triton", raising=False)
-    monkeypatch.delitem(op._modules, "cuda", raising=False)
+    monkeypatch.delattr(op._modules, "triton", raising=False)
+    monkeypatch.delattr(op._modules, "cuda", raising=False)
     assert op.resolve(None, OnGpu(0)) == "torch"

@@ -1,4 +1,4 @@
-"""The four backends: which exist here, why the others do not, and which one an op takes."""
+"""Four backends and those of other packages: which exist here, why others do not, and which one an op takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from pyxlbert.backends import native
 from pyxlbert.backends.choice import OPS, PREFERENCE, explain
 from pyxlbert.backends.native import choose_level, emulate_cuda, multiplies_bfloat16
-from pyxlbert.backends.presence import NAMES, available, unavailable
+from pyxlbert.backends.presence import NAMES, REFUSED, available, unavailable
 from pyxlbert.backends.switches import (
     allow_atomics,
     atomics_allowed,
@@ -22,6 +22,7 @@ __all__ = [
     "NAMES",
     "OPS",
     "PREFERENCE",
+    "REFUSED",
     "allow_atomics",
     "atomics_allowed",
     "available",

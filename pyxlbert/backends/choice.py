@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 from pyxlbert import checks
 from pyxlbert.backends import measured, switches
-from pyxlbert.backends.presence import BACKENDS, NAMES, refusal_on, unavailable
+from pyxlbert.backends.presence import BACKENDS, NAMES, OWN, has, refusal_on, unavailable
 
 # The first backend of a row that supports the inputs is taken; on a GPU the faster of the first two comes first: see
 # measured.py.
@@ -26,20 +26,27 @@ class Choice:
         name: the op's name on every floor; backend `b` implements it in the module of this name in b's room, which
             holds `<name>_fwd`, `<name>_bwd`, `supports(*tensors) -> None | sentence`, and where it has something to
             say of how it runs inputs that it takes, `note(*tensors) -> None | sentence`.
-        backends: the names of the backends that have it.
+        backends: the names of those of ours that have it.
         ids_first: the first argument holds ids, which do not decide the backend.
     """
 
     def __init__(self, name: str, backends: tuple[str, ...], *, ids_first: bool = False) -> None:
         self.name = name
-        self.backends = backends
+        self.own_backends = backends
         self.ids_first = ids_first
-        self._modules: dict[str, ModuleType] = {}
+        # Attributes and no dictionary, which a compiler would take as it was when it first looked.
+        self._modules = SimpleNamespace()
         for backend in ("torch", "cpu"):
             if backend in backends and unavailable(backend) is None:
                 self.module(backend)
-        self._native = self._modules["cpu"].supports if "cpu" in self._modules else None
+        self._native = self._modules.cpu.supports if hasattr(self._modules, "cpu") else None
         OPS[name] = self
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The names of the backends that have it: ours, then those of other packages."""
+        others = (name for name in NAMES if name not in OWN and has(name, self.name))
+        return (*self.own_backends, *others)
 
     def resolve(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
         """The backend to run: the named one, the default of `use_backend`, or the first that supports the tensors.
@@ -72,14 +79,12 @@ class Choice:
 
     def refusal(self, backend: str, *tensors: torch.Tensor | None) -> str | None:
         """Why `backend` cannot run this op on these tensors, or None."""
-        module = self._modules.get(backend)
+        module = getattr(self._modules, backend, None)
         if module is None:
-            reason = BACKENDS[backend].missing()
+            reason = _enter(self.name, backend)
             if reason is not None:
                 return reason
-            if backend not in self.backends:
-                return f"{self.name} has no {backend} kernel"
-            module = self.module(backend)
+            module = getattr(self._modules, backend)
         device = tensors[0].device  # type: ignore[union-attr]
         reason = refusal_on(backend, device.index) if device.type == "cuda" else None
         return reason or module.supports(*tensors)
@@ -99,7 +104,7 @@ class Choice:
                     lines[-1] += "; use_backend names it, so a call without backend= raises this"
                 continue
             if reason is None and name not in order:
-                reason = f"not for {device} tensors"
+                reason = f"not for {device} tensors" if name in OWN else "possible where backend= names it"
             if reason is None and not taken and asked is None:
                 why = f", {measured.reason(self.name, tensors[0])}" if name in order[:2] and device == "cuda" else ""
                 lines.append(f"  {name}: taken{why}{self._note(name, *tensors)}")
@@ -117,15 +122,35 @@ class Choice:
     def _order(self, tensor: torch.Tensor | None) -> tuple[str, ...]:
         """The backends for a call that this tensor decides; the first that supports it is taken."""
         device = tensor.device.type  # type: ignore[union-attr]
-        if device == "cuda" and "cuda" in self.backends:
+        if device == "cuda" and "cuda" in self.own_backends:
             return (*measured.order(self.name, tensor), "torch")
         return PREFERENCE.get(device, ("torch",))
 
     def module(self, backend: str) -> ModuleType:
         """The op's module in the room of `backend`, which is here."""
-        if backend not in self._modules:
-            self._modules[backend] = importlib.import_module(f"{BACKENDS[backend].room}.{self.name}")
-        return self._modules[backend]
+        if not hasattr(self._modules, backend):
+            setattr(self._modules, backend, importlib.import_module(f"{BACKENDS[backend].room}.{self.name}"))
+        return getattr(self._modules, backend)
+
+
+def _enter(op: str, backend: str) -> str | None:
+    """Imports the module of an op in the room of a backend; why there is none for this machine, or None."""
+    record, choice = BACKENDS[backend], OPS[op]
+    reason = record.missing()
+    if reason is not None:
+        return reason
+    if backend not in choice.own_backends and not has(backend, op):
+        return f"{op} has no {backend} kernel"
+    if record.outside is not None:
+        found = record.outside.module(op)
+        if isinstance(found, str):
+            return found
+    choice.module(backend)
+    return None
+
+
+# A compiler asks this and does not trace it: see `refusal_on`.
+_enter._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(op: str, *tensors: torch.Tensor) -> str:

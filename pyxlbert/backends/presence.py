@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from pyxlbert.backends import native
+from pyxlbert.backends import native, outside
 
 # The first Triton that compiles the kernels: older ones lack `tl.gather` or chained conditions.
 _OLDEST_TRITON = (3, 4)
@@ -25,12 +25,14 @@ class Backend(NamedTuple):
         room: the package of its modules; op `x` is implemented in `<room>.x`.
         missing: why it cannot run on this machine at all, or None.
         refusal: why it cannot run on the CUDA device of this index, or None; asked only if nothing is missing.
+        outside: another package's, where it is none of ours.
     """
 
     name: str
     room: str
     missing: Callable[[], str | None]
     refusal: Callable[[int], str | None]
+    outside: outside.Room | None = None
 
 
 def _nothing(*_: int) -> None:
@@ -104,7 +106,18 @@ BACKENDS = {
         Backend("cuda", "pyxlbert.cuda", _no_cuda, _cuda_refusal),
     )
 }
+# Ours; those of other packages follow, and are taken only where they are named.
+OWN = tuple(BACKENDS)
+_rooms, REFUSED = outside.read(OWN)
+BACKENDS |= {name: Backend(name, room.room, room.missing, room.refusal, room) for name, room in _rooms.items()}
 NAMES = tuple(BACKENDS)
+outside.warn(REFUSED)
+
+
+def has(name: str, op: str) -> bool:
+    """Whether a backend of another package holds a module for an op; False where it cannot be imported."""
+    room = BACKENDS[name].outside
+    return room is not None and room.has(op)
 
 
 _refusals: dict[tuple[str, int], str | None] = {}
@@ -131,15 +144,25 @@ def unavailable(name: str, device: torch.device | int | None = None) -> str | No
             built); None asks the current one.
 
     Raises:
-        ValueError: `name` is not one of the four backends.
+        ValueError: `name` is not one of them.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, wanted one of {', '.join(NAMES)}")
     reason = BACKENDS[name].missing()
-    if reason is not None or name not in ("triton", "cuda") or not torch.cuda.is_available():
+    if reason is not None or name in ("torch", "cpu") or not torch.cuda.is_available():
         return reason
+    if device is None and device_type(name) == "cpu":
+        return None
     index = device.index if isinstance(device, torch.device) else device
     return refusal_on(name, torch.cuda.current_device() if index is None else index)
+
+
+def device_type(name: str) -> str:
+    """ "cuda" where a backend's tensors are on a GPU, else "cpu", where "torch" can run too."""
+    room = BACKENDS[name].outside
+    if room is not None:
+        return room.device()
+    return "cuda" if name in ("triton", "cuda") else "cpu"
 
 
 def available() -> tuple[str, ...]:

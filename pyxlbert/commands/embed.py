@@ -13,11 +13,11 @@ import torch
 
 from pyxlbert.embed.plan import NULLS, Options, is_parquet
 from pyxlbert.hub import Hub
-from pyxlbert.text.batches import check_count
 from pyxlbert.text.quantisation import PRECISIONS
 
 # Endings of an output that is one file.
 _FILES = (".npy", ".jsonl")
+_MOST_THREADS = 4096
 
 # What only a job takes, and what it is if nobody says.
 _JOB = {
@@ -107,8 +107,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         if options.threads is not None:
-            check_count("--threads", options.threads)
-            torch.set_num_threads(options.threads)
+            set_threads(options.threads)
         report = embed_files(
             options.files,
             Hub().folder(options.model, text=True),
@@ -127,6 +126,18 @@ def run(options: argparse.Namespace) -> int:
     before = f", of which {report.before} were there" if report.before else ""
     print(f"{report.rows} rows in {report.shards} shards{before}: {options.out}", file=sys.stderr)
     return 0
+
+
+def set_threads(threads: int) -> None:
+    """Sets how many threads of the processor are used.
+
+    Raises:
+        ValueError: it is no number that makes sense.
+    """
+    if not 1 <= threads <= _MOST_THREADS:
+        wanted = "wanted at least 1" if threads < 1 else f"wanted at most {_MOST_THREADS}"
+        raise ValueError(f"--threads: got {threads}, {wanted}")
+    torch.set_num_threads(threads)
 
 
 def _options(options: argparse.Namespace) -> Options:

@@ -11,7 +11,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, machine
-from pyxlbert.files import whole_file
+from pyxlbert.files import real_path, whole_file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,7 +73,10 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _check_output(parser: argparse.ArgumentParser, option: str, name: str | None) -> None:
     if name is None:
         return
-    path = Path(os.path.realpath(name))
+    try:
+        path = real_path(f"--{option}", name)
+    except ValueError as error:
+        parser.error(str(error))
     if path.is_dir():
         parser.error(f"--{option}: {name!r} is a directory")
     if not path.parent.is_dir():

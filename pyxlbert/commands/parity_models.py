@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import pyxlbert
+from pyxlbert.commands.parity_inputs import build, call, given, tokens
 from pyxlbert.testing import compare, runners
-from pyxlbert.testing.models import randomize
 from pyxlbert.testing.parity.rows import Gathered, Row
 
 OWN = {
@@ -23,21 +23,6 @@ OWN = {
     "roberta": pyxlbert.models.RobertaModel,
     "xlnet": pyxlbert.models.XLNetModel,
 }
-SMALL = {
-    **{"vocab_size": 60, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 80},
-    **{"max_position_embeddings": 40, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-}
-# Where a configuration has other names, or needs more than those.
-_FIELDS: dict[str, dict[str, Any]] = {
-    "distilbert": {
-        **{"dim": 48, "n_heads": 4, "n_layers": 3, "hidden_dim": 80, "dropout": 0.0, "attention_dropout": 0.0},
-        **{"vocab_size": 60, "max_position_embeddings": 40},
-    },
-    "albert": SMALL | {"embedding_size": 16},
-    "electra": SMALL | {"embedding_size": 16},
-    "xlnet": {"vocab_size": 60, "d_model": 48, "n_layer": 3, "n_head": 4, "d_inner": 80, "dropout": 0.0},
-}
-LENGTHS = (12, 7, 1, 9)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -62,17 +47,6 @@ def rows(names: list[str], dtypes: list[torch.dtype]) -> Iterator[Row]:
             yield from _of(name, kind, accelerated, here, dtype)
 
 
-def _build(kind: str) -> Any:
-    """A random model of transformers."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **_FIELDS.get(kind, SMALL))
-    model = transformers.AutoModel.from_config(config).eval()
-    randomize(model, torch.Generator().manual_seed(0))
-    return model
-
-
 def _own(kind: str, theirs: Any) -> torch.nn.Module:
     """Our model with the weights of a model of transformers."""
     ours = OWN[kind](OWN[kind].config_class.from_dict(theirs.config.to_dict())).eval()
@@ -83,11 +57,7 @@ def _own(kind: str, theirs: Any) -> torch.nn.Module:
 def _of(name: str, kind: str, accelerated: bool, here: list[str], dtype: torch.dtype) -> Iterator[Row]:
     label = str(dtype).removeprefix("torch.")
     try:
-        plain = _build(kind)
-        if plain.main_input_name != "input_ids":
-            reason = f"its input is {plain.main_input_name}, and only ids are drawn here"
-            yield Row(name, "", label, "", reason=reason)
-            return
+        plain = build(kind)
         truth = _results(copy.deepcopy(plain).double())
         wanted = _results(copy.deepcopy(plain).to(dtype))
     except Exception as error:  # transformers may have no such model, or fail in this dtype
@@ -106,8 +76,13 @@ def _of(name: str, kind: str, accelerated: bool, here: list[str], dtype: torch.d
                 errors = compare.errors(direction, value, wanted[direction], truth[direction])
                 found[direction].add("last_hidden_state" if direction == "forward" else "all gradients", errors)
         except Exception as error:  # a model that raises is a row like one that is wrong
+            refusal = f"backend {runner.partition('/')[0]!r} is unavailable: "
+            lacks = isinstance(error, RuntimeError) and refusal in str(error)
             for one in found.values():
-                one.fail(type(error).__name__, str(error))
+                if lacks:  # an op of the model
+                    one.refused.append(str(error))
+                else:
+                    one.fail(type(error).__name__, str(error))
         for direction, one in found.items():
             yield one.row(name, runner, label, direction)
 
@@ -124,20 +99,12 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _inputs(model: Any) -> tuple[Tensor, Tensor]:
-    """Random ids and a mask ``[B, T]``, True where a token is."""
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    ids = torch.randint(5, model.config.vocab_size, mask.shape, generator=torch.Generator().manual_seed(1))
-    padding = model.config.pad_token_id
-    return (ids if padding is None else torch.where(mask, ids, padding)), mask
-
-
 def _results(model: Any) -> dict[str, Tensor]:
     """The last hidden states at tokens ``[total, E]``, and every gradient of a random functional of them, in a row."""
-    ids, mask = _inputs(model)
+    arguments = given(model)
     generator = torch.Generator().manual_seed(2)
     model.zero_grad()
-    rows = model(ids, mask.long()).last_hidden_state[mask]
+    rows = tokens(model, arguments, call(model, arguments).last_hidden_state)
     direction = torch.randn(rows.shape, generator=generator)
     (rows * direction.to(rows.dtype)).sum().backward()
     gradients = [p.grad.flatten() for _, p in sorted(model.named_parameters()) if p.grad is not None]
@@ -176,5 +143,6 @@ def layers(directory: Path, names: list[str], dtypes: list[torch.dtype]) -> Iter
 @torch.no_grad()
 def _states(model: Any) -> list[Tensor]:
     """The hidden states at tokens ``[total, E]`` before the first and after each layer."""
-    ids, mask = _inputs(model)
-    return [one[mask] for one in model(ids, mask.long(), output_hidden_states=True).hidden_states]
+    arguments = given(model)
+    hidden = call(model, arguments, output_hidden_states=True).hidden_states
+    return [tokens(model, arguments, one) for one in hidden]

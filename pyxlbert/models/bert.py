@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyxlbert.models.config import ModelConfig
+from pyxlbert.models.config import MOST_LAYERS, MOST_WIDTH, ModelConfig
 from pyxlbert.models.inputs import IGNORED, check_device, check_ids, check_tensors, check_tokens
 from pyxlbert.models.losses import LOW_PRECISION
 from pyxlbert.models.outputs import BaseModelOutputWithPooling, ModelOutput, PackedModelOutput
@@ -83,11 +83,11 @@ class BertConfig(ModelConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+            self._integer(name, 1, MOST_WIDTH)
+        for name in ("vocab_size", "max_position_embeddings", "type_vocab_size"):
             self._integer(name, 1)
-        for name in ("max_position_embeddings", "type_vocab_size"):
-            self._integer(name, 1)
-        self._integer("num_hidden_layers", 0)
+        self._integer("num_hidden_layers", 0, MOST_LAYERS)
         if self.hidden_size % self.num_attention_heads:
             heads, hidden = self.num_attention_heads, self.hidden_size
             raise ValueError(f"num_attention_heads: got {heads}, wanted a divisor of hidden_size {hidden}")

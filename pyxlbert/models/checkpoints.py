@@ -5,6 +5,7 @@ Nothing here builds a model. A directory is read and checked completely before a
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -87,13 +88,60 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"no weights in {directory}: wanted one of {wanted}")
 
 
-def write_weights(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``model.safetensors``; the file appears whole or not at all. No two tensors may share memory."""
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for want of space, say.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def write_weights(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``model.safetensors``; the file appears whole or not at all. No two tensors may share memory."""
     own = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with whole_file(Path(directory) / "model.safetensors") as path:
-        save_file(own, path, metadata={"format": "pt"})
+        save(own, path, {"format": "pt"})
+
+
+def layers_of(names: Iterable[str]) -> int:
+    """How many layers a checkpoint's names count."""
+    found = (re.search(r"(?:^|\.)layer\.(\d{1,9})\.", name) for name in names)
+    return max((int(one[1]) + 1 for one in found if one is not None), default=0)
+
+
+# What wrappers of a whole model put before every name, and those of its layers in the middle of one.
+WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "model.")
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def wrapping(names: Iterable[str]) -> tuple[str, list[str]]:
+    """What torch.compile, DataParallel, DeepSpeed and others have put before every name, and inside of some.
+
+    Returns:
+        the common prefix, ``""`` where there is none, and the wrappers' names that stand elsewhere.
+    """
+    names, prefix = list(names), ""
+    while True:
+        found = next((one for one in WRAPPERS if names and all(n.startswith(prefix + one) for n in names)), None)
+        if found is None:
+            break
+        prefix += found
+    rest = [f".{name.removeprefix(prefix)}" for name in names]
+    return prefix, [one for one in INNER_WRAPPERS if any(f".{one}" in name for name in rest)]
+
+
+def _unwrapped(name: str, prefix: str, inner: Iterable[str]) -> str:
+    name = f".{name.removeprefix(prefix)}"
+    for one in inner:
+        name = name.replace(f".{one}", ".")
+    return name[1:]
 
 
 def own_names(theirs: Iterable[str], *, base: str, base_parts: Iterable[str], headed: bool) -> dict[str, str | None]:
@@ -105,6 +153,8 @@ def own_names(theirs: Iterable[str], *, base: str, base_parts: Iterable[str], he
         base_parts: the encoder's own top-level names.
         headed: whether our model has a head, and so the prefix.
 
+    What `wrapping` finds is taken off first.
+
     Returns:
         Their name to ours; None for buffers that we have no use for.
 
@@ -112,15 +162,16 @@ def own_names(theirs: Iterable[str], *, base: str, base_parts: Iterable[str], he
         ValueError: two names lead to the same one.
     """
     theirs = list(theirs)
-    prefix = f"{base}."
-    prefixed = any(name.startswith(prefix) for name in theirs)
+    prefix, wrappers = f"{base}.", wrapping(theirs)
+    unwrapped = {name: _unwrapped(name, *wrappers) for name in theirs}
+    prefixed = any(name.startswith(prefix) for name in unwrapped.values())
     names: dict[str, str | None] = {}
     taken: dict[str, str] = {}
-    for name in theirs:
+    for name, plain in unwrapped.items():
         if name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
             names[name] = None
             continue
-        ours = re.sub(r"(LayerNorm|layer_norm)\.gamma$", r"\1.weight", name)
+        ours = re.sub(r"(LayerNorm|layer_norm)\.gamma$", r"\1.weight", plain)
         ours = re.sub(r"(LayerNorm|layer_norm)\.beta$", r"\1.bias", ours)
         if not headed:
             ours = ours.removeprefix(prefix)

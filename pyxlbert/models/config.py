@@ -12,10 +12,15 @@ from typing import Any, ClassVar, Self
 from pyxlbert.files import read_json, require_file, whole_file
 from pyxlbert.hub import Hub
 
+# What is built of a file's fields, before any weights are met, must end, and its sizes multiply without overflow.
+MOST_LAYERS, MOST_WIDTH, MOST_LABELS, MOST_ANYTHING = 1024, 2**24, 2**20, 2**31 - 1
+
 
 def _labels(given: object) -> dict[int, str]:
     """`id2label` with integers for keys, as JSON cannot have them."""
     try:
+        if len(given) > MOST_LABELS:
+            raise ValueError
         return {int(index): label for index, label in given.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"id2label: got {given!r}, wanted an object of numbers and their labels") from None
@@ -86,10 +91,11 @@ class ModelConfig:
             value = getattr(self, name) if hasattr(self, name) else self.extra.get(name, harmless[0])
             if value not in harmless:
                 raise ValueError(f"{name}: got {value!r}, which this model does not support; wanted {harmless[0]!r}")
-        self._integer("num_labels", 1)
+        self._integer("num_labels", 1, MOST_LABELS)
         for f in fields(self):
             if f.type == "bool" and not isinstance(getattr(self, f.name), bool):
                 raise ValueError(f"{f.name}: got {getattr(self, f.name)!r}, wanted True or False")
+        self._kinds()
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type: got {self.problem_type!r}, wanted None or one of {', '.join(PROBLEM_TYPES)}"
@@ -97,14 +103,31 @@ class ModelConfig:
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError("num_labels: got 1, wanted at least 2 for problem_type 'single_label_classification'")
 
-    def _integer(self, name: str, least: int) -> None:
+    def _kinds(self) -> None:
+        """Fields that no other check looks into: names, lists of names, and the labels' maps."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type.startswith("str") and not (isinstance(value, str) or (value is None and "None" in f.type)):
+                raise ValueError(f"{f.name}: got {value!r}, wanted a string")
+        names = self.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise ValueError(f"architectures: got {names!r}, wanted a list of names")
+        labels = self.label2id
+        if labels is not None and not isinstance(labels, dict):
+            raise ValueError(f"label2id: got {labels!r}, wanted an object of labels and their numbers")
+
+    def _integer(self, name: str, least: int, most: int = MOST_ANYTHING) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+        if value > most:
+            raise ValueError(f"{name}: got {value!r}, wanted an integer of at most {most}")
 
     def _number(self, name: str, least: float, most: float = math.inf) -> None:
         value = getattr(self, name)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        # A whole number may be too large to be made a float.
+        good = good and (abs(value) <= MOST_ANYTHING if isinstance(value, int) else math.isfinite(value))
         if not good or not least <= value <= most:
             wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"{name}: got {value!r}, wanted a finite number {wanted}")
@@ -138,9 +161,10 @@ class ModelConfig:
         for name in overrides.keys() - known - cls.unsupported.keys() - {"model_type"}:
             near = difflib.get_close_matches(name, known)
             raise TypeError(f"{name}: no field of {cls.__name__}" + (f"; near: {', '.join(near)}" if near else ""))
-        model_type = values.pop("model_type", None) or cls.model_type
+        model_type = values.pop("model_type", None)
+        model_type = cls.model_type if model_type in (None, "") else model_type
         kinds = cls.kinds()
-        if model_type not in kinds:
+        if not isinstance(model_type, str) or model_type not in kinds:
             wanted = " or ".join(map(repr, kinds))
             raise ValueError(f"model_type: got {model_type!r}, wanted {wanted}")
         if "torch_dtype" in values:
@@ -178,7 +202,11 @@ class ModelConfig:
         """
         hub = Hub(revision, cache_dir, token, local_files_only)
         path = require_file(hub.folder(directory, weights=False), "config.json")
-        return cls.from_dict(read_json(path), **overrides)
+        values = read_json(path)
+        try:
+            return cls.from_dict(values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a ``config.json``, unknown ones that were read included."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert.files import model_directory, whole_file
+from pyxlbert.models.checkpoints import save
 from pyxlbert.ops._integers import MOST, Integers
 
 FILE = "int8.safetensors"
@@ -48,15 +49,13 @@ def write(
         weights: what the directory's files of weights hold.
         dtype: of the model.
     """
-    from safetensors.torch import save_file
-
     metadata = {"format": "pt", _DTYPE: str(dtype).removeprefix("torch.")}
     tensors = {}
     for name, (weight, scales) in integers.items():
         metadata[_HASH + name] = _hash(weights[name])
         tensors[name], tensors[name + _SCALES] = weight, scales
     with whole_file(Path(directory) / FILE) as path:
-        save_file(tensors, path, metadata=metadata)
+        save(tensors, path, metadata)
 
 
 def remove(directory: str | Path) -> None:

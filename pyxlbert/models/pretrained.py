@@ -41,7 +41,8 @@ class PretrainedModel(PacksItself):
     Attributes:
         config: its configuration.
         loading_info: what `from_pretrained` found: ``missing_keys`` (set to fresh values) and ``unexpected_keys``
-            (left out). None for a model that was not loaded.
+            (left out), and ``removed_prefixes`` of names, which wrappers had put there. None for a model that was not
+            loaded.
         packs: how an encoder packs its weights at its first forward pass without gradients: see `from_pretrained`.
     """
 
@@ -200,7 +201,7 @@ class PretrainedModel(PacksItself):
                 ``int8.safetensors``, where `save_pretrained` has put them, with all else in the dtype of the model that
                 was saved; without that file the weights are quantised, with all else in bfloat16 where the processor
                 multiplies it, in float32 elsewhere.
-            output_loading_info: also return ``{"missing_keys": [...], "unexpected_keys": [...]}``.
+            output_loading_info: also return `loading_info`.
             pack: whether the encoder packs its linear layers at its first forward pass without gradients on the CPU,
                 which takes their memory a second time (`pyxlbert.pack`). None: unless the environment says
                 PYXLBERT_PACK=0.
@@ -243,9 +244,16 @@ class PretrainedModel(PacksItself):
         else:
             config = copy.deepcopy(config)  # the caller's stays as it is
         found = checkpoints.read_weights(directory)
+        layers = checkpoints.layers_of(found)
+        if config.num_hidden_layers > layers:
+            wanted = f"num_hidden_layers is {config.num_hidden_layers}"
+            raise ValueError(f"the checkpoint in {directory} lacks weights of the encoder: {layers} layers, {wanted}")
         with torch.device("meta"):
             model = cls(config, **model_options)
-        tensors, unexpected, untied = model._place(found)
+        try:
+            tensors, unexpected, untied = model._place(found)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
         if untied:
             # The checkpoint was trained untied, whatever its configuration says: as transformers does, believe it.
             warnings.warn(
@@ -260,7 +268,10 @@ class PretrainedModel(PacksItself):
             saved = integers.read(directory, found)
             usual = torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32
             dtype = usual if saved is None else saved.dtype
-        dtype = cls._choose_dtype(dtype, config, tensors)
+        try:
+            dtype = cls._choose_dtype(dtype, config, tensors)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from None
         wanted = model._untied_parameters()
         missing = [name for name in wanted if name not in tensors]
         cls._check_tensors(tensors, wanted, missing, directory)
@@ -276,7 +287,12 @@ class PretrainedModel(PacksItself):
         for name in missing:
             model._init_parameter(name)
         config.dtype = str(dtype).removeprefix("torch.")
-        model.loading_info = {"missing_keys": sorted(missing), "unexpected_keys": sorted(unexpected)}
+        prefix, inner = checkpoints.wrapping(found)
+        model.loading_info = {
+            "missing_keys": sorted(missing),
+            "unexpected_keys": sorted(unexpected),
+            "removed_prefixes": [one for one in (prefix, *inner) if one],
+        }
         cls._report(model.loading_info, directory)
         model.eval()
         model.base_model.packs = "int8" if quantised else "own" if pack else None

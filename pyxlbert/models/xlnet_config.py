@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyxlbert.models.config import ModelConfig
+from pyxlbert.models.config import MOST_LAYERS, MOST_WIDTH, ModelConfig
 from pyxlbert.nn import activation_kind
 
 ATTENTION_TYPES = ("bi", "uni")
@@ -79,15 +79,17 @@ class XLNetConfig(ModelConfig):
     summary_at_padding: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # which checks the fields
         if self.d_head is None:
             self.d_head = self.d_model // self.n_head
 
     def validate(self) -> None:
         super().validate()
-        for name in ("vocab_size", "d_model", "n_head", "d_inner", "start_n_top", "end_n_top"):
+        for name in ("d_model", "n_head", "d_inner"):
+            self._integer(name, 1, MOST_WIDTH)
+        for name in ("vocab_size", "start_n_top", "end_n_top"):
             self._integer(name, 1)
-        self._integer("n_layer", 0)
+        self._integer("n_layer", 0, MOST_LAYERS)
         self._integer("clamp_len", -1)
         if self.d_model % self.n_head:
             raise ValueError(f"n_head: got {self.n_head}, wanted a divisor of d_model {self.d_model}")

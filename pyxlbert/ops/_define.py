@@ -120,8 +120,14 @@ class Op(Choice):
 
         class Implementations(dict[str, Callable[[Any], Any]]):
             def __missing__(self, backend: str) -> Callable[[Any], Any]:
-                self[backend] = getattr(op.module(backend), function)
-                return self[backend]
+                found = getattr(op.module(backend), function, None)
+                if found is None:  # another package's: it may have no gradient
+                    raise RuntimeError(
+                        f"{op.name}: backend {backend!r} has no {function}; "
+                        "use_backend(..., backward=...) names a backend that has"
+                    )
+                self[backend] = found
+                return found
 
         implementations = Implementations()
         _library.define(f"{function}{schema}")
@@ -136,6 +142,17 @@ class Op(Choice):
             if place >= 0:
                 wanted = shapes if packed is None or call.cu_seqlens is None else packed
                 raise ValueError(f"{function}: {_misfit(call, place, wanted, tensors)}")
+            if call.backend == "torch":
+                return
+            # The public function has asked this; `torch.ops` has not, and kernels take dtypes by their size.
+            if call.backend not in backends.NAMES:
+                raise ValueError(
+                    f"{function}: backend: got {call.backend!r}, wanted one of {', '.join(backends.NAMES)}"
+                )
+            floats = (call[place] for place in tensors if call[place] is not None)
+            reason = op.refusal(call.backend, next(x for x in floats if x.is_floating_point()))
+            if reason is not None:
+                raise RuntimeError(f"{function}: backend {call.backend!r} is unavailable: {reason}")
 
         def runner(device: str | None, look: Callable[[Any], None] | None = checked) -> Callable[[Any], Any]:
             def run(call: Any) -> Any:
@@ -152,7 +169,7 @@ class Op(Choice):
 
             return run
 
-        # Any other device has backend "torch" alone, which runs wherever torch does.
+        # Any other device has backend "torch", which runs wherever torch does, and what other packages bring.
         runners = {"CPU": runner("cpu"), "CUDA": runner("cuda"), "CompositeExplicitAutograd": runner(None)}
         self.records[direction] = record
         self.runners[direction] = {key: _unpacked(run, record) for key, run in runners.items()}
@@ -171,9 +188,12 @@ class Op(Choice):
                 or plain(call) >= 0
             ):
                 return overload(*call)
-            if call.backend == "cpu" or next(x for x in call if x is not None).is_cpu:
+            if call.backend == "cpu":
                 return on_cpu(call)
-            return on_cuda(call)
+            first = next(x for x in call if x is not None)
+            if first.is_cpu:
+                return on_cpu(call)
+            return on_cuda(call) if first.is_cuda else overload(*call)
 
         return record, run_call
 

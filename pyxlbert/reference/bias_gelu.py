@@ -35,7 +35,8 @@ def bias_gelu_bwd(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
     gate, slope = _gate(z, call.approximate)
     dz = call.dy.to(z.dtype) * (gate + z.clamp(max=_FAR) * slope)
     like = call.x if call.bias is None else call.bias
-    dbias = dz.reshape(-1, call.x.shape[-1]).sum(0).to(like.dtype) if call.needs_bias else like.new_empty(0)
+    rows = dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])  # -1 would be ambiguous without columns
+    dbias = rows.sum(0).to(like.dtype) if call.needs_bias else like.new_empty(0)
     return dz.to(call.x.dtype).contiguous(), dbias
 
 

@@ -52,7 +52,7 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     dbranch = _drop(ds, call.dropout_p, call.seed)
 
     def columns(terms: Tensor, like: Tensor, needed: bool) -> Tensor:
-        return terms.reshape(-1, n).sum(0).to(like.dtype) if needed else like.new_empty(0)
+        return terms.reshape(terms.shape[:-1].numel(), n).sum(0).to(like.dtype) if needed else like.new_empty(0)
 
     return (
         _rounded(dbranch, call.x_dtype) if call.needs_x else call.s.new_empty(0, dtype=call.x_dtype),

@@ -40,7 +40,7 @@ def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
         dy = _drop(dy, call.dropout_p, call.seed)
     dx, dweight, dbias = normalise_bwd(dy, total, call.weight, call.bias, (call.mean, call.rstd), call.needs_parameters)
     n = call.word.shape[-1]
-    flat = dx.reshape(-1, n)
+    flat = dx.reshape(dx.shape[:-1].numel(), n)
 
     def scatter(table: Tensor | None, needed: bool, index: Tensor | None, skip: int = -1) -> Tensor:
         if table is None or not needed:

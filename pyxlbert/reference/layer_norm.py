@@ -68,6 +68,7 @@ def normalise_bwd(
     if not needs_parameters:
         return dx.to(x.dtype).contiguous(), weight.new_empty(0), bias.new_empty(0)
     n = x.shape[-1]
-    dweight = (dy_wide * xhat).reshape(-1, n).sum(0)
-    dbias = dy_wide.reshape(-1, n).sum(0)
+    rows = x.shape[:-1].numel()  # -1 would be ambiguous without columns
+    dweight = (dy_wide * xhat).reshape(rows, n).sum(0)
+    dbias = dy_wide.reshape(rows, n).sum(0)
     return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from pyxlbert import backends
+from pyxlbert.backends import OPS
 from pyxlbert.testing import compare, runners
 from pyxlbert.testing.parity import ops, report
 from pyxlbert.testing.parity.rows import Gathered, Row
@@ -17,7 +20,7 @@ from pyxlbert.testing.specs._spec import Arguments, Case, Spec
 
 def check_op(
     name: str,
-    implementation: Callable[..., Any],
+    implementation: Callable[..., Any] | str,
     *,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | str = "cpu",
@@ -33,7 +36,8 @@ def check_op(
 
     Args:
         name: an op, such as "layer_norm".
-        implementation: takes the arguments of `pyxlbert.<name>` less `backend`, by name, and returns the same.
+        implementation: takes the arguments of `pyxlbert.<name>` less `backend`, by name, and returns the same; or a
+            backend's name, one of another package too: inputs that it refuses are then left out.
         dtypes: of float32, bfloat16 and float16, those that it takes; None: all that the op takes.
         device: where the arguments are.
         gradients: whether it can be differentiated by autograd.
@@ -46,7 +50,8 @@ def check_op(
 
     Raises:
         AssertionError: something is wrong; the text says what, for every row.
-        ValueError: there is no such op, or it takes none of the dtypes.
+        ValueError: there is no such op, or it takes none of the dtypes, or there is no backend of this name.
+        RuntimeError: the backend cannot run here, or lacks the op.
     """
     if name not in SPECS:
         raise ValueError(f"check_op: name: got {name!r}, wanted one of {', '.join(sorted(SPECS))}")
@@ -54,12 +59,24 @@ def check_op(
     wanted = [dtype for dtype in spec.dtypes if dtypes is None or dtype in dtypes]
     if not wanted:
         raise ValueError(f"check_op: dtypes: got {dtypes}, wanted some of {', '.join(map(str, spec.dtypes))}")
-    label = getattr(implementation, "__name__", type(implementation).__name__)
+    backend = None
+    if isinstance(implementation, str):
+        backend = label = implementation
+        _require(name, backend)
+        implementation = functools.partial(spec.function, backend=backend)
+    else:
+        label = getattr(implementation, "__name__", type(implementation).__name__)
     rows: list[Row] = []
     for dtype in wanted:
         found = {direction: Gathered() for direction in ops.DIRECTIONS.values()}
         for case in ops.cases(spec, quick):
-            _check(spec, _without(case, gradients), dtype, torch.device(device), implementation, found)
+            arguments = runners.arguments_of(spec, case, dtype, torch.device(device))
+            refusal = backend and OPS[name].refusal(backend, runners.deciding(arguments))
+            if refusal:
+                for one in found.values():
+                    one.refused.append(refusal)
+                continue
+            _check(spec, _without(case, gradients), arguments, implementation, found)
         for direction, one in found.items():
             if direction == "forward" or gradients:
                 rows.append(one.row(name, label, str(dtype).removeprefix("torch."), direction))
@@ -70,6 +87,15 @@ def check_op(
     return rows
 
 
+def _require(name: str, backend: str) -> None:
+    """The backend is here and has the op."""
+    reason = backends.unavailable(backend)
+    if reason is None and backend not in OPS[name].backends:
+        reason = f"{name} has no {backend} kernel"
+    if reason is not None:
+        raise RuntimeError(f"check_op: backend {backend!r} is unavailable: {reason}")
+
+
 def _without(case: Case, gradients: bool) -> Case:
     return case if gradients else replace(case, gradients=False)
 
@@ -77,13 +103,11 @@ def _without(case: Case, gradients: bool) -> Case:
 def _check(
     spec: Spec,
     case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
+    arguments: Arguments,
     implementation: Callable[..., Any],
     found: dict[str, Gathered],
 ) -> None:
     """One case: its error, the same bits twice, and arguments as they were."""
-    arguments = runners.arguments_of(spec, case, dtype, device)
     before = {name: one.clone() for name, one in arguments.items() if isinstance(one, torch.Tensor)}
     first = ops.run(spec, case, arguments, implementation, found)
     if first is None:

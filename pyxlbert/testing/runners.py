@@ -12,6 +12,7 @@ import torch
 
 from pyxlbert import backends
 from pyxlbert.backends import OPS, native
+from pyxlbert.backends.presence import device_type
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Case, Spec, as_tuple, to_float64
@@ -57,7 +58,8 @@ def of(spec: Spec, names: list[str]) -> list[str]:
 
 def device_of(runner: str) -> torch.device:
     """Where the runner's tensors live."""
-    return GPU if GPU is not None and runner in ("triton", "cuda", "torch/cuda") else CPU
+    on_gpu = runner == "torch/cuda" or device_type(runner.partition("/")[0]) == "cuda"
+    return GPU if GPU is not None and on_gpu else CPU
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pyxlbert.nn.packing import pack, packs_by_default
 
 from .batches import check_count, check_switch, check_texts, longest_first
 from .hidden import boundaries
-from .pooling import ACTIVATIONS
+from .pooling import ACTIVATIONS, module_of
 from .processes import ProcessPool, default_devices
 from .settings import FILE, SentenceSettings, model_dtype
 from .tokenizer import TextTokenizer
@@ -243,11 +243,11 @@ def _transformer(root: Path) -> Path:
     listing = root / "modules.json"
     if not listing.is_file():
         return root
-    modules = read_json(listing, list)
-    kinds = [str(module.get("type")).rsplit(".", 1)[-1] if isinstance(module, dict) else None for module in modules]
+    modules = [module_of(root, module, listing) for module in read_json(listing, list)]
+    kinds = [kind for kind, _ in modules]
     if kinds != ["Transformer"]:
         raise ValueError(f"{listing}: lists {kinds}; wanted the one module Transformer of a cross-encoder")
-    return root / setting(listing, modules[0], "path", str, "")
+    return modules[0][1]
 
 
 def _saved_activation(root: Path, folder: Path) -> str | None:

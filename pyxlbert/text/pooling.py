@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pyxlbert.files import model_directory, read_json, setting
+from pyxlbert.files import model_directory, read_json, read_optional_json, setting
 from pyxlbert.models.checkpoints import read_weights
+
+from .folder_settings import refuse_other, refuse_unknown
 
 
 def _mean(rows: torch.Tensor) -> torch.Tensor:
@@ -57,6 +59,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Sigmoid": torch.sigmoid,
 }
 POOLINGS = ("mean", "cls", "max")
+_DENSE = ("in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name")
+_DENSE += ("use_residual",)
 
 
 def pool(hidden: torch.Tensor, lengths: Sequence[int], modes: Sequence[str] = ("mean",), skip: int = 0) -> torch.Tensor:
@@ -106,15 +110,25 @@ class Dense:
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"{directory / 'config.json'}: activation_function {activation!r} is not one of {known}")
+        refuse_unknown(file, config, _DENSE)
+        refuse_other(file, config, "module_input_name", ("sentence_embedding",))
+        refuse_other(file, config, "module_output_name", ("sentence_embedding",))
+        refuse_other(file, config, "use_residual", (False,))
         state = read_weights(directory)
         if "linear.weight" not in state:
             raise ValueError(f"{directory}: the Dense module's file has no linear.weight")
+        if setting(file, config, "bias", bool, "linear.bias" in state) != ("linear.bias" in state):
+            there = "a" if "linear.bias" in state else "no"
+            raise ValueError(f"{file}: bias is {config['bias']}, but the weights have {there} linear.bias")
         bias = state.get("linear.bias")
         weight = state["linear.weight"].float()
         if weight.dim() != 2 or (bias is not None and tuple(bias.shape) != tuple(weight.shape[:1])):
             shapes = f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}"
             raise ValueError(f"{directory}: linear.weight and linear.bias are {shapes}; wanted [out, in] and [out]")
-        wanted = (config.get("out_features", weight.shape[0]), config.get("in_features", weight.shape[1]))
+        wanted = tuple(
+            setting(file, config, key, int, size)
+            for key, size in zip(("out_features", "in_features"), weight.shape, strict=True)
+        )
         if tuple(weight.shape) != wanted:
             raise ValueError(f"{directory}: linear.weight is {tuple(weight.shape)}; config.json says {wanted}")
         return cls(weight, None if bias is None else bias.float(), activation)
@@ -130,12 +144,31 @@ class SentenceModules:
 
     Attributes:
         include_prompt: whether the tokens of a prompt are pooled with those of the text.
+        embedding_size: of a token's vector, where the folder says it.
     """
 
     modes: tuple[str, ...] = ("mean",)
     dense: tuple[Dense, ...] = ()
     normalize: bool = False
     include_prompt: bool = True
+    embedding_size: int | None = None
+
+    def check_fits(self, directory: Path, hidden_size: int) -> None:
+        """That pooling takes the model's rows, and each dense layer what comes before it.
+
+        Raises:
+            ValueError: one does not; the message names it.
+        """
+        if self.embedding_size not in (None, hidden_size):
+            raise ValueError(
+                f"{directory}: pooling takes {self.embedding_size} numbers a token, the model {hidden_size}"
+            )
+        size = len(self.modes) * hidden_size
+        for number, layer in enumerate(self.dense, start=1):
+            rows, columns = layer.weight.shape
+            if columns != size:
+                raise ValueError(f"{directory}: Dense layer {number} takes {columns} numbers, wanted {size}")
+            size = rows
 
     def size(self, hidden_size: int) -> int:
         """The length of a sentence vector for a model of `hidden_size`."""
@@ -166,18 +199,21 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
     transformer: Path | None = None
     modes: tuple[str, ...] | None = None
     dense: list[Dense] = []
-    normalize, include_prompt = False, True
+    normalize, include_prompt, size = False, True, None
     for module in read_json(listing, list):
-        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise ValueError(f"{listing}: an entry is {module!r}; wanted an object with a type and a path")
-        kind, path = module["type"].rsplit(".", 1)[-1], _inside(root, module.get("path", ""), listing)
+        kind, path = module_of(root, module, listing)
         if kind == "Transformer" and transformer is None:
             transformer = path
         elif kind == "Pooling" and transformer is not None and modes is None:
-            modes, include_prompt = _read_pooling(path / "config.json")
+            modes, include_prompt, size = _read_pooling(path / "config.json")
         elif kind == "Dense" and modes is not None and not normalize:
             dense.append(Dense.from_directory(path))
         elif kind == "Normalize" and modes is not None:
+            file = path / "config.json"
+            config = read_optional_json(file)
+            refuse_unknown(file, config, ("module_input_name", "module_output_name"))
+            for key in config:
+                refuse_other(file, config, key, ("sentence_embedding",))
             normalize = True
         else:
             raise ValueError(
@@ -186,25 +222,47 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
             )
     if transformer is None or modes is None:
         raise ValueError(f"{listing} lists no {'Transformer' if transformer is None else 'Pooling'} module")
-    return SentenceModules(modes, tuple(dense), normalize, include_prompt), transformer
+    return SentenceModules(modes, tuple(dense), normalize, include_prompt, size), transformer
+
+
+def module_of(root: Path, module: object, listing: Path) -> tuple[str, Path]:
+    """The kind and the folder of an entry of `modules.json`.
+
+    Raises:
+        ValueError: it is no entry, or one of another package's code; the message names it.
+    """
+    if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+        raise ValueError(f"{listing}: an entry is {module!r}; wanted an object with a type and a path")
+    package, _, kind = module["type"].rpartition(".")
+    if package and package.split(".")[0] != "sentence_transformers":
+        raise ValueError(f"{listing}: module {module['type']!r} is not of sentence_transformers, and is not supported")
+    refuse_unknown(listing, module, ("idx", "name", "path", "type", "kwargs"))
+    refuse_other(listing, module, "kwargs", ([],))
+    return kind, _inside(root, module.get("path", ""), listing)
 
 
 def _inside(root: Path, path: object, listing: Path) -> Path:
-    if not isinstance(path, str) or not (root / path).resolve().is_relative_to(root.resolve()):
+    # A name with a surrogate or a zero is none that a file can have.
+    good = isinstance(path, str) and path.isprintable()
+    if not good or not (root / path).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{listing}: path {path!r} is not a folder of this directory")
     return root / path  # need not exist: Normalize has no files, and some archives drop empty folders
 
 
-def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
+def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool, int | None]:
     if not path.is_file():
         raise ValueError(f"{path} is missing, which modules.json names")
     config = read_json(path)
+    sizes = ("embedding_dimension", "word_embedding_dimension")
+    refuse_unknown(path, config, ("pooling_mode", "include_prompt", *sizes, *_KEYS))
+    size = next((one for one in (setting(path, config, key, int) for key in sizes) if one is not None), None)
     word = config.get("pooling_mode")
     if word is not None:
         chosen = [word] if isinstance(word, str) else word
     else:
-        keys = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
-        chosen = [_KEYS.get(key, key) for key in keys]
+        # As in the library, the mean where no key is true.
+        chosen = [mode for key, mode in _KEYS.items() if setting(path, config, key, bool, False)] or ["mean"]
     if not isinstance(chosen, list) or not chosen or any(mode not in tuple(_MODES) for mode in chosen):
         raise ValueError(f"{path}: pooling mode: got {chosen!r}, wanted one or several of {', '.join(_MODES)}")
-    return tuple(mode for mode in _MODES if mode in chosen), setting(path, config, "include_prompt", bool, True)
+    modes = tuple(mode for mode in _MODES if mode in chosen)
+    return modes, setting(path, config, "include_prompt", bool, True), size

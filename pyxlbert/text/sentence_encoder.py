@@ -69,6 +69,7 @@ class SentenceEncoder:
         if quantised or packs_by_default():
             pack(self.model, "int8" if quantised else None)
         self.tokenizer = tokenizer
+        self._has_said_cut = False
         modules = SentenceModules() if modules is None else modules
         # XLNet's classification token stands behind the text.
         self._cls = "lasttoken" if isinstance(model, XLNetModel) else "cls"
@@ -84,6 +85,7 @@ class SentenceEncoder:
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        original_numbers: bool = False,
     ) -> SentenceEncoder:
         """Reads a Hugging Face or sentence-transformers directory.
 
@@ -96,6 +98,7 @@ class SentenceEncoder:
                 with all else in its dtype; without, the weights are quantised, with all else in bfloat16 where the
                 processor multiplies it, in float32 elsewhere.
             revision, cache_dir, token, local_files_only: how the hub is asked: see `pyxlbert.hub.Hub`.
+            original_numbers: of XLNet's pieces, as `TextTokenizer.from_directory` says.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing, or a model of the hub cannot be had; the
@@ -108,7 +111,8 @@ class SentenceEncoder:
         modules, folder = read_modules(directory)
         settings = SentenceSettings.from_directory(Path(directory))
         model = _read_model(folder, dtype)
-        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens)
+        modules.check_fits(Path(directory), model.config.hidden_size)
+        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens, original_numbers=original_numbers)
         if tokenizer.largest_id >= model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
@@ -154,8 +158,8 @@ class SentenceEncoder:
         """One vector a text, or one a token.
 
         Args:
-            texts: a text or several. A text longer than the tokenizer's limit is cut; an empty one is its special
-                tokens; surrogate code points are read as U+FFFD.
+            texts: a text or several. A text longer than the tokenizer's limit is cut, and the first call that cuts
+                warns of how many; an empty one is its special tokens; surrogate code points are read as U+FFFD.
             batch_size: texts per run of the model; they run longest first, without padding.
             normalize: divide each vector by its length, after it is cut to `truncate_dim`; None does what the
                 directory's modules say, before it is cut (for token vectors: no).
@@ -281,10 +285,20 @@ class SentenceEncoder:
         # As sentence-transformers counts: all tokens but one special one at the end.
         return len(text.ids) - int(bool(text.special[-1]))
 
+    def _say_cut(self, cut: int, texts: int) -> None:
+        """A warning at the first call that cuts texts."""
+        if cut and not self._has_said_cut:
+            self._has_said_cut = True
+            warnings.warn(
+                f"texts cut at {self.tokenizer.max_length} tokens: {cut} of {texts}; later calls do not say so",
+                stacklevel=4,
+            )
+
     def _sentences(self, texts: list[str], hidden: HiddenStates, wanted: _Wanted) -> np.ndarray:
         size = self._width(hidden.layers, wanted.pooling)
         result = np.empty((len(texts), wanted.keep), dtype=np.float32)
-        ids = self.tokenizer.ids([wanted.prompt + text for text in texts] if wanted.prompt else texts)
+        ids, cut = self.tokenizer.ids_and_cut([wanted.prompt + text for text in texts] if wanted.prompt else texts)
+        self._say_cut(cut, len(texts))
         skip = self._prompt_rows(wanted.prompt)
         modules = self.modules if wanted.pooling is None else SentenceModules((self._mode(wanted.pooling),))
         own = wanted.normalize is None and self.modules.normalize
@@ -303,6 +317,7 @@ class SentenceEncoder:
 
     def _tokens(self, texts: list[str], hidden: HiddenStates, wanted: _Wanted, words: bool) -> list[TokenVectors]:
         tokenized = self.tokenizer.tokenize([wanted.prompt + text for text in texts] if wanted.prompt else texts)
+        self._say_cut(sum(one.cut for one in tokenized), len(texts))
         result: dict[int, TokenVectors] = {}
         for rows in longest_first([len(t.ids) for t in tokenized], wanted.batch_size, wanted.show_progress):
             with torch.inference_mode():

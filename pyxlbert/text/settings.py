@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import torch
 from pyxlbert import backends
 from pyxlbert.files import read_optional_json, setting
 
+from .folder_settings import refuse_other
 from .similarities import SIMILARITIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": "int8"}
 
 FILE = "config_sentence_transformers.json"
+# What the library reads of it; versions and requirements are about packages, the activation is a cross-encoder's.
+_KEYS = {"prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "model_type", "activation_fn"}
+_KEYS |= {"__version__", "requirements"}
 
 
 def model_dtype(dtype: torch.dtype | str) -> tuple[torch.dtype, bool]:
@@ -71,6 +76,10 @@ class SentenceSettings:
         """
         path = directory / FILE
         content = read_optional_json(path)
+        refuse_other(path, content, "model_type", ("SentenceTransformer", "CrossEncoder"))
+        passed = sorted(content.keys() - _KEYS)
+        if passed:
+            warnings.warn(f"{path}: {', '.join(passed)}: not followed here, nor by sentence-transformers", stacklevel=4)
         prompts = setting(path, content, "prompts", dict, {})
         try:
             return cls(

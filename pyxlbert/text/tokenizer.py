@@ -16,7 +16,8 @@ import numpy as np
 
 from pyxlbert.files import model_directory, read_json, read_optional_json, read_text, setting
 
-from . import xlnet_tokenizer
+from . import folder_settings, xlnet_tokenizer
+from .original_numbers import OriginalNumbers
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -34,6 +35,9 @@ UNLIMITED = 2**31 - 1
 
 # Pieces that are a word of their own in XLNet's pretraining.
 _PUNCTUATION = frozenset(string.punctuation) - {"'"}
+
+# White space of Unicode, with which a line of a vocabulary may end.
+_BLANKS = "\t\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -63,6 +67,7 @@ class TokenizedText(NamedTuple):
     offsets: np.ndarray  # int64 [n, 2], characters
     words: np.ndarray  # int64 [n], the index of the word a token belongs to, -1 for none
     special: np.ndarray  # bool [n], added by the post-processor
+    cut: bool  # whether the text was longer
 
 
 class PaddedIds(NamedTuple):
@@ -86,6 +91,7 @@ class TextTokenizer:
         pad_token: what stands in the places that `padded` fills up.
         pad_left: whether these places are on the left.
         cut_left: whether a text that is too long loses its beginning instead of its end.
+        original_numbers: see `from_directory`.
 
     Raises:
         ValueError: `max_length` leaves no room for a token, or a single text gets token types other than 0 that are
@@ -102,6 +108,7 @@ class TextTokenizer:
         pad_token: str = "[PAD]",
         pad_left: bool = False,
         cut_left: bool = False,
+        original_numbers: bool = False,
     ) -> None:
         added = tokenizer.num_special_tokens_to_add(False)
         if max_length <= added:
@@ -123,11 +130,21 @@ class TextTokenizer:
         self._cut_left = cut_left
         self._tokenizer = tokenizer
         self._uncut: tokenizers.Tokenizer | None = None
+        self._numbers: OriginalNumbers | None = None
+        if original_numbers:
+            self._numbers = OriginalNumbers(tokenizer)
+            tokenizer.no_truncation()  # a text is cut behind the rule
         self._pad_id, self._pad_left = tokenizer.token_to_id(pad_token), pad_left
         self.max_length = max_length
+        #: The largest id that a text may give, added tokens among them; -1 without any token.
+        self.largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.largest_id >= 2**31:
+            raise ValueError(f"tokenizer: got an id of {self.largest_id}, wanted less than 2**31")
 
     @classmethod
-    def from_directory(cls, directory: str | Path, max_positions: int | None = None) -> TextTokenizer:
+    def from_directory(
+        cls, directory: str | Path, max_positions: int | None = None, *, original_numbers: bool = False
+    ) -> TextTokenizer:
         """Reads `tokenizer.json`, or else `vocab.txt`, `spiece.model`, or `vocab.json` with `merges.txt`, and the
         settings beside it.
 
@@ -138,6 +155,8 @@ class TextTokenizer:
         Args:
             directory: where the files are.
             max_positions: rows of the model's position table; the length limit never passes it.
+            original_numbers: of XLNet's pieces, cut the comma off one that ends in a digit and a comma, as in the
+                code that its checkpoints were trained with; by default as in `transformers`, which does not.
 
         Raises:
             FileNotFoundError: the directory or the files are missing.
@@ -151,25 +170,23 @@ class TextTokenizer:
         if xlnet and max_positions is None:
             max_positions = UNLIMITED
         tokenizer = load_tokenizer(path)
+        limit = length_limit(path, max_positions)
         padding = "[PAD]" if tokenizer.token_to_id("[PAD]") is not None and not xlnet else "<pad>"
-        return cls(
-            tokenizer,
-            length_limit(path, max_positions),
-            special_types=xlnet,
-            token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
-            pad_token=_named(
-                xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
-                "pad_token",
-                padding,
-            ),
-            pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
-            cut_left=_side(file, settings, "truncation_side", "right") == "left",
-        )
-
-    @property
-    def largest_id(self) -> int:
-        """The largest id that a text may give, added tokens among them; -1 without any token."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        with xlnet_tokenizer.library_errors(path):
+            return cls(
+                tokenizer,
+                limit,
+                special_types=xlnet,
+                token_types="token_type_ids" in setting(file, settings, "model_input_names", list, ()),
+                pad_token=_named(
+                    xlnet_tokenizer.special_tokens(path, settings) if xlnet else settings,
+                    "pad_token",
+                    padding,
+                ),
+                pad_left=_side(file, settings, "padding_side", "left" if xlnet else "right") == "left",
+                cut_left=_side(file, settings, "truncation_side", "right") == "left",
+                original_numbers=original_numbers,
+            )
 
     def types(self, length: int) -> np.ndarray | None:
         """int64 ``[length]``, the token types of a text that gave so many ids; None where the model is given none."""
@@ -225,31 +242,52 @@ class TextTokenizer:
         Returns:
             One int32 array per text, at most `max_length` long.
         """
-        if len(texts) == 1 and len(texts[0]) < _LONG:  # the batch call wakes a thread pool
-            return [np.array(self._tokenizer.encode(well_formed(texts[0])).ids, dtype=np.int32)]
+        return self.ids_and_cut(texts)[0]
+
+    def ids_and_cut(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
+        """What `ids` returns, and how many of the texts were longer than `max_length`."""
+        cut = 0
         result: list[np.ndarray] = []
+
+        def add(encoding: tokenizers.Encoding) -> None:
+            nonlocal cut
+            if self._numbers is not None:
+                ids, kept, before = self._renumbered(encoding)
+                cut += len(kept) < before
+                result.append(ids[kept])
+                return
+            ids = np.array(encoding.ids, dtype=np.int32)
+            cut += len(ids) == self.max_length and bool(encoding.overflowing)
+            result.append(ids)
+
+        if len(texts) == 1 and len(texts[0]) < _LONG:  # the batch call wakes a thread pool
+            add(self._tokenizer.encode(well_formed(texts[0])))
+            return result, cut
         part: list[str] = []
         size = 0
 
         def convert() -> None:
-            result.extend(np.array(e.ids, dtype=np.int32) for e in self._tokenizer.encode_batch_fast(part))
+            for encoding in self._tokenizer.encode_batch_fast(part):
+                add(encoding)
             part.clear()
 
         for text in map(well_formed, texts):
-            around = self._around if len(text) >= _LONG else None
+            around = self._around if len(text) >= _LONG and self._numbers is None else None
             if around or len(part) == _SLICE or size + len(text) > _SLICE_CHARACTERS:
                 convert()
                 size = 0
             if around:
-                result.append(self._long_ids(text, around))
+                ids, is_cut = self._long_ids(text, around)
+                result.append(ids)
+                cut += is_cut
             else:
                 part.append(text)
                 size += len(text)
         convert()
-        return result
+        return result, cut
 
-    def _long_ids(self, text: str, around: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """The ids of a long text, cut here, between the special tokens `around` it."""
+    def _long_ids(self, text: str, around: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, bool]:
+        """The ids of a long text, cut here, between the special tokens `around` it; and whether it was cut."""
         if self._uncut is None:
             uncut = type(self._tokenizer).from_str(self._tokenizer.to_str())
             uncut.no_truncation()
@@ -267,7 +305,16 @@ class TextTokenizer:
                 break
             size *= 4
         kept = ids[max(0, len(ids) - room) :] if self._cut_left else ids[:room]
-        return np.concatenate([front, np.array(kept, dtype=np.int32), back])
+        is_cut = len(ids) > room or bool(text[end:].strip())
+        return np.concatenate([front, np.array(kept, dtype=np.int32), back]), is_cut
+
+    def _renumbered(self, encoding: tokenizers.Encoding) -> tuple[np.ndarray, np.ndarray, int]:
+        """The ids after the rule for numbers, the places of those that are kept, and how many there were."""
+        ids, _ = self._numbers.apply(np.array(encoding.ids, dtype=np.int32))  # type: ignore[union-attr]
+        places, extra = np.arange(len(ids)), max(0, len(ids) - self.max_length)
+        front, back = (0, 0) if self._around is None else map(len, self._around)
+        first = front if self._cut_left else len(ids) - back - extra
+        return ids, np.delete(places, slice(first, first + extra)), len(ids)
 
     def _words_are_apart(self) -> bool:
         """Whether the tokens in front of a space are known without what is behind it: so in BERT's tokenizers."""
@@ -291,6 +338,8 @@ class TextTokenizer:
         Returns:
             Two lists of int32 arrays, at most `max_length` long.
         """
+        if self._numbers is not None:
+            raise ValueError("pairs: got a tokenizer with original_numbers, wanted one without")
         ids: list[np.ndarray] = []
         types: list[np.ndarray] = []
         both = list(zip(map(well_formed, first), map(well_formed, second), strict=True))
@@ -306,17 +355,33 @@ class TextTokenizer:
         for start in range(0, len(texts), _SLICE):
             part = [well_formed(text) for text in texts[start : start + _SLICE]]
             for text, e in zip(part, self._tokenizer.encode_batch(part), strict=True):
-                result.append(
-                    TokenizedText(
-                        text=text,
-                        ids=np.array(e.ids, dtype=np.int32),
-                        tokens=e.tokens,
-                        offsets=np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
-                        words=np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
-                        special=np.array(e.special_tokens_mask, dtype=bool),
-                    )
-                )
+                result.append(self._tokenized(text, e))
         return result
+
+    def _tokenized(self, text: str, e: tokenizers.Encoding) -> TokenizedText:
+        ids, tokens = np.array(e.ids, dtype=np.int32), e.tokens
+        found = TokenizedText(
+            text=text,
+            ids=ids,
+            tokens=tokens,
+            offsets=np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
+            words=np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
+            special=np.array(e.special_tokens_mask, dtype=bool),
+            cut=len(e) == self.max_length and bool(e.overflowing),
+        )
+        if self._numbers is None:
+            return found
+        numbered, kept, before = self._renumbered(e)
+        sources = self._numbers.apply(ids)[1][kept]
+        return TokenizedText(
+            text=text,
+            ids=numbered[kept],
+            tokens=[self._tokenizer.id_to_token(one) or "" for one in numbered[kept].tolist()],
+            offsets=self._numbers.offsets(ids, found.offsets)[kept],
+            words=found.words[sources],
+            special=found.special[sources],
+            cut=len(kept) < before,
+        )
 
 
 def well_formed(text: str) -> str:
@@ -334,15 +399,10 @@ def length_limit(directory: Path, max_positions: int | None = None) -> int:
     Raises:
         ValueError: a setting is not a positive number, or nothing sets a limit.
     """
-    limit = None
-    for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = read_optional_json(directory / name).get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
-            raise ValueError(f"{directory / name}: {key} is {value!r}; wanted a positive number")
-        limit = int(value)
-        break
+    limit = folder_settings.read(directory).max_length
+    if limit is None:
+        path = directory / "tokenizer_config.json"
+        limit = folder_settings.positive(path, read_optional_json(path), "model_max_length")
     limits = [value for value in (limit, max_positions) if value is not None]
     if not limits:
         raise ValueError(
@@ -367,18 +427,22 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     saved, vocabulary, pieces = (directory / name for name in ("tokenizer.json", "vocab.txt", "spiece.model"))
     if saved.is_file():
         content = read_text(saved)
-        try:
+        with xlnet_tokenizer.library_errors(saved):
             tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise ValueError(f"{saved} is not a tokenizer that can be read: {error}") from None
+            xlnet_tokenizer.probe(tokenizer)
         own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
         if own is None:
+            kept = xlnet_tokenizer.with_accents(saved, settings)
+            tokenizer = tokenizer if kept is None else tokenizers.Tokenizer.from_str(kept)
             _apply_settings(tokenizer, settings, directory / "tokenizer_config.json")
         else:
             tokenizer = own
     elif vocabulary.is_file():
         tokenizer = _from_vocabulary(vocabulary, settings)
     elif pieces.is_file():
+        if not xlnet_tokenizer.is_xlnet(directory, settings):
+            kind = read_optional_json(directory / "config.json").get("model_type")
+            raise ValueError(f"{pieces}: is of model_type {kind!r}, wanted XLNet's, or a tokenizer.json beside it")
         tokenizer = xlnet_tokenizer.from_sentencepiece(pieces, settings)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         tokenizer = _from_byte_pairs(directory, settings)
@@ -387,8 +451,7 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             f"directory: {str(directory)!r} holds neither tokenizer.json nor vocab.txt nor spiece.model, nor "
             "vocab.json with merges.txt"
         )
-    sentences = directory / "sentence_bert_config.json"
-    if setting(sentences, read_optional_json(sentences), "do_lower_case", bool):
+    if folder_settings.read(directory).lowercase:
         # A normaliser keeps character offsets right where str.lower() would not.
         steps = [normalizers.Lowercase()] + ([tokenizer.normalizer] if tokenizer.normalizer is not None else [])
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -437,7 +500,8 @@ def _from_vocabulary(path: Path, settings: dict[str, Any]) -> tokenizers.Tokeniz
     lines = read_text(path).split("\n")  # not splitlines: U+2028 and others may be tokens
     if lines[-1] == "":
         lines.pop()
-    vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
+    # As the library reads it, which transformers leaves it to; of equal lines the last counts.
+    vocab = {line.rstrip(_BLANKS): index for index, line in enumerate(lines)}
     special = _special_tokens(_SPECIAL_TOKENS, path.parent, settings)
     for name in ("unk_token", "cls_token", "sep_token"):
         if special[name] not in vocab:

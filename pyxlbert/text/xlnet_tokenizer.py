@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyxlbert.files import read_optional_json, read_text
+from pyxlbert.files import read_json, read_optional_json, setting
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -42,6 +43,33 @@ class Pieces(NamedTuple):
     replacements: bytes | None  # the model's own normalisation, compiled
     extra: list[dict[str, Any]]  # tokens that stand in a text as they are, unless the settings name others
     added: dict[int, dict[str, Any]] | None  # what a tokenizer.json lists with ids; None for a SentencePiece model
+
+
+@contextmanager
+def library_errors(path: Path) -> Iterator[None]:
+    """Gives what the library raises the file's name: bare Exceptions, and the panics of its code, which are not even
+    those.
+
+    Raises:
+        ValueError: something was raised inside of the block.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, (ValueError, OSError, ImportError)) and str(path.parent) in str(error):
+            raise
+        raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from None
+
+
+def probe(tokenizer: tokenizers.Tokenizer) -> None:
+    """Has a tokenizer normalise every character: a corrupt table of replacements panics at some of them alone."""
+    if tokenizer.normalizer is not None and "Precompiled" in str(tokenizer.normalizer):
+        tokenizer.normalizer.normalize_str(_CHARACTERS)
+
+
+_CHARACTERS = "".join(chr(one) for one in range(0x10000) if not 0xD800 <= one < 0xE000)
 
 
 def is_xlnet(directory: Path, settings: dict[str, Any]) -> bool:
@@ -75,7 +103,8 @@ def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tokenizers.Token
         ],
         None,
     )
-    return _build(pieces, path.parent, settings)
+    with library_errors(path):
+        return _build(pieces, path.parent, settings)
 
 
 def from_saved(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer | None:
@@ -84,8 +113,8 @@ def from_saved(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer | N
     Raises:
         ValueError: the file or a setting is corrupt; the message names it.
     """
-    content = json.loads(read_text(path))
-    model = content.get("model", {})
+    content = read_json(path)
+    model = setting(path, content, "model", dict, {})
     vocab, own_class = model.get("vocab"), settings.get("tokenizer_class")
     if own_class not in (None, "XLNetTokenizer", "XLNetTokenizerFast") or not isinstance(vocab, list):
         if settings.get("do_lower_case"):
@@ -94,20 +123,40 @@ def from_saved(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer | N
                 "tokenizer.json that is not XLNet's unigram model"
             )
         return None
+    # The library has read the file before: what is of another kind than these lines take cannot be here.
     normalizer = content.get("normalizer") or {}
     replacements = [
         base64.b64decode(step["precompiled_charsmap"])
         for step in normalizer.get("normalizers", [normalizer])
         if step.get("type") == "Precompiled"
     ]
+    config = path.with_name("tokenizer_config.json")
     pieces = Pieces(
         [(piece, score) for piece, score in vocab],
-        settings.get("unk_id", model.get("unk_id") or 0),
+        setting(config, settings, "unk_id", int, model.get("unk_id") or 0),
         replacements[0] if replacements else None,
         [_token(path, "extra_special_tokens", token) for token in _EXTRA_TOKENS],
-        {token["id"]: _token(path, "added_tokens", token) for token in content.get("added_tokens", [])},
+        {token["id"]: _token(path, "added_tokens", token) for token in content.get("added_tokens") or []},
     )
-    return _build(pieces, path.parent, settings)
+    with library_errors(path):
+        return _build(pieces, path.parent, settings)
+
+
+def with_accents(path: Path, settings: dict[str, Any]) -> str | None:
+    """A tokenizer.json as `keep_accents` of the settings beside it wants it, as ALBERT's is; None where it stays.
+
+    Raises:
+        ValueError: `keep_accents` is neither true nor false.
+    """
+    if not setting(path.parent / "tokenizer_config.json", settings, "keep_accents", bool, False):
+        return None
+    content = read_json(path)
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [])
+    kept = [step for step in steps if step.get("type") not in ("NFKD", "StripAccents")]
+    if len(kept) == len(steps):
+        return None
+    return json.dumps(content | {"normalizer": {**normalizer, "normalizers": kept}})
 
 
 def special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -118,21 +167,24 @@ def special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(pieces: Pieces, directory: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Doubled quotation marks become one, accents go, the model's own table of replacements follows; words are what
-    white space divides. Added tokens are taken from a text before all this; what follows one in the middle of a word
-    begins as a word does, which SentencePiece itself would not do.
+    """Doubled quotation marks become one, accents go unless `keep_accents` keeps them (which `transformers` 5 passes
+    over), the model's own table of replacements follows; words are what white space divides. Added tokens are taken
+    from a text before all this; what follows one in the middle of a word begins as a word does, which SentencePiece
+    itself would not do.
     """
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces.vocab, unk_id=pieces.unk_id, byte_fallback=False))
     steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
-    steps += [normalizers.NFKD(), normalizers.StripAccents()]
+    if not setting(directory / "tokenizer_config.json", settings, "keep_accents", bool, False):
+        steps += [normalizers.NFKD(), normalizers.StripAccents()]
     if settings.get("do_lower_case"):
         steps.append(normalizers.Lowercase())
     if pieces.replacements:
         steps.append(normalizers.Precompiled(pieces.replacements))
     tokenizer.normalizer = normalizers.Sequence(steps)
+    probe(tokenizer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
     )
@@ -145,7 +197,9 @@ def _build(pieces: Pieces, directory: Path, settings: dict[str, Any]) -> tokeniz
             raise ValueError(
                 f"{source}: {content!r} is given the id {place}, wanted {found}, its place in the vocabulary"
             )
-    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    tokenizer.encode_special_tokens = setting(
+        directory / "tokenizer_config.json", settings, "split_special_tokens", bool, False
+    )
     sep_token, cls_token = named["sep_token"]["content"], named["cls_token"]["content"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A:0 {sep_token}:0 {cls_token}:2",
@@ -287,8 +341,11 @@ def _read_sentencepiece(path: Path) -> Any:
     try:
         SentencePieceProcessor(model_proto=content)
         proto.ParseFromString(content)
-    except (DecodeError, RuntimeError) as error:
+    except (DecodeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
     if not proto.pieces:
         raise ValueError(f"{path} is not a SentencePiece model: it has no pieces")
+    if not 0 <= proto.trainer_spec.unk_id < len(proto.pieces):
+        last = len(proto.pieces) - 1
+        raise ValueError(f"{path}: the unknown piece's id is {proto.trainer_spec.unk_id}; wanted one from 0 to {last}")
     return proto

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_old_names_and_buffers(tmp_path, recwarn) -> None:
     rewrite(tmp_path, old)
     read, info = BertForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     same_state(read, ours)
-    assert info == {"missing_keys": [], "unexpected_keys": []}
+    assert info == {"missing_keys": [], "unexpected_keys": [], "removed_prefixes": []}
     assert read.cls.predictions.decoder.weight is read.bert.embeddings.word_embeddings.weight
     assert read.cls.predictions.decoder.bias is read.cls.predictions.bias
 
@@ -145,6 +146,47 @@ def test_a_head_reads_a_bare_encoder_and_the_other_way_round(tmp_path) -> None:
         read = BertModel.from_pretrained(tmp_path / "headed")
     same_state(read, bare)
     assert read.loading_info["unexpected_keys"] == ["classifier.bias", "classifier.weight"]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_forward_module.", "model.", "module._orig_mod."])
+def test_prefixes_of_a_wrapped_model(prefix: str, tmp_path) -> None:
+    """Of the bare encoder and of one with a head, read by either."""
+    bare, headed = small(), BertForSequenceClassification(small().config)
+    for ours, name in ((bare, "bare"), (headed, "headed")):
+        ours.save_pretrained(tmp_path / name)
+        rewrite(tmp_path / name, lambda state: {prefix + key: value for key, value in state.items()})
+    for name, ours in (("bare", bare), ("headed", headed.bert)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for kind in (BertModel, BertForSequenceClassification):
+                read = kind.from_pretrained(tmp_path / name)
+                same_state(read.base_model, ours)
+                assert read.loading_info["removed_prefixes"] == [prefix]
+    same_state(read, headed)
+
+
+def test_prefixes_of_wrapped_layers(tmp_path) -> None:
+    ours = small()
+    ours.save_pretrained(tmp_path)
+
+    def wrap(state):
+        return {
+            key.replace("layer.0.", "layer.0._checkpoint_wrapped_module._orig_mod."): value
+            for key, value in state.items()
+        }
+
+    rewrite(tmp_path, wrap)
+    read = BertModel.from_pretrained(tmp_path)
+    same_state(read, ours)
+    assert read.loading_info["removed_prefixes"] == ["_orig_mod.", "_checkpoint_wrapped_module."]
+
+
+def test_a_prefix_of_some_names_alone_stays(tmp_path) -> None:
+    ours = small()
+    ours.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: state | {"module.extra": torch.ones(1)})
+    with pytest.warns(UserWarning, match=r"module\.extra"):
+        assert BertModel.from_pretrained(tmp_path).loading_info["removed_prefixes"] == []
 
 
 def test_without_a_pooler(tmp_path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import transformers
 
-from pyxlbert.models import BertConfig, BertForQuestionAnswering, BertModel
+from pyxlbert.models import BertConfig, BertForQuestionAnswering, BertModel, XLNetConfig
+from pyxlbert.testing.directories import tiny_bert
 
 pytestmark = pytest.mark.quick
 
@@ -130,3 +132,60 @@ def test_a_missing_file_is_named(tmp_path) -> None:
         BertConfig.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="bert-base-uncased"):
         BertConfig.from_pretrained("bert-base-uncased")
+
+
+HOSTILE = [
+    ("num_hidden_layers", 10**9),
+    ("num_labels", 10**10),
+    ("hidden_size", 10**12),
+    ("hidden_size", 2**63),
+    ("num_attention_heads", 2**63),
+    ("intermediate_size", 10**12),
+    ("vocab_size", 2**63),
+    ("max_position_embeddings", 10**400),
+    ("type_vocab_size", 10**12),
+    ("pad_token_id", 10**20),
+    ("layer_norm_eps", 10**400),
+    ("layer_norm_eps", float("nan")),
+    ("hidden_dropout_prob", -(10**400)),
+    ("initializer_range", float("inf")),
+    ("architectures", 3),
+    ("architectures", [{}]),
+    ("label2id", [1]),
+    ("id2label", {"a": "b"}),
+    ("problem_type", ["regression"]),
+    ("model_type", []),
+    ("hidden_act", {}),
+    ("hidden_act", 3),
+    ("dtype", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE, ids=lambda one: str(one)[:20])
+def test_hostile_values_are_refused_before_anything_is_built(name: str, value, tmp_path) -> None:
+    """In a moment, with the file and the field in the message: of the configuration, and of a model with weights."""
+    tiny_bert(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    start = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        BertModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and name in str(caught.value)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_hidden_layers", "d_model", "d_inner", "vocab_size", "mem_len"])
+def test_hostile_values_of_xlnet(name: str) -> None:
+    with pytest.raises(ValueError, match="got 1000000000000, wanted an integer of at most"):
+        XLNetConfig.from_dict({name: 10**12})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 1024}, {"hidden_size": 2**24, "vocab_size": 2**31 - 1}], ids=str
+)
+def test_the_largest_values_meet_the_weights(changes: dict, tmp_path) -> None:
+    tiny_bert(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"lacks weights of the encoder|does not fit its configuration"):
+        BertModel.from_pretrained(tmp_path)

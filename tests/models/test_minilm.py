@@ -63,7 +63,7 @@ def wanted(directory: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sentence_vectors(dtype: torch.dtype, directory: Path, batch: dict[str, torch.Tensor], wanted) -> None:
     model, info = BertModel.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    assert info == {"missing_keys": [], "unexpected_keys": []}
+    assert info == {"missing_keys": [], "unexpected_keys": [], "removed_prefixes": []}
     with torch.no_grad():
         vectors = sentence_vectors(model(**batch).last_hidden_state, batch["attention_mask"])
     compare.cosine_distance(f"{dtype}", vectors, wanted, compare.tolerances.COSINE[dtype])

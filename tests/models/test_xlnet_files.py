@@ -29,7 +29,7 @@ def test_directories_both_ways(head: str, fields: dict[str, Any], tmp_path: Path
     assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["missing_keys"]
     theirs.eval().save_pretrained(tmp_path / "b")
     again, info = getattr(models, head).from_pretrained(tmp_path / "b", output_loading_info=True)
-    assert info == {"missing_keys": [], "unexpected_keys": []}
+    assert info == {"missing_keys": [], "unexpected_keys": [], "removed_prefixes": []}
     assert again.config.untie_r == fields.get("untie_r", True)
     ids = IDS[:, None] if head == "XLNetForMultipleChoice" else IDS
     a, b, c = ours(ids), theirs(ids), again(ids)

@@ -182,3 +182,36 @@ def test_other_views_of_one_storage_are_no_fault() -> None:
         pyxlbert.layer_norm(x, weight, weight, backend="cpu")
     last = whole[-1, -8:]
     pyxlbert.layer_norm(last, last, last, backend="cpu")
+
+
+def test_raw_ops_refuse_what_a_backend_does_not_take() -> None:
+    """Kernels take dtypes by their size: float64 would be read as something else."""
+    raw, x = torch.ops.pyxlbert, torch.ones(2, 4)
+    for dtype, backend, error, words in (
+        (torch.float64, "cpu", RuntimeError, "layer_norm_fwd: backend 'cpu' is unavailable: .*float64"),
+        (torch.float32, "mkl", ValueError, "layer_norm_fwd: backend: got 'mkl', wanted one of torch, cpu"),
+    ):
+        one = x.to(dtype)
+        with pytest.raises(error, match=words):
+            raw.layer_norm_fwd(one, one[0], one[0], 1e-12, False, backend)
+    wide = x.double()
+    with pytest.raises(RuntimeError, match=r"bias_gelu_bwd: backend 'cpu' is unavailable: .*float64"):
+        raw.bias_gelu_bwd(wide, wide, wide[0], "none", True, "cpu")
+    assert raw.layer_norm_fwd(wide, wide[0], wide[0], 1e-12, False, "torch")[0].dtype is torch.float64
+
+
+ROWS_WITHOUT_COLUMNS = {
+    "layer_norm": ((3, 0), (0,), (0,)),
+    "bias_gelu": ((3, 0), (0,)),
+    "dropout_add_layer_norm": ((3, 0), (3, 0), (0,), (0,)),
+    "linear": ((3, 0), (5, 0), (5,)),
+    "linear_gelu": ((3, 0), (5, 0), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_WITHOUT_COLUMNS)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_rows_without_columns_have_gradients_without_columns(name: str, backend: str) -> None:
+    leaves = [torch.ones(shape, requires_grad=True) for shape in ROWS_WITHOUT_COLUMNS[name]]
+    getattr(pyxlbert, name)(*leaves, backend=backend).sum().backward()
+    assert [one.grad.shape for one in leaves] == [one.shape for one in leaves]

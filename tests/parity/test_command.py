@@ -11,7 +11,9 @@ import torch
 import transformers
 
 import pyxlbert
+from pyxlbert.backends import OPS
 from pyxlbert.cli import main
+from pyxlbert.commands import parity_inputs as inputs
 from pyxlbert.commands import parity_models as models
 from pyxlbert.testing import runners
 from pyxlbert.testing.parity import ops, report
@@ -100,15 +102,45 @@ def test_models_within_budget_and_a_broken_one(monkeypatch) -> None:
     assert {row.verdict for row in models.rows(["cpu"], FLOAT32) if row.subject in names[:3]} == {OVER}
 
 
+SPEECH = ("fastspeech2_conformer", "funnel", "parakeet_encoder", "seamless_m4t", "wav2vec2-bert", "wav2vec2-conformer")
+
+
+def test_every_architecture_has_rows(monkeypatch) -> None:
+    """Whatever a model is given, ids or features: none is left out for want of an input."""
+    drop_in = pyxlbert.integrations.drop_in
+    known = {kind: one for kind, one in drop_in.architectures().items() if kind in SPEECH}
+    monkeypatch.setattr(drop_in, "architectures", lambda: known)
+    monkeypatch.setattr(models, "OWN", {})
+    rows = list(models.rows(["cpu"], FLOAT32))
+    assert [row.subject for row in rows] == [f"{kind}, accelerated" for kind in SPEECH for _ in "fb"]
+    assert {row.verdict for row in rows} == {OK}, [row.reason for row in rows]
+
+
+def test_an_op_that_a_backend_lacks_is_no_fault_of_a_model(monkeypatch) -> None:
+    monkeypatch.setattr(OPS["dropout_add_layer_norm"], "own_backends", ("torch",))
+    monkeypatch.delattr(OPS["dropout_add_layer_norm"]._modules, "cpu")
+    monkeypatch.setattr(models, "OWN", {"bert": models.OWN["bert"]})
+    monkeypatch.setattr(pyxlbert.integrations.drop_in, "architectures", dict)
+    rows = list(models.rows(["cpu"], FLOAT32))
+    assert {row.verdict for row in rows} == {NOT_RUN} and "dropout_add_layer_norm has no cpu kernel" in rows[0].reason
+
+
+def test_a_directory_of_features_layer_by_layer(tmp_path) -> None:
+    inputs.build("parakeet_encoder").save_pretrained(tmp_path)
+    rows = list(models.layers(tmp_path, ["cpu"], FLOAT32))
+    assert [row.subject for row in rows] == ["embeddings", "layer 1", "layer 2"]
+    assert {row.verdict for row in rows} == {OK}
+
+
 def test_a_directory_layer_by_layer(tmp_path, capsys) -> None:
-    models._build("bert").save_pretrained(tmp_path)
+    inputs.build("bert").save_pretrained(tmp_path)
     assert main(["parity", "--model", str(tmp_path), "--dtype", "float32", "--backend", "cpu", "--summary"]) == 0
     text = capsys.readouterr().out
     assert [line.split("  ")[0] for line in text.splitlines()[2:]] == ["embeddings", "layer 1", "layer 2", "layer 3"]
 
 
 def test_where_a_difference_begins(tmp_path, monkeypatch) -> None:
-    transformers.BertModel(transformers.BertConfig(**models.SMALL)).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(**inputs.SMALL)).save_pretrained(tmp_path)
     accelerate = pyxlbert.accelerate
 
     def wrong(model):

@@ -138,7 +138,6 @@ def test_modules_that_are_not_supported(tmp_path: Path, modules: list[dict], mes
 @pytest.mark.parametrize(
     ("pooling", "message"),
     [
-        ({"pooling_mode_mean_tokens": False}, "wanted one or several"),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_attention": True}, "pooling_mode_attention"),
         ({"pooling_mode": "median"}, "median"),
         ({"pooling_mode": 3}, "3"),

@@ -347,7 +347,7 @@ def test_ids_past_the_vocabulary_of_the_model(tmp_path: Path) -> None:
 )
 def test_pooling_settings_of_a_wrong_type(tmp_path: Path, pooling: dict) -> None:
     root = modules(tmp_path, **pooling)
-    with pytest.raises(ValueError, match=r"config\.json: pooling mode"):
+    with pytest.raises(ValueError, match=r"config\.json: pooling.mode"):
         SentenceEncoder.from_pretrained(root)
 
 

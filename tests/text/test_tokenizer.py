@@ -259,3 +259,18 @@ def test_settings_of_a_wrong_type(directory: Path, name: str, content: dict) -> 
     key = next(iter(content))
     with pytest.raises(ValueError, match=f"{name}.*{key}"):
         TextTokenizer.from_directory(directory, 512)
+
+
+VOCABULARIES = [
+    "[PAD]\n[UNK]\n[CLS]\n[SEP] \n[MASK]\nhello \n world\nthe\t\nx\u00a0\ny\u3000\n\nz\r\nw\x0b\nq\u2028\nv\x1c\n",
+    "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\nhello \nthe",
+]
+
+
+@pytest.mark.parametrize("text", VOCABULARIES, ids=["blanks", "twice"])
+def test_lines_that_end_in_blanks_are_read_as_transformers_reads_them(text: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text(text, encoding="utf-8", newline="")
+    write(tmp_path, "config.json", {"model_type": "bert"})
+    wanted = transformers.BertTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert load_tokenizer(tmp_path).get_vocab(with_added_tokens=False) == wanted
