@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import apart, families, lengths, models, on_gpu, ops, report, shapes, tables
+from pyxlbert.bench import apart, families, lengths, models, on_gpu, ops, page, report, shapes, tables
 from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import Row
 
@@ -42,6 +42,8 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
     Returns:
         0, or 1 where one of ours was wrong or did not run.
     """
+    if options.read is not None:
+        return show(options, fail)
     suites = check(options, fail)
     if options.keep_pages and not KEEP_PAGES.items() <= os.environ.items():
         # The allocator reads its settings when the process starts.
@@ -62,6 +64,19 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
     if options.picture is not None:
         lengths.draw(options.json, options.picture)
     return 1 if sheet.wrong else 0
+
+
+def show(options: argparse.Namespace, fail: Fail) -> int:
+    """Recorded results as tables or a page: nothing is timed."""
+    if options.html is None and options.markdown is None:
+        fail("--read needs --html or --markdown")
+    for name in ("markdown", "html"):
+        check_output(f"--{name}", getattr(options, name), fail)
+    document = report.read(options.read)
+    for path, make in ((options.markdown, tables.document), (options.html, page.page)):
+        if path is not None:
+            _write(path, make(document))
+    return 0
 
 
 def check(options: argparse.Namespace, fail: Fail) -> list[str]:
@@ -106,7 +121,7 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
             fail(f"--model: got {str(options.model)!r}, which is no directory")
     if options.picture is not None and options.json is None:
         fail("--picture needs --json")
-    for name in ("json", "markdown", "picture"):
+    for name in ("json", "markdown", "html", "picture"):
         check_output(f"--{name}", getattr(options, name), fail)
     if options.json is not None and options.json.exists():
         try:
@@ -252,8 +267,12 @@ class Sheet:
             # One by one: a suite may last an hour.
             report.write(options.json, [row], self.command, self._device)
         document = report.document_of(self.rows, self.command, self._device)
+        # The page and the tables show what the file holds: rows of earlier runs too.
+        document = report.read(options.json) if options.json is not None else document
         if options.markdown is not None:
             _write(options.markdown, tables.document(document))
+        if options.html is not None:
+            _write(options.html, page.page(document))
 
 
 def _write(path: Path, text: str) -> None:

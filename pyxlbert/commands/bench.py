@@ -44,6 +44,10 @@ def add(commands: Any) -> None:
     out = parser.add_argument_group("where results go, row by row")
     out.add_argument("--json", "--out", type=Path, metavar="FILE", help="with every sample; rows of a file are kept")
     out.add_argument("--markdown", type=Path, metavar="FILE", help="as tables")
+    out.add_argument("--html", type=Path, metavar="FILE", help="as one page with charts that loads nothing")
+    out.add_argument(
+        "--read", type=Path, metavar="FILE", help="race nothing: --html and --markdown of a file of --json"
+    )
     out.add_argument("--picture", type=Path, metavar="FILE", help="of the suite lengths, from the file of --json")
     parser.set_defaults(run=lambda options: _run(options, parser))
 

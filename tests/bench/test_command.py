@@ -132,6 +132,8 @@ def test_a_run_is_printed_and_written(tmp_path, capsys) -> None:
         assert all(len(timing["samples"]) == 3 for timing in row["timings"].values())
         assert report.row_from(row).line().startswith("layer_norm")
     assert "| 8x384 | float32 |" in tables.read_text()
+    html = tmp_path / "a.html"
+    assert main(["bench", "--read", str(out), "--html", str(html)]) == 0 and html.read_text().count("<tbody data-") == 2
     # A second run adds to the file what it had not.
     assert main(["bench", *QUICK, "--dtype", "bfloat16", "--json", str(out)]) == 0
     assert len(report.read(out)["rows"]) == 4
@@ -211,6 +213,8 @@ BAD = [
     (["--rounds", "1"], "--rounds: got 1, wanted at least 3"),
     (["--threads", "0"], "--threads: got 0, wanted at least 1"),
     (["--json", "."], "is a directory"),
+    (["--html", "/dev/null/y.html"], "is not writable"),
+    (["--read", "x.json"], "--read needs --html or --markdown"),
     (["text"], "the suite text needs --data and --model"),
     (["--only", "no such race", "--op", "linear"], "no race is of what was asked for"),
 ]
