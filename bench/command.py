@@ -12,7 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import apart, families, lengths, models, on_gpu, ops, page, report, shapes, tables
+from pyxlbert.bench import (
+    apart,
+    compare,
+    families,
+    lengths,
+    models,
+    on_gpu,
+    ops,
+    page,
+    report,
+    revision,
+    shapes,
+    tables,
+)
 from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import Row
 
@@ -44,6 +57,10 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
     """
     if options.read is not None:
         return show(options, fail)
+    if options.compare is not None:
+        text, status = compare.files(options.compare)
+        print("\n".join(text))
+        return status
     suites = check(options, fail)
     if options.keep_pages and not KEEP_PAGES.items() <= os.environ.items():
         # The allocator reads its settings when the process starts.
@@ -52,6 +69,8 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.end = time.monotonic() + options.seconds
+    if options.against is not None:
+        return against(options, fail)
     sheet = Sheet(options, _shown(suites, options))
     sheet.begin()
     for suite in suites:
@@ -64,6 +83,39 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
     if options.picture is not None:
         lengths.draw(options.json, options.picture)
     return 1 if sheet.wrong else 0
+
+
+def against(options: argparse.Namespace, fail: Fail) -> int:
+    """Ours beside a revision of itself; 1 where it has become slower, or gives another answer."""
+    names = revision.ops_of(options.suites, options.op)
+    name = revision.commit(options.against)
+    library = revision.build(name)
+    sizes = [shapes.parse(text) for text in options.shape or ()]
+    if options.quick and not sizes:
+        sizes = [QUICK_SIZE]
+    chosen = [DTYPES[one] for one in dict.fromkeys(options.dtype or DTYPES)]
+    races = [one for one in revision.cases(names, chosen, sizes) if options.only in f"{one[0]} {one[1].id} {one[2]}"]
+    if not races:
+        fail("no race is of what was asked for: nothing was timed")
+    command = f"{_shown(options.suites, options)} --against {name[:12]}"
+    print(f"{command}: both with {torch.get_num_threads()} threads, in a new order every round", flush=True)
+    device, changes, failed = report.device() if options.json is not None else {}, [], []
+    sides = revision.against(library)
+    try:
+        for one in races:
+            row = revision.race(sides, one, options.rounds, options.rest)
+            failed += [f"{row.subject} {row.case} {row.dtype}: {who}: {why}" for who, why in row.failed.items()]
+            if row.timings:
+                changes.append(compare.interleaved(row, "pyxlbert before", len(races)))
+            if options.json is not None:
+                report.write(options.json, [row], command, device)
+    finally:
+        for side in sides.values():
+            side.close()
+    found = compare.Comparison(changes, failed, [])
+    print("\n".join(compare.lines(found)))
+    answers = any("other answers" in reason for reason in failed)
+    return int(found.slower or answers or not changes)
 
 
 def show(options: argparse.Namespace, fail: Fail) -> int:

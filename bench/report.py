@@ -89,15 +89,15 @@ class Row:
 
     def line(self) -> str:
         peer, ours = self.best_peer, self.ours
-        shown = "no time" if ours is None else _time(ours.median)
-        parts = [f"{self.subject:24} {self.case:28} {self.dtype:9} {shown:>10}"]
+        own = "no time" if ours is None else shown(ours.median)
+        parts = [f"{self.subject:24} {self.case:28} {self.dtype:9} {own:>10}"]
         if ours is not None and (rate := rate_of(self.work, ours.median)):
             parts.append(f"{rate:>12}")
         if peer is not None:
             ratio = "" if ours is None else f" {peer[1].median / ours.median:6.2f}x"
             sure = None if ours is None else interval(peer[1].samples, ours.samples)
             ratio += "" if sure is None else f" [{sure[0]:.2f}, {sure[1]:.2f}]"
-            parts.append(f"{peer[0]:>14} {_time(peer[1].median):>10}{ratio}")
+            parts.append(f"{peer[0]:>14} {shown(peer[1].median):>10}{ratio}")
         if self.limit is not None and ours is not None:
             parts.append(f"{self.limit / ours.median:5.0%} of limit")
         return "  ".join(parts) + (f"  ({self.note})" if self.note else "")
@@ -106,10 +106,10 @@ class Row:
         """Every contestant with its quartiles."""
         lines = []
         for name, t in sorted(self.timings.items(), key=lambda item: item[1].median):
-            quartiles = f"[{_time(t.lower)}, {_time(t.upper)}]"
+            quartiles = f"[{shown(t.lower)}, {shown(t.upper)}]"
             memory = f"{self.memory[name] / 1e6:10.1f} MB" if name in self.memory else ""
             ratio = "" if self.ours is None else f"{t.median / self.ours.median:5.2f}x"
-            lines.append(f"    {name:22} {_time(t.median):>10} {quartiles:22} {ratio}{memory}")
+            lines.append(f"    {name:22} {shown(t.median):>10} {quartiles:22} {ratio}{memory}")
         return "\n".join(lines + [f"    {name:22} no time: {why}" for name, why in self.failed.items()])
 
 
@@ -120,7 +120,8 @@ def rate_of(work: Work, seconds: float) -> str:
     return f"{work.bytes / seconds / 1e9:.3g} GB/s" if work.bytes else ""
 
 
-def _time(seconds: float) -> str:
+def shown(seconds: float) -> str:
+    """With its unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

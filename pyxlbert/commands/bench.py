@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         help="times of ops, layers and models beside their peers",
         description="Races every op and model against the peers that are installed. Every answer is checked before it "
         "is timed; all have the same number of threads and take turns in a new order every round. The exit status is "
-        "0, 1 if one of ours was wrong or did not run, 2 for a wrong option or an interrupted run.",
+        "0, 1 if one of ours was wrong, did not run or has become slower, 2 for a wrong option or an interrupted run.",
     )
     parser.add_argument(
         "suites",
@@ -38,6 +38,9 @@ def add(commands: Any) -> None:
     how.add_argument("--seconds", type=float, default=float("inf"), help="begin no race after this time")
     how.add_argument("--memory", action=argparse.BooleanOptionalAction, help="peak memory too, in a process for each")
     how.add_argument("--keep-pages", action="store_true", help="freed memory stays with the process")
+    change = parser.add_argument_group("whether ours has become slower, more than the noise")
+    change.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="from A to B, race nothing")
+    change.add_argument("--against", metavar="REV", help="since a git revision, built and taking turns")
     data = parser.add_argument_group("what the suites text and drop-in need")
     data.add_argument("--data", type=Path, metavar="DIR", help="a folder with stsb/ and wikitext2/")
     data.add_argument("--model", type=Path, metavar="DIR", help="a sentence-transformers model's directory")
