@@ -21,6 +21,7 @@ from pyxlbert.bench import (
     on_gpu,
     ops,
     page,
+    profile,
     report,
     revision,
     shapes,
@@ -61,6 +62,8 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
         text, status = compare.files(options.compare)
         print("\n".join(text))
         return status
+    if options.profile is not None:
+        return profiled(options, fail)
     suites = check(options, fail)
     if options.keep_pages and not KEEP_PAGES.items() <= os.environ.items():
         # The allocator reads its settings when the process starts.
@@ -116,6 +119,35 @@ def against(options: argparse.Namespace, fail: Fail) -> int:
     print("\n".join(compare.lines(found)))
     answers = any("other answers" in reason for reason in failed)
     return int(found.slower or answers or not changes)
+
+
+def profiled(options: argparse.Namespace, fail: Fail) -> int:
+    """Where the time of a model goes."""
+    name, text = options.profile
+    try:
+        size = shapes.parse(text)
+    except ValueError as error:
+        fail(f"--profile: {error}")
+    for option in ("json", "html", "picture"):
+        check_output(f"--{option}", getattr(options, option), fail)
+    if options.json is not None and options.json.exists():
+        fail(f"--json: {str(options.json)!r} is there already; a profile is not added to other results")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtypes = [DTYPES[one] for one in dict.fromkeys(options.dtype or ["float32"])]
+    device, found = report.device(), []
+    print(f"pyxlbert bench --profile: {torch.get_num_threads()} threads; {page.described(device)}", flush=True)
+    for dtype in dtypes:
+        for one in profile.profiles(name, size, dtype, options.rounds or profile.ROUNDS):
+            print(profile.text(one), flush=True)
+            found.append(one)
+            if options.json is not None:
+                _write(options.json, profile.document(found, device))
+            if options.html is not None:
+                _write(options.html, profile.html(found, device))
+            if options.picture is not None:
+                _write(options.picture, profile.picture(found[0]))
+    return 0
 
 
 def show(options: argparse.Namespace, fail: Fail) -> int:

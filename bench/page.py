@@ -34,6 +34,7 @@ button { font: inherit; border: 0; background: none; color: #0b5cad; cursor: poi
 button:hover { text-decoration: underline } button::before { content: "▸ " }
 button[aria-expanded=true]::before { content: "▾ " }
 tr.more > td { padding: .3rem 0 1rem 1.2rem; background: #f6f8fa } tr.more table { width: auto }
+pre { background: #f6f8fa; padding: 1rem; font-size: 13px; line-height: 1.45 }
 .behind { color: #a40e26 } .why { color: #a40e26; max-width: 60rem }
 """
 
@@ -133,19 +134,30 @@ _COLUMNS = (
 )
 
 
+def head(title: str) -> str:
+    """What stands before a page's own words: its policy and its style."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+    )
+
+
+def described(device: dict[str, Any]) -> str:
+    """The machine in words, with units."""
+    return ", ".join(f"{name.replace('_', ' ')} {_with_unit(name, value)}" for name, value in device.items())
+
+
 def page(document: dict[str, Any]) -> str:
     """The page of a document of results; every name in it is text, whatever it holds."""
     rows = [row_from(entry) for entry in document["rows"]]
     device = document["device"]
-    about = ", ".join(f"{name.replace('_', ' ')} {_with_unit(name, value)}" for name, value in device.items())
     packages = ", ".join(f"{name} {value}" for name, value in document.get("versions", {}).items())
     commands = dict.fromkeys(str(entry.get("command", "")) for entry in document["rows"])
     parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width">',
-        f"<title>pyxlbert bench</title><style>{_STYLE}</style></head><body>",
-        f"<h1>pyxlbert bench</h1><p>{escape(about)}</p><p class='faint'>{escape(packages)}</p>",
+        head("pyxlbert bench"),
+        f"<h1>pyxlbert bench</h1><p>{escape(described(device))}</p><p class='faint'>{escape(packages)}</p>",
         "<p class='faint'>Every answer was checked before it was timed. All contestants had the same threads and took "
         "turns in a new order every round. A ratio is a contestant's median over ours: above 1 ours is faster.</p>",
         _commands(commands),

@@ -41,6 +41,13 @@ def add(commands: Any) -> None:
     change = parser.add_argument_group("whether ours has become slower, more than the noise")
     change.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="from A to B, race nothing")
     change.add_argument("--against", metavar="REV", help="since a git revision, built and taking turns")
+    where = parser.add_argument_group("where the time goes")
+    where.add_argument(
+        "--profile",
+        nargs=2,
+        metavar=("MODEL", "BxT"),
+        help="of bert-base, minilm, xlnet-base or a model's directory, op by op, in a forward and in a training step",
+    )
     data = parser.add_argument_group("what the suites text and drop-in need")
     data.add_argument("--data", type=Path, metavar="DIR", help="a folder with stsb/ and wikitext2/")
     data.add_argument("--model", type=Path, metavar="DIR", help="a sentence-transformers model's directory")
@@ -51,7 +58,7 @@ def add(commands: Any) -> None:
     out.add_argument(
         "--read", type=Path, metavar="FILE", help="race nothing: --html and --markdown of a file of --json"
     )
-    out.add_argument("--picture", type=Path, metavar="FILE", help="of the suite lengths, from the file of --json")
+    out.add_argument("--picture", type=Path, metavar="FILE", help="SVG of a profile, or of the suite lengths")
     parser.set_defaults(run=lambda options: _run(options, parser))
 
 
