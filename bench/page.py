@@ -202,6 +202,7 @@ def _charts(rows: Sequence[Row], device: dict[str, Any]) -> list[str]:
     peaks = [pictures.over_length(rows, name, places, memory=True) for name, places in groups.items()]
     subjects = {row.subject: [i for i, one in enumerate(rows) if one.subject == row.subject] for row in rows}
     kinds = [
+        ("Overview", [pictures.overview(rows)], "no race here has a peer"),
         ("Roofline", [pictures.roofline(rows, device)], "no race here has a number of FLOPs"),
         ("Time over length", times, "no race here came at two lengths; give --shape twice"),
         ("Peak memory over length", peaks, "no race here has its memory at two lengths"),

@@ -11,6 +11,7 @@ from pyxlbert.bench.statistics import interval
 from pyxlbert.bench.svg import COLOURS, Axis, Chart, around, number
 
 _DTYPES = {"float32": COLOURS[0], "bfloat16": COLOURS[1], "int8": COLOURS[2]}
+_RATIO = "times as long as ours (right of 1: ours is faster)"
 # Of a chart of ratios: pixels of a row.
 _TALL = 17
 
@@ -123,7 +124,7 @@ def ratios(rows: Sequence[Row], places: Sequence[int], title: str) -> str | None
         return None
     names = [who for place in shown for who in rows[place].timings if who != "pyxlbert"]
     values = [t.median / rows[p].ours.median for p in shown for who, t in rows[p].timings.items() if who != "pyxlbert"]
-    x = around([0.8, 1.25, *values], "times as long as ours (right of 1: ours is faster)", 1.12)
+    x = around([0.8, 1.25, *values], _RATIO, 1.12)
     texts = [f"{rows[place].case} {rows[place].dtype}" for place in shown]
     count = len(shown)
     ticks = tuple((count - i - 0.5, text) for i, text in enumerate(texts))
@@ -144,6 +145,32 @@ def ratios(rows: Sequence[Row], places: Sequence[int], title: str) -> str | None
                 chart.whisker(*sure, y, shades[who], place)
                 words += f", 95 % of {sure[0]:.2f} to {sure[1]:.2f}"
             chart.dot(ratio, y, shades[who], words, place, 4, hollow=given)
+    return chart.svg()
+
+
+def overview(rows: Sequence[Row]) -> str | None:
+    """A line for each subject with a dot for every row: the best peer's time over ours."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for place, row in enumerate(rows):
+        if row.ours is not None and row.best_peer is not None:
+            found.setdefault(row.subject, []).append((row.best_peer[1].median / row.ours.median, place))
+    if not found:
+        return None
+    count = len(found)
+    x = around([0.8, 1.25, *(ratio for line in found.values() for ratio, _ in line)], _RATIO, 1.12)
+    ticks = tuple((count - i - 0.5, subject) for i, subject in enumerate(found))
+    left = 24 + round(7 * max(map(len, found)))
+    title = "The best peer's time over ours, a dot for each race"
+    chart = Chart(title, x, Axis("", 0, count, False, ticks), left + 560, 60 + 22 * count, left)
+    chart.line([(1, 0), (1, count)], "#57606a", 1.5)
+    for i, line in enumerate(found.values()):
+        for ratio, place in line:
+            row = rows[place]
+            shade = _DTYPES.get(row.dtype, COLOURS[-1])
+            chart.name(row.dtype, shade)
+            # Beside each other, not on each other.
+            y = count - i - 0.5 + {"float32": 0.16, "bfloat16": -0.16}.get(row.dtype, 0.0)
+            chart.dot(ratio, y, shade, f"{label(row)}: {ratio:.2f} times, {row.best_peer[0]}", place, 4)
     return chart.svg()
 
 

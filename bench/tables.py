@@ -1,4 +1,4 @@
-"""`python -m pyxlbert.bench.tables FILE [subject ...]`: results as Markdown, the way docs/benchmarks.md shows them."""
+"""`python -m pyxlbert.bench.tables FILE [subject ...]`: results as Markdown, the way `docs/benchmarks/` shows them."""
 
 from __future__ import annotations
 

@@ -41,9 +41,9 @@ def document(found: list[Row], device: dict = DEVICE) -> dict:
 
 def test_every_chart_and_row_is_drawn() -> None:
     text = page.page(document(rows()))
-    for title in ("Roofline", "Time over length", "Peak memory over length", "Ratio to every peer"):
+    for title in ("Overview", "Roofline", "Time over length", "Peak memory over length", "Ratio to every peer"):
         assert f"<h2>{title}</h2>" in text
-    assert "Nothing to draw" not in text and text.count("<svg") == 1 + 2 + 2 + 2
+    assert "Nothing to draw" not in text and text.count("<svg") == 2 + 2 + 2 + 2
     assert text.count("<tbody data-row=") == 7 and "Liger has no time: it runs on CUDA devices alone" in text
     assert "200 GFLOP/s" in text and "T, places" in text and "times as long as ours" in text
     # Ours is behind there: it says so.
@@ -53,7 +53,7 @@ def test_every_chart_and_row_is_drawn() -> None:
 
 def test_a_kind_without_anything_to_draw_says_why() -> None:
     text = page.page(document([Row("x", "y", "float32", {}, failed={"pyxlbert": "RuntimeError: no"})]))
-    assert text.count("Nothing to draw: ") == 4 and "no time" in text
+    assert text.count("Nothing to draw: ") == 5 and "no time" in text
     assert pictures.roofline(rows(), {}) is None
 
 
