@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pyxlbert.bench import (
     tables,
 )
 from pyxlbert.bench.contest import Settings
+from pyxlbert.bench.extra import EXTRAS
 from pyxlbert.bench.report import Row
 
 from pyxlbert.files import whole_file
@@ -42,6 +44,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUICK_SIZE, QUICK_ROUNDS = (2, 64), 7
 # What a quick run leaves out unless it is asked for: a compiler takes longer than all races.
 SLOW_PEERS = ("compile", "flex")
+# Seconds after which tables and page are written again; the file of results is after every race.
+SHOWN = 30.0
 
 Fail = Callable[[str], Any]
 
@@ -76,11 +80,14 @@ def run(options: argparse.Namespace, fail: Fail) -> int:
         return against(options, fail)
     sheet = Sheet(options, _shown(suites, options))
     sheet.begin()
-    for suite in suites:
-        for row, device in _rows(suite, options, sheet.settings):
-            if row is not None and options.keep_pages:
-                row.case += ", pages kept"
-            sheet.add(row, device)
+    try:
+        for suite in suites:
+            for row, device in _rows(suite, options, sheet.settings):
+                if row is not None and options.keep_pages:
+                    row.case += ", pages kept"
+                sheet.add(row, device)
+    finally:
+        sheet.show()
     if sheet.empty:
         fail("no race is of what was asked for: nothing was timed")
     if options.picture is not None:
@@ -174,8 +181,6 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
     for name in options.op or ():
         if name not in SPECS:
             fail(f"--op: got {name!r}, wanted one of {', '.join(sorted(SPECS))}")
-        if device == "cuda":
-            fail("--op: the races of a GPU are chosen by --only")
     for name in options.peer or ():
         if name not in families.FAMILIES:
             fail(f"--peer: got {name!r}, wanted one of {', '.join(families.FAMILIES)}")
@@ -193,6 +198,16 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
             fail(f"--{name}: got {value}, wanted at least {least}")
     if options.rest is not None and not 0 <= options.rest <= 60:
         fail(f"--rest: got {options.rest}, wanted seconds from 0 to 60")
+    for name in ("op", "dtype", "shape", "quick", "memory", "rest", "threads") if device == "cuda" else ():
+        if getattr(options, name):
+            fail(f"--{name}: the races of a GPU are chosen by --only, --peer and --rounds")
+    if importlib.util.find_spec("transformers") is None and {"models", "text", "drop-in"} & set(suites):
+        if options.suites:
+            fail("the suites models, text and drop-in need transformers, which is not installed")
+        print("models do not race: transformers is not installed")
+        suites = ["ops"]
+    if "drop-in" in suites and importlib.util.find_spec("sentence_transformers") is None:
+        fail("the suite drop-in needs sentence-transformers, which is not installed")
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device: got cuda, and no CUDA device is here")
     for suite in {"text", "drop-in"} & set(suites):
@@ -258,7 +273,7 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         names = options.op or ops.SUITES[suite]
         if options.quick and not sizes:
             sizes = [QUICK_SIZE]
-        return ops.races(names, dtypes, sizes, extras=True)
+        return ops.races(names, dtypes, sizes, extras=EXTRAS)
     if suite == "lengths":
         return lengths.races()
     if suite == "models":
@@ -272,8 +287,11 @@ def _rows(
     suite: str, options: argparse.Namespace, settings: Settings
 ) -> Iterator[tuple[Row | None, dict[str, object] | None]]:
     """Every race's row, or None where an answer was wrong, and the device of it where another process ran it."""
+    # A model's peak takes a minute for each contestant: if it is asked for.
+    settings = replace(settings, memory=bool(options.memory)) if suite == "models" else settings
     if options.device == "cuda":
-        for found in apart.run(on_gpu.races, "cuda", only=options.only, end=options.end):
+        told = {"settings": settings}
+        for found in apart.run(on_gpu.races, "cuda", only=options.only, end=options.end, options=told):
             yield found.row, found.device
         return
     for race in _races(suite, options):
@@ -312,6 +330,8 @@ class Sheet:
         self.rows: list[Row] = []
         self.settings = settings_of(self.options)
         self._device: dict[str, Any] = {}
+        self._peers: dict[str, str] = {}
+        self._shown = time.monotonic()
 
     @property
     def empty(self) -> bool:
@@ -327,7 +347,8 @@ class Sheet:
             reason = families.why_not(name, options.device)
             if reason is None and self.settings.peers is not None and name not in self.settings.peers:
                 reason = "not asked for"
-            print(f"  peer {name:22} {what if reason is None else f'does not race: {reason}'}")
+            self._peers[name] = what if reason is None else f"does not race: {reason}"
+            print(f"  peer {name:22} {self._peers[name]}")
         if not cuda:
             self._device = report.device()
             known = ", ".join(f"{name} {value}" for name, value in self._device.items())
@@ -349,10 +370,20 @@ class Sheet:
         options = self.options
         if options.json is not None:
             # One by one: a suite may last an hour.
-            report.write(options.json, [row], self.command, self._device)
-        document = report.document_of(self.rows, self.command, self._device)
-        # The page and the tables show what the file holds: rows of earlier runs too.
-        document = report.read(options.json) if options.json is not None else document
+            report.write(options.json, [row], self.command, self._device, self._peers)
+        if time.monotonic() - self._shown > SHOWN:
+            self.show()
+
+    def show(self) -> None:
+        """Writes tables and page: of what the file holds, rows of earlier runs too, or of this run."""
+        options = self.options
+        self._shown = time.monotonic()
+        if not self.rows or (options.markdown is None and options.html is None):
+            return
+        if options.json is not None:
+            document = report.read(options.json)
+        else:
+            document = report.document_of(self.rows, self.command, self._device, peers=self._peers)
         if options.markdown is not None:
             _write(options.markdown, tables.document(document))
         if options.html is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyxlbert.bench.families import family_of, why_not
 from pyxlbert.bench.opponents import Call, Opponents, Peer
@@ -65,7 +67,11 @@ def _liger_norm(a: Arguments) -> Call:
     return lambda: LigerLayerNormFunction.apply(x, weight, bias, eps)
 
 
-def with_extras(name: str, case: Case, against: Opponents, device: str) -> Opponents:
+# All of them.
+EXTRAS = ("torch.compile", "FlexAttention", "flash-attn", "Liger")
+
+
+def with_extras(name: str, case: Case, against: Opponents, device: str, wanted: Sequence[str] = EXTRAS) -> Opponents:
     """The opponents of a case with those that are here beside them.
 
     Args:
@@ -73,6 +79,7 @@ def with_extras(name: str, case: Case, against: Opponents, device: str) -> Oppon
         case: that is raced.
         against: what every machine has.
         device: "cpu" or "cuda".
+        wanted: of EXTRAS.
     """
     first = next((peer for other, peer in against.peers.items() if not other.startswith("pyxlbert")), None)
     more: dict[str, Peer] = {}
@@ -86,5 +93,6 @@ def with_extras(name: str, case: Case, against: Opponents, device: str) -> Oppon
         more["FlexAttention"] = Peer(_relative_flex)
     if name == "layer_norm":
         more["Liger"] = Peer(_liger_norm)
-    more = {other: peer for other, peer in more.items() if why_not(family_of(other), device) is None}
+    here = {other for other in more if other in wanted and why_not(family_of(other), device) is None}
+    more = {other: peer for other, peer in more.items() if other in here}
     return against._replace(peers=against.peers | more)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from pyxlbert.bench import limits, memory, relative, shapes, two_stream
 from pyxlbert.bench.contest import Check, Settings, contest, lazily, reason_of
-from pyxlbert.bench.extra import with_extras
+from pyxlbert.bench.extra import EXTRAS, with_extras
 from pyxlbert.bench.opponents import OPPONENTS, Bind, Call, Opponents, unchanged
 from pyxlbert.bench.report import Row, Work
 from pyxlbert.bench.timer import Tell, Timing, copies_for, nobody, race_on
@@ -317,11 +317,11 @@ def _some_heads(inputs: Scores) -> Part:
     return lambda x: x[..., :: inputs.heads - 1, :]
 
 
-def opponents_of(spec: Spec, case: Case, extras: bool = False) -> Opponents:
-    """What ours races against on torch's default device, `extras`: with what may be missing."""
+def opponents_of(spec: Spec, case: Case, extras: Sequence[str] = ()) -> Opponents:
+    """What ours races against on torch's default device, and those of EXTRAS that are here."""
     others = {"relative_attention": relative.opponents, "two_stream_attention": two_stream.opponents}
     against = (OPPONENTS | others)[spec.name](case)
-    return with_extras(spec.name, case, against, torch.get_default_device().type) if extras else against
+    return with_extras(spec.name, case, against, torch.get_default_device().type, extras)
 
 
 def ours(spec: Spec, **options: str) -> Bind:
@@ -341,7 +341,7 @@ def alone(op: str, case: Case, dtype: torch.dtype, name: str) -> memory.Alone:
         if name == "pyxlbert":
             call = drawn.call(ours(SPECS[op]))
         else:
-            peer = opponents_of(SPECS[op], case, extras=True).peers[name]
+            peer = opponents_of(SPECS[op], case, EXTRAS).peers[name]
             call = drawn.call(peer.bind, peer.change)
         if isinstance(case.inputs, Scores):
             drawn.cotangent(0, drawn.arguments["query" if "query" in drawn.arguments else "content_query"].shape)
@@ -351,7 +351,7 @@ def alone(op: str, case: Case, dtype: torch.dtype, name: str) -> memory.Alone:
     return memory.Alone(call if compiled else bound(shapes.sized(case, 1, 16)), call)
 
 
-def race_of(spec: Spec, case: Case, dtype: torch.dtype, rounds: int | None = None, extras: bool = False) -> Race:
+def race_of(spec: Spec, case: Case, dtype: torch.dtype, rounds: int | None = None, extras: Sequence[str] = ()) -> Race:
     """The race of a case.
 
     Args:
@@ -359,7 +359,7 @@ def race_of(spec: Spec, case: Case, dtype: torch.dtype, rounds: int | None = Non
         case: of it.
         dtype: of the tensors.
         rounds: of the timer, or as many as the case's length allows.
-        extras: whether peers that may be missing race too.
+        extras: peers that race if they are here, of EXTRAS.
     """
 
     def build() -> Built:
@@ -407,7 +407,7 @@ def races(
     ops: Iterable[str],
     dtypes: Sequence[torch.dtype] = BOTH,
     sizes: Sequence[tuple[int, int]] = (),
-    extras: bool = False,
+    extras: Sequence[str] = (),
 ) -> Iterator[Race]:
     """The races of some ops.
 

@@ -161,6 +161,7 @@ def page(document: dict[str, Any]) -> str:
         "<p class='faint'>Every answer was checked before it was timed. All contestants had the same threads and took "
         "turns in a new order every round. A ratio is a contestant's median over ours: above 1 ours is faster.</p>",
         _commands(commands),
+        _peers(document.get("peers", {})),
         "<div class='bar'><input id='filter' type='search' placeholder='filter races: words in any order' "
         "aria-label='filter races'> <span id='count' class='faint'></span></div>",
         *_charts(rows, device),
@@ -176,6 +177,13 @@ def _commands(commands: Iterable[str]) -> str:
     if len(lines) < 4:
         return "".join(lines)
     return f"<details><summary class='faint'>of {len(lines)} commands</summary>{''.join(lines)}</details>"
+
+
+def _peers(peers: dict[str, Any]) -> str:
+    if not peers:
+        return ""
+    lines = "".join(f"<li>{escape(str(name))}: {escape(str(what))}</li>" for name, what in peers.items())
+    return f"<details><summary class='faint'>peers, and who did not race</summary><ul>{lines}</ul></details>"
 
 
 def _with_unit(name: str, value: Any) -> str:

@@ -234,9 +234,21 @@ def refuse_other_machine(path: Path, description: dict[str, Any]) -> dict[str, A
 
 
 def document_of(
-    rows: list[Row], command: str, description: dict[str, Any], old: dict[str, Any] | None = None
+    rows: list[Row],
+    command: str,
+    description: dict[str, Any],
+    old: dict[str, Any] | None = None,
+    peers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Results as they are written; rows of the same race in an older document are replaced where they stand."""
+    """Results as they are written; rows of the same race in an older document are replaced where they stand.
+
+    Args:
+        rows: of this run.
+        command: that they come from.
+        description: of the device.
+        old: what a file has held.
+        peers: each with its version, or why it does not race.
+    """
     found = {(r["subject"], r["case"], r["dtype"]): r for r in (old or {}).get("rows", [])}
     found |= {
         (r.subject, r.case, r.dtype): {
@@ -257,6 +269,7 @@ def document_of(
         "version": VERSION,
         "device": {name: description[name] for name in DEVICE_FIELDS if name in description},
         "versions": versions(),
+        "peers": (old or {}).get("peers", {}) if peers is None else peers,
         "rows": list(found.values()),
     }
 
@@ -266,7 +279,13 @@ def _written(timing: Timing) -> dict[str, Any]:
     return asdict(timing) | {"samples": [float(f"{one:.5g}") for one in timing.samples]}
 
 
-def write(path: Path, rows: list[Row], command: str, description: dict[str, object] | None = None) -> None:
+def write(
+    path: Path,
+    rows: list[Row],
+    command: str,
+    description: dict[str, object] | None = None,
+    peers: dict[str, str] | None = None,
+) -> None:
     """Writes the results whole or not at all; rows of the same race in an older file are replaced where they stand.
 
     Args:
@@ -274,6 +293,7 @@ def write(path: Path, rows: list[Row], command: str, description: dict[str, obje
         rows: to add to it.
         command: that they come from.
         description: what `device` gave where they ran; by default it is asked here.
+        peers: see `document_of`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -281,6 +301,6 @@ def write(path: Path, rows: list[Row], command: str, description: dict[str, obje
     """
     description = device() if description is None else description
     old = refuse_other_machine(path, description) if path.exists() else None
-    document = document_of(rows, command, description, old)
+    document = document_of(rows, command, description, old, peers)
     with files.whole_file(path) as part:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

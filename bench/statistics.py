@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -38,8 +39,12 @@ def interval(over: Sequence[float], under: Sequence[float], confidence: float = 
     Returns:
         Its ends, or None where there are fewer than three samples of either.
     """
-    if min(len(over), len(under)) < 3:
-        return None
+    return _interval(tuple(over), tuple(under), confidence) if min(len(over), len(under)) >= 3 else None
+
+
+@cache
+def _interval(over: tuple[float, ...], under: tuple[float, ...], confidence: float) -> tuple[float, float]:
+    """Remembered: a page shows an interval in several places, and is written more than once."""
     found = _ratios(over, under, together=len(over) == len(under))
     low, high = np.quantile(found, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)

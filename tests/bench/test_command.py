@@ -125,6 +125,7 @@ def test_a_run_is_printed_and_written(tmp_path, capsys) -> None:
     assert f"every contestant with {torch.get_num_threads()} threads" in text
     assert "peer flash-attn             does not race: " in text and "GB/s" in text and "of limit" in text
     document = report.read(out)
+    assert "does not race" in document["peers"]["liger"] and document["peers"]["eager"] == torch.__version__
     assert document["version"] == report.VERSION and set(document["device"]) <= set(report.DEVICE_FIELDS)
     assert [row["case"] for row in document["rows"]] == ["8x384", "8x768 forward+backward"]
     for row in document["rows"]:
@@ -215,6 +216,8 @@ BAD = [
     (["--json", "."], "is a directory"),
     (["--html", "/dev/null/y.html"], "is not writable"),
     (["--read", "x.json"], "--read needs --html or --markdown"),
+    (["models", "--device", "cuda"], "suite: got 'models', on cuda wanted one of gpu"),
+    (["--device", "cuda", "--shape", "1x8"], "--shape: the races of a GPU are chosen by --only"),
     (["text"], "the suite text needs --data and --model"),
     (["--only", "no such race", "--op", "linear"], "no race is of what was asked for"),
 ]
