@@ -77,7 +77,9 @@ class ModelRace:
             truth = hf(**inputs).last_hidden_state.clone()
         real = inputs["attention_mask"].bool()
         checked = Checked(truth, real, self.dtype, self.quantised)
-        found = contested(self.contestants(hf, inputs), checked, self.rounds, settings)
+        # Each is built when it is first called: if that fails, it is that contestant's failure.
+        calls = {name: lazily(build) for name, build in self.builds(hf, inputs).items()}
+        found = contested(calls, checked, self.rounds, settings)
         note = checked.note()
         if self.fill < 1:
             note = f"{float(real.float().mean()):.0%} full: ours computes fewer rows, less work; {note}"
@@ -91,18 +93,18 @@ class ModelRace:
         work = Work(flops, None, self.length)
         return Row(self.subject, self.case, dtype, found[0], limit, note, found[1], peaks, work)
 
-    def contestants(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, peers.Call]:
-        """Each is built when it is first called: if that fails, it is that contestant's failure."""
+    def builds(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], peers.Call]]:
+        """What makes each contestant's call."""
 
-        def built(build: Callable[..., peers.Call]) -> peers.Call:
-            return lazily(lambda: build(copy.deepcopy(hf).to(self.dtype), inputs, self.dtype))
+        def built(build: Callable[..., peers.Call]) -> Callable[[], peers.Call]:
+            return lambda: build(copy.deepcopy(hf).to(self.dtype), inputs, self.dtype)
 
-        calls = {"pyxlbert": lazily(lambda: self._ours(hf, inputs, self.quantised))}
+        found = {"pyxlbert": lambda: self._ours(hf, inputs, self.quantised)}
         if not self.quantised:
-            return calls | {name: built(build) for name, build in peers.PEERS.items()}
-        calls["pyxlbert unquantised"] = lazily(lambda: self._ours(hf, inputs, False))
-        calls["ONNX Runtime int8"] = lazily(lambda: peers.onnx_runtime(hf, inputs, torch.float32, True))
-        return calls | {"OpenVINO": built(peers.openvino)}
+            return found | {name: built(build) for name, build in peers.PEERS.items()}
+        found["pyxlbert unquantised"] = lambda: self._ours(hf, inputs, False)
+        found["ONNX Runtime int8"] = lambda: peers.onnx_runtime(hf, inputs, torch.float32, True)
+        return found | {"OpenVINO": built(peers.openvino)}
 
     def _original(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         from transformers import BertConfig, BertModel
@@ -338,7 +340,7 @@ def alone(race: ModelRace, name: str) -> memory.Alone:
     """A contestant by itself, warmed by one short text, or by its own where it is built for one shape."""
 
     def made(race: ModelRace) -> peers.Call:
-        return race.contestants(*race._original())[name]
+        return race.builds(*race._original())[name]()
 
     anywhere = name in ("pyxlbert", "transformers")
     call = made(race)
