@@ -141,6 +141,7 @@ def profiled(options: argparse.Namespace, fail: Fail) -> int:
         fail(f"--json: {str(options.json)!r} is there already; a profile is not added to other results")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    profile.require(name)
     dtypes = [DTYPES[one] for one in dict.fromkeys(options.dtype or ["float32"])]
     device, found = report.device(), []
     print(f"pyxlbert bench --profile: {torch.get_num_threads()} threads; {page.described(device)}", flush=True)

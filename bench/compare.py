@@ -15,9 +15,8 @@ from pyxlbert.bench.timer import Timing
 LEAST = 0.05
 # How likely it is, of all rows together, that an unchanged one is called slower.
 FALSE_ALARM = 0.05
-# What two runs of the same code differ by beside the spread within each: another layout of memory, another neighbour.
-# Of contestants that took turns in one run there is less of it.
-BETWEEN_RUNS, WITHIN_RUN = 0.02, 0.005
+# What two processes of the same code differ by beside the spread within each: another layout of memory.
+BETWEEN_RUNS = 0.02
 
 SLOWER, FASTER, SAME = "slower", "faster", "the same"
 
@@ -94,7 +93,7 @@ def interleaved(row: Row, before: str, rows: int) -> Change:
     _, middle, _ = statistics.quartiles(pairs)
     log = math.log(middle)
     deviation = statistics.deviation(pairs, [1.0] * len(pairs))
-    limit = threshold(math.hypot(deviation, WITHIN_RUN), rows)
+    limit = threshold(math.hypot(deviation, BETWEEN_RUNS), rows)
     where = (row.subject, row.case, row.dtype)
     return Change(*where, old.median, new.median, middle, math.exp(limit), _verdict(log, limit))
 

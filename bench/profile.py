@@ -167,6 +167,20 @@ def _bytes(args: Any, kwargs: Any, out: Any) -> int:
     return sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in found.values())
 
 
+def require(name: str) -> None:
+    """Whether there is anything to profile.
+
+    Raises:
+        ValueError: it is neither a preset nor a directory with a model.
+    """
+    if name in PRESETS:
+        return
+    if not Path(name).is_dir():
+        raise ValueError(f"--profile: got {name!r}, wanted {', '.join(PRESETS)} or a model's directory")
+    if not any(path.suffix in _WEIGHTS for path in Path(name).iterdir()):
+        raise ValueError(f"--profile: {name!r} holds no weights, {' or '.join(_WEIGHTS)}")
+
+
 def load(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str, int]:
     """A preset with random weights, or a directory's model: ours where its type is one of ours, else accelerated.
 
@@ -176,16 +190,13 @@ def load(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str, int]:
     Raises:
         ValueError: it is neither a preset nor a directory with a model.
     """
+    require(name)
     torch.manual_seed(0)
     if name in PRESETS:
         return (*_preset(name, dtype), 30000)
     directory = Path(name)
-    if not directory.is_dir():
-        raise ValueError(f"--profile: got {name!r}, wanted {', '.join(PRESETS)} or a model's directory")
     from pyxlbert.models.by_type import encoder_class
 
-    if not any(path.suffix in _WEIGHTS for path in directory.iterdir()):
-        raise ValueError(f"--profile: {name!r} holds no weights, {' or '.join(_WEIGHTS)}")
     try:
         kind = encoder_class(directory)
     except ValueError as error:

@@ -28,7 +28,7 @@ from pyxlbert.testing.specs._spec import Case, Use
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "revisions"
 WORKER = Path(__file__).with_name("revision_worker.py")
-ROUNDS, REST, LEAST = 15, 0.01, 0.02
+ROUNDS, REST, LEAST = 25, 0.01, 0.02
 
 
 def commit(revision: str) -> str:
