@@ -184,17 +184,53 @@ def read(path: Path) -> dict[str, Any]:
     version = document.get("version", 1)
     if version not in (1, VERSION):
         raise ValueError(f"{path}: got results of version {version!r}, wanted 1 or {VERSION}")
-    rows, fields = document.get("rows"), {"subject", "case", "dtype", "timings"}
+    rows = document.get("rows")
     if not isinstance(document.get("device"), dict) or not isinstance(rows, list):
         raise ValueError(f"{path} holds no results: wanted an object with device and rows")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not fields <= row.keys() or not isinstance(row["timings"], dict):
-            raise ValueError(f"{path}: row {number} lacks some of {', '.join(sorted(fields))}")
-        for name, timing in row["timings"].items():
-            median = timing.get("median") if isinstance(timing, dict) else None
-            if not isinstance(median, float) or not median > 0:
-                raise ValueError(f"{path}: row {number}: {name} has no time that is a positive number of seconds")
+        fault = _fault(row)
+        if fault is not None:
+            raise ValueError(f"{path}: row {number}{fault}")
+        rows[number] = _ABSENT | row
     return document
+
+
+# What rows of version 1, or those that somebody else has written, may lack.
+_ABSENT: dict[str, Any] = {"limit": None, "note": "", "failed": {}, "memory": {}, "work": {}, "command": ""}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _fault(row: Any) -> str | None:
+    """What is wrong with a row of a document, or None."""
+    fields = ("subject", "case", "dtype", "timings")
+    if not isinstance(row, dict) or not set(fields) <= row.keys():
+        return f" lacks some of {', '.join(fields)}"
+    words = [*(row[name] for name in fields[:3]), row.get("note", ""), row.get("command", "")]
+    if not all(isinstance(word, str) for word in words):
+        return ": subject, case, dtype, note or command is no text"
+    for name in ("timings", "failed", "memory", "work"):
+        if not isinstance(row.get(name, {}), dict):
+            return f": {name} is no object"
+    for name, timing in row["timings"].items():
+        if not isinstance(timing, dict) or not _positive(timing.get("median")):
+            return f": {name} has no time that is a positive number of seconds"
+        samples = timing.get("samples", [])
+        others = [timing[key] for key in ("lower", "upper", "rounds") if key in timing]
+        if not isinstance(samples, list) or not all(map(_positive, [*samples, *others])):
+            return f": {name} has a sample, a quartile or a number of rounds that is no positive number"
+    work, limit = row.get("work", {}), row.get("limit")
+    if not work.keys() <= set(Work._fields) or not all(map(_positive, work.values())):
+        return f": work holds {work}, wanted positive numbers of {', '.join(Work._fields)}"
+    if not all(isinstance(why, str) for why in row.get("failed", {}).values()):
+        return ": failed holds a reason that is no text"
+    if not all(isinstance(peak, int) for peak in row.get("memory", {}).values()):
+        return ": memory holds what is no number of bytes"
+    if limit is not None and not _positive(limit):
+        return f": limit is {limit!r}, wanted a positive number of seconds"
+    return None
 
 
 def row_from(entry: dict[str, Any]) -> Row:

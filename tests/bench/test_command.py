@@ -230,13 +230,19 @@ def test_bad_usage(arguments: list[str], words: str, capsys) -> None:
     assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
+ROW = '{"rows": [{"subject": "x", "case": "y", "dtype": "z", "timings": {}, "work": []}], "device": {}}'
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "is not valid JSON"),
         ("{}", "holds no results"),
         ('{"version": 9, "device": {}, "rows": []}', "got results of version 9, wanted 1 or 2"),
-        ('{"device": {}, "rows": [{"subject": "x"}]}', "row 0 lacks some of case, dtype, subject, timings"),
+        ('{"device": {}, "rows": [{"subject": "x"}]}', "row 0 lacks some of subject, case, dtype, timings"),
+        (ROW.replace("{}", '{"a": {"median": 1, "samples": [1, -1]}}', 1).replace("[]", "{}"), "row 0: a has a sample"),
+        (ROW.replace("[]", '{"speed": 1}'), "row 0: work holds {'speed': 1}, wanted positive numbers of flops"),
+        (ROW.replace("[]", "[1]"), "row 0: work is no object"),
         (
             '{"device": {}, "rows": [{"subject": "x", "case": "y", "dtype": "z", "timings": {"a": {"median": "1"}}}]}',
             "row 0: a has no time",
