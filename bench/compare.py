@@ -98,6 +98,12 @@ def interleaved(row: Row, before: str, rows: int) -> Change:
     return Change(*where, old.median, new.median, middle, math.exp(limit), _verdict(log, limit))
 
 
+def confirmed(first: Change, second: Change) -> Change:
+    """A change that was called slower, raced again in new processes: another layout of memory is no slower code."""
+    verdict = SLOWER if second.ratio > 1 + LEAST else SAME
+    return first._replace(ratio=math.sqrt(first.ratio * second.ratio), verdict=verdict)
+
+
 class Comparison(NamedTuple):
     """Of two documents.
 

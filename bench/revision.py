@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,17 @@ def ops_of(suites: Sequence[str], chosen: Sequence[str] | None) -> list[str]:
     for suite in suites:
         if suite not in ops.SUITES:
             raise ValueError(f"--against: got the suite {suite!r}, wanted some of {', '.join(ops.SUITES)}")
-    return list(dict.fromkeys(name for suite in suites or ["ops"] for name in ops.SUITES[suite]))
+    return list(dict.fromkeys(name for suite in suites for name in ops.SUITES[suite]))
 
 
-def against(library: Path) -> dict[str, Side]:
-    """The two processes: ours as it runs here, and "pyxlbert before" from a folder."""
-    return {"pyxlbert": Side(Path(pyxlbert.__file__).parent.parent), "pyxlbert before": Side(library)}
+@contextmanager
+def against(library: Path) -> Iterator[dict[str, Side]]:
+    """The two processes: ours as it runs here, and "pyxlbert before" from a folder; ended with the block."""
+    sides: dict[str, Side] = {}
+    try:
+        sides["pyxlbert"] = Side(Path(pyxlbert.__file__).parent.parent)
+        sides["pyxlbert before"] = Side(library)
+        yield sides
+    finally:
+        for side in sides.values():
+            side.close()

@@ -218,6 +218,7 @@ BAD = [
     (["--read", "x.json"], "--read needs --html or --markdown"),
     (["models", "--device", "cuda"], "suite: got 'models', on cuda wanted one of gpu"),
     (["--device", "cuda", "--shape", "1x8"], "--shape: the races of a GPU are chosen by --only"),
+    (["layer", "--op", "linear"], "--op and a suite: got both"),
     (["text"], "the suite text needs --data and --model"),
     (["--only", "no such race", "--op", "linear"], "no race is of what was asked for"),
 ]

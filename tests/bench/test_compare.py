@@ -87,6 +87,13 @@ def test_samples_that_took_turns_are_compared_by_rounds() -> None:
     assert compare.interleaved(row(0.9), "pyxlbert before", 1).verdict == FASTER
 
 
+def test_what_seems_slower_must_be_so_again() -> None:
+    first = compare.Change("x", "y", "z", 1.0, 1.2, 1.2, 1.06, SLOWER)
+    again = compare.confirmed(first, first._replace(ratio=1.1, verdict=SAME))
+    assert again.verdict == SLOWER and 1.1 < again.ratio < 1.2
+    assert compare.confirmed(first, first._replace(ratio=1.02)).verdict == SAME
+
+
 def written(path: Path, rows: list[Row], **changes: object) -> str:
     path.write_text(json.dumps(report.document_of(rows, "command", DEVICE) | changes))
     return str(path)
