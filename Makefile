@@ -100,7 +100,7 @@ format: $(VENV)/ready
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: build $(VENV)/ready-bench
-	$(PY) -m pyxlbert.bench
+	$(PY) -m pyxlbert bench
 
 # With a torch that is there and CUDA: nothing is installed, nothing downloaded.
 gpu:

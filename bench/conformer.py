@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from pyxlbert.bench import limits, peers
+from pyxlbert.bench.contest import Settings, contest
 from pyxlbert.bench.memory import MOST
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import race
@@ -81,18 +82,24 @@ class ConformerRace:
     def case(self) -> str:
         return f"1x{self.length}"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Compares outputs, then times."""
         calls = {name: contestant(name, self.length, self.dtype) for name in NAMES}
         truth = calls["transformers"]().clone()
-        for name in NAMES[:2]:
-            compare.close(name, calls[name](), truth, tolerances.CONTESTANT[self.dtype])
-        timings = race(calls, rounds=self.rounds, rest=peers.REST)
+
+        def check(name: str, output: Tensor) -> None:
+            compare.close(name, output, truth, tolerances.CONTESTANT[self.dtype])
+
+        rest = peers.REST if settings.rest is None else settings.rest
+        wanted = {name: call for name, call in calls.items() if settings.wants(name)}
+        timings, failed = contest(
+            [wanted], check, lambda copies: race(copies[0], rounds=settings.rounds or self.rounds, rest=rest)
+        )
         # Four projections, two networks of two, three 1x1 convolutions' worth, the table, and the attention.
         rows = self.length * (4 * HIDDEN * HIDDEN + 4 * HIDDEN * INNER + 3 * HIDDEN * HIDDEN)
         products = rows + (2 * self.length - 1) * HIDDEN * HIDDEN + 3 * self.length**2 * HIDDEN
         limit = 2 * LAYERS * products / limits.gemm_rate(self.dtype)
-        return Row(self.subject, self.case, str(self.dtype).removeprefix("torch."), timings, limit)
+        return Row(self.subject, self.case, str(self.dtype).removeprefix("torch."), timings, limit, "", failed)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class ConformerMemory(ConformerRace):
     def case(self) -> str:
         return f"memory 1x{self.length} {self.fill:.0%} full"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Measures the peaks."""
         dtype = str(self.dtype).removeprefix("torch.")
         memory, resident, failed = {}, {}, {}

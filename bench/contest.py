@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from pyxlbert.bench.families import family_of
 from pyxlbert.bench.timer import Contestants, Failed, Tell, Timing, nobody, running
 
 # (name, output); raises AssertionError where the output is not what is wanted.
 Check = Callable[[str, Any], None]
+
+
+def lazily(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A call that is made when it is first called: what fails in making it is its own failure and not the race's."""
+    made = cache(make)
+    return lambda: made()()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command asks of every race.
+
+    Attributes:
+        rounds: samples of each contestant; None: as many as the race says.
+        rest: seconds before each sample; None: as long as the race says.
+        peers: names of FAMILIES that are timed; None: all.  Ours always is.
+        memory: whether peak memory is measured too, in a process for each contestant.
+    """
+
+    rounds: int | None = None
+    rest: float | None = None
+    peers: frozenset[str] | None = None
+    memory: bool = False
+
+    def wants(self, contestant: str) -> bool:
+        """Whether it is timed."""
+        return self.peers is None or contestant.startswith("pyxlbert") or family_of(contestant) in self.peers
 
 
 class Poisoned(RuntimeError):
@@ -49,6 +79,7 @@ def contest(
     *,
     tell: Tell = nobody,
     without: Mapping[str, str] | None = None,
+    wants: Callable[[str], bool] = lambda name: True,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Checks every contestant's answer on the first copy of the inputs, then times those that were right.
 
@@ -58,6 +89,7 @@ def contest(
         timer: times contestants that are given for each copy.
         tell: is told whose answer is checked.
         without: contestants that are not called, and why.
+        wants: whether a contestant is timed once it is known to be right.
 
     Returns:
         the timings, and of the others why there are none.
@@ -82,7 +114,8 @@ def contest(
         except Failed as error:
             failed[name] = _survived(error)
         else:
-            right.append(name)
+            if wants(name):
+                right.append(name)
         output = None
     while right:
         try:

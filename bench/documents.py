@@ -4,26 +4,30 @@ A block stands between two comments of Markdown, of which the first says what is
 
     <!-- results FILE: SUBJECT[, SUBJECT ...] -->     the table of one subject, or of several with one ratio each
     <!-- ratios -->                                   the lines of `RATIOS`
+    <!-- machine FILE -->                             the device, what it reaches, and the versions
+    <!-- pictures FILE -->                            the device's charts, which are files beside its page
     <!-- end -->
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyxlbert.bench import page, pictures, report
 from pyxlbert.bench.report import is_peer
 from pyxlbert.bench.tables import several, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 _BLOCK = re.compile(
-    r"(?P<head><!-- (?:results (?P<file>\S+): (?P<subjects>[^>]+?)|ratios) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
+    r"(?P<head><!-- (?:results (?P<file>\S+): (?P<subjects>[^>]+?)|ratios|(?P<kind>machine|pictures) (?P<device>\S+))"
+    r" -->\n)"
+    r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
 )
 
@@ -62,8 +66,53 @@ def documents() -> list[Path]:
 
 
 @cache
+def _results(file: str) -> dict[str, Any]:
+    return report.read(RESULTS / file)
+
+
 def _rows(file: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    return _results(file)["rows"]
+
+
+def _machine(file: str) -> str:
+    document = _results(file)
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return f"{page.described(document['device'])}; {versions}. `bench/results/{file}` has the command of every row."
+
+
+@cache
+def _pictures(file: str) -> dict[str, tuple[str, str]]:
+    """Of a device, by the names of their files: what each shows, and the SVG."""
+    rows, name = [report.row_from(entry) for entry in _rows(file)], file.removesuffix(".json")
+    found = {"ratios": ("The best peer's time over ours, every row", pictures.overview(rows))}
+    found["roofline"] = ("Ours below what this machine allows", pictures.roofline(rows, _results(file)["device"]))
+    for subject in ("BERT-base", "XLNet-base"):
+        places = [place for place, row in enumerate(rows) if row.subject == subject]
+        found[subject.lower()] = (f"{subject} and every peer", pictures.ratios(rows, places, subject))
+    for title, places in pictures.by_length(rows).items():
+        if len(places) < 4:
+            continue
+        plain = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        for memory, words in ((False, "time"), (True, "memory")):
+            drawn = pictures.over_length(rows, title, places, memory)
+            found[f"{words}-{plain}"] = (f"{words.capitalize()} over length: {title}", drawn)
+    return {f"{name}-{one}.svg": (words, svg) for one, (words, svg) in found.items() if svg is not None}
+
+
+def drawings() -> dict[Path, str]:
+    """The pictures of all devices: where each belongs, and what it holds."""
+    found = {}
+    for results in sorted(RESULTS.glob("*.json")):
+        found |= {ROOT / "docs" / "benchmarks" / name: svg for name, (_, svg) in _pictures(results.name).items()}
+    return found
+
+
+def begun(results: Path) -> str:
+    """A page of a device that has none: blocks, to be filled, of all that its file holds."""
+    subjects = list(dict.fromkeys(row["subject"] for row in _rows(results.name)))
+    blocks = [f"<!-- {kind} {results.name} -->\n<!-- end -->\n" for kind in ("machine", "pictures")]
+    blocks += [f"## {name}\n\n<!-- results {results.name}: {name} -->\n<!-- end -->\n" for name in subjects]
+    return "\n".join([f"# Benchmarks: {results.stem}\n", *blocks])
 
 
 def _of(file: str, subject: str) -> list[dict[str, Any]]:
@@ -108,7 +157,11 @@ def filled(text: str) -> str:
     """
 
     def fill(block: re.Match[str]) -> str:
-        if block["file"] is None:
+        if block["kind"] == "machine":
+            body = _machine(block["device"])
+        elif block["kind"] == "pictures":
+            body = "\n\n".join(f"![{words}]({name})" for name, (words, _) in _pictures(block["device"]).items())
+        elif block["file"] is None:
             body = _ratios()
         else:
             subjects = [name.strip() for name in block["subjects"].split(",")]
@@ -124,16 +177,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench.documents", description=main.__doc__)
     parser.add_argument("--write", action="store_true", help="write the pages that differ")
     options = parser.parse_args(arguments)
+    wanted = {one: filled(one.read_text(encoding="utf-8")) for one in documents()} | drawings()
+    for results in sorted(RESULTS.glob("*.json")):
+        one = ROOT / "docs" / "benchmarks" / f"{results.stem}.md"
+        if one not in wanted:
+            wanted[one] = filled(begun(results))
     differ = 0
-    for page in documents():
-        text = page.read_text(encoding="utf-8")
-        new = filled(text)
-        if new == text:
+    for path, new in wanted.items():
+        if path.exists() and path.read_text(encoding="utf-8") == new:
             continue
         differ += 1
-        print(f"{page.relative_to(ROOT)}: {'written' if options.write else 'differs from bench/results'}")
+        print(f"{path.relative_to(ROOT)}: {'written' if options.write else 'differs from bench/results'}")
         if options.write:
-            page.write_text(new, encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(new, encoding="utf-8")
     return 1 if differ and not options.write else 0
 
 

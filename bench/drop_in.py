@@ -11,14 +11,16 @@ import copy
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pyxlbert.bench import limits, peers
+from pyxlbert.bench.contest import Settings, contest, lazily
 from pyxlbert.bench.report import Row
-from pyxlbert.bench.timer import race
+from pyxlbert.bench.text import Distances
+from pyxlbert.bench.timer import Contestants, Timing, race
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
@@ -64,7 +66,7 @@ class SentenceRace:
     def __str__(self) -> str:
         return f"drop-in {self.model.name} {self.name} {self.dtype}"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Builds the contestants, compares their vectors, times them."""
         from sentence_transformers import SentenceTransformer
 
@@ -79,40 +81,40 @@ class SentenceRace:
         hf, truth = plain[0].auto_model, plain.encode(texts)
         tokens = sum(len(one) for one in plain.tokenizer(texts, truncation=True)["input_ids"])
         limit = None if quantised else 2 * tokens * _matrices(hf.encoder) / limits.gemm_rate(dtype)
-        packed = pyxlbert.pack(pyxlbert.accelerate(load().to(dtype)), "int8" if quantised else None)
-        models = {"pyxlbert": packed}
-        if not quantised:
-            models["pyxlbert, not packed"] = pyxlbert.accelerate(load().to(dtype))
-        failed = {}
-        for name, build in {"ONNX Runtime": peers.onnx_runtime_any, "OpenVINO": peers.openvino_any}.items():
-            name += " int8" if quantised and build is peers.onnx_runtime_any else ""
-            options = {"quantised": True} if name.endswith("int8") else {}
-            try:
-                other = load()
-                other[0].model = _Engine(hf.config, build(hf, dtype, **options))
-                other.encode(texts[:1])
-                models[name] = other
-            except Exception as error:  # a peer that fails is a line of the report
-                failed[name] = f"{type(error).__name__}: {error}"[:160]
-        models["sentence-transformers"] = plain.to(dtype)
-        far = {name: _farthest(model.encode(texts), truth) for name, model in models.items()}
-        allowed = tolerances.COSINE_INT8 if quantised else tolerances.COSINE[dtype]
-        ours = torch.from_numpy(packed.encode(texts))
-        compare.cosine_distance("pyxlbert", ours, torch.from_numpy(truth), allowed)
-        contestants: dict[str, Call] = {name: lambda model=model: model.encode(texts) for name, model in models.items()}
-        timings = race(contestants, rounds=7, rest=peers.REST)
-        note = f"{len(texts)} texts of {tokens} tokens, worst 1 - cosine "
-        note += ", ".join(f"{name} {one:.1e}" for name, one in far.items())
+
+        def accelerated() -> Any:
+            return pyxlbert.accelerate(load().to(dtype))
+
+        def engine(build: Callable[..., peers.Forward], **options: Any) -> Any:
+            other = load()
+            other[0].model = _Engine(hf.config, build(hf, dtype, **options))
+            return other
+
+        makes = {"pyxlbert": lambda: pyxlbert.pack(accelerated(), "int8" if quantised else None)}
+        if quantised:
+            makes["ONNX Runtime int8"] = lambda: engine(peers.onnx_runtime_any, quantised=True)
+        else:
+            makes["pyxlbert, not packed"] = accelerated
+            makes["ONNX Runtime"] = lambda: engine(peers.onnx_runtime_any)
+        makes["OpenVINO"] = lambda: engine(peers.openvino_any)
+        makes["sentence-transformers"] = lambda: load().to(dtype)
+
+        def encoding(make: Callable[[], Any]) -> Call:
+            return lazily(lambda: partial(make().encode, texts))
+
+        calls = {name: encoding(make) for name, make in makes.items() if settings.wants(name)}
+        check = Distances(truth, self.dtype)
+        timings, failed = contest([calls], check, _timer(settings, 7))
+        note = f"{len(texts)} texts of {tokens} tokens, {check.note()}"
         config = hf.config
         case = f"{config.model_type} {config.num_hidden_layers}x{config.hidden_size} {self.name}"
         shown = "int8" if quantised else str(dtype).removeprefix("torch.")
         return Row("accelerated sentences", case, shown, timings, limit, note, failed)
 
 
-def _farthest(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest 1 - cosine of two vectors of a text."""
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(truth, axis=1)
-    return float(1 - ((found * truth).sum(1) / lengths).min())
+def _timer(settings: Settings, rounds: int) -> Callable[[list[Contestants]], dict[str, Timing]]:
+    rest = peers.REST if settings.rest is None else settings.rest
+    return lambda copies: race(copies[0], rounds=settings.rounds or rounds, rest=rest)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class ClassificationRace:
     def __str__(self) -> str:
         return f"drop-in XLM-R classification {self.dtype}"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Builds the contestants, compares their logits, times them."""
         import transformers
 
@@ -148,18 +150,18 @@ class ClassificationRace:
 
         truth = call(plain)().clone()
         plain = plain.to(self.dtype)
-        unpacked = pyxlbert.accelerate(copy.deepcopy(plain))
-        packed = pyxlbert.pack(pyxlbert.accelerate(copy.deepcopy(plain)))
-        models = {"pyxlbert": packed, "pyxlbert, not packed": unpacked, "transformers": plain}
-        calls = {name: call(model) for name, model in models.items()}
-        failed = {}
-        try:
-            calls["torch.compile"] = _compiled(copy.deepcopy(plain), ids, mask)
-        except Exception as error:  # a peer that fails is a line of the report
-            failed["torch.compile"] = f"{type(error).__name__}: {error}"[:160]
-        for name in ("pyxlbert", "pyxlbert, not packed"):
-            compare.close(name, calls[name]().float(), truth, tolerances.CONTESTANT[self.dtype])
-        timings = race(calls, rounds=7, rest=peers.REST)
+        makes = {
+            "pyxlbert": lambda: call(pyxlbert.pack(pyxlbert.accelerate(copy.deepcopy(plain)))),
+            "pyxlbert, not packed": lambda: call(pyxlbert.accelerate(copy.deepcopy(plain))),
+            "transformers": lambda: call(plain),
+            "torch.compile": lambda: _compiled(copy.deepcopy(plain), ids, mask),
+        }
+
+        def check(name: str, output: torch.Tensor) -> None:
+            compare.close(name, output.float(), truth, tolerances.CONTESTANT[self.dtype])
+
+        calls = {name: lazily(make) for name, make in makes.items() if settings.wants(name)}
+        timings, failed = contest([calls], check, _timer(settings, 7))
         tokens = sum(self.lengths)
         limit = 2 * tokens * _matrices(plain.roberta.encoder) / limits.gemm_rate(self.dtype)
         note = f"{len(self.lengths)} paragraphs of {tokens} tokens, {tokens / mask.numel():.0%} full: less work"
@@ -182,7 +184,7 @@ class StepRace:
     def __str__(self) -> str:
         return f"drop-in training step {'bfloat16' if self.bf16 else 'float32'}"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Builds the contestants, compares their losses and gradients without dropout, times their steps."""
         import transformers
 
@@ -192,16 +194,24 @@ class StepRace:
         ids, mask = _batch(self.lengths, config.vocab_size, config.pad_token_id)
         given = {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(len(ids)) % 2}
         models = {"pyxlbert": pyxlbert.accelerate(copy.deepcopy(plain)), "transformers": plain}
-        found = {name: self._gradient(model.eval(), given) for name, model in models.items()}
+        wanted = {name: model for name, model in models.items() if settings.wants(name)}
+        truth = self._gradient(plain.eval(), given)
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        compare.close("gradient", found["pyxlbert"], found["transformers"], tolerances.CONTESTANT[dtype])
-        calls = {name: self._step(model.train(), given) for name, model in models.items()}
-        timings = race(calls, rounds=5, rest=peers.REST)
+        calls = {name: self._step(model, given) for name, model in wanted.items()}
+
+        def check(name: str, output: None) -> None:
+            compare.close(f"{name}: gradient", gradients[name], truth, tolerances.CONTESTANT[dtype])
+
+        # Before any step: a step changes the weights.
+        gradients = {name: self._gradient(model.eval(), given) for name, model in wanted.items()}
+        for model in wanted.values():
+            model.train()
+        timings, failed = contest([calls], check, _timer(settings, 5))
         tokens = sum(self.lengths)
         limit = 3 * 2 * tokens * _matrices(plain.bert.encoder) / limits.gemm_rate(dtype)
         note = f"{len(self.lengths)} paragraphs of {tokens} tokens, {tokens / mask.numel():.0%} full: less work"
         shown = str(dtype).removeprefix("torch.")
-        return Row("accelerated training step", "BERT-base", shown, timings, limit, note)
+        return Row("accelerated training step", "BERT-base", shown, timings, limit, note, failed)
 
     def _gradient(self, model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):

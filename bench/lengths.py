@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pyxlbert.bench import memory, ops
+from pyxlbert.bench import memory, ops, report
+from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import Row, is_peer
-from pyxlbert.bench.timer import race
 
+from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Case, Use
 
 SUBJECT = "relative_attention by length"
+SPEC = SPECS["relative_attention"]
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,29 @@ class LengthRace:
     def __str__(self) -> str:
         return f"{SUBJECT} {self.case.id} {self.dtype}"
 
-    def run(self) -> Row:
-        """Measures the memory of each contestant in its own process; those that fit are timed, taking turns."""
-        peaks = {name: memory.measure(self.case, self.dtype, name) for name in memory.contestants(self.case)}
-        failed = {name: f"needs more than {memory.MOST >> 30} GiB" for name, peak in peaks.items() if peak is None}
-        torch.manual_seed(0)
-        drawn = ops.Drawn(memory.SPEC, self.case, self.dtype)
-        calls = {name: memory.call_of(drawn, name) for name in peaks if name not in failed}
-        timings = race(calls, rounds=3 if self.case.inputs.queries >= 4096 else 7)
-        dtype = str(self.dtype).removeprefix("torch.")
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
+        """Measures the memory of each contestant in its own process; those that fit take turns."""
+        names = [name for name in contestants(self.case) if settings.wants(name)]
+        peaks = {name: memory.measure(ops.alone, SPEC.name, self.case, self.dtype, name) for name in names}
+        large = {name: f"needs more than {memory.MOST >> 30} GiB" for name, peak in peaks.items() if peak is None}
+        rounds = 3 if self.case.inputs.queries >= 4096 else 7
+        found = ops.race_of(SPEC, self.case, self.dtype, rounds).run(
+            without=large, settings=replace(settings, memory=False)
+        )
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        return Row(SUBJECT, self.case.id, dtype, timings, drawn.limit(), failed=failed, memory=known)
+        return replace(found, subject=SUBJECT, memory=known)
+
+
+def contestants(case: Case) -> tuple[str, ...]:
+    """Ours first."""
+    return ("pyxlbert", *ops.opponents_of(SPEC, case).peers)
 
 
 def races() -> Iterator[LengthRace]:
     """Every race of `python -m pyxlbert.bench lengths`."""
     for dtype in (torch.float32, torch.bfloat16):
         for gradients in (False, True):
-            cases = [case for case in memory.SPEC.used(Use.LENGTHS) if case.gradients == gradients]
+            cases = [case for case in SPEC.used(Use.LENGTHS) if case.gradients == gradients]
             for case in sorted(cases, key=lambda case: case.inputs.queries):
                 if dtype in case.uses[Use.LENGTHS]:
                     yield LengthRace(case, dtype)
@@ -62,9 +68,9 @@ def draw(results: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in json.loads(results.read_text(encoding="utf-8"))["rows"] if row["subject"] == SUBJECT]
-    forward = [case for case in memory.SPEC.used(Use.LENGTHS) if not case.gradients]
-    names, ticks = memory.contestants(forward[0]), sorted(case.inputs.queries for case in forward)
+    rows = [row for row in report.read(results)["rows"] if row["subject"] == SUBJECT]
+    forward = [case for case in SPEC.used(Use.LENGTHS) if not case.gradients]
+    names, ticks = contestants(forward[0]), sorted(case.inputs.queries for case in forward)
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey="row", layout="constrained")
     kinds = [(dtype, backward) for dtype in ("float32", "bfloat16") for backward in (False, True)]
     for column, (dtype, backward) in enumerate(kinds):

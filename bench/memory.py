@@ -1,62 +1,78 @@
-"""Peak memory of one contestant of relative attention, in a process of its own."""
+"""Peak memory of one call, in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
+import ctypes
+import multiprocessing
 import resource
-import subprocess
-import sys
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from pyxlbert.bench import ops
 
 from pyxlbert.testing.memory import peak_memory
-from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Case
 
 MOST = 20 << 30  # bytes; what asks for more has failed
-SPEC = SPECS["relative_attention"]
+# glibc's settings: the size from which a block is a mapping of its own, and what may lie free at the end of the heap.
+_MAPPED, _TRIMMED = (-3, 1 << 16), (-1, 0)
+# What every measured process imports, done once: each of them is a fork of the process that did.
+_PRELOAD = ["pyxlbert.bench.ops", "transformers.models.xlnet.modeling_xlnet"]
 
 
-def contestants(case: Case) -> tuple[str, ...]:
-    """Ours first."""
-    return ("pyxlbert", *ops.opponents_of(SPEC, case).peers)
+class Alone(NamedTuple):
+    """A contestant by itself.
+
+    Attributes:
+        warm: called first, not measured: small, so that what the contestant keeps from it is not what the call needs.
+        call: measured.
+    """
+
+    warm: Callable[[], Any]
+    call: Callable[[], Any]
 
 
-def call_of(drawn: ops.Drawn, name: str) -> ops.Call:
-    """The contestant's call; all that it is given is made before."""
-    drawn.cotangent(0, drawn.arguments["query"].shape)
-    if name == "pyxlbert":
-        return drawn.call(ops.ours(SPEC))
-    peer = ops.opponents_of(SPEC, drawn.case).peers[name]
-    return drawn.call(peer.bind, peer.change)
+def measure(make: Callable[..., Alone], *arguments: Any) -> int | None:
+    """Bytes above inputs and results of a call in a fresh process, or None where MOST is not enough.
 
+    Args:
+        make: a function of a module, called there.
+        arguments: of it, which can be pickled.
 
-def measure(case: Case, dtype: torch.dtype, name: str) -> int | None:
-    """Bytes above inputs and results of a call in a fresh process, or None where MOST is not enough."""
-    command = [sys.executable, "-m", __spec__.name, name, case.id, str(dtype).removeprefix("torch.")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return int(done.stdout)
-    if "can't allocate memory" in done.stderr or done.returncode == -9:
+    Raises:
+        RuntimeError: the call, or what makes it, failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure, args=(theirs, torch.get_num_threads(), make, arguments))
+    process.start()
+    theirs.close()
+    try:
+        found, reason = ours.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -9:
+            return None
+        raise RuntimeError(f"its process ended with {process.exitcode}") from None
+    finally:
+        ours.close()
+    process.join()
+    if reason and "can't allocate memory" in reason:
         return None
-    raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+    if reason:
+        raise RuntimeError(reason)
+    return found
 
 
-def main() -> None:
-    """Prints the bytes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("case")
-    parser.add_argument("dtype")
-    options = parser.parse_args()
+def _measure(pipe: Any, threads: int, make: Callable[..., Alone], arguments: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
-    case, dtype = next(case for case in SPEC.cases if case.id == options.case), getattr(torch, options.dtype)
-    small = replace(case, inputs=case.inputs.sized(1, 16, case.inputs.head_size))
-    call_of(ops.Drawn(SPEC, small, dtype), options.name)()
-    print(peak_memory(call_of(ops.Drawn(SPEC, case, dtype), options.name)))
-
-
-if __name__ == "__main__":
-    main()
+    torch.set_num_threads(threads)
+    try:
+        alone = make(*arguments)
+        alone.warm()
+        # From here on what is freed goes back to the system, and what is taken shows.
+        for setting in (_MAPPED, _TRIMMED):
+            ctypes.CDLL(None).mallopt(*setting)
+        pipe.send((max(0, peak_memory(alone.call)), ""))
+    except Exception as error:
+        pipe.send((None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))

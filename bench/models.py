@@ -4,17 +4,21 @@ XLNet-base against transformers, and `accelerate` (`conformer.py`)."""
 from __future__ import annotations
 
 import copy
+import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from pyxlbert.bench import conformer, limits, peers
-from pyxlbert.bench.report import Row
-from pyxlbert.bench.timer import race
+from pyxlbert.bench import conformer, limits, memory, peers
+from pyxlbert.bench.contest import Check, Settings, contest, lazily, reason_of
+from pyxlbert.bench.report import Row, Work
+from pyxlbert.bench.timer import Contestants, Timing, race
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.specs._spec import as_tuple
 
 
 @dataclass(frozen=True)
@@ -66,33 +70,17 @@ class ModelRace:
         hf, inputs = self._original()
         return self._ours(hf, inputs, self.quantised)
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Builds every contestant from the same weights, compares outputs with float32 transformers, then times."""
         hf, inputs = self._original()
         with torch.inference_mode():
             truth = hf(**inputs).last_hidden_state.clone()
-        ours = self._ours(hf, inputs, self.quantised)
-        hf = hf.to(self.dtype)
         real = inputs["attention_mask"].bool()
-        if self.dtype is torch.float32 and not self.quantised:
-            compare.close("pyxlbert", ours()[real], truth[real], tolerances.MODEL_FLOAT32)
-        contestants, failed, errors = {"pyxlbert": ours}, {}, {"pyxlbert": _error(ours(), truth, real)}
-        builds = dict(peers.PEERS)
-        if self.quantised:
-            builds = {
-                "pyxlbert unquantised": lambda hf, inputs, _: self._ours(hf.float(), inputs, False),
-                "ONNX Runtime int8": lambda hf, inputs, _: peers.onnx_runtime(hf.float(), inputs, torch.float32, True),
-                "OpenVINO": peers.openvino,
-            }
-        for name, build in builds.items():
-            try:
-                call = build(hf, inputs, self.dtype)
-                errors[name] = _error(call(), truth, real)
-                contestants[name] = call
-            except Exception as error:  # a peer that fails is a line of the report
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-        timings = race(contestants, rounds=self.rounds, rest=peers.REST)
-        note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        checked = Checked(truth, real, self.dtype, self.quantised)
+        # Each is built when it is first called: if that fails, it is that contestant's failure.
+        calls = {name: lazily(build) for name, build in self.builds(hf, inputs).items()}
+        found = contested(calls, checked, self.rounds, settings)
+        note = checked.note()
         if self.fill < 1:
             note = f"{float(real.float().mean()):.0%} full: ours computes fewer rows, less work; {note}"
         pairs = int(real.sum(1).square().sum())
@@ -101,15 +89,22 @@ class ModelRace:
         flops = 2 * size.layers * (products + 2 * pairs * size.hidden)
         dtype = "int8" if self.quantised else str(self.dtype).removeprefix("torch.")
         limit = None if self.quantised else flops / limits.gemm_rate(self.dtype)
-        return Row(
-            self.subject,
-            self.case,
-            dtype,
-            timings,
-            limit,
-            note,
-            failed,
-        )
+        peaks = measured(found[0], settings, alone, self)
+        work = Work(flops, None, self.length)
+        return Row(self.subject, self.case, dtype, found[0], limit, note, found[1], peaks, work)
+
+    def builds(self, hf: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], peers.Call]]:
+        """What makes each contestant's call."""
+
+        def built(build: Callable[..., peers.Call]) -> Callable[[], peers.Call]:
+            return lambda: build(copy.deepcopy(hf).to(self.dtype), inputs, self.dtype)
+
+        found = {"pyxlbert": lambda: self._ours(hf, inputs, self.quantised)}
+        if not self.quantised:
+            return found | {name: built(build) for name, build in peers.PEERS.items()}
+        found["pyxlbert unquantised"] = lambda: self._ours(hf, inputs, False)
+        found["ONNX Runtime int8"] = lambda: peers.onnx_runtime(hf, inputs, torch.float32, True)
+        return found | {"OpenVINO": built(peers.openvino)}
 
     def _original(self) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         from transformers import BertConfig, BertModel
@@ -157,8 +152,8 @@ class XLNetRace:
     def __str__(self) -> str:
         return f"XLNet-base {self.batch}x{self.length} {self.dtype}"
 
-    def run(self) -> Row:
-        """Compares our output with float32 `transformers`, then times."""
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
+        """Compares outputs with float32 `transformers`, then times."""
         hf, model = _xlnets(12)
         hf, model = hf.eval(), model.to(self.dtype).eval()
         ids = torch.randint(1000, 30000, (self.batch, self.length))
@@ -175,19 +170,17 @@ class XLNetRace:
         hf = hf.to(self.dtype)
         bert = ModelRace(self.batch, self.length, self.dtype).ours()
         contestants = {"pyxlbert": ours, "transformers": call(hf), "pyxlbert BERT-base": bert}
-        if self.dtype is torch.float32:
-            compare.close("pyxlbert", ours(), truth, tolerances.MODEL_FLOAT32)
-        errors = {
-            name: float((contestants[name]().float() - truth).abs().max()) for name in ("pyxlbert", "transformers")
-        }
-        note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        # The last is another model, checked in its own race.
+        checked = Checked(truth, None, self.dtype, others=("pyxlbert BERT-base",))
         rows = self.batch * self.length
         products = rows * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * self.length * 768 * 768
         flops = 2 * 12 * (products + 3 * rows * self.length * 768)
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
-        timings = race(contestants, rounds=self.rounds, rest=peers.REST)
-        return Row("XLNet-base", f"{self.batch}x{self.length}", dtype, timings, limit, note)
+        timings, failed = contested(contestants, checked, self.rounds, settings)
+        work = Work(flops, None, self.length)
+        case = f"{self.batch}x{self.length}"
+        return Row("XLNet-base", case, dtype, timings, limit, checked.note(), failed, work=work)
 
 
 @dataclass(frozen=True)
@@ -211,7 +204,7 @@ class XLNetStepRace:
     def case(self) -> str:
         return f"training step {self.batch}x{self.length} {self.layers} layers"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Compares outputs and gradients with float32 `transformers`, then times."""
         b, t, m = self.batch, self.length, self.length // 6
         hf, model = _xlnets(self.layers)
@@ -243,14 +236,8 @@ class XLNetStepRace:
         if low:
             contestants["pyxlbert, autocast"] = call(model, dense, True)
         contestants["transformers, autocast" if low else "transformers"] = call(hf, dense, low)
-        if not low:
-            for name in ("pyxlbert", "pyxlbert, ranks"):
-                output, gradient = contestants[name]()
-                compare.close(f"{name}: output", output, truth[0], tolerances.MODEL_FLOAT32)
-                compare.close(f"{name}: gradient", gradient, truth[1], tolerances.MODEL_GRADIENT_FLOAT32)
-        errors = {name: float((run()[0].float() - truth[0]).abs().max()) for name, run in contestants.items()}
-        note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        timings = race(contestants, rounds=self.rounds)
+        checked = Checked(truth, None, self.dtype)
+        found = contested(contestants, checked, self.rounds, settings)
         # Of the last layer only the query stream is wanted.
         rows = [b * (t + m)] * (self.layers - 1) + [b * m]
         # Query and output of the rows, key and value of T, the table; the two feed-forward products.
@@ -258,7 +245,8 @@ class XLNetStepRace:
         # Attention: three products forward, eight backward.
         flops = 2 * (3 * products + 11 * sum(rows) * t * 768)
         dtype = str(self.dtype).removeprefix("torch.")
-        return Row("XLNet-base", self.case, dtype, timings, flops / limits.gemm_rate(self.dtype), note)
+        limit, work = flops / limits.gemm_rate(self.dtype), Work(flops, None, t)
+        return Row("XLNet-base", self.case, dtype, found[0], limit, checked.note(), found[1], work=work)
 
 
 def _xlnets(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -275,13 +263,103 @@ def _xlnets(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         return hf, XLNetModel.from_pretrained(folder).train()
 
 
-def _error(output: torch.Tensor, truth: torch.Tensor, real: torch.Tensor) -> float:
-    return float((output.float() - truth)[real].abs().max())
+class Checked:
+    """The check of a model's output, or of outputs that come together; remembers each contestant's largest error.
+
+    Args:
+        truth: of float32 `transformers`, one or several.
+        real: where a token is, in the first two dimensions; None: everywhere.
+        dtype: of the race.
+        quantised: contestants multiply in eight-bit integers.
+        others: contestants that compute something else, and are not compared.
+    """
+
+    def __init__(
+        self,
+        truth: torch.Tensor | tuple[torch.Tensor, ...],
+        real: torch.Tensor | None,
+        dtype: torch.dtype,
+        quantised: bool = False,
+        others: tuple[str, ...] = (),
+    ) -> None:
+        self._truth, self._real, self._dtype = as_tuple(truth), real, dtype
+        self._quantised, self._others = quantised, others
+        self.errors: dict[str, float] = {}
+
+    def __call__(self, name: str, output: Any) -> None:
+        """See `contest`: ours in float32 is held to what rounding allows, others to being near."""
+        if name in self._others:
+            return
+        for place, (found, truth) in enumerate(zip(as_tuple(output), self._truth, strict=True)):
+            a, t = (found, truth) if self._real is None else (found[self._real], truth[self._real])
+            if place == 0:
+                self.errors[name] = float((a.float() - t).abs().max())
+            exact = name.startswith("pyxlbert") and self._dtype is torch.float32 and not self._quantised
+            if exact:
+                limit = tolerances.MODEL_GRADIENT_FLOAT32 if place else tolerances.MODEL_FLOAT32
+            elif self._quantised:
+                limit = tolerances.CONTESTANT_INT8
+            else:
+                limit = tolerances.CONTESTANT[self._dtype]
+            compare.close(f"{name} {place}" if place else name, a, t, limit)
+
+    def note(self) -> str:
+        """The errors in words."""
+        return "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
 
 
-def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace | conformer.ConformerRace]:
-    """Every race of `python -m pyxlbert.bench models`."""
+def contested(
+    calls: dict[str, peers.Call], check: Check, rounds: int, settings: Settings
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """`contest` of models, with a rest before each."""
+    rest = peers.REST if settings.rest is None else settings.rest
+
+    def timer(copies: list[Contestants]) -> dict[str, Timing]:
+        return race(copies[0], rounds=settings.rounds or rounds, rest=rest)
+
+    wanted = {name: call for name, call in calls.items() if settings.wants(name)}
+    return contest([wanted], check, timer)
+
+
+def measured(
+    timings: dict[str, Timing], settings: Settings, make: Callable[..., memory.Alone], race: Any
+) -> dict[str, int]:
+    """Peaks of those that were timed, where the command asks for them."""
+    peaks = {}
+    for name in timings if settings.memory else ():
+        try:
+            peak = memory.measure(make, race, name)
+        except RuntimeError as error:
+            print(f"NO MEMORY MEASURED: {race}: {name}: {reason_of(error)}", file=sys.stderr)
+        else:
+            peaks |= {} if peak is None else {name: peak}
+    return peaks
+
+
+def alone(race: ModelRace, name: str) -> memory.Alone:
+    """A contestant by itself, warmed by one short text, or by its own where it is built for one shape."""
+
+    def made(race: ModelRace) -> peers.Call:
+        return race.builds(*race._original())[name]()
+
+    anywhere = name in ("pyxlbert", "transformers")
+    call = made(race)
+    return memory.Alone(made(replace(race, batch=1, length=16)) if anywhere else call, call)
+
+
+def races(sizes: Sequence[tuple[int, int]] = ()) -> Iterator[Any]:
+    """Every race of the suite `models`.
+
+    Args:
+        sizes: batch and length in the place of the suite's own, of the encoders' inference alone.
+    """
     for dtype in (torch.float32, torch.bfloat16):
+        for batch, length in sizes:
+            yield ModelRace(batch, length, dtype)
+            yield ModelRace(batch, length, dtype, size="MiniLM")
+            yield XLNetRace(batch, length, dtype)
+        if sizes:
+            continue
         for batch, length in ((8, 128), (2, 512), (1, 128), (1, 16)):
             yield ModelRace(batch, length, dtype)
         yield ModelRace(8, 128, dtype, fill=0.56)
@@ -291,6 +369,8 @@ def races() -> Iterator[ModelRace | XLNetRace | XLNetStepRace | conformer.Confor
         yield XLNetRace(2, 512, dtype)
         yield XLNetRace(1, 2048, dtype, rounds=3)
         yield XLNetStepRace(4, 512, dtype)
+    if sizes:
+        return
     for batch, length in ((8, 128), (1, 128), (1, 16)):
         yield ModelRace(batch, length, torch.bfloat16, quantised=True)
     yield ModelRace(32, 16, torch.bfloat16, size="MiniLM", quantised=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyxlbert.bench import ops
-from pyxlbert.bench.contest import contest
+from pyxlbert.bench.contest import Settings, contest
 from pyxlbert.bench.ops import Built, Call, Race
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Contestants, Tell, Timing, nobody, race_on, running
@@ -24,6 +24,8 @@ from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import HALF, Case, Spec, Use
 
 ROUNDS = 51
+# Kernels of other packages, where they are installed.
+OTHERS = ("flash-attn", "Liger")
 
 
 def with_compiled(race: Race) -> Race:
@@ -54,7 +56,14 @@ class HostRace:
         dtype = str(self.dtype).removeprefix("torch.")
         return Row("host time of a call", self.spec.name, dtype, timings, 25e-6, failed=failed)
 
-    def run(self, device: str, *, tell: Tell = nobody, without: Mapping[str, str] | None = None) -> Row:
+    def run(
+        self,
+        device: str,
+        *,
+        tell: Tell = nobody,
+        without: Mapping[str, str] | None = None,
+        settings: Settings = Settings(),  # noqa: B008, it is frozen
+    ) -> Row:
         """See `Race`."""
         torch.manual_seed(0)
         with torch.device(device):
@@ -74,7 +83,8 @@ class HostRace:
             return timings
 
         with torch.no_grad():
-            return self.row(*contest([built.contestants()], check, timer, tell=tell, without=without))
+            found = contest([built.contestants()], check, timer, tell=tell, without=without, wants=settings.wants)
+            return self.row(*found)
 
     def _sample(self, call: Callable[[], object], device: str) -> float:
         wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -122,7 +132,14 @@ class ModelRace:
         """See `Race`."""
         return Row(self.name, self.case, "bfloat16", timings, note=note, failed=failed)
 
-    def run(self, device: str, *, tell: Tell = nobody, without: Mapping[str, str] | None = None) -> Row:
+    def run(
+        self,
+        device: str,
+        *,
+        tell: Tell = nobody,
+        without: Mapping[str, str] | None = None,
+        settings: Settings = Settings(),  # noqa: B008, it is frozen
+    ) -> Row:
         """Compares outputs with float32 `transformers`, then times."""
         hf, ours = self._models()
         lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
@@ -148,8 +165,9 @@ class ModelRace:
             compare.close(name, output[real], truth, tolerances.CONTESTANT[torch.bfloat16])
 
         def timer(copies: list[Contestants]) -> dict[str, Timing]:
-            return race_on(device, copies, rounds=15, tell=tell)
+            return race_on(device, copies, rounds=settings.rounds or 15, tell=tell)
 
+        calls = {name: call for name, call in calls.items() if settings.wants(name)}
         found = contest([calls], check, timer, tell=tell, without=without)
         note = "largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         if self.fill < 1 and self.name == "BERT-base":
@@ -244,5 +262,6 @@ def _races(use: Use, names: Iterable[str], dtype: torch.dtype, change: Callable[
     turns = [[(SPECS[name], case) for case in SPECS[name].used(use) if dtype in case.uses[use]] for name in names]
     for turn in itertools.zip_longest(*turns):
         for spec, case in (one for one in turn if one is not None):
-            race = ops.race_of(spec, change(case), dtype, ROUNDS)
+            # A compiler of attention would take longer than all races.
+            race = ops.race_of(spec, change(case), dtype, ROUNDS, OTHERS)
             yield with_backends(race if isinstance(case.inputs, Scores) else with_compiled(race))

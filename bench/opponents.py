@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 import pyxlbert
 from pyxlbert.testing.specs._spec import Arguments, Case
+from pyxlbert.testing.specs.attention import plain as plain_attention
 
 Call = Callable[[], Any]
 # A call of arguments; what need not be timed is done before it.
@@ -28,11 +30,13 @@ class Peer(NamedTuple):
         bind: makes the call.
         change: what it takes in the place of the op's arguments, made once and not timed.
         own: where it computes something else: the call whose float64 value is right for it.
+        random: its answer is right on the average alone.
     """
 
     bind: Bind
     change: Callable[[Arguments], Arguments] = unchanged
     own: Bind | None = None
+    random: bool = False
 
 
 class Opponents(NamedTuple):
@@ -41,10 +45,12 @@ class Opponents(NamedTuple):
     Attributes:
         truth: the call whose float64 value is right for ours; None where nothing can be compared.
         peers: by name, plain PyTorch first; those of ours are called "pyxlbert ...".
+        plain: what ours is held to where no peer computes the same: PyTorch in the dtype of the race.
     """
 
     truth: Bind | None
     peers: dict[str, Peer]
+    plain: Bind | None = None
 
 
 def first_is_right(peers: dict[str, Peer]) -> Opponents:
@@ -154,6 +160,16 @@ def _by_padding(a: Arguments) -> Call:
     return lambda: call()[padded["real"]]
 
 
+def _drawn(a: Arguments) -> Call:
+    """With the dropout that the seed says."""
+    return partial(plain_attention, **a)
+
+
+def _kept(a: Arguments) -> Call:
+    """Without dropout: what is dropped is 0 on the average."""
+    return sdpa(a | {"dropout_p": 0.0})
+
+
 def _attention(case: Case) -> Opponents:
     if case.inputs.packed:
         peers = {
@@ -161,9 +177,10 @@ def _attention(case: Case) -> Opponents:
             "SDPA over padding": Peer(_over_padding, _padded, _over_padding),
         }
         return Opponents(_by_padding, peers)
-    peers = {"SDPA": Peer(sdpa, _with_mask)}
-    # With dropout the two draw different masks: the op suite compares them, bit by bit.
-    return Opponents(None, peers) if case.inputs.dropout_p else first_is_right(peers)
+    if case.inputs.dropout_p:
+        # The two draw different masks: ours are known by the seed, SDPA's on the average.
+        return Opponents(_drawn, {"SDPA": Peer(sdpa, _with_mask, _kept, random=True)}, _drawn)
+    return first_is_right({"SDPA": Peer(sdpa, _with_mask)})
 
 
 def _rows(name: str, bind: Bind) -> Callable[[Case], Opponents]:

@@ -1,4 +1,4 @@
-"""`python -m pyxlbert.bench.tables FILE [subject ...]`: results as Markdown, the way docs/benchmarks.md shows them."""
+"""`python -m pyxlbert.bench.tables FILE [subject ...]`: results as Markdown, the way `docs/benchmarks/` shows them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def several(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def document(results: dict[str, Any]) -> str:
+    """A page of Markdown: the machine, the commands, a table a subject, and what has no time."""
+    lines = ["# pyxlbert bench", "", ", ".join(f"{name} {value}" for name, value in results["device"].items()), ""]
+    lines += [f"- `{command}`" for command in dict.fromkeys(row["command"] for row in results["rows"])]
+    for subject in dict.fromkeys(row["subject"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["subject"] == subject]
+        lines += ["", f"## {subject}", "", "Milliseconds.", "", table(rows)]
+        for row in rows:
+            lines += [f"- {row['case']} {row['dtype']}: {name}: no time: {why}" for name, why in row["failed"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def _ms(seconds: float) -> str:

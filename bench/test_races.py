@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyxlbert.bench import models, ops
 
-ALL = [race for suite in ("ops", "relative", "two_stream") for race in ops.races(suite)]
+ALL = [race for suite in ("ops", "relative", "two_stream") for race in ops.races(ops.SUITES[suite])]
 OPS = [race for race in ALL if not any(f"x{length}x" in race.case for length in (2048, 8192))]
 MODELS = [
     replace(race, size="BERT 2 layers", rounds=3)

@@ -6,6 +6,7 @@ included, and is compared with transformers in float32 before it is timed.
 
 from __future__ import annotations
 
+import copy
 import csv
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pyxlbert.bench import peers
+from pyxlbert.bench.contest import Settings, contest, lazily
 from pyxlbert.bench.report import Row
-from pyxlbert.bench.timer import race
+from pyxlbert.bench.timer import Contestants, Timing, race
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
@@ -50,7 +52,7 @@ class TextRace:
     def __str__(self) -> str:
         return f"text {self.name} {self.dtype}"
 
-    def run(self) -> Row:
+    def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Builds the contestants, compares their vectors, times them."""
         from transformers import AutoModel, AutoTokenizer
 
@@ -80,46 +82,65 @@ class TextRace:
         truth = encode(torch_forward)
         dtype = torch.bfloat16 if self.dtype == "int8" else self.dtype
         texts = list(self.texts) if len(self.texts) > 1 else self.texts[0]
-        contestants: dict[str, Encode] = {
-            "pyxlbert": lambda: encoder.encode(texts, batch_size=BATCH, normalize=True),
-        }
-        failed = {}
         onnx_runtime = partial(peers.onnx_runtime_any, spinning=self.alone)
         builds = {"ONNX Runtime": onnx_runtime, "OpenVINO": peers.openvino_any}
         if self.dtype == "int8":
             integers = partial(onnx_runtime, quantised=True)
             builds = {"ONNX Runtime int8": lambda hf, _: integers(hf, torch.float32), "OpenVINO": peers.openvino_any}
-        for name, build in builds.items():
-            try:
-                forward = build(hf, dtype)
-                contestants[name] = lambda forward=forward: encode(forward)
-                contestants[name]()
-            except Exception as error:  # a peer that fails is a line of the report
-                contestants.pop(name, None)
-                failed[name] = f"{type(error).__name__}: {error}"[:160]
+        same = copy.deepcopy(hf)
+
+        def other(build: Callable[..., Forward]) -> Encode:
+            return lazily(lambda: partial(encode, build(same, dtype)))
+
+        contestants: dict[str, Encode] = {
+            "pyxlbert": lambda: encoder.encode(texts, batch_size=BATCH, normalize=True),
+            **{name: other(build) for name, build in builds.items()},
+            "transformers": lambda: encode(torch_forward),
+        }
         hf = hf.to(dtype)
-        contestants["transformers"] = lambda: encode(torch_forward)
-        ours = np.atleast_2d(contestants["pyxlbert"]())
-        limit_of = tolerances.COSINE_INT8 if self.dtype == "int8" else tolerances.COSINE[self.dtype]
-        worst = compare.cosine_distance("pyxlbert", torch.from_numpy(ours), torch.from_numpy(truth), limit_of)
-        off = {name: _worst(np.atleast_2d(call()), truth) for name, call in contestants.items()}
-        if self.alone:
+        check = Distances(truth, self.dtype)
+
+        def timer(copies: list[Contestants]) -> dict[str, Timing]:
+            if not self.alone:
+                rest = peers.REST if settings.rest is None else settings.rest
+                return race(copies[0], rounds=settings.rounds or 7, rest=rest)
             timings = {}
-            for name, call in contestants.items():
+            for name, call in copies[0].items():
                 time.sleep(REST)
-                timings |= race({name: call}, rounds=21)
-        else:
-            timings = race(contestants, rounds=7, rest=peers.REST)
-        rate = len(self.texts) / timings["pyxlbert"].median
-        note = f"{len(self.texts)} texts, {rate:.0f} texts a second, worst 1 - cosine {worst:.1e}"
-        note += "".join(f", {name} {far:.1e}" for name, far in off.items() if name != "pyxlbert")
+                timings |= race({name: call}, rounds=settings.rounds or 21)
+            return timings
+
+        wanted = {name: call for name, call in contestants.items() if settings.wants(name)}
+        timings, failed = contest([wanted], check, timer)
+        note = f"{len(self.texts)} texts"
+        if "pyxlbert" in timings:
+            note += f", {len(self.texts) / timings['pyxlbert'].median:.0f} texts a second"
+        note += f", {check.note()}"
         return Row("sentence encoder", self.name, str(self.dtype).removeprefix("torch."), timings, None, note, failed)
 
 
-def _worst(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest 1 - cosine of two vectors of a text."""
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(truth, axis=1)
-    return float(1 - ((found * truth).sum(1) / lengths).min())
+class Distances:
+    """The check of vectors `[N, E]`, or one, beside transformers' in float32; remembers the worst of each contestant.
+
+    Args:
+        truth: transformers' vectors.
+        dtype: of the race; ours is held to what rounding in it allows, others to being near.
+    """
+
+    def __init__(self, truth: np.ndarray, dtype: torch.dtype | str) -> None:
+        self._truth = torch.from_numpy(np.atleast_2d(truth))
+        self._ours = tolerances.COSINE_INT8 if dtype == "int8" else tolerances.COSINE[dtype]
+        self.worst: dict[str, float] = {}
+
+    def __call__(self, name: str, output: np.ndarray) -> None:
+        """See `contest`."""
+        limit = self._ours if name.startswith("pyxlbert") else tolerances.COSINE_CONTESTANT
+        found = torch.from_numpy(np.atleast_2d(output))
+        self.worst[name] = compare.cosine_distance(name, found, self._truth, limit)
+
+    def note(self) -> str:
+        """The distances in words."""
+        return "worst 1 - cosine " + ", ".join(f"{name} {far:.1e}" for name, far in self.worst.items())
 
 
 def races(data: Path, model: Path) -> Iterator[TextRace]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from pyxlbert.bench.statistics import quartiles
 
 Contestants = dict[str, Callable[[], object]]
 # The same contestants on several copies of the inputs, or on one.
@@ -67,12 +68,13 @@ class _Turns:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call over all rounds: the median and the quartiles."""
+    """Seconds a call over all rounds: the median and the quartiles, and each round's in their order."""
 
     median: float
     lower: float
     upper: float
     rounds: int
+    samples: tuple[float, ...] = ()
 
 
 def race(
@@ -121,10 +123,13 @@ def race(
     return {name: _timing(values, rounds) for name, values in samples.items()}
 
 
-def race_on(device: str, contestants: Copies, *, rounds: int = 11, tell: Tell = nobody) -> dict[str, Timing]:
-    """`race` where the calls' tensors are: "cpu", or "cuda" with the GPU's own clock."""
-    timer = race if device == "cpu" else race_on_gpu
-    return timer(contestants, rounds=rounds, tell=tell)
+def race_on(
+    device: str, contestants: Copies, *, rounds: int = 11, rest: float = 0.0, tell: Tell = nobody
+) -> dict[str, Timing]:
+    """`race` where the calls' tensors are: "cpu", or "cuda" with the GPU's own clock, which needs no rest."""
+    if device == "cpu":
+        return race(contestants, rounds=rounds, rest=rest, tell=tell)
+    return race_on_gpu(contestants, rounds=rounds, tell=tell)
 
 
 def race_on_gpu(contestants: Copies, *, rounds: int = 51, seed: int = 0, tell: Tell = nobody) -> dict[str, Timing]:
@@ -174,8 +179,8 @@ def race_on_gpu(contestants: Copies, *, rounds: int = 51, seed: int = 0, tell: T
 
 
 def _timing(samples: list[float], rounds: int) -> Timing:
-    lower, median, upper = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return Timing(median, lower, upper, rounds)
+    lower, median, upper = quartiles(samples)
+    return Timing(median, lower, upper, rounds, tuple(samples))
 
 
 def _time(turns: _Turns, name: str, repeats: int = 1) -> float:

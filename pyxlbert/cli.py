@@ -19,7 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, evaluate, machine
-from pyxlbert.commands import convert, export, parity
+from pyxlbert.commands import bench, convert, export, parity
 from pyxlbert.commands import embed as many
 from pyxlbert.files import real_path, whole_file
 from pyxlbert.text import DTYPES
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add(commands)
     export.add(commands)
     parity.add(commands)
+    bench.add(commands)
 
     info = commands.add_parser("info", help="versions, processor, OpenMP runtimes and backends")
     info.set_defaults(run=lambda options: print(info_text()))

@@ -151,6 +151,33 @@ def close(name: str, ours: torch.Tensor, wanted: torch.Tensor, relative: float, 
     )
 
 
+def gain(name: str, ours: torch.Tensor, truth: torch.Tensor, limit: float) -> None:
+    """A result is the truth and rounding, not a multiple of the truth: an error of every element's size that no one
+    element shows.
+
+    Args:
+        name: what is compared, for the message.
+        ours, truth: tensors of one shape.
+        limit: what the multiple may differ from 1 by, beyond what rounding to both sides leaves; of `tolerances`.
+
+    Raises:
+        AssertionError: a shape or the multiple differs.
+    """
+    _require(ours.shape == truth.shape, f"{name}: shape {list(ours.shape)}, wanted {list(truth.shape)}")
+    a, t = ours.double().flatten(), truth.double().flatten()
+    square = t.dot(t)
+    if not square > 0:
+        return
+    found = a.dot(t) / square
+    # Four deviations of a mean over rows: errors of one row have their sums in common.
+    rows = truth.numel() / truth.shape[-1] if truth.dim() else 1
+    noise = 4 * (a - found * t).norm() / (square.sqrt() * rows**0.5)
+    _require(
+        bool((found - 1).abs() <= limit + noise),
+        f"{name}: {float(found):.6f} times the truth, wanted 1 within {float(limit + noise):.1e}",
+    )
+
+
 def same_bits(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     """Both tensors hold the same bits (NaN equals itself).
 

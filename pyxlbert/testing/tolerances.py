@@ -68,9 +68,18 @@ COSINE = {torch.float32: 1e-6, torch.bfloat16: 2e-4, torch.float16: 1e-5}
 # The same in eight-bit integers.
 COSINE_INT8 = 1e-2
 
+# What another library's vectors may be off in a race: its integers are as far as that.
+COSINE_CONTESTANT = 5e-2
+
 # A contestant of a race that is not held to plain PyTorch's error, relative to the largest element: it may round as it
 # likes, and what is further off computes something else.
 CONTESTANT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# The same of a whole model in eight-bit integers.
+CONTESTANT_INT8 = 0.3
+
+# What a result of ours, or one with dropout of any contestant, may be a multiple of the truth by, beside 1.
+GAIN = {torch.float32: 2e-5, torch.bfloat16: 5e-4, torch.float16: 1e-4}
+GAIN_DROPOUT = 0.1
 
 
 def factor(op: str, dtype: torch.dtype, backend: str) -> float:

@@ -89,12 +89,13 @@ def test_a_run_that_is_killed_keeps_what_it_had(tmp_path: Path) -> None:
     out = tmp_path / "results" / "fake.json"
     code = (
         "import sys, fake_races\n"
-        "from pyxlbert.bench import __main__ as bench, apart\n"
+        "from pyxlbert.bench import apart, command as bench\n"
+        "from pyxlbert.cli import main\n"
         "run = apart.run\n"
         "bench.apart.run = lambda source, device, **options: run(\n"
         "    fake_races.killed, 'cpu', **options, describe=fake_races.describe)\n"
         "bench.torch.cuda.is_available = lambda: True\n"
-        f"bench.main(['--device', 'cuda', '--out', {str(out)!r}])\n"
+        f"main(['bench', '--device', 'cuda', '--out', {str(out)!r}])\n"
     )
     script = tmp_path / "command.py"
     script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))

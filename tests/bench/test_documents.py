@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from pyxlbert.bench import documents, tables
@@ -12,6 +13,35 @@ from pyxlbert.bench import documents, tables
 def test_a_page_shows_the_results(page) -> None:
     text = page.read_text(encoding="utf-8")
     assert documents.filled(text) == text, "python -m pyxlbert.bench.documents --write"
+
+
+def test_every_picture_is_of_the_results() -> None:
+    folder, wanted = documents.ROOT / "docs" / "benchmarks", documents.drawings()
+    assert wanted and {path.name for path in folder.glob("*.svg")} == {path.name for path in wanted}
+    for path, svg in wanted.items():
+        assert path.read_text(encoding="utf-8") == svg, f"{path.name}: python -m pyxlbert.bench.documents --write"
+
+
+def test_every_device_has_a_page_with_pictures_first() -> None:
+    for results in documents.RESULTS.glob("*.json"):
+        text = (documents.ROOT / "docs" / "benchmarks" / f"{results.stem}.md").read_text(encoding="utf-8")
+        assert 0 < text.index("![") < text.index("\n## ") < text.index("<!-- results")
+        overview = (documents.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+        assert f"](benchmarks/{results.stem}.md)" in overview
+
+
+def test_a_device_without_a_page_gets_one(tmp_path, monkeypatch) -> None:
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    shutil.copy(documents.RESULTS / "epyc-zen4-2-cores.json", results / "mine.json")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    monkeypatch.setattr(documents, "RESULTS", results)
+    monkeypatch.setattr(documents, "documents", lambda: sorted((tmp_path / "docs").rglob("*.md")))
+    assert documents.main([]) == 1 and documents.main(["--write"]) == 0 and documents.main([]) == 0
+    text = (tmp_path / "docs" / "benchmarks" / "mine.md").read_text(encoding="utf-8")
+    assert "](mine-ratios.svg)" in text and "## MiniLM" in text and "x86_64 AMD EPYC" in text
+    (tmp_path / "docs" / "benchmarks" / "mine-ratios.svg").write_text("old")
+    assert documents.main([]) == 1
 
 
 def test_every_table_of_ratios_comes_from_results() -> None:
@@ -26,6 +56,7 @@ def test_a_wrong_number_is_made_anew(tmp_path, monkeypatch, capsys) -> None:
     page.write_text(f"before\n{block.format('| old |')}\nafter", encoding="utf-8")
     monkeypatch.setattr(documents, "ROOT", tmp_path)
     monkeypatch.setattr(documents, "documents", lambda: [page])
+    monkeypatch.setattr(documents, "drawings", dict)
     assert documents.main([]) == 1 and "old" in page.read_text(encoding="utf-8")
     assert documents.main(["--write"]) == 0 and documents.main([]) == 0
     text = page.read_text(encoding="utf-8")

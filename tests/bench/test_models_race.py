@@ -1,0 +1,78 @@
+"""Races of whole models on the CPU, small: who is wrong or missing has a reason, and no time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pyxlbert.bench import limits, models, peers, text
+from pyxlbert.bench.contest import Settings
+from pyxlbert.bench.report import is_peer
+
+MOMENT = Settings(rounds=3, rest=0.0)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(limits, "gemm_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(models, "SIZES", {"BERT-base": models.Size(1, 96, 128)})
+    xlnets = models._xlnets
+    monkeypatch.setattr(models, "_xlnets", lambda layers: xlnets(1))
+
+
+def missing(hf, inputs, dtype):
+    raise ImportError("no such engine")
+
+
+def fast_because_wrong(hf, inputs, dtype):
+    out = torch.zeros(*inputs["input_ids"].shape, 96, dtype=dtype)
+    return lambda: out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_peer_that_is_wrong_or_missing_is_a_reason(dtype: torch.dtype, monkeypatch) -> None:
+    given = {"transformers": peers.transformers_sdpa, "OpenVINO": fast_because_wrong, "ONNX Runtime": missing}
+    monkeypatch.setattr(peers, "PEERS", given)
+    row = models.ModelRace(2, 12, dtype, fill=0.7).run(MOMENT)
+    assert set(row.timings) == {"pyxlbert", "transformers"} and row.work.length == 12
+    assert row.failed["OpenVINO"].startswith("wrong answer: OpenVINO: largest difference")
+    assert row.failed["ONNX Runtime"] == "ImportError: no such engine" and not row.faults
+    assert "less work" in row.note and "largest error pyxlbert" in row.note
+    only = models.ModelRace(2, 12, dtype).run(Settings(3, 0.0, frozenset({"sdpa"})))
+    assert set(only.timings) == {"pyxlbert"} and not only.failed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ours_is_refused_too(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "PEERS", {"transformers": peers.transformers_sdpa})
+    ours = models.ModelRace._ours
+
+    def wrong(race, hf, inputs, quantised):
+        call = ours(race, hf, inputs, quantised)
+        return lambda: call() * 1.2
+
+    monkeypatch.setattr(models.ModelRace, "_ours", wrong)
+    row = models.ModelRace(2, 12, dtype).run(MOMENT)
+    assert set(row.timings) == {"transformers"} and row.faults["pyxlbert"].startswith("wrong answer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_xlnet_and_its_step(dtype: torch.dtype) -> None:
+    row = models.XLNetRace(2, 12, dtype).run(MOMENT)
+    assert set(row.timings) == {"pyxlbert", "transformers", "pyxlbert BERT-base"} and not row.failed
+    step = models.XLNetStepRace(2, 24, dtype, layers=1).run(MOMENT)
+    assert not step.failed and {"pyxlbert", "pyxlbert, ranks"} <= set(step.timings)
+    assert len([name for name in step.timings if is_peer(name)]) == 1
+
+
+def test_vectors_that_point_elsewhere_are_refused() -> None:
+    truth = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).numpy()
+    check = text.Distances(truth, torch.float32)
+    check("pyxlbert", truth)
+    with pytest.raises(AssertionError, match="worst 1 - cosine"):
+        check("OpenVINO", -truth)
+    # Ours is held to more than another library.
+    near = truth + 0.05
+    check("OpenVINO", near)
+    with pytest.raises(AssertionError, match="worst 1 - cosine"):
+        check("pyxlbert", near)
+    assert "pyxlbert" in check.note()
