@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -163,6 +163,17 @@ class SentencePairs:
             found += part
             first += len(part)
         return found
+
+    def epoch_batches(self, size: int, epoch: int = 0) -> Iterator[dict[str, Tensor]]:
+        """All rows of an epoch in batches of another size, the last of which may have fewer; for an evaluation."""
+        waiting: list[_Row] = []
+        for block in range(self._plan(epoch).blocks):
+            waiting += self._planned(epoch, block)
+            while len(waiting) >= size:
+                yield self.collate(waiting[:size])
+                waiting = waiting[size:]
+        if waiting:
+            yield self.collate(waiting)
 
     def batch(self, step: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         """What process `rank` of `processes` trains on in a step: its share of the rows, in their order.

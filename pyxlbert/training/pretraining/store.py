@@ -120,13 +120,19 @@ def open_or_build(
     return store
 
 
-def _key(paths: Sequence[Path], vocabulary: Vocabulary, layout: str) -> str:
-    """A digest of everything that decides the store's content."""
-    whole = hashlib.sha256(f"{_VERSION} {layout} {vocabulary.end_id} {vocabulary.fingerprint}".encode())
-    for path in paths:
-        with path.open("rb") as file:
+def digest(files: Sequence[str | Path]) -> str:
+    """Names the content of some files, in their order."""
+    whole = hashlib.sha256()
+    for path in files:
+        with Path(path).open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
+
+
+def _key(paths: Sequence[Path], vocabulary: Vocabulary, layout: str) -> str:
+    """A digest of everything that decides the store's content."""
+    said = f"{_VERSION} {layout} {vocabulary.end_id} {vocabulary.fingerprint} {digest(paths)}"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _build(paths: Sequence[Path], vocabulary: Vocabulary, folder: Path, layout: str) -> dict[str, Any]:
