@@ -19,9 +19,9 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, evaluate, machine
-from pyxlbert.commands import convert, export, parity
+from pyxlbert.commands import convert, export, finetune, parity
 from pyxlbert.commands import embed as many
-from pyxlbert.files import whole_file
+from pyxlbert.files import read_lines, whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
     quantise.set_defaults(run=_quantise)
 
+    finetune.add(commands)
     convert.add(commands)
     export.add(commands)
     parity.add(commands)
@@ -169,27 +170,6 @@ def _embed(options: argparse.Namespace) -> int:
 def _quantise(options: argparse.Namespace) -> None:
     path = quantise_directory(options.model)
     print(f"{path.stat().st_size >> 10} KiB: {path}", file=sys.stderr)
-
-
-def read_lines(name: str) -> list[str]:
-    """The lines of a UTF-8 file, or of standard input for "-"; a line ends in LF or CR LF.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is not UTF-8; the message has its number.
-    """
-    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":  # what follows the last line end is no line
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            where = "standard input" if name == "-" else name
-            raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
-    return texts
 
 
 def _output_path(name: str) -> Path:

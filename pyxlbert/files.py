@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,27 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for "-"; a line ends in LF or CR LF.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not UTF-8; the message has its number.
+    """
+    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines[-1] == b"":  # what follows the last line end is no line
+        lines.pop()
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            where = "standard input" if name == "-" else name
+            raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return texts
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
