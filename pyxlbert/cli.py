@@ -19,7 +19,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, evaluate, machine
-from pyxlbert.commands import convert, export, finetune, parity
+from pyxlbert.commands import convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
 from pyxlbert.files import read_lines, whole_file
 from pyxlbert.text import DTYPES
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     quantise.set_defaults(run=_quantise)
 
     finetune.add(commands)
+    pretrain.add(commands)
     convert.add(commands)
     export.add(commands)
     parity.add(commands)

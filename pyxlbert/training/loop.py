@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,18 @@ class Counts(Protocol):
     def __call__(self, batch: Batch) -> dict[str, int]: ...
 
 
+class Memory(Protocol):
+    """What a process keeps from step to step beside parameters and chance."""
+
+    def process_state(self) -> Any:
+        """Tensors on the CPU, numbers, strings, lists and dicts."""
+        ...
+
+    def load_process_state(self, states: Sequence[Any]) -> None:
+        """Goes on from what all processes of the run had; there may be another number of them now."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained.
@@ -49,6 +61,7 @@ class Job:
         save: writes the model that is the best so far, from the whole state of `module`; called by one process.
         identity: what a run that is resumed must have in common with the one that was broken off.
         title: of the picture.
+        memory: what else a checkpoint has to hold; None: nothing.
     """
 
     module: nn.Module
@@ -59,6 +72,7 @@ class Job:
     save: Callable[[dict[str, torch.Tensor]], None]
     identity: dict[str, Any]
     title: str
+    memory: Memory | None = None
 
 
 class _Clock:
@@ -197,6 +211,8 @@ class Loop:
                 f"the run had {len(saved)} processes and goes on with {self._accelerator.num_processes}: the same "
                 "steps, but not the same bits"
             )
+        if self._job.memory is not None:
+            self._job.memory.load_process_state(state["memories"])
         self._say(f"goes on after step {step}")
 
     def _checkpoint(self) -> None:
@@ -204,14 +220,17 @@ class Loop:
         if checkpoints.folder(self._directory, progress.step).is_dir():
             return
         state = checkpoints.gather(self._module, self._adam)
-        own = [checkpoints.chance()]
+        memory = self._job.memory
+        own = [(checkpoints.chance(), None if memory is None else memory.process_state())]
         if self._accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
             own = gather_object(own)
         progress.loss = self._summed_loss()
         if self._accelerator.is_main_process:
-            state |= {"progress": vars(progress), "chance": own}
+            state |= {"progress": vars(progress), "chance": [chance for chance, _ in own]}
+            if memory is not None:
+                state["memories"] = [kept for _, kept in own]
             keep = self._options.keep_checkpoints
             checkpoints.write(self._directory, progress.step, state, keep, progress.best_step)
         self._accelerator.wait_for_everyone()

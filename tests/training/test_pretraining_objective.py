@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyxlbert.models import BertConfig, BertForPreTraining, XLNetConfig, XLNetLMHeadModel
-from pyxlbert.testing import compare
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.tolerances import MODEL_FLOAT32
 from pyxlbert.training.pretraining import PairOptions, SegmentOptions, Segments, SentencePairs
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
@@ -91,14 +91,14 @@ def test_memories_are_saved_and_shared_out_anew(xlnet) -> None:
         for rank, one in enumerate(ranks):
             for part in range(2):
                 one(source.batch(step, rank, 2, part, 2))
-    whole = float(module(source.batch(3))["tokens"])
+    whole = module(source.batch(3))["tokens"].item()
     other = copy.deepcopy(module)
     other.load_process_state([one.process_state() for one in ranks])
-    assert float(other(source.batch(3))["tokens"]) == pytest.approx(whole, rel=compare.tolerances.SUMMATION_ORDER)
+    assert other(source.batch(3))["tokens"].item() == pytest.approx(whole, rel=tolerances.SUMMATION_ORDER)
     assert list(other._memories[True]) == [(0, 1, 2, 3)]
     ranks[1].load_process_state([other.process_state()])
-    assert float(ranks[1](source.batch(4, 1, 2))["tokens"]) == pytest.approx(
-        float(copy.deepcopy(other)(source.batch(4, 1, 2))["tokens"]), rel=compare.tolerances.SUMMATION_ORDER
+    assert ranks[1](source.batch(4, 1, 2))["tokens"].item() == pytest.approx(
+        copy.deepcopy(other)(source.batch(4, 1, 2))["tokens"].item(), rel=tolerances.SUMMATION_ORDER
     )
 
 
@@ -109,7 +109,7 @@ def test_scores_of_a_bert(bert) -> None:
     assert set(scores) == {"loss", "next_sentence_loss", "unigram_entropy"} and module.training
     again = HeldOut(store, vocabulary, PAIRS, 50).scores(module, module, device)
     for name, value in scores.items():
-        assert again[name] == pytest.approx(value, rel=compare.tolerances.SUMMATION_ORDER)
+        assert again[name] == pytest.approx(value, rel=tolerances.SUMMATION_ORDER)
     # Each row of the epoch counts once.
     rows = sum(len(batch["labels"]) for batch in SentencePairs(store, vocabulary, PAIRS, 1).epoch_batches(7))
     assert rows == len(SentencePairs(store, vocabulary, PAIRS, 1).pairs(0, 0))

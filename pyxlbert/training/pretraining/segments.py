@@ -208,9 +208,11 @@ class Segments:
         """
         shares = processes * parts
         if self._streams % shares:
-            what = f"{processes} processes" + (f" with {parts} passes each" if parts > 1 else "")
-            pairs = ", of pairs of rows" if self.options.bi_data else ""
-            raise ValueError(f"batch_size: got {self.batch_size}, wanted a multiple of {what}{pairs}")
+            rows = "pairs of rows" if self.options.bi_data else "rows"
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, wanted a number of {rows} that {processes * parts} divides: "
+                f"processes {processes}, passes {parts}, and each keeps its rows, for memories belong to them"
+            )
         share = self._streams // shares
         first = (rank * parts + part) * share
         own = list(range(first, first + share))
