@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pyxlbert.nn.layout import has_values
 from pyxlbert.nn.linear import Linear
 from pyxlbert.ops._autograd import OpFunction, single_backward
 from pyxlbert.ops.linear import gradients, linear
@@ -61,7 +62,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
     Returns:
         A scalar in float32 (float64 for x in float64); NaN without rows.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a dtype that is not listed above.
+        ValueError: a shape, a device or, on the CPU, a label is wrong.
     """
+    _check(x, weight, bias, labels)
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -141,6 +147,40 @@ class _LinearCrossEntropy(OpFunction):
         return *found, None, None, None
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    op = _LinearCrossEntropy.op
+    for name, value in {"x": x, "weight": weight, "labels": labels, "bias": weight if bias is None else bias}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name}: got {type(value).__name__}, wanted a tensor")
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x: got shape {list(x.shape)}, wanted [N, E]")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: weight: got shape {list(weight.shape)}, wanted [V, {x.shape[1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias: got shape {list(bias.shape)}, wanted [{weight.shape[0]}]")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"{op}: labels: got shape {list(labels.shape)}, wanted [{x.shape[0]}]")
+    if labels.dtype is not torch.int64:
+        raise TypeError(f"{op}: labels: got {labels.dtype}, wanted torch.int64")
+    cast = torch.is_autocast_enabled(x.device.type)
+    for name, value in {"weight": weight, "labels": labels, "bias": weight if bias is None else bias}.items():
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name}: got device {value.device}, wanted x's, {x.device}")
+        if name != "labels" and value.dtype is not x.dtype and not cast:
+            raise TypeError(f"{op}: {name}: got {value.dtype}, wanted x's, {x.dtype}")
+    if (
+        has_values(labels)
+        and labels.is_cpu
+        and labels.numel()
+        and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]
+    ):
+        raise ValueError(f"{op}: labels: got {_outside(labels, weight.shape[0])}, wanted 0 to {weight.shape[0] - 1}")
+
+
+def _outside(labels: Tensor, words: int) -> int:
+    return int(labels[(labels < 0) | (labels >= words)][0])
+
+
 def _added(total: Tensor, one: Tensor, wide: torch.dtype) -> Tensor:
     """A sum over chunks; the first is taken as it is, for often there is no other."""
     return one if not total.numel() else total.to(wide).add_(one)
@@ -163,4 +203,5 @@ def _size(decoder: nn.Module) -> int:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)

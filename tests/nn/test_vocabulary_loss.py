@@ -147,6 +147,26 @@ def test_differentiating_twice_is_an_error() -> None:
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("x", torch.zeros(3), ValueError, r"x: got shape \[3\], wanted \[N, E\]"),
+        ("x", None, TypeError, "x: got NoneType, wanted a tensor"),
+        ("weight", torch.zeros(V, E + 1), ValueError, r"weight: got shape \[97, 25\], wanted \[V, 24\]"),
+        ("weight", torch.zeros(V, E).double(), TypeError, "weight: got torch.float64, wanted x's, torch.float32"),
+        ("bias", torch.zeros(V + 1), ValueError, r"bias: got shape \[98\], wanted \[97\]"),
+        ("labels", torch.zeros(N), TypeError, "labels: got torch.float32, wanted torch.int64"),
+        ("labels", torch.zeros(N, 1).long(), ValueError, r"labels: got shape \[150, 1\], wanted \[150\]"),
+        ("labels", torch.full((N,), V), ValueError, "labels: got 97, wanted 0 to 96"),
+        ("labels", torch.full((N,), -100), ValueError, "labels: got -100, wanted 0 to 96"),
+    ],
+)
+def test_what_is_refused(name: str, value, error, words: str) -> None:
+    arguments = dict(zip(("x", "weight", "bias", "labels"), inputs(torch.float32), strict=True))
+    with pytest.raises(error, match=f"linear_cross_entropy: {words}"):
+        linear_cross_entropy(**arguments | {name: value})
+
+
 MEMORY = """
 import sys
 import torch

@@ -175,3 +175,5 @@ def test_a_vocabulary_without_a_special_token_is_refused(tmp_path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nw1\n")
     with pytest.raises(ValueError, match=r"has no '\[MASK\]', the mask_token of bert"):
         Vocabulary.read(tmp_path, "bert")
+    with pytest.raises(ValueError, match="kind: got 'gpt', wanted one of bert, xlnet"):
+        Vocabulary.read(tmp_path, "gpt")

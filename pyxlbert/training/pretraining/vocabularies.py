@@ -75,6 +75,8 @@ class Vocabulary:
             OSError: a file is missing.
             ValueError: a file is corrupt, a special token is missing, or the pieces are of another kind.
         """
+        if kind not in TRAINERS:
+            raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(TRAINERS)}")
         path = model_directory(directory)
         tokenizer = load_tokenizer(path)
         settings = {**read_optional_json(path / "special_tokens_map.json")}
