@@ -162,5 +162,4 @@ def _run(options: argparse.Namespace) -> int:
     )
     for name, value in scores.items():
         print(f"  {name:<24}{value:.4f}")
-    print(f"{options.kind}: {options.out}", file=sys.stderr)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import corpora
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pyxlbert import cli
-from pyxlbert.models import BertForPreTraining, XLNetLMHeadModel
+from pyxlbert.models import BertConfig, BertForPreTraining, XLNetConfig, XLNetLMHeadModel
+from pyxlbert.testing import tolerances
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining import PairOptions, SegmentOptions
 from pyxlbert.training.pretraining.run import Pretraining, pretrain
@@ -24,8 +26,6 @@ XLNET = {"vocab_size": 71, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    from pyxlbert.models import BertConfig, XLNetConfig
-
     corpora.bert_vocabulary(tmp_path / "bert")
     corpora.xlnet_vocabulary(tmp_path / "xlnet")
     BertConfig(**BERT).save_pretrained(tmp_path / "bert")
@@ -84,15 +84,28 @@ def test_a_run_goes_on_to_the_same_bits(files: Path, kind: str) -> None:
 def test_a_step_of_passes_is_a_step_of_one(files: Path) -> None:
     """Of another number of labels each, in one pass or in four."""
     dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    from pyxlbert.models import BertConfig
-
     BertConfig(**BERT | dropped).save_pretrained(files / "bert")
     whole = run(files, "bert", "whole")
     parts = run(files, "bert", "parts", micro_batch_size=1)
-    from pyxlbert.testing import tolerances
-
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=tolerances.MODEL_GRADIENT_FLOAT32)
+
+
+def test_an_xlnet_learns_and_its_memories_help(files: Path) -> None:
+    """Each document has four words of its own, of which a memory knows more than a row shows."""
+    for name, documents in (("train.txt", 150), ("held_out.txt", 20)):
+        chance = Random(name)
+        made = []
+        for _ in range(documents):
+            words = chance.sample(corpora.WORDS, 4)
+            made.append("\n".join(" ".join(chance.choices(words, k=8)) for _ in range(12)))
+        (files / name).write_text("\n\n".join(made), encoding="utf-8")
+    sizes = {"d_model": 32, "n_layer": 2, "d_inner": 64, "dropout": 0.0, "initializer_range": 0.1}
+    XLNetConfig(**XLNET | sizes).save_pretrained(files / "xlnet")
+    options = {"max_steps": 100, "evaluate_every": 100, "batch_size": 16, "schedule": "constant"}
+    scores = run(files, "xlnet", "out", learning_rate=5e-3, **options)
+    assert scores["loss"] < scores["unigram_entropy"] - 0.3
+    assert scores["loss"] < scores["loss_without_memories"]
 
 
 def command(files: Path, kind: str, *options: str) -> list[str]:

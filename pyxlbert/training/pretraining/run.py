@@ -135,7 +135,7 @@ def pretrain(
         say: takes a line for the person who waits.
 
     Returns:
-        The last scores on the text that is held out, none without any.
+        The last scores on the text that is held out, none without any; in the first process, in others nothing.
 
     Raises:
         OSError: a file cannot be read or written; `output` holds something already.
@@ -177,7 +177,9 @@ def pretrain(
         title=f"{what.kind}: {', '.join(Path(path).name for path in what.files)}",
         memory=module,
     )
-    return Loop(job, options, folder, work, tell).run()
+    scores = Loop(job, options, folder, work, tell).run()
+    tell(f"{what.kind}: {output}")
+    return scores if work.is_main_process else {}
 
 
 @contextmanager
