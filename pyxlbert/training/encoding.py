@@ -218,6 +218,10 @@ class TaskTokenizer:
             rows.append((Window(ids, types, place, cut.begin, cut.end - cut.begin), cut))
         return rows
 
+    def class_place(self, length: int) -> int:
+        """Where the classification token of a row of so many ids is: first, or where none is before the text, last."""
+        return 0 if len(self._pair.ids[0]) else length - 1
+
     def _kept(self, length: int, most: int) -> tuple[int, int]:
         kept = min(length, most)
         return (length - kept, length) if self._cut_left else (0, kept)
