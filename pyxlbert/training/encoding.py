@@ -207,10 +207,16 @@ class TaskTokenizer:
             most: pieces of the question.
 
         Raises:
-            ValueError: the stride leaves no room for a text to go on.
+            ValueError: the question leaves no room for a text, or the stride none for it to go on.
         """
         asked = question.ids[:most]
-        cuts = windows(len(text.ids), self.max_length - self._pair.added - len(asked), stride)
+        room = self.max_length - self._pair.added - len(asked)
+        if room < 1:
+            raise ValueError(
+                f"max_question: got {most}, wanted at most {self.max_length - self._pair.added - 1}, so that a row of "
+                f"{self.max_length} tokens has room for the text"
+            )
+        cuts = windows(len(text.ids), room, stride)
         place = len(self._pair.ids[0]) + len(asked) + len(self._pair.ids[1])
         rows = []
         for cut in cuts:

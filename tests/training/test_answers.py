@@ -162,7 +162,12 @@ def test_choices_that_are_wrong(tmp_path: Path, row: dict, message: str) -> None
         MultipleChoice().read(tmp_path / "c.jsonl")
 
 
-def test_settings_of_answers() -> None:
+def test_settings_of_answers(encoders: dict[str, Path]) -> None:
+    task = Answers({"max_question": 40})
+    trained, _, _ = read_new(task, encoders["bert"], 24)
+    for question, message in (("hello " * 30, "max_question: got 40, wanted at most 20"), ("hello", "stride: got 128")):
+        with pytest.raises(ValueError, match=message):
+            task.features(trained.tokenizer, [Question(Place("x", 1), question, "hello " * 30)])
     with pytest.raises(ValueError, match="max_answer: got 0"):
         Answers({"max_answer": 0})
     with pytest.raises(ValueError, match="the question is 3"):
