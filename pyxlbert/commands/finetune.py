@@ -20,6 +20,8 @@ to a new folder. It is read by `pyxlbert evaluate`, by `pyxlbert predict` and by
 _HELP = {
     "text-classification": "classes, or numbers, of texts or pairs of texts",
     "token-classification": "tags of words, and the entities that they make",
+    "question-answering": "answers that stand in a text, as SQuAD has them",
+    "multiple-choice": "which of several texts goes with a text",
 }
 
 
@@ -40,11 +42,13 @@ def add(commands: Any) -> None:
         description="Row i of the output is row i of the input. Entities have their text and their first and last "
         "character's places, counted from 0, the last one's plus one.",
     )
-    predict.add_argument("file", metavar="FILE", help=".txt: a text a line (also -), .jsonl, or a table with tabs")
+    predict.add_argument("file", metavar="FILE", help=".txt: a text a line (also -), .jsonl, SQuAD's .json, or a table")
     predict.add_argument("--model", required=True, metavar="DIR", help="what `pyxlbert finetune` has written")
     predict.add_argument("--out", required=True, metavar="X.jsonl|X.tsv|X.txt", help="where the predictions go")
     predict.add_argument("--text-column", metavar="C", help="the texts' column: its name, or its number from 1")
     predict.add_argument("--pair-column", metavar="C", help="the second texts' column")
+    predict.add_argument("--question-column", metavar="C", help="the questions' column")
+    predict.add_argument("--choices-column", metavar="K", help="the key of the list of choices")
     predict.add_argument("--header", action=argparse.BooleanOptionalAction, help="whether the first line names columns")
     predict.add_argument("--words", action="store_true", help="for taggers: a word a line, an empty line between texts")
     predict.add_argument(
@@ -150,7 +154,32 @@ def _tag_settings(group: Any) -> None:
     group.add_argument("--stride", type=int, default=32, metavar="N", help="pieces that two windows share (32)")
 
 
-_SETTINGS = {"text-classification": _text_settings, "token-classification": _tag_settings}
+def _answer_settings(group: Any) -> None:
+    group.add_argument("--stride", type=int, default=128, metavar="N", help="pieces that two rows share (128)")
+    group.add_argument("--max-question", type=int, default=64, metavar="N", help="pieces of a question (64)")
+    group.add_argument("--max-answer", type=int, default=30, metavar="N", help="pieces of an answer, at most (30)")
+    group.add_argument("--nulls", action="store_true", help="a question may have no answer, as in SQuAD 2.0")
+    group.add_argument(
+        "--null-threshold",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="by how much no answer has to be more likely than the best one, in logits (0)",
+    )
+
+
+def _choice_settings(group: Any) -> None:
+    group.add_argument("--text-column", default="text", metavar="K", help="the text's key (text)")
+    group.add_argument("--choices-column", default="choices", metavar="K", help="the key of their list (choices)")
+    group.add_argument("--label-column", default="label", metavar="K", help="the key of the right one, from 0 (label)")
+
+
+_SETTINGS = {
+    "text-classification": _text_settings,
+    "token-classification": _tag_settings,
+    "question-answering": _answer_settings,
+    "multiple-choice": _choice_settings,
+}
 
 
 def _training(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +245,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.file != "-" and not Path(options.file).is_file():
         raise FileNotFoundError(f"{options.file} is not there, or no file")
     _threads(options)
-    named = ("text_column", "pair_column", "header", "long_texts")
+    named = ("text_column", "pair_column", "question_column", "choices_column", "header", "long_texts")
     count = predict_file(
         *(options.model, options.file, options.out),
         columns={name: getattr(options, name) for name in named if getattr(options, name) is not None},

@@ -207,16 +207,26 @@ class TaskTokenizer:
             most: pieces of the question.
 
         Raises:
-            ValueError: the stride leaves no room for a text to go on.
+            ValueError: the question leaves no room for a text, or the stride none for it to go on.
         """
         asked = question.ids[:most]
-        cuts = windows(len(text.ids), self.max_length - self._pair.added - len(asked), stride)
+        room = self.max_length - self._pair.added - len(asked)
+        if room < 1:
+            raise ValueError(
+                f"max_question: got {most}, wanted at most {self.max_length - self._pair.added - 1}, so that a row of "
+                f"{self.max_length} tokens has room for the text"
+            )
+        cuts = windows(len(text.ids), room, stride)
         place = len(self._pair.ids[0]) + len(asked) + len(self._pair.ids[1])
         rows = []
         for cut in cuts:
             ids, types = self._pair.fill([asked, text.ids[cut.begin : cut.end]])
             rows.append((Window(ids, types, place, cut.begin, cut.end - cut.begin), cut))
         return rows
+
+    def class_place(self, length: int) -> int:
+        """Where the classification token of a row of so many ids is: first, or where none is before the text, last."""
+        return 0 if len(self._pair.ids[0]) else length - 1
 
     def _kept(self, length: int, most: int) -> tuple[int, int]:
         kept = min(length, most)

@@ -47,7 +47,7 @@ def finetune(
         say: takes a line for the person who waits.
 
     Returns:
-        The last scores on `dev`.
+        The scores of the best model on `dev`; none without it.
 
     Raises:
         OSError: a file cannot be read or written; `output` holds something already.
@@ -94,11 +94,11 @@ def finetune(
         identity={
             "task": task,
             "model": str(model),
-            "settings": chosen.settings,
             "max_length": trained.tokenizer.max_length,
             "train": _fingerprint(train),
             "dev": None if dev is None else _fingerprint(dev),
-            "options": options.decisive(),
+            **chosen.settings,
+            **options.decisive(),
         },
         title=f"{task}: {Path(train).name}",
     )

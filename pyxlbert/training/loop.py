@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,7 +101,7 @@ class _Progress:
     """What a run has come to; saved with it."""
 
     step: int = 0
-    best_score: float | None = None
+    best_scores: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     without_gain: int = 0
     finished: bool = False
@@ -146,6 +146,8 @@ def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
         return
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"output: {str(directory)!r} is a file, wanted a directory's name")
+    if directory.is_dir():
+        checkpoints.clean(directory)  # of a run that was killed when it had hardly begun
     if directory.is_dir() and any(directory.iterdir()):
         if path.is_file():
             raise FileExistsError(f"output: {str(directory)!r} holds a run; --resume goes on with it")
@@ -266,11 +268,10 @@ class Loop:
         progress, options = self._progress, self._options
         if progress.finished:
             self._say("the run is finished already")
-            return {}
+            return progress.best_scores
         curves = Curves(self._directory, progress.step) if self._accelerator.is_main_process else None
         share = (self._accelerator.process_index, self._accelerator.num_processes)
         clock = _Clock()
-        scores: dict[str, float] = {}
         self._module.train()
         with self._bar() as bar:
             for passes in load(self._job.source, progress.step, self._total, *share, options.workers):
@@ -289,7 +290,7 @@ class Loop:
                 with clock.paused():
                     evaluates = self._evaluates()
                     if evaluates:
-                        scores = self._evaluate(curves)
+                        self._evaluate(curves)
                     progress.finished = last or self._has_stopped()
                     if progress.finished or self._keeps(evaluates):
                         self._checkpoint()
@@ -300,7 +301,7 @@ class Loop:
         if curves is not None:
             curves.finish(self._job.title)
         self._accelerator.wait_for_everyone()
-        return scores
+        return progress.best_scores
 
     def _bar(self) -> tqdm:
         progress = self._options.progress if self._accelerator.is_main_process else False
@@ -378,14 +379,14 @@ class Loop:
         most = self._options.max_gradient_norm or math.inf
         return self._accelerator.clip_grad_norm_(self._module.parameters(), most)
 
-    def _evaluate(self, curves: Curves | None) -> dict[str, float]:
+    def _evaluate(self, curves: Curves | None) -> None:
         progress = self._progress
         scores = self._job.evaluate(self._module, self._accelerator)
         name, more = self._job.metric
-        score = scores[name]
-        better = progress.best_score is None or (score > progress.best_score if more else score < progress.best_score)
+        sign, best = 1 if more else -1, progress.best_scores
+        better = not best or sign * scores[name] > sign * best[name]
         if better:
-            progress.best_score, progress.best_step, progress.without_gain = score, progress.step, 0
+            progress.best_scores, progress.best_step, progress.without_gain = scores, progress.step, 0
             self._save_model()
         else:
             progress.without_gain += 1
@@ -393,7 +394,6 @@ class Loop:
             curves.add(progress.step, {f"dev_{key}": value for key, value in scores.items()})
         told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
         self._say(f"step {progress.step}: {told}{' (the best so far)' if better else ''}")
-        return scores
 
     def _save_model(self) -> None:
         state = checkpoints.gather(self._module, self._adam)["model"]

@@ -11,14 +11,15 @@ from typing import Any, TextIO
 import torch
 
 from pyxlbert.files import read_lines, whole_file
+from pyxlbert.training.data.squad import read_squad
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import Sentence
 from pyxlbert.training.finetune import predictions
 from pyxlbert.training.saved import Trained, read_trained
-from pyxlbert.training.tasks import Tagging
+from pyxlbert.training.tasks import Answers, Tagging
 
 # What an input is made of, and so no prediction: left out where a row is a line of cells.
-_INPUT = ("text", "pair", "words", "question", "context", "choices")
+_INPUT = ("text", "pair", "words", "question", "choices")
 _CHUNK = 4096
 
 
@@ -37,8 +38,8 @@ def predict_file(
 
     Args:
         model: a directory that `finetune` has written.
-        source: ``.txt`` with a text a line (also "-", standard input), ``.jsonl`` with an object a line, or a table
-            whose columns are divided by tabs.
+        source: ``.txt`` with a text a line (also "-", standard input), ``.jsonl`` with an object a line, a table whose
+            columns are divided by tabs, or for questions ``.json`` as SQuAD has it.
         output: ``.jsonl`` with all that is known of a row; ``.tsv`` with what was predicted, below a header; ``.txt``
             with the label, or the entities, alone. It appears whole or not at all.
         columns: settings of the task that say where the texts are, in place of those of the training.
@@ -94,6 +95,10 @@ def _examples(trained: Trained, source: str | Path, columns: dict[str, Any], wor
         if not isinstance(task, Tagging):
             raise ValueError(f"words: the model is trained for {task.name}, wanted a tagger")
         return _read_words(source)
+    if Path(source).suffix == ".json":
+        if not isinstance(task, Answers):
+            raise ValueError(f"{source}: questions about texts, but the model is trained for {task.name}")
+        return read_squad(source, nulls=True, labelled=False)
     if str(source) == "-":
         wanted = [name for name in task.columns if name != "text"]
         if wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,30 @@ def xlnet(folder: Path) -> Path:
 def options(**changes: Any) -> TrainingOptions:
     few = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "progress": False, "log_every": 1}
     return TrainingOptions(**{**few, **changes})
+
+
+def squad(path: Path, count: int = 24) -> Path:
+    """Questions for the word behind hello; half of the texts have none."""
+    paragraphs = []
+    for number in range(count):
+        words = [word for word in sentences(1, number)[0] if word != "hello"] + ["c"]
+        place = number % len(words)
+        impossible = number % 2 == 1
+        text = " ".join([*words[:place], *(["x"] if impossible else ["hello"]), *words[place:]])
+        answers = [] if impossible else [{"text": words[place], "answer_start": text.index("hello ") + 6}]
+        asked = {"id": f"q{number}", "question": "what hello", "is_impossible": impossible, "answers": answers}
+        paragraphs.append({"context": text, "qas": [asked]})
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return path
+
+
+def choices(path: Path, count: int = 30) -> Path:
+    """Of two or three texts the one with hello in it is right."""
+    rows = []
+    for number in range(count):
+        texts = [" ".join(word for word in words if word != "hello") for words in sentences(2 + number % 2, number)]
+        label = number % len(texts)
+        texts[label] += " hello"
+        rows.append({"text": "the world", "choices": texts, "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -109,14 +109,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> N
 def test_another_run_is_not_gone_on_with(files: Path, tmp_path: Path) -> None:
     train(files, tmp_path / "a", max_steps=1)
     for change, message in (
-        ({"learning_rate": 0.5}, "options"),
+        ({"learning_rate": 0.5}, "learning_rate"),
         ({"model": "still"}, "model"),
-        ({"settings": {"long_texts": "windows"}}, "settings"),
+        ({"settings": {"long_texts": "windows"}}, "long_texts"),
     ):
         with pytest.raises(ValueError, match=f"{message}: got .* was started with"):
             train(files, tmp_path / "a", **{"max_steps": 1, "resume": True, **change})
     with pytest.raises(FileExistsError, match="--resume goes on"):
         train(files, tmp_path / "a", max_steps=1)
+    # A kill before the first file was whole: nothing is lost, and nothing is in the way.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".run.json.0.part").touch()
+    assert train(files, tmp_path / "c", max_steps=1, resume=True, dev=True)["accuracy"] > 0
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="holds no run"):

@@ -20,14 +20,16 @@ class Place:
 
     Attributes:
         path: of the file.
-        line: its number, from 1.
+        at: the number of its line, from 1, or the name of what `kind` says.
+        kind: what the file is made of.
     """
 
     path: str
-    line: int
+    at: int | str
+    kind: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}: line {self.line}"
+        return f"{self.path}: {self.kind} {self.at}"
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def pretrain(
         say: takes a line for the person who waits.
 
     Returns:
-        The last scores on the text that is held out, none without any; in the first process, in others nothing.
+        The best scores on the text that is held out, none without any; in the first process, in others nothing.
 
     Raises:
         OSError: a file cannot be read or written; `output` holds something already.

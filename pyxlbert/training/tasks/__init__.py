@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pyxlbert.training.tasks.answers import Answers
 from pyxlbert.training.tasks.base import Task
+from pyxlbert.training.tasks.choices import MultipleChoice
 from pyxlbert.training.tasks.classification import TextClassification
 from pyxlbert.training.tasks.tagging import Tagging
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, Tagging)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, Tagging, Answers, MultipleChoice)}
 
-__all__ = ["TASKS", "Tagging", "Task", "TextClassification"]
+__all__ = ["TASKS", "Answers", "MultipleChoice", "Tagging", "Task", "TextClassification"]

@@ -127,7 +127,8 @@ class TextClassification(Task):
             elif training or self.settings["long_texts"] == "cut":
                 found = [tokenizer.single(first[index])]
             else:
-                cuts = windows(len(first[index].ids), tokenizer.room, self.settings["stride"])
+                stride = min(self.settings["stride"], tokenizer.room - 1)
+                cuts = windows(len(first[index].ids), tokenizer.room, stride)
                 found = [tokenizer.part(first[index], cut.begin, cut.end) for cut in cuts]
             rows += [TextRow(index, window, label) for window in found]
         return rows
