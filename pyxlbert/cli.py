@@ -19,9 +19,9 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, evaluate, machine
-from pyxlbert.commands import bench, convert, export, parity
+from pyxlbert.commands import bench, convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
-from pyxlbert.files import real_path, whole_file
+from pyxlbert.files import read_lines, real_path, whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
     quantise.set_defaults(run=_quantise)
 
+    finetune.add(commands)
+    pretrain.add(commands)
     convert.add(commands)
     export.add(commands)
     parity.add(commands)
@@ -168,36 +170,6 @@ def _embed(options: argparse.Namespace) -> int:
 def _quantise(options: argparse.Namespace) -> None:
     path = quantise_directory(options.model)
     print(f"{path.stat().st_size >> 10} KiB: {path}", file=sys.stderr)
-
-
-def read_lines(name: str) -> list[str]:
-    """The lines of a UTF-8 file, or of standard input for "-"; a line ends in LF or CR LF.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is not UTF-8; the message has its number.
-    """
-    content = _standard_input() if name == "-" else real_path("FILE", name).read_bytes()
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":  # what follows the last line end is no line
-        lines.pop()
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            where = "standard input" if name == "-" else name
-            raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
-    return texts
-
-
-def _standard_input() -> bytes:
-    # A process may be started without any; Python then has none, or one that cannot be read.
-    try:
-        return sys.stdin.buffer.read()
-    except (AttributeError, ValueError, OSError) as error:
-        reason = "it is closed" if sys.stdin is None else str(error)
-        raise OSError(f"standard input cannot be read: {reason}") from None
 
 
 def _output_path(name: str) -> Path:

@@ -6,6 +6,9 @@ between the cosine of two sentences' vectors and the similarity that people gave
 draws that, with matplotlib.
 
 `tokens --text FILE --model PATH`: an XLNet tokenizer against that of `transformers`, line by line.
+
+`text-classification`, `token-classification` and the other tasks of `pyxlbert finetune`: a trained model's scores on
+examples with labels.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyxlbert.commands import finetune
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
 
@@ -87,6 +91,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     tokens = tasks.add_parser("tokens", help="XLNet's tokens of a text against those of transformers")
     tokens.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8")
     tokens.add_argument("--model", type=Path, required=True, metavar="PATH", help="the folder, or a SentencePiece file")
+    finetune.add_evaluations(tasks)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -96,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         The exit status.
     """
     try:
-        return _stsb(options) if options.task == "stsb" else _tokens(options)
+        return {"stsb": _stsb, "tokens": _tokens}.get(options.task, finetune.evaluate)(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 1

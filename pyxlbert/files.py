@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,36 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for "-"; a line ends in LF or CR LF.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is not UTF-8; the message has its number.
+    """
+    content = _standard_input() if name == "-" else real_path("FILE", name).read_bytes()
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines[-1] == b"":  # what follows the last line end is no line
+        lines.pop()
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            where = "standard input" if name == "-" else name
+            raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
+    return texts
+
+
+def _standard_input() -> bytes:
+    # A process may be started without any; Python then has none, or one that cannot be read.
+    try:
+        return sys.stdin.buffer.read()
+    except (AttributeError, ValueError, OSError) as error:
+        reason = "it is closed" if sys.stdin is None else str(error)
+        raise OSError(f"standard input cannot be read: {reason}") from None
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

@@ -35,7 +35,7 @@ ARROWS = {
     "models": {"models", "nn", "ops", "backends", "files", "hub"},
     "text": {"text", "models", "nn", "ops", "backends", "files", "hub"},
     "embed": {"embed", "text", "files"},
-    "training": {"training", "models", "nn", "ops", "backends"},
+    "training": {"training", "text", "models", "nn", "ops", "backends", "files", "hub"},
     "original": {"original", "text", "models", "nn", "ops", "backends", "files"},
     "export": {"export", "models", "nn", "ops", "backends", "reference", "testing", "files"},
     "integrations": {"integrations", "checks", "models", "nn", "ops", "backends", "testing"},

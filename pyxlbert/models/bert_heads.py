@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from pyxlbert.models.bert import BertConfig, BertInputs, BertModel, BertPreTrainedModel
 from pyxlbert.models.inputs import IGNORED, check_choices, check_classes, check_labels
-from pyxlbert.models.losses import answer_loss, class_loss, classification_loss, cross_entropy, token_loss
+from pyxlbert.models.losses import (
+    answer_loss,
+    class_loss,
+    classification_loss,
+    cross_entropy,
+    labelled_rows,
+    loss_without_logits,
+    require_labels,
+    token_loss,
+)
 from pyxlbert.models.outputs import HeadOutput, PackedModelOutput, PreTrainingOutput, QuestionAnsweringOutput
 from pyxlbert.nn import LayerNorm, Linear, LinearActivation, sizes_are_fixed
 
@@ -48,8 +57,12 @@ class BertLMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder.bias = self.bias
 
+    def before_decoder(self, x: Tensor) -> Tensor:
+        """What the decoder is given."""
+        return self.transform(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
+        return self.decoder(self.before_decoder(x))
 
 
 class BertHeads(nn.Module):
@@ -103,8 +116,10 @@ class BertVocabularyModel(BertHead):
             tensors[f"{self.predictions_name}.decoder.bias"] = self.predictions.bias.detach().clone()
         return tensors
 
-    def _predict(self, encoded: PackedModelOutput, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The vocabulary's logits and, with labels, the loss."""
+    def _predict(
+        self, encoded: PackedModelOutput, labels: Tensor | None, output_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The vocabulary's logits where they are asked for and, with labels, the loss."""
         rows, layout = encoded.last_hidden_state, encoded.layout  # [B, T, E], packed [total, E]
         config = self.config
         if labels is None:
@@ -113,13 +128,14 @@ class BertVocabularyModel(BertHead):
         check_labels("labels", labels, rows.device, (layout.batch, layout.length))
         check_classes("labels", labels, config.vocab_size, ignored)
         labels = layout.labels(labels, ignored)
+        if not output_logits:
+            head = self.predictions
+            return None, loss_without_logits(head.decoder, rows, labels, ignored, head.before_decoder)
         # A traced graph must not have sizes that depend on the labels.
         if config.sparse_prediction and not sizes_are_fixed():
-            labels = labels.reshape(-1)
-            labelled = (labels != ignored).nonzero().squeeze(1)  # [labelled]
-            chosen = rows.reshape(-1, rows.shape[-1]).index_select(0, labelled)  # [labelled, E]
-            logits = self.predictions(chosen)  # [labelled, V]
-            return logits, cross_entropy(logits, labels.index_select(0, labelled), ignored)
+            rows, labels = labelled_rows(rows, labels, ignored)
+            logits = self.predictions(rows)  # [labelled, V]
+            return logits, cross_entropy(logits, labels, ignored)
         logits = self.predictions(rows)  # [B, T, V], packed [total, V]
         return layout.restore(logits), cross_entropy(logits, labels, ignored)
 
@@ -146,20 +162,25 @@ class BertForPreTraining(BertVocabularyModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        output_logits: bool = True,
     ) -> PreTrainingOutput | tuple:
         """Arguments not listed are those of `BertModel.forward`.
 
         Args:
             labels: ``[B, T]``, the masked tokens' ids, -100 elsewhere; those on padding are ignored.
             next_sentence_label: ``[B]``, 0 where the second sentence follows the first, 1 where it is a random one.
+            output_logits: False, with labels, leaves `prediction_logits` out: the vocabulary's are then computed only
+                for labels that count, and never all at once.
 
         Returns:
             `prediction_logits` ``[B, T, V]`` (zeros at padding; ``[labelled, V]`` with ``sparse_prediction`` and
             labels), `seq_relationship_logits` ``[B, 2]``, and with both kinds of label `loss`, the sum of the two.
         """
+        require_labels(labels, output_logits)
         rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self._encode(BertInputs(*rows, output_attentions, output_hidden_states))
-        logits, loss = self._predict(encoded, labels)
+        logits, loss = self._predict(encoded, labels, output_logits)
         relationship = self.cls.seq_relationship(encoded.pooler_output)  # [B, 2]
         if next_sentence_label is not None:
             next_sentence_loss = class_loss("next_sentence_label", relationship, next_sentence_label)
@@ -197,19 +218,24 @@ class BertForMaskedLM(BertVocabularyModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        output_logits: bool = True,
     ) -> HeadOutput | tuple:
         """Arguments not listed are those of `BertModel.forward`.
 
         Args:
             labels: ``[B, T]``, the masked tokens' ids, -100 elsewhere; those on padding are ignored.
+            output_logits: False, with labels, leaves `logits` out: they are then computed only for labels that count,
+                and never all at once.
 
         Returns:
             `logits` ``[B, T, V]`` (zeros at padding; ``[labelled, V]`` with ``sparse_prediction`` and labels) and
             with labels `loss`.
         """
+        require_labels(labels, output_logits)
         rows = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self._encode(BertInputs(*rows, output_attentions, output_hidden_states))
-        logits, loss = self._predict(encoded, labels)
+        logits, loss = self._predict(encoded, labels, output_logits)
         output = HeadOutput(loss, logits, *encoded.passed_on())
         return self._returned(output, return_dict)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyxlbert.models.inputs import (
@@ -15,7 +17,7 @@ from pyxlbert.models.inputs import (
     check_shape,
     check_tensors,
 )
-from pyxlbert.nn import TokenLayout
+from pyxlbert.nn import TokenLayout, sizes_are_fixed, vocabulary_loss
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -64,6 +66,45 @@ def token_loss(logits: Tensor, labels: Tensor, layout: TokenLayout) -> Tensor:
     check_labels("labels", labels, logits.device, (layout.batch, layout.length))
     check_classes("labels", labels, logits.shape[-1])
     return cross_entropy(logits, layout.labels(labels))
+
+
+def loss_without_logits(
+    decoder: nn.Module,
+    rows: Tensor,
+    labels: Tensor,
+    ignore_index: int = IGNORED,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The mean over labels that count of a decoder's cross entropy; what nobody is asked about is not computed.
+
+    Where sizes must not depend on values, under `torch.compile` and `torch.export`, the logits of all rows are.
+
+    Args:
+        decoder: gives the logits ``[..., V]``.
+        rows: ``[B, T, E]``, packed ``[total, E]``.
+        labels: ``[B, T]``, packed ``[total]``; checked, and `ignore_index` at padding.
+        ignore_index: the label that means "none".
+        transform: what a head does with its rows before the decoder.
+    """
+    if sizes_are_fixed():
+        return cross_entropy(decoder(rows if transform is None else transform(rows)), labels, ignore_index)
+    rows, labels = labelled_rows(rows, labels, ignore_index)
+    return vocabulary_loss(decoder, rows if transform is None else transform(rows), labels)
+
+
+def labelled_rows(rows: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
+    """The rows ``[labelled, E]`` whose label is not `ignore_index`, and their labels, int64 ``[labelled]``."""
+    labels = labels.reshape(-1)
+    chosen = (labels != ignore_index).nonzero().squeeze(1)  # [labelled]
+    return rows.reshape(-1, rows.shape[-1]).index_select(0, chosen), labels.index_select(0, chosen).long()
+
+
+def require_labels(labels: Tensor | None, output_logits: bool) -> None:
+    """Raises ValueError for a call that asks for neither a loss nor logits, TypeError for what is no bool."""
+    if not isinstance(output_logits, bool):
+        raise TypeError(f"output_logits: got {output_logits!r}, wanted True or False")
+    if labels is None and not output_logits:
+        raise ValueError("output_logits: got False without labels, wanted labels, whose loss is all that is left")
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

@@ -404,7 +404,7 @@ class PretrainedModel(PacksItself):
     def _tensors_to_save(self) -> dict[str, Tensor]:
         return self._untied_parameters()
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write ``model.safetensors`` and ``config.json``, which `transformers` reads back.
 
         Tied tensors are written once. Each file appears whole or not at all. Of a model that multiplies by eight-bit
@@ -413,11 +413,22 @@ class PretrainedModel(PacksItself):
 
         Args:
             directory: made if need be.
+            state_dict: tensors to write in place of the model's own, under the names of its `state_dict`: of a model
+                whose parameters are sharded.
+
+        Raises:
+            ValueError: `state_dict` lacks a tensor.
         """
+        tensors = self._tensors_to_save()
+        if state_dict is not None:
+            missing = [name for name in tensors if name not in state_dict]
+            if missing:
+                raise ValueError(f"state_dict: lacks {_listed(missing)}")
+            tensors = {name: state_dict[name].detach().clone() for name in tensors}
         config = type(self.config).from_dict(self.config.to_dict())
         config.architectures = [config.architecture(type(self))]
         config.dtype = str(self.dtype).removeprefix("torch.")
-        checkpoints.write_weights(directory, self._tensors_to_save())
+        checkpoints.write_weights(directory, tensors)
         config.save_pretrained(directory)
         if is_quantised(self):
             self.save_integers(directory)

@@ -141,8 +141,12 @@ class RobertaLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder.bias = self.bias
 
+    def before_decoder(self, x: Tensor) -> Tensor:
+        """What the decoder is given."""
+        return self.layer_norm(self.dense(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.layer_norm(self.dense(x)))
+        return self.decoder(self.before_decoder(x))
 
 
 class RobertaForMaskedLM(RobertaHead, BertForMaskedLM):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyxlbert.models.generation import Generates
-from pyxlbert.models.inputs import check_choices
-from pyxlbert.models.losses import class_loss, classification_loss, token_loss
+from pyxlbert.models.inputs import check_choices, check_classes, check_labels
+from pyxlbert.models.losses import class_loss, classification_loss, loss_without_logits, require_labels, token_loss
 from pyxlbert.models.outputs import PackedRecurrentOutput, RecurrentHeadOutput
 from pyxlbert.models.xlnet import XLNetModel, XLNetPreTrainedModel
 from pyxlbert.models.xlnet_config import XLNetConfig
@@ -88,11 +88,14 @@ class XLNetLMHeadModel(XLNetHead, Generates):
         query_rank: Tensor | None = None,
         key_rank: Tensor | None = None,
         mems_mask: Tensor | None = None,
+        output_logits: bool = True,
     ) -> RecurrentHeadOutput | tuple:
         """Arguments not listed are those of `XLNetModel.forward`.
 
         Args:
             labels: ``[B, M]``, with no targets ``[B, T]``: token ids, -100 for none; those on padding are ignored.
+            output_logits: False, with labels, leaves `logits` out: they are then computed only for labels that count,
+                and never all at once.
 
         Returns:
             `logits` ``[B, M, V]`` or ``[B, T, V]`` (zeros at padding), `mems`, and with labels `loss`.
@@ -108,8 +111,15 @@ class XLNetLMHeadModel(XLNetHead, Generates):
             key_rank=key_rank,
             mems_mask=mems_mask,
         )
+        require_labels(labels, output_logits)
         encoded = self._encode(given)
         layout = encoded.layout
+        if not output_logits:
+            rows = encoded.last_hidden_state  # [B, M or T, E], packed [total, E]
+            check_labels("labels", labels, rows.device, (layout.batch, layout.length))
+            check_classes("labels", labels, self.config.vocab_size)
+            loss = loss_without_logits(self.lm_loss, rows, layout.labels(labels))
+            return self._returned(RecurrentHeadOutput(loss, None, *encoded.passed_on()), return_dict)
         logits = self.lm_loss(encoded.last_hidden_state)  # [B, M or T, V], packed [total, V]
         loss = None if labels is None else token_loss(logits, labels, layout)
         output = RecurrentHeadOutput(loss, layout.restore(logits), *encoded.passed_on())

@@ -10,6 +10,7 @@ from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_f
 from pyxlbert.nn.linear import Linear, LinearActivation, linear_activation
 from pyxlbert.nn.relative_attention import RelativeAttention, RelativeLayout
 from pyxlbert.nn.self_attention import SelfAttention, attend
+from pyxlbert.nn.vocabulary_loss import linear_cross_entropy, vocabulary_loss
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,7 +32,9 @@ __all__ = [
     "fixed_sizes",
     "has_values",
     "linear_activation",
+    "linear_cross_entropy",
     "relative_positions",
     "rows_and_stream",
     "sizes_are_fixed",
+    "vocabulary_loss",
 ]

@@ -75,6 +75,22 @@ class _Linear(OpFunction):
         return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None, None
 
 
+def gradients(
+    dy: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The products of the gradient rule, for whoever has a rule of its own around them.
+
+    Args:
+        dy: `[..., N]`.
+        x: `[..., K]`, or None if `dweight` is not needed.
+        weight: `[N, K]`, or None if `dx` is not needed.
+
+    Returns:
+        dx, dweight, and a tensor without elements; so is what is not needed.
+    """
+    return _bwd(Backward(dy, x, weight, False, backward_backend(OP.resolve(None, dy))))
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:

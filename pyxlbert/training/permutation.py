@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -178,6 +178,11 @@ class PermutationBatch:
     follows: Tensor
     perm_mask: Tensor | None = None
 
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, np.ndarray]]) -> PermutationBatch:
+        """The batch of sequences that `PermutationLanguageModeling.example` has made."""
+        return cls(**{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
+
     def model_inputs(self) -> dict[str, Tensor]:
         """Arguments of `XLNetLMHeadModel`."""
         names = ("input_ids", "token_type_ids", "target_positions", "labels", "query_rank", "key_rank")
@@ -187,6 +192,56 @@ class PermutationBatch:
         """The same on a device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return PermutationBatch(**{name: None if x is None else x.to(device) for name, x in moved.items()})
+
+
+class Tokens(Protocol):
+    """A text that may lie anywhere."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> np.ndarray: ...
+
+
+class SentenceBorders(Protocol):
+    """The places of a text where a sentence begins, without 0."""
+
+    def between(self, low: int, high: int) -> np.ndarray:
+        """Those above `low` and below `high`, ascending."""
+        ...
+
+    def up_to(self, place: int) -> int | None:
+        """The last one that is no further than `place`."""
+        ...
+
+    def from_on(self, place: int) -> int | None:
+        """The first one at `place` or behind it."""
+        ...
+
+
+class Borders:
+    """`SentenceBorders` in memory.
+
+    Args:
+        places: ascending integers.
+    """
+
+    def __init__(self, places: np.ndarray) -> None:
+        self._places = places
+
+    def between(self, low: int, high: int) -> np.ndarray:
+        """See `SentenceBorders`."""
+        first, last = np.searchsorted(self._places, low, side="right"), np.searchsorted(self._places, high)
+        return self._places[first:last]
+
+    def up_to(self, place: int) -> int | None:
+        """See `SentenceBorders`."""
+        found = np.searchsorted(self._places, place, side="right")
+        return int(self._places[found - 1]) if found else None
+
+    def from_on(self, place: int) -> int | None:
+        """See `SentenceBorders`."""
+        found = np.searchsorted(self._places, place)
+        return int(self._places[found]) if found < len(self._places) else None
 
 
 class PermutationLanguageModeling:
@@ -286,19 +341,33 @@ class PermutationLanguageModeling:
         ids, sentences = (x[: streams * length].reshape(streams, length) for x in (ids, sentences))
         if self.bi_data:
             ids, sentences = (np.concatenate([x, np.flip(x, 1)]) for x in (ids, sentences))
-        borders = [np.flatnonzero(np.diff(row)) + 1 for row in sentences]
+        borders = [Borders(np.flatnonzero(np.diff(row)) + 1) for row in sentences]
         rng = np.random.default_rng(self.seed)
-        for begin in range(0, length - self.seq_len + 1, self.reuse_len or self.seq_len - 3):
-            rows = [
-                self._example(ids[b], borders[b], begin, self.bi_data and b >= streams, rng)
-                for b in range(self.batch_size)
-            ]
-            stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-            yield PermutationBatch(**stacked)
+        for begin in range(0, length - self.seq_len + 1, self.step):
+            yield PermutationBatch.of(
+                [
+                    self.example(ids[b], borders[b], begin, self.bi_data and b >= streams, rng)
+                    for b in range(self.batch_size)
+                ]
+            )
 
-    def _example(
-        self, ids: np.ndarray, borders: np.ndarray, begin: int, backwards: bool, rng: np.random.Generator
+    @property
+    def step(self) -> int:
+        """How many tokens further on a sequence begins than the one before it."""
+        return self.reuse_len or self.seq_len - 3
+
+    def example(
+        self, ids: Tokens, borders: SentenceBorders, begin: int, backwards: bool, rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
+        """One sequence of a stream, as the fields of `PermutationBatch` without B.
+
+        Args:
+            ids: int64 ``[N]``, the stream's tokens; only slices are taken of them.
+            borders: where sentences begin in it.
+            begin: where the sequence begins; at least `seq_len` tokens are there.
+            backwards: the stream runs backwards.
+            rng: the source of chance.
+        """
         cut = begin + self.reuse_len
         a, b, follows = two_passages(borders, len(ids), cut, self.seq_len - self.reuse_len - 3, rng)
         sep, cls = np.array([self.sep_id]), np.array([self.cls_id])
@@ -342,7 +411,7 @@ class PermutationLanguageModeling:
 
 
 def two_passages(
-    borders: np.ndarray, length: int, begin: int, total: int, rng: np.random.Generator
+    borders: SentenceBorders, length: int, begin: int, total: int, rng: np.random.Generator
 ) -> tuple[slice, slice, bool]:
     """Passages A and B of `total` tokens together, A from `begin` on.
 
@@ -351,7 +420,7 @@ def two_passages(
     the longer one loses tokens at its end until they fit.
 
     Args:
-        borders: ascending integers, the places where a sentence begins, without 0.
+        borders: the places where a sentence begins, without 0.
         length: tokens in the stream.
         begin: where A begins.
         total: at least 2; ``begin + total`` is at most the length.
@@ -360,9 +429,9 @@ def two_passages(
     Returns:
         The places of A, those of B, and whether B follows A.
     """
-    first, last = np.searchsorted(borders, begin, side="right"), np.searchsorted(borders, begin + total)
-    end = int(borders[last]) if last < len(borders) else length
-    cuts = borders[first:last]
+    cuts = borders.between(begin, begin + total)
+    end = borders.from_on(begin + total)
+    end = length if end is None else end
     follows = bool(len(cuts)) and bool(rng.random() < 0.5)
     cut = int(rng.choice(cuts)) if len(cuts) else end
     if follows:
@@ -370,9 +439,8 @@ def two_passages(
     else:
         size = max(1, total - (cut - begin))
         place = int(rng.integers(0, length - size + 1))
-        before, behind = np.searchsorted(borders, place, side="right"), np.searchsorted(borders, place + size)
-        start = int(borders[before - 1]) if before else 0
-        stop = int(borders[behind]) if behind < len(borders) else length
+        start, stop = borders.up_to(place) or 0, borders.from_on(place + size)
+        stop = length if stop is None else stop
     # What is left of B when always the longer one loses a token, B of two equal ones.
     size = min(stop - start, max(total // 2, total - (cut - begin)))
     return slice(begin, begin + total - size), slice(start, start + size), follows

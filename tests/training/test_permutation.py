@@ -18,7 +18,7 @@ from pyxlbert.training import (
     sample_order,
     sample_spans,
 )
-from pyxlbert.training.permutation import two_passages
+from pyxlbert.training.permutation import Borders, two_passages
 
 SEP, CLS, VOCAB = 4, 3, 60
 SIZES = {"sep_id": SEP, "cls_id": CLS, "seq_len": 32, "reuse_len": 16, "num_predict": 9, "perm_size": 8}
@@ -208,7 +208,7 @@ def test_passages_are_the_published_ones() -> None:
         begin = int(cases.integers(0, length - total + 1))
         sentences = np.cumsum(cases.random(length) < cases.choice([0.0, 0.05, 0.3, 1.0]))
         borders = np.flatnonzero(np.diff(sentences)) + 1
-        a, b, follows = two_passages(borders, length, begin, total, np.random.default_rng(seed))
+        a, b, follows = two_passages(Borders(borders), length, begin, total, np.random.default_rng(seed))
         wanted = published_passages(sentences, begin, total, np.random.default_rng(seed))
         assert (list(range(length))[a], list(range(length))[b], follows) == wanted
         seen.add((follows, len(borders) > 0))

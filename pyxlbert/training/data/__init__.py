@@ -1,0 +1,1 @@
+"""Readers of training data: every error names the file and the line."""

@@ -1,0 +1,150 @@
+"""Fine-tuning: from files with labels to a trained model's directory, and its scores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyxlbert.training import checkpoints
+from pyxlbert.training.evaluation import TaskModel, predict
+from pyxlbert.training.loop import Job, Loop, accelerator, start_run
+from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.saved import Trained, read_new, read_trained, write
+from pyxlbert.training.steps import ShuffledSteps
+from pyxlbert.training.tasks import TASKS
+
+
+def finetune(
+    task: str,
+    model: str | Path,
+    train: str | Path,
+    dev: str | Path | None,
+    output: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    options: TrainingOptions | None = None,
+    max_length: int | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Trains a model on a task.
+
+    Args:
+        task: a name of `pyxlbert.training.tasks.TASKS`.
+        model: the directory of an encoder, or its name in the hub.
+        train: the examples to learn from.
+        dev: those to choose the best model by; None: the last model is kept.
+        output: the directory to make: the best model so far, its curves, its checkpoints.
+        settings: the task's.
+        options: how to train.
+        max_length: the most tokens of a row; None: as the model's directory says, 512 where it does not.
+        resume: go on with the run in `output`; it begins where there is none.
+        say: takes a line for the person who waits.
+
+    Returns:
+        The scores of the best model on `dev`; none without it.
+
+    Raises:
+        OSError: a file cannot be read or written; `output` holds something already.
+        ValueError: a line, a setting or an option is not what it should be; a loss is not finite.
+        ImportError: a package of the extra "train" is missing.
+    """
+    options = TrainingOptions() if options is None else options
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, wanted one of {', '.join(TASKS)}")
+    work = accelerator()
+    tell = say if work.is_main_process else lambda line: None
+    chosen = TASKS[task](settings)
+    examples = chosen.read(train, training=True)
+    dev_examples = None if dev is None else chosen.read(dev)
+    checkpoints.seed_chance(options.seed)  # of the weights that are new
+    trained, source, new = read_new(chosen, model, max_length)
+    rows = chosen.features(trained.tokenizer, examples, training=True)
+    tell(f"{len(examples)} examples, {len(rows)} rows of at most {trained.tokenizer.max_length} tokens")
+    if new:
+        tell(f"new: {', '.join(new)}")
+    dev_rows = None if dev_examples is None else chosen.features(trained.tokenizer, dev_examples)
+
+    def collate(features: Any) -> dict[str, torch.Tensor]:
+        return chosen.collate(trained.tokenizer, features)
+
+    def evaluate(module: nn.Module, work: Any) -> dict[str, float]:
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            found = predict(
+                *(module, chosen, trained.tokenizer, dev_examples, dev_rows),
+                batch_size=options.evaluation_batch_size,
+                accelerator=work,
+                progress=options.progress,
+            )
+        return chosen.score(dev_examples, found)
+
+    folder = Path(output)
+    job = Job(
+        module=TaskModel(chosen, trained.model),
+        source=ShuffledSteps(rows, collate, options.batch_size, options.micro_batch_size, options.seed),
+        counts=chosen.counts,
+        metric=(chosen.metric, True),
+        evaluate=None if dev_examples is None else evaluate,
+        save=lambda state: write(trained, source, folder, state),
+        identity={
+            "task": task,
+            "model": str(model),
+            "max_length": trained.tokenizer.max_length,
+            "train": _fingerprint(train),
+            "dev": None if dev is None else _fingerprint(dev),
+            **chosen.settings,
+            **options.decisive(),
+        },
+        title=f"{task}: {Path(train).name}",
+    )
+    if work.is_main_process:
+        start_run(folder, job.identity, resume)
+    work.wait_for_everyone()
+    return Loop(job, options, folder, work, tell).run()
+
+
+def _fingerprint(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    task: str | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    progress: bool | None = False,
+) -> dict[str, float]:
+    """The scores of a trained model on labelled examples.
+
+    Args:
+        model: the directory that `finetune` has written.
+        data: examples as those of the training.
+        task: the task that the model must have; None: any.
+        batch_size: rows a pass.
+        dtype: of the model.
+        progress: whether there is a bar; None: on a terminal.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file or a line is not what it should be, or the model has another task.
+    """
+    trained = read_trained(model, dtype)
+    if task is not None and trained.task.name != task:
+        raise ValueError(f"model: {str(model)!r} is trained for {trained.task.name}, wanted {task}")
+    examples = trained.task.read(data)
+    return trained.task.score(examples, predictions(trained, examples, batch_size, progress))
+
+
+def predictions(trained: Trained, examples: list[Any], batch_size: int, progress: bool | None = False) -> list[Any]:
+    """A trained model's predictions, one for each example."""
+    rows = trained.task.features(trained.tokenizer, examples)
+    module = TaskModel(trained.task, trained.model)
+    return predict(*(module, trained.task, trained.tokenizer, examples, rows), batch_size=batch_size, progress=progress)

@@ -1,0 +1,402 @@
+"""The loop: steps, evaluations and checkpoints, in one process or several, resumed to the same bits.
+
+Processes, devices and sharding are those of Hugging Face's `accelerate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pyxlbert.files import read_json, whole_file
+from pyxlbert.training import checkpoints
+from pyxlbert.training.curves import Curves
+from pyxlbert.training.evaluation import on_device
+from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.schedule import optimiser, rate, set_rate
+from pyxlbert.training.steps import Passes, StepSource, load
+from pyxlbert.training.tasks.base import Batch
+
+RUN = "run.json"
+
+
+class Counts(Protocol):
+    """How many labels each loss of a batch is a sum over."""
+
+    def __call__(self, batch: Batch) -> dict[str, int]: ...
+
+
+class Memory(Protocol):
+    """What a process keeps from step to step beside parameters and chance."""
+
+    def process_state(self) -> Any:
+        """Tensors on the CPU, numbers, strings, lists and dicts."""
+        ...
+
+    def load_process_state(self, states: Sequence[Any]) -> None:
+        """Goes on from what all processes of the run had; there may be another number of them now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained.
+
+    Attributes:
+        module: called with a batch and True it gives the sums of its losses; its `model` is a `PretrainedModel`.
+        source: the steps.
+        counts: what the losses of a batch are sums over.
+        metric: the score that decides which model is the best, and whether more is better.
+        evaluate: scores of the module as it is, called by all processes; None: there is nothing to evaluate on.
+        save: writes the model that is the best so far, from the whole state of `module`; called by one process.
+        identity: what a run that is resumed must have in common with the one that was broken off.
+        title: of the picture.
+        memory: what else a checkpoint has to hold; None: nothing.
+    """
+
+    module: nn.Module
+    source: StepSource
+    counts: Counts
+    metric: tuple[str, bool]
+    evaluate: Callable[[nn.Module, Any], dict[str, float]] | None
+    save: Callable[[dict[str, torch.Tensor]], None]
+    identity: dict[str, Any]
+    title: str
+    memory: Memory | None = None
+
+
+class _Clock:
+    """Examples per second of training, without what happens in between."""
+
+    def __init__(self) -> None:
+        self._start, self.examples = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block takes no time."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+    def speed(self) -> float:
+        """Since this was asked last."""
+        now = time.perf_counter()
+        speed = self.examples / max(now - self._start, 1e-9)
+        self._start, self.examples = now, 0
+        return speed
+
+
+@dataclass
+class _Progress:
+    """What a run has come to; saved with it."""
+
+    step: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    without_gain: int = 0
+    finished: bool = False
+    loss: float = 0.0  # of all processes, summed since the last point of the curves
+    summed: int = 0  # steps that it is summed over
+
+
+def accelerator() -> Any:
+    """Who does the work: as `torchrun` or `accelerate launch` say, else this process.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ImportError:
+        raise ImportError("training: needs accelerate: pip install 'pyxlbert[train]'") from None
+    # Parameters may be without a gradient: XLNet's mask has none without targets.
+    plugin = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])
+
+
+def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Makes a run's folder, or checks that one can go on.
+
+    Raises:
+        FileExistsError: there is something else, or a run that is not to be resumed.
+        FileNotFoundError: there is no run to resume, or the folder in which to make one.
+        ValueError: the run was started with other options, another model or other data.
+    """
+    path = directory / RUN
+    identity = json.loads(json.dumps(identity))  # as it is read back
+    if resume and path.is_file():
+        saved = read_json(path)
+        differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{name}: got {identity.get(name)!r}, but the run in {directory} was started with {saved.get(name)!r}"
+            )
+        checkpoints.clean(directory)
+        return
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"output: {str(directory)!r} is a file, wanted a directory's name")
+    if directory.is_dir():
+        checkpoints.clean(directory)  # of a run that was killed when it had hardly begun
+    if directory.is_dir() and any(directory.iterdir()):
+        if path.is_file():
+            raise FileExistsError(f"output: {str(directory)!r} holds a run; --resume goes on with it")
+        raise FileExistsError(f"output: {str(directory)!r} is not empty, and holds no run")
+    if not directory.resolve().parent.is_dir():
+        raise FileNotFoundError(f"output: the directory of {str(directory)!r} does not exist")
+    directory.mkdir(exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+class Loop:
+    """One run.
+
+    Args:
+        job: what is trained.
+        options: how.
+        directory: of the run, which exists.
+        accelerator: who does the work.
+        say: takes a line for the person who waits.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        options: TrainingOptions,
+        directory: Path,
+        accelerator: Any,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._job, self._options, self._directory, self._say = job, options, directory, say
+        self._accelerator = accelerator
+        self._epoch = job.source.epoch_steps
+        self._total = options.max_steps or math.ceil(options.epochs * self._epoch)
+        if options.recompute:
+            job.module.model.gradient_checkpointing_enable()
+        adam = optimiser(job.module.model, options)
+        self._module, self._optimiser = accelerator.prepare(job.module, adam)
+        self._adam = getattr(self._optimiser, "optimizer", self._optimiser)
+        self._progress = _Progress()
+        # Of this process's labels, since the last point of the curves; on the device, which need not be waited for.
+        self._loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        checkpoints.seed_chance(options.seed + accelerator.process_index)
+        there = checkpoints.steps(directory)
+        if there:
+            self._restore(there[-1])
+
+    # State
+
+    def _restore(self, step: int) -> None:
+        state = checkpoints.read(self._directory, step)
+        self._progress = _Progress(**state["progress"])
+        if self._accelerator.is_main_process:
+            self._loss += self._progress.loss
+        checkpoints.scatter(state, self._module, self._adam)
+        rank, saved = self._accelerator.process_index, state["chance"]
+        if len(saved) == self._accelerator.num_processes:
+            checkpoints.set_chance(saved[rank])
+        else:
+            # Nobody had this place: a start of its own for each process and step.
+            checkpoints.seed_chance(self._options.seed + 7919 * step + rank)
+            self._say(
+                f"the run had {len(saved)} processes and goes on with {self._accelerator.num_processes}: the same "
+                "steps, but not the same bits"
+            )
+        if self._job.memory is not None:
+            self._job.memory.load_process_state(state["memories"])
+        self._say(f"goes on after step {step}")
+
+    def _checkpoint(self) -> None:
+        progress = self._progress
+        if checkpoints.folder(self._directory, progress.step).is_dir():
+            return
+        state = checkpoints.gather(self._module, self._adam)
+        memory = self._job.memory
+        own = [(checkpoints.chance(), None if memory is None else memory.process_state())]
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            own = gather_object(own)
+        progress.loss = self._summed_loss()
+        if self._accelerator.is_main_process:
+            state |= {"progress": vars(progress), "chance": [chance for chance, _ in own]}
+            if memory is not None:
+                state["memories"] = [kept for _, kept in own]
+            keep = self._options.keep_checkpoints
+            checkpoints.write(self._directory, progress.step, state, keep, progress.best_step)
+        self._accelerator.wait_for_everyone()
+
+    def _summed_loss(self) -> float:
+        """The losses since the last point of the curves, of all processes.
+
+        Raises:
+            ValueError: one was not finite.
+        """
+        loss = self._loss
+        if self._accelerator.num_processes > 1:
+            loss = self._accelerator.reduce(loss, "sum")
+        if not math.isfinite(float(loss)):
+            raise ValueError(
+                f"loss: got {float(loss)} by step {self._progress.step}, wanted a finite number: a lower learning rate "
+                "or a longer warm-up may help; the last checkpoint is from before"
+            )
+        return float(loss)
+
+    # Work
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end.
+
+        Returns:
+            The best scores, none without anything to evaluate on.
+
+        Raises:
+            ValueError: a loss is not finite.
+            OSError: a checkpoint cannot be written; the last one stays.
+        """
+        progress, options = self._progress, self._options
+        if progress.finished:
+            self._say("the run is finished already")
+            return progress.best_scores
+        curves = Curves(self._directory, progress.step) if self._accelerator.is_main_process else None
+        share = (self._accelerator.process_index, self._accelerator.num_processes)
+        clock = _Clock()
+        self._module.train()
+        with self._bar() as bar:
+            for passes in load(self._job.source, progress.step, self._total, *share, options.workers):
+                set_rate(self._adam, rate(options, progress.step, self._total))
+                self._losses(passes)
+                norm = self._clip()
+                self._optimiser.step()
+                self._optimiser.zero_grad()
+                progress.step += 1
+                progress.summed += 1
+                clock.examples += passes.examples
+                last = progress.step == self._total
+                if progress.step % options.log_every == 0 or last:
+                    self._point(curves, bar, clock, norm)
+                bar.update()
+                with clock.paused():
+                    evaluates = self._evaluates()
+                    if evaluates:
+                        self._evaluate(curves)
+                    progress.finished = last or self._has_stopped()
+                    if progress.finished or self._keeps(evaluates):
+                        self._checkpoint()
+                if progress.finished:
+                    break
+        if self._job.evaluate is None:
+            self._save_model()
+        if curves is not None:
+            curves.finish(self._job.title)
+        self._accelerator.wait_for_everyone()
+        return progress.best_scores
+
+    def _bar(self) -> tqdm:
+        progress = self._options.progress if self._accelerator.is_main_process else False
+        silent = None if progress is None else not progress  # None: unless it is a terminal
+        return tqdm(total=self._total, initial=self._progress.step, unit="step", disable=silent)
+
+    def _evaluates(self) -> bool:
+        if self._job.evaluate is None:
+            return False
+        step = self._progress.step
+        return step == self._total or step % (self._options.evaluate_every or self._epoch) == 0
+
+    def _keeps(self, evaluated: bool) -> bool:
+        """Whether there is to be a checkpoint of this step."""
+        every, step = self._options.checkpoint_every, self._progress.step
+        best = evaluated and self._progress.best_step == step
+        return best or step % (every or self._options.evaluate_every or self._epoch) == 0
+
+    def _has_stopped(self) -> bool:
+        patience = self._options.patience
+        if patience is None or self._progress.without_gain < patience:
+            return False
+        self._say(f"no better {self._job.metric[0]} in {patience} evaluations: ends at step {self._progress.step}")
+        return True
+
+    def _point(self, curves: Curves | None, bar: tqdm, clock: _Clock, norm: torch.Tensor) -> None:
+        """Shows what the steps since the last point were like."""
+        progress = self._progress
+        loss = self._summed_loss() / progress.summed
+        self._loss.zero_()
+        progress.summed = 0
+        share = rate(self._options, progress.step - 1, self._total)
+        point = {
+            "epoch": progress.step / self._epoch,
+            "loss": loss,
+            "learning_rate": share * self._options.learning_rate,
+            "gradient_norm": float(norm),
+            "examples_per_second": clock.speed(),
+        }
+        if curves is not None:
+            curves.add(progress.step, point)
+        bar.set_postfix_str(f"loss {loss:.4f}, {point['examples_per_second']:.0f} examples/s", refresh=False)
+
+    def _losses(self, passes: Passes) -> None:
+        """Runs a step's passes forward and backward."""
+        totals: dict[str, int] = {}
+        for batch in passes.batches[: passes.real]:
+            for name, count in self._job.counts(batch).items():
+                totals[name] = totals.get(name, 0) + count
+        if self._accelerator.num_processes > 1:
+            totals = self._sum_counts(totals, passes.batches[0])
+        device = self._accelerator.device
+        for number, batch in enumerate(passes.batches):
+            last = number == len(passes.batches) - 1
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._module):
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=self._options.precision == "bfloat16", cache_enabled=True
+                ):
+                    sums = self._module(on_device(batch, device), True)
+                # Each label weighs the same, whatever pass and process it is in.
+                loss = sum(value / max(1, totals[name]) for name, value in sums.items())
+                if number >= passes.real:
+                    loss = loss * 0.0
+                # Processes average their gradients.
+                self._accelerator.backward(loss * self._accelerator.num_processes)
+            self._loss += loss.detach()
+
+    def _sum_counts(self, totals: dict[str, int], batch: Batch) -> dict[str, int]:
+        names = sorted(self._job.counts(batch))  # a process may have no pass that counts
+        device = self._accelerator.device
+        tensor = torch.tensor([totals.get(name, 0) for name in names], dtype=torch.int64, device=device)
+        return dict(zip(names, self._accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+    def _clip(self) -> torch.Tensor:
+        most = self._options.max_gradient_norm or math.inf
+        return self._accelerator.clip_grad_norm_(self._module.parameters(), most)
+
+    def _evaluate(self, curves: Curves | None) -> None:
+        progress = self._progress
+        scores = self._job.evaluate(self._module, self._accelerator)
+        name, more = self._job.metric
+        sign, best = 1 if more else -1, progress.best_scores
+        better = not best or sign * scores[name] > sign * best[name]
+        if better:
+            progress.best_scores, progress.best_step, progress.without_gain = scores, progress.step, 0
+            self._save_model()
+        else:
+            progress.without_gain += 1
+        if curves is not None:
+            curves.add(progress.step, {f"dev_{key}": value for key, value in scores.items()})
+        told = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        self._say(f"step {progress.step}: {told}{' (the best so far)' if better else ''}")
+
+    def _save_model(self) -> None:
+        state = checkpoints.gather(self._module, self._adam)["model"]
+        if self._accelerator.is_main_process:
+            self._job.save({name.removeprefix("model."): value for name, value in state.items()})
+        self._accelerator.wait_for_everyone()

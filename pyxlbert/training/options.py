@@ -1,0 +1,109 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the data; may be a fraction.
+        max_steps: steps of the optimiser in place of `epochs`.
+        batch_size: examples a step of the optimiser, all processes together.
+        micro_batch_size: examples a pass of one process; gradients of several passes are added up. None: its whole
+            share at once.
+        learning_rate: the highest.
+        head_learning_rate: of the parameters beside the encoder's; None: the same.
+        layer_decay: what a layer's learning rate is of the layer's above, down to the embeddings.
+        weight_decay: of AdamW, on matrices.
+        beta1, beta2, epsilon: AdamW's.
+        warmup: the steps until the highest rate: a fraction of all below 1, else a number of them.
+        schedule: how the rate falls afterwards: "linear" or "cosine" to nothing, or "constant".
+        max_gradient_norm: gradients are scaled down to this norm; 0: they are left alone.
+        precision: "bfloat16": products in bfloat16, parameters and sums in float32.
+        recompute: keep no activations of the layers, but compute them again in the backward pass.
+        seed: the same seed gives the same run.
+        evaluate_every: steps between evaluations; None: at the end of each epoch.
+        evaluation_batch_size: rows a pass.
+        patience: evaluations without a better score before training ends; None: all is trained.
+        checkpoint_every: steps between checkpoints; None: at each evaluation.
+        keep_checkpoints: how many of the last are kept, beside that of the best score.
+        log_every: steps between points of the curves.
+        workers: processes that make batches; 0: none but the training's own. The results are the same.
+        progress: whether there is a bar; None: on a terminal.
+
+    Raises:
+        ValueError: a value means nothing; the message names it.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    learning_rate: float = 5e-5
+    head_learning_rate: float | None = None
+    layer_decay: float = 1.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup: float = 0.1
+    schedule: str = "linear"
+    max_gradient_norm: float = 1.0
+    precision: str = "float32"
+    recompute: bool = False
+    seed: int = 0
+    evaluate_every: int | None = None
+    evaluation_batch_size: int = 64
+    patience: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    workers: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
+        for name, (least, most) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not good or not least <= value <= most:
+                wanted = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+                raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
+        if self.epochs == 0 and self.max_steps is None:
+            raise ValueError("epochs: got 0, wanted more")
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
+
+    def decisive(self) -> dict[str, object]:
+        """The options that decide what is trained: a run that is resumed must have the same."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _INDIFFERENT}
+
+
+_INTEGERS = {
+    **{"batch_size": 1, "micro_batch_size": 1, "evaluation_batch_size": 1, "max_steps": 1, "seed": 0},
+    **{"evaluate_every": 1, "patience": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1, "workers": 0},
+}
+_NUMBERS = {
+    **{"epochs": (0, math.inf), "learning_rate": (0, math.inf), "head_learning_rate": (0, math.inf)},
+    **{"layer_decay": (0, 1), "weight_decay": (0, math.inf), "beta1": (0, 1), "beta2": (0, 1)},
+    **{"epsilon": (0, math.inf), "warmup": (0, math.inf), "max_gradient_norm": (0, math.inf)},
+}
+_OPTIONAL = {"micro_batch_size", "max_steps", "head_learning_rate", "evaluate_every", "patience", "checkpoint_every"}
+# What changes neither the steps nor when they are evaluated.
+_INDIFFERENT = {"workers", "progress", "checkpoint_every", "keep_checkpoints", "evaluation_batch_size", "recompute"}

@@ -1,0 +1,239 @@
+"""Pretraining: from text files to a model's directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyxlbert.files import whole_directory, whole_file
+from pyxlbert.models.bert import BertConfig
+from pyxlbert.models.bert_heads import BertForPreTraining
+from pyxlbert.models.xlnet_config import XLNetConfig
+from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
+from pyxlbert.training import checkpoints
+from pyxlbert.training.loop import Job, Loop, accelerator, start_run
+from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.pretraining.documents import check_files, check_layout
+from pyxlbert.training.pretraining.fits import check_pairs, check_segments
+from pyxlbert.training.pretraining.objective import PretrainingModel, counts
+from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
+from pyxlbert.training.pretraining.rules import require_integer
+from pyxlbert.training.pretraining.scores import METRIC, HeldOut
+from pyxlbert.training.pretraining.segments import SegmentOptions, Segments
+from pyxlbert.training.pretraining.sizes import bert_config, xlnet_config
+from pyxlbert.training.pretraining.steps import PairSteps, SegmentSteps
+from pyxlbert.training.pretraining.store import TokenStore, digest, open_or_build
+from pyxlbert.training.pretraining.vocabularies import FILES, TRAINERS, Vocabulary
+
+TOKENIZER, TEXT = "tokenizer", "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """What is pretrained, on what.
+
+    Attributes:
+        files: the text, in UTF-8.
+        data: `PairOptions` for a BERT, `SegmentOptions` for an XLNet.
+        config: the model's directory or ``config.json``; None: one of `size`.
+        size: a name of `pyxlbert.training.pretraining.sizes.SIZES`.
+        mem_len: of an XLNet of `size`, how many places it remembers; None: one and a half times `reuse_len`.
+        tokenizer: the directory of one; None: it is trained from the text.
+        vocab_size: of a tokenizer that is trained.
+        lowercase: likewise; None: of a BERT's.
+        layout: how the text lies in its files.
+        evaluate: text to evaluate on, in files laid out the same.
+    """
+
+    files: Sequence[str | Path]
+    data: PairOptions | SegmentOptions
+    config: str | Path | None = None
+    size: str = "small"
+    mem_len: int | None = None
+    tokenizer: str | Path | None = None
+    vocab_size: int = 8000
+    lowercase: bool | None = None
+    layout: str = "sentences"
+    evaluate: Sequence[str | Path] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "bert" or "xlnet"."""
+        return "bert" if isinstance(self.data, PairOptions) else "xlnet"
+
+    def check(self) -> None:
+        """What can be known to be wrong before the text is read.
+
+        Raises:
+            ValueError: a value is out of range, or two do not go together.
+            OSError: a file is missing.
+        """
+        check_layout(self.layout)
+        paths = check_files(self.files)
+        for path in check_files(self.evaluate) if self.evaluate else ():
+            if path.resolve() in [one.resolve() for one in paths]:
+                raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
+        require_integer("vocab_size", self.vocab_size, 16)
+        if self.mem_len is not None:
+            require_integer("mem_len", self.mem_len, 0)
+            if self.config is not None:
+                raise ValueError("mem_len: given together with config, which says it")
+            if self.kind == "bert":
+                raise ValueError("mem_len: got one for a BERT, which has no memory")
+
+    def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | XLNetConfig:
+        """The configuration of the model."""
+        if self.config is not None:
+            path = Path(self.config)
+            folder = path.parent if path.name == "config.json" else path
+            return (BertConfig if self.kind == "bert" else XLNetConfig).from_pretrained(folder)
+        if isinstance(self.data, PairOptions):
+            return bert_config(self.size, vocab_size, pad_id, self.data.max_length)
+        reuse = self.data.reuse_len
+        mem_len = reuse * 3 // 2 if self.mem_len is None else self.mem_len
+        return xlnet_config(self.size, vocab_size, pad_id, (mem_len, reuse), self.data.bi_data)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that was broken off."""
+        config = self.model_config(self.vocab_size, 0).to_dict()
+        tokenizer = "trained" if self.tokenizer is None else Vocabulary.read(self.tokenizer, self.kind).fingerprint
+        return {
+            "kind": self.kind,
+            "files": digest(self.files),
+            "evaluate": digest(self.evaluate),
+            "layout": self.layout,
+            "config": config,
+            "tokenizer": tokenizer,
+            "vocab_size": self.vocab_size if self.tokenizer is None else None,
+            "lowercase": self.lowercase,
+            **{f"data_{f.name}": getattr(self.data, f.name) for f in fields(self.data)},
+        }
+
+
+def pretrain(
+    what: Pretraining,
+    output: str | Path,
+    *,
+    options: TrainingOptions,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Trains a new model.
+
+    Args:
+        what: the model and its text.
+        output: the directory to make: the model, its curves, its checkpoints, a tokenizer and the text's tokens.
+        options: how to train.
+        resume: go on with the run in `output`; it begins where there is none.
+        say: takes a line for the person who waits.
+
+    Returns:
+        The best scores on the text that is held out, none without any; in the first process, in others nothing.
+
+    Raises:
+        OSError: a file cannot be read or written; `output` holds something already.
+        ValueError: a line or an option is not what it should be, sizes do not fit, or a loss is not finite.
+        ImportError: a package of the extra "train" is missing.
+    """
+    what.check()
+    work = accelerator()
+    tell = say if work.is_main_process else lambda line: None
+    folder, identity = Path(output), {**what.identity(), "options": options.decisive()}
+    with _begun(folder, identity, resume, work.is_main_process):
+        if work.is_main_process:
+            _prepare(what, folder, tell)
+        work.wait_for_everyone()
+        vocabulary, stores = _prepare(what, folder, lambda line: None)
+        config = what.model_config(vocabulary.size, vocabulary.pad_id)
+        source = _source(what, config, vocabulary, stores[0], options, work.num_processes)
+        held_out = HeldOut(stores[1], vocabulary, what.data, options.evaluation_batch_size) if what.evaluate else None
+    checkpoints.seed_chance(options.seed)
+    model = (BertForPreTraining if what.kind == "bert" else XLNetLMHeadModel)(config)
+    size = sum(one.numel() for one in model.parameters())
+    tell(f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch")
+    if held_out is not None:
+        tell(f"held out: {len(stores[1].tokens)} tokens, unigram entropy {held_out.entropy:.4f}")
+    module = PretrainingModel(model)
+
+    def evaluate(trained: nn.Module, work: Any) -> dict[str, float]:
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            return held_out.scores(trained, module, work.device)
+
+    job = Job(
+        module=module,
+        source=source,
+        counts=counts,
+        metric=(METRIC, False),
+        evaluate=None if held_out is None else evaluate,
+        save=lambda state: _save(model, vocabulary, folder, state),
+        identity=identity,
+        title=f"{what.kind}: {', '.join(Path(path).name for path in what.files)}",
+        memory=module,
+    )
+    scores = Loop(job, options, folder, work, tell).run()
+    tell(f"{what.kind}: {output}")
+    return scores if work.is_main_process else {}
+
+
+@contextmanager
+def _begun(folder: Path, identity: dict[str, Any], resume: bool, main: bool) -> Iterator[None]:
+    """The run's folder is made; if it is new and its preparation fails, it goes again."""
+    before = folder.is_dir() and any(folder.iterdir())
+    there = folder.is_dir()
+    if main:
+        start_run(folder, identity, resume)
+    try:
+        yield
+    except BaseException:
+        if main and not before:
+            shutil.rmtree(folder, ignore_errors=True)
+            if there:
+                folder.mkdir()
+        raise
+
+
+def _prepare(what: Pretraining, folder: Path, say: Callable[[str], None]) -> tuple[Vocabulary, list[TokenStore]]:
+    """The tokenizer and the texts as tokens, which are made where they are missing."""
+    directory = folder / TOKENIZER if what.tokenizer is None else Path(what.tokenizer)
+    if what.tokenizer is None and not directory.is_dir():
+        say(f"trains a tokenizer of {what.vocab_size} pieces")
+        lowercase = what.kind == "bert" if what.lowercase is None else what.lowercase
+        with whole_directory(directory) as temporary:
+            TRAINERS[what.kind](
+                what.files, temporary, vocab_size=what.vocab_size, lowercase=lowercase, layout=what.layout
+            )
+    vocabulary = Vocabulary.read(directory, what.kind)
+    texts = [what.files, *([what.evaluate] if what.evaluate else [])]
+    stores = [open_or_build(files, vocabulary, folder / TEXT, layout=what.layout, say=say) for files in texts]
+    return vocabulary, stores
+
+
+def _source(
+    what: Pretraining,
+    config: BertConfig | XLNetConfig,
+    vocabulary: Vocabulary,
+    store: TokenStore,
+    options: TrainingOptions,
+    processes: int,
+) -> PairSteps | SegmentSteps:
+    if isinstance(what.data, PairOptions):
+        check_pairs(config, what.data, vocabulary)
+        return PairSteps(SentencePairs(store, vocabulary, what.data, options.batch_size), options.micro_batch_size)
+    check_segments(config, what.data, vocabulary, options.batch_size)
+    segments = Segments(store, vocabulary, what.data, options.batch_size)
+    return SegmentSteps(segments, options.micro_batch_size, processes)
+
+
+def _save(model: nn.Module, vocabulary: Vocabulary, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    for name in FILES:
+        if (vocabulary.directory / name).is_file():
+            with whole_file(folder / name) as path:
+                shutil.copyfile(vocabulary.directory / name, path)
+    model.save_pretrained(folder, state)

@@ -1,0 +1,128 @@
+"""A task's model in its directory: that of transformers, with the task's settings beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyxlbert.files import read_json, require_file, whole_file
+from pyxlbert.hub import Hub
+from pyxlbert.models.by_type import encoder_class
+from pyxlbert.models.pretrained import PretrainedModel
+from pyxlbert.training.encoding import TaskTokenizer
+from pyxlbert.training.tasks import TASKS, Task
+
+FILE = "task.json"
+# What a tokenizer is read from.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("spiece.model", "vocab.json", "merges.txt", "sentence_bert_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that knows its task."""
+
+    task: Task
+    model: PretrainedModel
+    tokenizer: TaskTokenizer
+
+
+def read_new(
+    task: Task, directory: str | Path, max_length: int | None, hub: Hub | None = None
+) -> tuple[Trained, Path, list[str]]:
+    """A model for a task that it is yet to learn.
+
+    Args:
+        task: has its labels.
+        directory: of an encoder, or of any model with one; or a name in the hub.
+        max_length: the most places of a row; None: as the directory says.
+        hub: how the hub is asked.
+
+    Returns:
+        The model, the directory, and the names of the weights that are new.
+
+    Raises:
+        OSError, ValueError: as `PretrainedModel.from_pretrained` and `TaskTokenizer`; a model type that is not trained
+            here, or a tokenizer with more tokens than the model.
+    """
+    folder = Path((hub or Hub()).folder(directory, text=True))
+    fields = task.config_fields()
+    extra = fields.pop("extra", {})
+    config = encoder_class(folder).config_class.from_pretrained(folder, **fields)
+    config.extra.update(extra)
+    model = _read(task, folder, config)
+    tokenizer = _tokenizer(folder, model, max_length)
+    return Trained(task, model, tokenizer), folder, model.loading_info["missing_keys"]
+
+
+def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub: Hub | None = None) -> Trained:
+    """A model as `write` has saved it.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is corrupt, or the directory is not that of a trained task.
+    """
+    folder = Path((hub or Hub()).folder(directory, text=True))
+    path = require_file(folder, FILE)
+    saved = read_json(path)
+    if saved.get("task") not in TASKS:
+        raise ValueError(f"{path}: task is {saved.get('task')!r}; wanted one of {', '.join(TASKS)}")
+    try:
+        task = TASKS[saved["task"]](saved.get("settings", {}))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = encoder_class(folder).config_class.from_pretrained(folder)
+    task.adopt(config)
+    model = _read(task, folder, config, dtype)
+    missing = model.loading_info["missing_keys"]
+    if missing:
+        raise ValueError(f"{folder}: the weights lack {', '.join(missing)}")
+    return Trained(task, model, _tokenizer(folder, model, saved.get("max_length")))
+
+
+def _read(task: Task, folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PretrainedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # new weights are told of by the caller
+        return task.model_class(config.model_type).from_pretrained(folder, config=config, dtype=dtype)
+
+
+def _tokenizer(folder: Path, model: PretrainedModel, max_length: int | None) -> TaskTokenizer:
+    tokenizer = TaskTokenizer(folder, model.base_model.max_tokens, max_length)
+    if tokenizer.largest_id >= model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
+            f"{model.config.vocab_size}"
+        )
+    return tokenizer
+
+
+def write(trained: Trained, source: Path, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes the model, its tokenizer and its task; each file appears whole or not at all.
+
+    Args:
+        trained: what is written.
+        source: where the tokenizer's files come from.
+        directory: made if need be.
+        state: weights in place of the model's own.
+    """
+    directory.mkdir(exist_ok=True)
+    for name in _TOKENIZER:
+        if (source / name).is_file() and source.resolve() != directory.resolve():
+            with whole_file(directory / name) as path:
+                shutil.copyfile(source / name, path)
+    saved = {
+        "task": trained.task.name,
+        "settings": trained.task.settings,
+        "max_length": trained.tokenizer.max_length,
+    }
+    with whole_file(directory / FILE) as path:
+        path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    trained.model.save_pretrained(directory, state)

@@ -1,0 +1,155 @@
+"""`pyxlbert pretrain` from text to a folder: what it holds, how it goes on, and what is refused without a trace."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import corpora
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyxlbert import cli
+from pyxlbert.models import BertConfig, BertForPreTraining, XLNetConfig, XLNetLMHeadModel
+from pyxlbert.testing import tolerances
+from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.pretraining import PairOptions, SegmentOptions
+from pyxlbert.training.pretraining.run import Pretraining, pretrain
+from pyxlbert.training.pretraining.vocabularies import FILES
+
+BERT = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+XLNET = {"vocab_size": 71, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "mem_len": 24, "reuse_len": 16}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    corpora.bert_vocabulary(tmp_path / "bert")
+    corpora.xlnet_vocabulary(tmp_path / "xlnet")
+    BertConfig(**BERT).save_pretrained(tmp_path / "bert")
+    XLNetConfig(**XLNET).save_pretrained(tmp_path / "xlnet")
+    (tmp_path / "train.txt").write_text(corpora.text(30), encoding="utf-8")
+    (tmp_path / "held_out.txt").write_text(corpora.text(10, seed=1), encoding="utf-8")
+    return tmp_path
+
+
+def run(
+    files: Path, kind: str, out: str, resume: bool = False, say=lambda line: None, **given: Any
+) -> dict[str, float]:
+    data = PairOptions(max_length=32) if kind == "bert" else SegmentOptions(max_length=32, reuse_len=16, num_predict=6)
+    what = Pretraining(
+        files=[files / "train.txt"],
+        data=data,
+        config=files / kind,
+        tokenizer=files / kind,
+        evaluate=[files / "held_out.txt"],
+    )
+    usual = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "evaluate_every": 2, "progress": False}
+    return pretrain(what, files / out, options=TrainingOptions(**usual | given), resume=resume, say=say)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_run_goes_on_to_the_same_bits(files: Path, kind: str) -> None:
+    scores = run(files, kind, "straight", micro_batch_size=2)
+
+    def kill(line: str) -> None:
+        if line.startswith("step 4:"):
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        run(files, kind, "broken", say=kill, micro_batch_size=2)
+    said: list[str] = []
+    assert run(files, kind, "broken", resume=True, say=said.append, workers=1, micro_batch_size=2) == scores
+    assert "goes on after step 2" in said
+    one, other = weights(files / "straight"), weights(files / "broken")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with (files / "straight" / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["dev_unigram_entropy"] for row in rows)
+    loaded = (BertForPreTraining if kind == "bert" else XLNetLMHeadModel).from_pretrained(files / "straight")
+    assert loaded.loading_info["missing_keys"] == []
+    assert all((files / "straight" / name).is_file() for name in FILES if (files / kind / name).is_file())
+
+
+def test_a_step_of_passes_is_a_step_of_one(files: Path) -> None:
+    """Of another number of labels each, in one pass or in four."""
+    dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertConfig(**BERT | dropped).save_pretrained(files / "bert")
+    whole = run(files, "bert", "whole")
+    parts = run(files, "bert", "parts", micro_batch_size=1)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=tolerances.MODEL_GRADIENT_FLOAT32)
+
+
+def test_an_xlnet_learns_and_its_memories_help(files: Path) -> None:
+    """Each document has four words of its own, of which a memory knows more than a row shows."""
+    for name, documents in (("train.txt", 150), ("held_out.txt", 20)):
+        chance = Random(name)
+        made = []
+        for _ in range(documents):
+            words = chance.sample(corpora.WORDS, 4)
+            made.append("\n".join(" ".join(chance.choices(words, k=8)) for _ in range(12)))
+        (files / name).write_text("\n\n".join(made), encoding="utf-8")
+    sizes = {"d_model": 32, "n_layer": 2, "d_inner": 64, "dropout": 0.0, "initializer_range": 0.1}
+    XLNetConfig(**XLNET | sizes).save_pretrained(files / "xlnet")
+    options = {"max_steps": 100, "evaluate_every": 100, "batch_size": 16, "schedule": "constant"}
+    scores = run(files, "xlnet", "out", learning_rate=5e-3, **options)
+    assert scores["loss"] < scores["unigram_entropy"] - 0.3
+    assert scores["loss"] < scores["loss_without_memories"]
+
+
+def command(files: Path, kind: str, *options: str) -> list[str]:
+    usual = ["--size", "tiny", "--max-length", "32", "--batch-size", "4", "--steps", "2", "--vocab-size", "100"]
+    return ["pretrain", kind, str(files / "train.txt"), "--out", str(files / "out"), *usual, *options]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, capsys) -> None:
+    own = ["--reuse-len", "16"] if kind == "xlnet" else ["--whole-words"]
+    assert cli.main(command(files, kind, "--eval", str(files / "held_out.txt"), *own)) == 0
+    told = capsys.readouterr()
+    names = [line.split()[0] for line in told.out.splitlines()]
+    second = "next_sentence_loss" if kind == "bert" else "loss_without_memories"
+    assert names == ["loss", second, "unigram_entropy"]
+    assert "trains a tokenizer of 100 pieces" in told.err and "unigram entropy" in told.err
+    assert cli.main(command(files, kind, "--eval", str(files / "held_out.txt"), *own)) == 1
+    assert "holds a run; --resume goes on with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("xlnet", ("--reuse-len", "30"), "reuse_len: got 30"),
+        ("xlnet", ("--reuse-len", "16", "--perm-size", "3"), "perm_size: got 3"),
+        ("xlnet", ("--reuse-len", "16", "--mem-len", "8"), "mem_len: got 8"),
+        ("xlnet", ("--reuse-len", "16", "--batch-size", "5", "--micro-batch-size", "2"), "batch_size: got 5"),
+        ("bert", ("--batch-size", "100000"), "batch_size: got 100000, but the text has"),
+        ("bert", ("--max-length", "3"), "max_length: got 3"),
+        ("bert", ("--config", "nowhere"), "nowhere"),
+        ("bert", ("--threads", "0"), "--threads: got 0"),
+        ("bert", ("--learning-rate", "-1"), "learning_rate: got -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(files: Path, kind: str, options, words: str, capsys) -> None:
+    assert cli.main(command(files, kind, *options)) == 1
+    assert words in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_text_that_is_trained_on_is_not_held_out(files: Path, capsys) -> None:
+    assert cli.main(command(files, "bert", "--eval", str(files / "train.txt"))) == 1
+    assert "which is trained on" in capsys.readouterr().err
+    (files / "bad.txt").write_bytes(b"w1\nw2 \xff\n")
+    assert cli.main(command(files, "bert", "--eval", str(files / "bad.txt"))) == 1
+    assert "bad.txt: line 2 is not UTF-8" in capsys.readouterr().err
+    assert not (files / "out").exists()

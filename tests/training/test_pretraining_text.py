@@ -1,0 +1,179 @@
+"""From text files to tokens on disk: layouts, vocabularies, and what is refused with file and line."""
+
+from __future__ import annotations
+
+import pickle
+
+import corpora
+import numpy as np
+import pytest
+
+from pyxlbert.testing import tolerances
+from pyxlbert.text import TextTokenizer
+from pyxlbert.training.pretraining import TokenStore, Vocabulary, open_or_build, train_unigram, train_wordpiece
+from pyxlbert.training.pretraining import store as store_module
+from pyxlbert.training.pretraining.documents import read_sentences, split_sentences
+
+
+def test_layouts(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne. Two\r\nthree.\n \n\n\n Four.\n".encode())
+    assert list(read_sentences(path, "sentences")) == ["One. Two", "three.", None, "Four.", None]
+    assert list(read_sentences(path, "paragraphs")) == ["One.", "Two three.", None, "Four.", None]
+    assert list(read_sentences(path, "files")) == ["One.", "Two three.", "Four.", None]
+    path.write_bytes(b"\n \n\t\n")
+    assert all(list(read_sentences(path, layout)) == [] for layout in ("sentences", "paragraphs", "files"))
+    with pytest.raises(ValueError, match="layout: got 'lines', wanted one of sentences, paragraphs, files"):
+        list(read_sentences(path, "lines"))
+
+
+def test_sentences_of_raw_text() -> None:
+    assert split_sentences(
+        'He left. "Go on!" she said, e.g. with 5.3 m. (So he did.) 3 cats? The end . 你好。“再见！”好 '
+    ) == [
+        "He left.",
+        '"Go on!" she said, e.g. with 5.3 m.',
+        "(So he did.)",
+        "3 cats?",
+        "The end .",
+        "你好。",
+        "“再见！”",
+        "好",
+    ]
+
+
+def test_raw_text_without_an_end_is_bounded(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("word " * 50_000 + "\n" + "More. " * 30_000, encoding="utf-8")
+    found = [one for one in read_sentences(path, "files") if one]
+    assert " ".join(found).split() == path.read_text().split()
+    assert len(found) > 1000
+
+
+def test_a_store_holds_every_sentence_in_its_place(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "_CHARACTERS_AT_ONCE", 100)
+    vocabulary = corpora.bert_vocabulary(tmp_path / "v")
+    content = corpora.text()
+    store = corpora.store(tmp_path, vocabulary, content)
+    documents = [document.split("\n") for document in content.strip().split("\n\n")]
+    assert len(store.documents) == len(documents) + 1
+    for number, sentences in enumerate(documents):
+        first, last = store.documents[number : number + 2]
+        assert last - first == len(sentences)
+        for place, sentence in zip(range(first, last), sentences, strict=True):
+            ids = store.tokens[slice(*store.sentences[place : place + 2])]
+            assert ids.tolist() == vocabulary.tokenizer.encode(sentence, add_special_tokens=False).ids
+    assert store.document_tokens[-1] == len(store.tokens) and store.tokens.dtype == np.uint16
+
+
+def test_documents_of_xlnet_have_an_end(tmp_path) -> None:
+    vocabulary = corpora.xlnet_vocabulary(tmp_path / "v")
+    store = corpora.store(tmp_path, vocabulary, "w1 w2\nw3\n\n\nw4\n")
+    pieces = [vocabulary.tokenizer.id_to_token(int(index)) for index in store.tokens]
+    assert pieces == ["▁w1", "▁w2", "▁w3", "<eod>", "▁w4", "<eod>"]
+    assert store.sentences.tolist() == [0, 2, 3, 4, 5, 6] and store.documents.tolist() == [0, 3, 5]
+
+
+def test_a_store_is_made_once_and_follows_its_text(tmp_path) -> None:
+    vocabulary = corpora.bert_vocabulary(tmp_path / "v")
+    said: list[str] = []
+    path = tmp_path / "corpus.txt"
+    path.write_text("w1 w2\n")
+    stores = [open_or_build([path], vocabulary, tmp_path / "stores", say=said.append) for _ in range(2)]
+    assert len(said) == 1 and stores[0].key == stores[1].key
+    path.write_text("w1 w3\n")
+    other = open_or_build([path], vocabulary, tmp_path / "stores", say=said.append)
+    assert len(said) == 2 and other.tokens.tolist() != stores[0].tokens.tolist()
+    again = pickle.loads(pickle.dumps(other))
+    assert again.tokens.tolist() == other.tokens.tolist() and len(pickle.dumps(other)) < 1000
+    (other.directory / "tokens.bin").write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"tokens.bin has 1 bytes, wanted 4"):
+        TokenStore(other.directory)
+    assert not [one for one in (tmp_path / "stores").iterdir() if one.name.startswith(".")]
+
+
+def test_long_lines_lose_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "_LONGEST", 50)
+    vocabulary = corpora.bert_vocabulary(tmp_path / "v")
+    line = " ".join(corpora.WORDS)
+    store = corpora.store(tmp_path, vocabulary, line + "\n")
+    assert len(store.sentences) == 2
+    assert store.tokens.tolist() == vocabulary.tokenizer.encode(line, add_special_tokens=False).ids
+
+
+def test_unigram_entropy(tmp_path) -> None:
+    store = corpora.store(tmp_path, corpora.bert_vocabulary(tmp_path / "v"), "w1 w2 w1 w3\n")
+    wanted = 0.5 * np.log(2) + 0.5 * np.log(4)
+    assert store.unigram_entropy() == pytest.approx(wanted, rel=tolerances.FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"w1\nw2\n\xff\xfe\n", r"corpus.txt: line 3 is not UTF-8: invalid start byte at byte 0"),
+        (b"", r"files: .*corpus.txt hold no text"),
+        (b"\n \n\n", r"files: .*corpus.txt hold no text"),
+        ("\u200b\n\n\u00ad".encode(), r"files: .*corpus.txt hold no text"),  # of which the tokenizer leaves nothing
+    ],
+)
+def test_bad_text_is_refused_and_nothing_written(tmp_path, content: bytes, words: str) -> None:
+    vocabulary = corpora.bert_vocabulary(tmp_path / "v")
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        open_or_build([path], vocabulary, tmp_path / "stores")
+    assert not list((tmp_path / "stores").iterdir())
+    if content != "\u200b\n\n\u00ad".encode():
+        with pytest.raises(ValueError, match=words):
+            train_wordpiece([path], tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_bad_files_are_refused(tmp_path) -> None:
+    vocabulary = corpora.bert_vocabulary(tmp_path / "v")
+    for files, error, words in (
+        ([], ValueError, "files: got none"),
+        ([tmp_path / "no.txt"], FileNotFoundError, "no.txt' does not exist"),
+        ([tmp_path], IsADirectoryError, "is a directory, wanted a text file"),
+        ([tmp_path / "v" / "vocab.txt"] * 2, ValueError, "twice"),
+    ):
+        with pytest.raises(error, match=words):
+            open_or_build(files, vocabulary, tmp_path / "stores")
+        with pytest.raises(error, match=words):
+            train_unigram(files, tmp_path / "new")
+    assert not (tmp_path / "stores").exists()
+
+
+@pytest.mark.parametrize(("kind", "train"), [("bert", train_wordpiece), ("xlnet", train_unigram)])
+def test_trained_vocabularies(kind: str, train, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "corpus.txt"
+    sentence = "The quick brown foxes quickly jumped over lazy dogs; browner ones didn't."
+    path.write_text(f"{sentence}\n" * 5 + "Dogs were quicker than a fox.\n\n", encoding="utf-8")
+    directory = train([path], tmp_path / "new", vocab_size=120)
+    vocabulary = Vocabulary.read(directory, kind)
+    assert vocabulary.size <= 120
+    ids = vocabulary.tokenizer.encode(sentence, add_special_tokens=False).ids
+    theirs = transformers.AutoTokenizer.from_pretrained(str(directory))
+    ours = TextTokenizer.from_directory(directory, 512)
+    assert theirs(sentence)["input_ids"] == ours.ids([sentence])[0].tolist()
+    special = (
+        [vocabulary.cls_id, *ids, vocabulary.sep_id] if kind == "bert" else [*ids, vocabulary.sep_id, vocabulary.cls_id]
+    )
+    assert theirs(sentence)["input_ids"] == special
+    assert theirs.mask_token_id == vocabulary.mask_id and theirs.pad_token_id == vocabulary.pad_id
+    if kind == "xlnet":
+        assert (vocabulary.cls_id, vocabulary.sep_id, vocabulary.pad_id, vocabulary.end_id) == (3, 4, 5, 7)
+    with pytest.raises(ValueError, match="vocab_size: got 20"):
+        train([path], tmp_path / "small", vocab_size=20)
+    with pytest.raises(ValueError, match="vocab_size: got 4, wanted a whole number of at least 16"):
+        train([path], tmp_path / "small", vocab_size=4)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_vocabulary_without_a_special_token_is_refused(tmp_path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nw1\n")
+    with pytest.raises(ValueError, match=r"has no '\[MASK\]', the mask_token of bert"):
+        Vocabulary.read(tmp_path, "bert")
+    with pytest.raises(ValueError, match="kind: got 'gpt', wanted one of bert, xlnet"):
+        Vocabulary.read(tmp_path, "gpt")
