@@ -60,8 +60,8 @@ struct Backward {
     const Plan& plan;
     const Dropout dropout;
     const bool terms;
-    float *delta, *minus_lse_correction, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv,
-        *all_dk, *all_dv, *undropped, *own_dquery;
+    float *delta, *minus_lse_correction, *top, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk,
+        *dv, *all_dk, *all_dv, *undropped, *own_dquery;
 
     PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
         : a(arguments),
@@ -75,6 +75,7 @@ struct Backward {
         };
         delta = take(p.delta);
         minus_lse_correction = take(p.delta);
+        top = take(p.delta);
         scores = take(TILE<U> * SCORE_STRIDE);
         dp = take(TILE<U> * SCORE_STRIDE);
         q = take(TILE<U> * p.unit_stride);
@@ -108,8 +109,11 @@ struct Backward {
         }
     }
 
+    // Of the scores once their terms are added.
+    PYXLBERT_INLINE float scale() const { return terms ? 1.0f : a.in.options.scale; }
+
     PYXLBERT_INLINE Exponent exponent_of(const Plane<T>& p, std::int64_t i) const {
-        return {set1(terms ? 1.0f : a.in.options.scale), set1(-a.lse[p.lse_first + i]), set1(minus_lse_correction[i])};
+        return {set1(scale()), set1(minus_exact_lse(a.lse[p.lse_first + i])), set1(minus_lse_correction[i])};
     }
 
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
@@ -136,7 +140,8 @@ struct Backward {
         const float* lse = a.lse + p.lse_first;
         bool any = false;
         for (std::int64_t i = 0; i < p.queries; ++i) {
-            minus_lse_correction[i] = delta[i] = 0.0f;
+            minus_lse_correction[i] = 0.0f;
+            Top{top[i], delta[i]}.begin(scale());
             any |= inexact_lse(lse[i]);
         }
         if (!any) return;
@@ -151,10 +156,7 @@ struct Backward {
                     float* s = scores + r * SCORE_STRIDE;
                     const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                     if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
-                    const Exponent exponent = exponent_of(p, q0 + r);
-                    Vec sum = zero();
-                    for (std::int64_t j = 0; j < visible; j += W) sum += exponent.weight(s, j, visible);
-                    delta[q0 + r] += reduce_add(sum);
+                    Top{top[q0 + r], delta[q0 + r]}.add(s, visible, scale());
                 }
             }
         }
@@ -231,6 +233,7 @@ struct Backward {
                 next_dout.fetch(r, d);
                 const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                 if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
+                if (inexact_lse(a.lse[p.lse_first + q0 + r])) below_top(s, visible, top[q0 + r], scale());
                 differentiate(exponent_of(p, q0 + r), dropout, p.plane, delta[q0 + r], s, g, undropped, q0 + r, j0,
                               visible, end, p.keys <= BACKWARD_BLOCK);
                 block.k.fetch(q0 - block.first + r, d);

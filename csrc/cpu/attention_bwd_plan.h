@@ -70,7 +70,7 @@ PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
     p.many_tiles = ceil_divide(in.queries, TILE<U>) > TILES_TOGETHER;
     const std::int64_t sums = (p.many_tiles ? 4 : 2) * p.sums;
     p.keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + sums + SCORE_STRIDE;
-    p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
+    p.task = round_to((p.parts == 1 ? p.dquery : 0) + 3 * p.delta + p.tile + p.keys, 1024) + 64;
     return p;
 }
 

@@ -70,7 +70,7 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
     const std::int64_t sums = (p.many_tiles ? 4 : 2) * p.sums;
     const std::int64_t keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + sums + SCORE_STRIDE;
     const std::int64_t table = round_to(BACKWARD_BLOCK + SPAN, W) * (p.unit_stride + p.columns);
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * TILE<U> + (3 + 2 * SMALL) * p.columns;
+    const std::int64_t rows = 7 * round_to(p.rows, 16) + 2 * TILE<U> + (3 + 2 * SMALL) * p.columns;
     // Tiles sum a partial dr transposed, all others sum it where it stays unless it is gathered.
     const std::int64_t one_table = p.table_rows * p.columns;
     p.dtable = a.dtable == nullptr ? 0 : TILES<U> ? p.columns * p.table_stride : p.gathers_table ? one_table : 0;

@@ -27,7 +27,7 @@ struct RelativeTask {
     Dropout dropout;
     float *scores, *dp, *band, *dband, *band_pairs, *q_content, *q_position, *dout, *content_values, *position_values,
         *dout_values, *dq_tile, *k, *v, *k_values, *undropped, *table, *table_values, *delta, *minus_lse_correction,
-        *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
+        *top, *same_sum, *other_sum, *same_score, *other_score, *one_row, *own_dquery;
     KeySums<U> key_sums;
     TableSums<U> table_sums;
     SmallSums small;
@@ -82,6 +82,7 @@ struct RelativeTask {
         table_values = take(round_to(BACKWARD_BLOCK + SPAN, W) * columns);
         delta = take(rows);
         minus_lse_correction = take(rows);
+        top = take(rows);
         same_sum = take(rows);
         other_sum = take(rows);
         index = reinterpret_cast<std::int32_t*>(take(rows));
@@ -189,8 +190,11 @@ struct RelativeTask {
         return larger(0, smaller(n, p.visible(i, in.options.causal, p.seen_keys) - j0));
     }
 
+    // Of the scores once their terms are added.
+    PYXLBERT_INLINE float scale() const { return terms ? 1.0f : in.options.scale; }
+
     PYXLBERT_INLINE Exponent exponent_of(int stream, std::int64_t row) const {
-        return {set1(terms ? 1.0f : in.options.scale), set1(-lse_of(stream, row)), set1(minus_lse_correction[row])};
+        return {set1(scale()), set1(minus_exact_lse(lse_of(stream, row))), set1(minus_lse_correction[row])};
     }
 
     PYXLBERT_INLINE void pack_keys(std::int64_t j0, std::int64_t n) {
@@ -234,7 +238,7 @@ struct RelativeTask {
         bool any = false;
         for (int stream = 0; stream < STREAMS; ++stream)
             for (std::int64_t row = start[stream]; row < start[stream + 1]; ++row) {
-                delta[row] = 0.0f;
+                Top{top[row], delta[row]}.begin(scale());
                 any |= inexact_lse(lse_of(stream, row));
             }
         if (!any) return;
@@ -246,10 +250,7 @@ struct RelativeTask {
                 for (std::int64_t r = 0; r < rows; ++r) {
                     const std::int64_t own =
                         relative.options.uniform_rows ? seen : visible_keys(index[row + r], j0, seen);
-                    const Exponent exponent = exponent_of(stream, row + r);
-                    Vec sum = zero();
-                    for (std::int64_t j = 0; j < own; j += W) sum += exponent.weight(scores + r * SCORE_STRIDE, j, own);
-                    delta[row + r] += reduce_add(sum);
+                    Top{top[row + r], delta[row + r]}.add(scores + r * SCORE_STRIDE, own, scale());
                 }
             });
         }
@@ -306,8 +307,10 @@ struct RelativeTask {
     PYXLBERT_INLINE void differentiate_row(int stream, std::int64_t row, float* s, float* g, std::int64_t j0,
                                            std::int64_t n, std::int64_t end) {
         const std::int64_t i = index[row], visible = visible_keys(i, j0, n);
-        differentiate(exponent_of(stream, row), dropout, p.plane, delta[row], s, g, undropped, i, j0,
-                      relative.options.uniform_rows ? n : visible, end, p.keys <= BACKWARD_BLOCK);
+        const std::int64_t weighed = relative.options.uniform_rows ? n : visible;
+        if (inexact_lse(lse_of(stream, row))) below_top(s, weighed, top[row], scale());
+        differentiate(exponent_of(stream, row), dropout, p.plane, delta[row], s, g, undropped, i, j0, weighed, end,
+                      p.keys <= BACKWARD_BLOCK);
         // Later keys may lie outside the table, so their scores are constants.
         if (relative.options.uniform_rows && in.options.causal)
             fill_from(g, larger(0, smaller(n, i + p.diagonal + 1 - j0)), end, 0.0f);

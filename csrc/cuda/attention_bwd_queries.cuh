@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
             }
         }
         if (inexact) {
-            // Around a large lse its own rounding is large: sum exp(score - lse) once more, which is 1 but for that.
+            // Around a large lse its own rounding is large: see `lse_correction` in attention_arguments.h.
             if constexpr (!C::RELATIVE)
                 load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size,
                                                        false);
             const Lines<C> lines = lines_of<C>(p);
             const int tiles = ceil_div(p.walk->high, C::BN), row = first_row_of_warp<C>();
-            float sum[C::M][2] = {};
+            Running rows[C::M][2];
             Bands<C> bands(p.bands);
             p.ring.base = 0;
             fetch<C>(p, p.ring, 0, false);
@@ -99,10 +99,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
 #pragma unroll
                     for (int m = 0; m < C::M; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const float lse = p.places[row + m * C::STEP + lane_id() / 4 + e / 2 * 8].lse;
+                        for (int half = 0; half < 2; ++half) {
+                            float scores[2 * N];
 #pragma unroll
-                            for (int n = 0; n < N; ++n) sum[m][e / 2] += exp_of_difference(c[m][n][e], lse);
+                            for (int n = 0; n < 2 * N; ++n) scores[n] = c[m][n / 2][2 * half + n % 2];
+                            rows[m][half].add(scores);
                         }
                 } else {
                     bands.skip();
@@ -115,11 +116,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const Place& place = p.places[row + m * C::STEP + lane_id() / 4 + half * 8];
-                    float all = sum[m][half];
-                    all += __shfl_xor_sync(0xffffffffu, all, 1);
-                    all += __shfl_xor_sync(0xffffffffu, all, 2);
+                    Running& all = rows[m][half];
+                    all.join(1);
+                    all.join(2);
                     const bool counts = place.number >= 0 && place.lse != INFINITY_ && fabsf(place.lse) >= INEXACT_LSE;
-                    if (counts && lane_id() % 4 == 0) stream.lse_correction[statistics + place.number] = logf(all);
+                    if (counts && lane_id() % 4 == 0)
+                        stream.lse_correction[statistics + place.number] = (all.top - place.lse) + logf(all.sum);
                 }
         }
         if (!C::RELATIVE || !more) return;

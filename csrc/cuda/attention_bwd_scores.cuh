@@ -5,10 +5,37 @@
 namespace pyxlbert::cuda {
 
 // exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `lse_correction` is what the rounding
-// left.
+// left.  No weight is above 1, even where another order of adding left a score of 1e10 a rounding above the largest.
 DEVICE float weight_of(float score, const Place& place) {
-    return exp2_approx(__fmul_rn(__fsub_rn(__fsub_rn(score, place.lse), place.lse_correction), LOG2E));
+    const float exponent = __fsub_rn(__fsub_rn(score, place.lse), place.lse_correction);
+    return exp2_approx(__fmul_rn(min_or_nan(exponent, 0.0f), LOG2E));
 }
+
+// The running softmax of a row as one thread sees it: the largest of its scores, and the sum of the others' weights.
+struct Running {
+    float top = -INFINITY_, sum = 0.0f;
+
+    template <int N>
+    DEVICE void add(const float (&scores)[N]) {
+        float above = top;
+        for (int n = 0; n < N; ++n) above = fmaxf(above, scores[n]);
+        // Nothing may be subtracted from -inf.
+        if (above == -INFINITY_) return;
+        sum *= exp_of_difference(top, above);
+        for (int n = 0; n < N; ++n) sum += exp_of_difference(scores[n], above);
+        top = above;
+    }
+
+    // Both halves of a row, in every lane that asks.
+    DEVICE void join(int lanes_apart) {
+        const float other_top = __shfl_xor_sync(0xffffffffu, top, lanes_apart);
+        const float other_sum = __shfl_xor_sync(0xffffffffu, sum, lanes_apart);
+        const float above = fmaxf(top, other_top);
+        if (above != -INFINITY_)
+            sum = sum * exp_of_difference(top, above) + other_sum * exp_of_difference(other_top, above);
+        top = above;
+    }
+};
 
 // What forward and `rows` have found out about the queries of some places.
 template <int ROWS, int THREADS>
