@@ -45,6 +45,8 @@ def _file(path: Path) -> ModuleType:
 
 
 nvcc = _file(ROOT / "csrc" / "nvcc.py")
+# -O3 is for the host's code, of which nothing is asked but names.
+FLAGS = nvcc.FLAGS.replace("-O3 ", "")
 
 
 def units() -> dict[str, tuple[Path, str]]:
@@ -58,8 +60,8 @@ def units() -> dict[str, tuple[Path, str]]:
 
 def architectures_of(name: str) -> tuple[str, ...]:
     """Those that a unit is compiled for."""
-    if "hopper" in name:
-        # An empty kernel anywhere else.
+    if "hopper" in name or name in ("devices", "dispatch"):
+        # An empty kernel anywhere else, or none at all.
         return (FULL,)
     small: tuple[str, ...] = ()
     if name.startswith("relative_attention"):
@@ -69,55 +71,78 @@ def architectures_of(name: str) -> tuple[str, ...]:
     return ((FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES) + small
 
 
-def compiled(name: str, architecture: str) -> dict[str, Any]:
-    """By kernel: registers, stack, spills, shared memory (`static`, and `shared`, what its launch asks for) and how
-    many there are of each of INSTRUCTIONS; PTX comes with sm_100.
+def compiled(name: str) -> dict[str, dict[str, Any]]:
+    """By architecture and kernel: registers, stack, spills, shared memory (`static`, and `shared`, what its launch asks
+    for) and how many there are of each of INSTRUCTIONS; PTX comes with sm_100.
+
+    Architectures that take the same options are compiled by one call, whose host code is the same.
 
     Raises:
         RuntimeError: it does not compile, or has a kernel that it does not launch with one number of bytes.
     """
-    source, options = units()[name]
+    together: dict[str, list[str]] = {}
+    for architecture in architectures_of(name):
+        together.setdefault(_options(name, architecture), []).append(architecture)
+    found: dict[str, dict[str, Any]] = {}
+    for options, architectures in together.items():
+        found |= _compiled(name, options, architectures)
+    return {architecture: found[architecture] for architecture in architectures_of(name)}
+
+
+def _options(name: str, architecture: str) -> str:
+    options = units()[name][1]
     if architecture == FULL:
         options += " -DPYXLBERT_HOPPER"
     options += f" -DPYXLBERT_{'SMALL' if architecture in SMALL else 'LARGE'}_TILES"
     both = architecture == FULL or (architecture in SMALL and name.startswith("relative_attention"))
     few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if both else _ONE}"
+    return f"{options} {few}"
+
+
+def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, dict[str, Any]]:
+    source, where = units()[name][0], f"{name} for {', '.join(architectures)}"
     command = [
-        *(nvcc.find().nvcc, *nvcc.FLAGS.split(), *options.split(), *few.split(), f"-I{ROOT / 'csrc'}"),
-        *(_code(architecture), "-c", str(source)),
+        *(nvcc.find().nvcc, *FLAGS.split(), *options.split(), f"-I{ROOT / 'csrc'}"),
+        *(*map(_code, architectures), "-c", str(source)),
     ]
     key = hashlib.sha256(json.dumps([command, _version(), _headers(), source.read_text()]).encode()).hexdigest()
-    kept = BUILD / f"{name}.{architecture}.json"
+    kept = BUILD / f"{name}.{architectures[0]}.json"
     if kept.exists():
         before = json.loads(kept.read_text())
         if before["key"] == key:
             return before["kernels"]
     BUILD.mkdir(parents=True, exist_ok=True)
-    target = BUILD / f"{name}.{architecture}.o"
+    target = BUILD / f"{name}.{architectures[0]}.o"
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+        raise RuntimeError(f"{where}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
     if re.search("wgmma|warpgroup", done.stderr + done.stdout):
         # ptxas says so where it cannot leave products under way, or makes them wait for registers.
-        raise RuntimeError(f"{name} for {architecture}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    kernels = _resources(done.stderr + done.stdout)
-    for kernel, counts in _instructions(target, architecture).items():
-        kernels[kernel]["instructions"] = counts
-    kernels = dict(zip(_readable(list(kernels)), kernels.values(), strict=True))
-    launches = _launches(target)
-    for kernel, found in kernels.items():
-        if len(launches.get(kernel, ())) != 1:
-            raise RuntimeError(
-                f"{name} for {architecture}: {kernel} is launched with {launches.get(kernel, 'nothing')}"
-            )
-        (found["shared"],) = launches[kernel]
+        raise RuntimeError(f"{where}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    resources, launches = _resources(done.stderr + done.stdout), _launches(target)
+    kernels = {}
+    for architecture in architectures:
+        own = resources.get(_machine(architecture), {})
+        for kernel, counts in _instructions(target, architecture).items():
+            own[kernel]["instructions"] = counts
+        own = dict(zip(_readable(list(own)), own.values(), strict=True))
+        for kernel, found in own.items():
+            if len(launches.get(kernel, ())) != 1:
+                raise RuntimeError(f"{where}: {kernel} is launched with {launches.get(kernel, 'nothing')}")
+            (found["shared"],) = launches[kernel]
+        kernels[architecture] = own
     target.unlink()
     kept.write_text(json.dumps({"key": key, "kernels": kernels}))
     return kernels
 
 
+def _machine(architecture: str) -> str:
+    """Whose machine code an architecture runs."""
+    return SMALL.get(architecture, architecture)
+
+
 def _code(architecture: str) -> str:
-    number = SMALL.get(architecture, architecture)
+    number = _machine(architecture)
     codes = f"[sm_{number},compute_{number}]" if number == "100" else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={codes}"
 
@@ -136,13 +161,13 @@ def _headers() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def _resources(log: str) -> dict[str, Any]:
-    """What -Xptxas -v says."""
-    found: dict[str, Any] = {}
+def _resources(log: str) -> dict[str, dict[str, Any]]:
+    """What -Xptxas -v says, by machine code and kernel."""
+    found: dict[str, dict[str, Any]] = {}
     kernel = None
     for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
-            kernel = found[match[1]] = {}
+        if match := re.search(r"Compiling entry function '(\S+)' for 'sm_(\w+)'", line):
+            kernel = found.setdefault(match[2], {})[match[1]] = {}
         elif kernel is None:
             continue
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -162,7 +187,7 @@ def disassembler() -> str:
 def _instructions(target: Path, architecture: str) -> dict[str, dict[str, int]]:
     tool = disassembler()
     environment = dict(os.environ, PATH=f"{Path(tool).parent}:{os.environ['PATH']}")
-    command = [tool, "--dump-sass", "-arch", f"sm_{SMALL.get(architecture, architecture)}", str(target)]
+    command = [tool, "--dump-sass", "-arch", f"sm_{_machine(architecture)}", str(target)]
     text = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     found: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()
@@ -208,8 +233,8 @@ def _binutils(name: str) -> str:
 def main() -> None:
     budget: dict[str, dict[str, dict[str, Any]]] = {}
     for name in units():
-        for architecture in architectures_of(name):
-            for kernel, found in compiled(name, architecture).items():
+        for architecture, kernels in compiled(name).items():
+            for kernel, found in kernels.items():
                 entry = budget.setdefault(name, {}).setdefault(kernel, {"shared": 0, "registers": {}})
                 entry["shared"] = max(entry["shared"], found["shared"])
                 entry["registers"][architecture] = found["registers"]

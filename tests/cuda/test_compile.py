@@ -36,8 +36,7 @@ def test_every_file_has_its_budget() -> None:
 @pytest.mark.parametrize("name", check.units())
 def test_kernels_compile(name: str) -> None:
     wrong = []
-    for architecture in check.architectures_of(name):
-        kernels = check.compiled(name, architecture)
+    for architecture, kernels in check.compiled(name).items():
         budget = {kernel: found for kernel, found in BUDGET.get(name, {}).items() if architecture in found["registers"]}
         if not check.ALL:
             assert set(kernels) == set(budget), "kernels and budget.json differ: python tests/cuda/check.py --write"

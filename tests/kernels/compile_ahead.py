@@ -1,6 +1,6 @@
-"""Compiles the kernels of one op for every architecture, without a GPU, and prints a line of JSON for each.
+"""Compiles the kernels of ops for every architecture, without a GPU, and prints a line of JSON for each.
 
-    python tests/kernels/compile_ahead.py OP [--all]
+    python tests/kernels/compile_ahead.py OP .. [--all]
 
 Without --all one architecture takes all of the op's usual cases (`Use.AHEAD` in `pyxlbert.testing.specs`), and the
 others share out some of them, so that every kernel is compiled for several of them and every architecture is met
@@ -79,6 +79,7 @@ def call(spec: Spec, arguments: Arguments, atomics: bool) -> None:
 
 
 def main(op: str, every: bool) -> None:
+    """One op."""
     architecture = 0
     seen: set[str] = set()
     case = ""
@@ -89,6 +90,7 @@ def main(op: str, every: bool) -> None:
             return
         seen.add(compiled.hash)
         line = {
+            "op": op,
             "architecture": architecture,
             "kernel": kernel.__name__,
             "case": case,
@@ -108,4 +110,6 @@ def main(op: str, every: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--all" in sys.argv)
+    for word in sys.argv[1:]:
+        if word != "--all":
+            main(word, "--all" in sys.argv)

@@ -1,6 +1,6 @@
-"""Sends every kind of launch that the suite makes through Triton's front end, and prints a line of JSON at the end.
+"""Sends every kind of launch that the suite makes through Triton's front end, and prints a line of JSON for each op.
 
-    python tests/kernels/front_end.py OP [--all]
+    python tests/kernels/front_end.py OP .. [--all]
 
 Triton compiles a kernel anew for an argument that is None, that is 1 (a constant from then on), or that is a multiple
 of 16: source that holds for one kind need not hold for another.  The kinds are those of the suite's own cases
@@ -8,8 +8,9 @@ of 16: source that holds for one kind need not hold for another.  The kinds are 
 recorded instead of run.  Nothing is generated beyond Triton's first representation, so that a kind takes a tenth of a
 second; what passed is noted in the folder TRITON_CACHE_DIR, if that is set, and not tried again.
 
-The front end only passes on which arguments are multiples of 16, and sizes of tiles are numbers like others to it:
-kinds that differ in nothing else count as one, and every other case is of 16 bits, unless --all is asked for.  A
+The front end only passes on which arguments are multiples of 16, and sizes of tiles and the tag of dropout's bits are
+numbers like others to it: kinds that differ in nothing else count as one, and every other case is of 16 bits, unless
+--all is asked for.  A kind that one op has met is not tried again for the next.  A
 process that interprets kernels has no front end: this is one of its own.
 """
 
@@ -70,6 +71,7 @@ def _kind(kernel: Any, signature: dict[str, Any], constants: dict[tuple[int, ...
     names = kernel.arg_names
     sizes = {names[path[0]]: n for path, n in constants.items() if names[path[0]] in SIZES}
     others = {path: value for path, value in constants.items() if names[path[0]] not in SIZES}
+    others = {path: value._replace(tag=0) if hasattr(value, "tag") else value for path, value in others.items()}
     head_size = sizes.get("D", 0)
     return f"{kernel.cache_key} {signature} {others} {head_size == sizes.get('BLOCK_D')} {head_size > 64}"
 
@@ -78,7 +80,7 @@ class FrontEnd:
     """What stands behind `warmup` of a kernel: the first representation of each kind, once.
 
     Attributes:
-        kinds: how many there are of each kernel.
+        kinds: how many there are of each kernel, of the op that `begin` has named last.
         failures: the kernel, the case that met the kind first, and what was wrong with it.
     """
 
@@ -86,11 +88,16 @@ class FrontEnd:
         self.every = every
         self.backend = make_backend(TARGET)
         self.case = ""
+        self.right: set[str] = set()
+        self.begin()
+        kept = os.environ.get("TRITON_CACHE_DIR")
+        self.passed = Path(kept) / "front_end" if kept else None
+
+    def begin(self) -> None:
+        """Forgets what the op before has met, but not what was right."""
         self.seen: set[str] = set()
         self.kinds: dict[str, int] = {}
         self.failures: list[str] = []
-        kept = os.environ.get("TRITON_CACHE_DIR")
-        self.passed = Path(kept) / "front_end" if kept else None
 
     def compile(
         self, kernel: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, warmup: bool
@@ -103,6 +110,8 @@ class FrontEnd:
         self.seen.add(kind)
         name = f"{Path(kernel.fn.__code__.co_filename).stem}.{kernel.__name__}"
         self.kinds[name] = self.kinds.get(name, 0) + 1
+        if kind in self.right:
+            return
         note = None
         if self.passed is not None:
             note = self.passed / hashlib.sha256(f"{triton.__version__} {kind}".encode()).hexdigest()
@@ -117,12 +126,13 @@ class FrontEnd:
         except Exception:
             self.failures.append(f"{name} in {self.case}: {traceback.format_exc(limit=1)[-600:]}")
             return
+        self.right.add(kind)
         if note is not None:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
 
 
-def main(op: str, every: bool) -> None:
+def main(ops: list[str], every: bool) -> None:
     compile_for(ARCHITECTURE)
     front_end = FrontEnd(every)
     JITFunction._do_compile = lambda kernel, *arguments: front_end.compile(kernel, *arguments)
@@ -131,10 +141,12 @@ def main(op: str, every: bool) -> None:
         kernel.warmup(*arguments, grid=grid, **options)
 
     with launching(record, ARCHITECTURE):
-        for front_end.case, call in calls(SPECS[op], every):
-            call()
-    print(json.dumps({"kinds": front_end.kinds, "failures": front_end.failures}))
+        for op in ops:
+            front_end.begin()
+            for front_end.case, call in calls(SPECS[op], every):
+                call()
+            print(json.dumps({"op": op, "kinds": front_end.kinds, "failures": front_end.failures}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--all" in sys.argv)
+    main([word for word in sys.argv[1:] if word != "--all"], "--all" in sys.argv)

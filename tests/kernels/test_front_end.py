@@ -16,17 +16,29 @@ ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 
 
-@pytest.mark.parametrize("op", sorted(name for name, op in OPS.items() if "triton" in op.backends))
-def test_the_front_end_takes_every_kind_of_launch(op: str) -> None:
+TRITON_OPS = {name for name, op in OPS.items() if "triton" in op.backends}
+# Ops whose kernels are the same, or quick, share a process.
+RELATIVE = ["relative_attention", "two_stream_attention"]
+ROWS = sorted(name for name in TRITON_OPS if "attention" not in name)
+
+
+def test_every_op_of_triton_is_sent() -> None:
+    assert {"attention", *RELATIVE, *ROWS} == TRITON_OPS
+
+
+@pytest.mark.parametrize("ops", [["attention"], RELATIVE, ROWS], ids=["attention", "relative", "rows"])
+def test_the_front_end_takes_every_kind_of_launch(ops: list[str]) -> None:
     """None, 1 and multiples of 16 among the arguments each make a kernel of their own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-    command = [sys.executable, str(Path(__file__).parent / "front_end.py"), op]
+    command = [sys.executable, str(Path(__file__).parent / "front_end.py"), *ops]
     done = subprocess.run([*command, "--all"] if ALL else command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["failures"], "\n".join(found["failures"])
-    # A kernel that no case launches would never be looked at: rows have a forward and a backward, scores more.
-    launched = {kernel.rpartition(".")[2] for kernel in found["kinds"]}
-    assert {"_fwd", "_bwd"} <= launched or {"fwd", "bwd_rows", "bwd_keys", "bwd_queries"} <= launched
-    assert "attention" not in op or all(n >= 10 for n in found["kinds"].values()), found["kinds"]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [found["op"] for found in lines] == ops
+    for found in lines:
+        assert not found["failures"], "\n".join(found["failures"])
+        # A kernel that no case launches would never be looked at: rows have a forward and a backward, scores more.
+        launched = {kernel.rpartition(".")[2] for kernel in found["kinds"]}
+        assert {"_fwd", "_bwd"} <= launched or {"fwd", "bwd_rows", "bwd_keys", "bwd_queries"} <= launched
+        assert "attention" not in found["op"] or all(n >= 10 for n in found["kinds"].values()), found["kinds"]
