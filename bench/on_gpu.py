@@ -20,7 +20,7 @@ import pyxlbert
 from pyxlbert.backends import measured
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import HALF, Case, Spec, Use
 
 ROUNDS = 51

@@ -17,7 +17,7 @@ from pyxlbert.bench.timer import Tell, Timing, copies_for, nobody, race_on
 
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import Arguments, Case, Draw, Spec, Use, as_tuple, to_float64
 
 Change = Callable[[Arguments], Arguments]

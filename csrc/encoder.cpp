@@ -113,7 +113,7 @@ class EncoderLayers {
   public:
     explicit EncoderLayers(std::int64_t hidden) : hidden_(hidden) {}
 
-    // terms: of relative attention, the biases and embeddings of RelativeInputs in float32 with their sizes.
+    // terms: of relative attention, the biases and embeddings of RelativeCall in float32 with their sizes.
     // projections: one or two, see EncoderLayer.
     void add(const std::vector<std::shared_ptr<OwnedLinear>>& projections, std::shared_ptr<OwnedLinear> out,
              std::shared_ptr<OwnedLinear> up, std::shared_ptr<OwnedLinear> down, const Norm& attention_norm,
@@ -167,8 +167,8 @@ class EncoderLayers {
 // Layers first .. first + count - 1.
 void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::int64_t count, Address x,
                         Address residual, Address y, Address y_stream, std::int64_t rows,
-                        const std::array<int, 2>& dtypes, const AttentionInputs& attention, Address positions,
-                        const RelativeInputs* relative, const QueryRows* relative_rows) {
+                        const std::array<int, 2>& dtypes, const AttentionCall& attention, Address positions,
+                        const RelativeCall* relative, const Stream* relative_stream) {
     if (!layers.readable()) throw std::invalid_argument("layers packed for another instruction-set level");
     const EncoderLayersFwd arguments{layers.layers() + first,
                                      static_cast<int>(count),
@@ -182,8 +182,8 @@ void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::in
                                      DType(dtypes[1]),
                                      attention,
                                      pointer(positions),
-                                     relative == nullptr ? RelativeInputs{} : *relative,
-                                     relative_rows == nullptr ? QueryRows{} : *relative_rows};
+                                     relative == nullptr ? RelativeCall{} : *relative,
+                                     relative_stream == nullptr ? Stream{} : *relative_stream};
     PYXLBERT_RUN_AMX(encoder_layers_fwd, arguments, amx);
 }
 

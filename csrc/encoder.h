@@ -4,7 +4,7 @@
 
 namespace pyxlbert {
 
-// After AttentionInputs, RelativeInputs and QueryRows.
+// After AttentionCall, RelativeCall and Stream.
 void bind_encoder(pybind11::module_& cpu);
 
 }  // namespace pyxlbert

@@ -19,6 +19,8 @@
 #include "cuda/bindings.h"
 #endif
 #include "encoder.h"
+#include "fork.h"
+#include "records.h"
 #include "run.h"
 #include "tensors.h"
 #include "workspace.h"
@@ -39,13 +41,13 @@ pyxlbert::AttentionTensor attention_tensor(Address data, const Strides3& s) {
 }
 pyxlbert::ScoreTensor score_tensor(Address data, const Strides4& s) { return {pointer(data), s[0], s[1], s[2], s[3]}; }
 
-pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_strides, Address key,
-                                           const Strides3& key_strides, Address value, const Strides3& value_strides,
-                                           Address key_lengths, Address cu_seqlens, Address mask,
-                                           const Strides4& mask_strides, Address bias, const Strides4& bias_strides,
-                                           const std::array<std::int64_t, 5>& sizes, std::int64_t total, float scale,
-                                           double dropout_p, std::int64_t seed, int dtype, int bias_dtype, bool causal,
-                                           int threads) {
+pyxlbert::AttentionCall attention_call(Address query, const Strides3& query_strides, Address key,
+                                       const Strides3& key_strides, Address value, const Strides3& value_strides,
+                                       Address key_lengths, Address cu_seqlens, Address mask,
+                                       const Strides4& mask_strides, Address bias, const Strides4& bias_strides,
+                                       const std::array<std::int64_t, 5>& sizes, std::int64_t total,
+                                       const pyxlbert::ScoreOptions& options, double dropout_p, std::int64_t seed,
+                                       int dtype, int bias_dtype, int threads) {
     return {attention_tensor(query, query_strides),
             attention_tensor(key, key_strides),
             attention_tensor(value, value_strides),
@@ -59,12 +61,11 @@ pyxlbert::AttentionInputs attention_inputs(Address query, const Strides3& query_
             sizes[3],
             sizes[4],
             total,
-            scale,
+            options,
             dropout_p,
             seed,
             DType(dtype),
             DType(bias_dtype),
-            causal,
             threads};
 }
 
@@ -80,45 +81,44 @@ pyxlbert::ScoreTensor score_tensor(const View& x) {
 }
 
 // The same of tensors; `longest` is that of packed sequences.  None if elements of a row are not adjacent.
-std::optional<pyxlbert::AttentionInputs> attention_inputs_of(const View& query, const View& key, const View& value,
-                                                             const View& key_lengths, const View& cu_seqlens,
-                                                             const View& mask, const View& bias, std::int64_t longest,
-                                                             float scale, double dropout_p, std::int64_t seed,
-                                                             bool causal, int threads) {
+std::optional<pyxlbert::AttentionCall> attention_call_of(const View& query, const View& key, const View& value,
+                                                         const View& key_lengths, const View& cu_seqlens,
+                                                         const View& mask, const View& bias, std::int64_t longest,
+                                                         const pyxlbert::ScoreOptions& options, double dropout_p,
+                                                         std::int64_t seed, int threads) {
     for (const View* one : {&query, &key, &value})
         if (one->strides[one->dimensions - 1] != 1) return std::nullopt;
     const bool packed = cu_seqlens.data != nullptr;
     const std::int64_t* shape = query.shape + query.dimensions - 2;
-    return pyxlbert::AttentionInputs{attention_tensor(query),
-                                     attention_tensor(key),
-                                     attention_tensor(value),
-                                     static_cast<const std::int32_t*>(key_lengths.data),
-                                     static_cast<const std::int32_t*>(cu_seqlens.data),
-                                     score_tensor(mask),
-                                     score_tensor(bias),
-                                     packed ? cu_seqlens.shape[0] - 1 : query.shape[0],
-                                     shape[0],
-                                     packed ? longest : query.shape[1],
-                                     packed ? longest : key.shape[1],
-                                     shape[1],
-                                     packed ? query.shape[0] : 0,
-                                     scale,
-                                     dropout_p,
-                                     seed,
-                                     query.dtype,
-                                     bias.dtype,
-                                     causal,
-                                     threads};
+    return pyxlbert::AttentionCall{attention_tensor(query),
+                                   attention_tensor(key),
+                                   attention_tensor(value),
+                                   static_cast<const std::int32_t*>(key_lengths.data),
+                                   static_cast<const std::int32_t*>(cu_seqlens.data),
+                                   score_tensor(mask),
+                                   score_tensor(bias),
+                                   packed ? cu_seqlens.shape[0] - 1 : query.shape[0],
+                                   shape[0],
+                                   packed ? longest : query.shape[1],
+                                   packed ? longest : key.shape[1],
+                                   shape[1],
+                                   packed ? query.shape[0] : 0,
+                                   options,
+                                   dropout_p,
+                                   seed,
+                                   query.dtype,
+                                   bias.dtype,
+                                   threads};
 }
 
-void attention_fwd(const pyxlbert::AttentionInputs& inputs, const View& out, const View& lse) {
+void attention_fwd(const pyxlbert::AttentionCall& inputs, const View& out, const View& lse) {
     const pyxlbert::AttentionFwd arguments{inputs, out.data, static_cast<float*>(lse.data)};
     // 131,072 multiplications take a microsecond or two.
     const std::int64_t products = inputs.batch * inputs.heads * inputs.queries * (inputs.keys + 1) * inputs.head_size;
     PYXLBERT_RUN_WHERE(attention_fwd, arguments, amx, products > (1 << 17));
 }
 
-void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const Strides3& dout_strides, Address out,
+void attention_bwd(const pyxlbert::AttentionCall& inputs, Address dout, const Strides3& dout_strides, Address out,
                    Address lse, Address dquery, Address dkey, Address dvalue, Address dbias,
                    const Strides4& bias_shape) {
     pyxlbert::AttentionBwd arguments{inputs,
@@ -136,10 +136,10 @@ void attention_bwd(const pyxlbert::AttentionInputs& inputs, Address dout, const 
 // tables, rows of a table, offset
 using TableSizes = std::array<std::int64_t, 3>;
 
-pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs, Address table,
-                                         const Strides3& table_strides, const TableSizes& sizes, Address content_bias,
-                                         Address position_bias, Address segment_bias, Address segment_embedding,
-                                         Address key_rank, Address key_segments, bool uniform_rows) {
+pyxlbert::RelativeCall relative_call(const pyxlbert::AttentionCall& inputs, Address table,
+                                     const Strides3& table_strides, const TableSizes& sizes, Address content_bias,
+                                     Address position_bias, Address segment_bias, Address segment_embedding,
+                                     Address key_rank, Address key_segments, const pyxlbert::RelativeOptions& options) {
     return {inputs,
             attention_tensor(table, table_strides),
             sizes[0],
@@ -151,41 +151,38 @@ pyxlbert::RelativeInputs relative_inputs(const pyxlbert::AttentionInputs& inputs
             pointer<const float>(segment_embedding),
             pointer<const std::int32_t>(key_rank),
             pointer<const std::int32_t>(key_segments),
-            uniform_rows};
+            options};
 }
 
-pyxlbert::QueryRows query_rows(Address query, const Strides3& strides, std::int64_t count, Address out, Address lse,
-                               Address positions, Address order, Address rank, Address segment, bool see_self,
-                               bool mask_by_position, std::uint32_t tag) {
+pyxlbert::Stream stream_of(Address query, const Strides3& strides, std::int64_t count, Address out, Address lse,
+                           Address positions, Address order, Address rank, Address segment,
+                           const pyxlbert::StreamOptions& options) {
     return {attention_tensor(query, strides),
             count,
             pointer(out),
             pointer<float>(lse),
-            tag,
+            options,
             pointer<const std::int32_t>(positions),
             pointer<const std::int32_t>(order),
             pointer<const std::int32_t>(rank),
-            pointer<const std::int32_t>(segment),
-            see_self,
-            mask_by_position};
+            pointer<const std::int32_t>(segment)};
 }
 
-void relative_attention_fwd(const pyxlbert::RelativeInputs& inputs, const pyxlbert::QueryRows& content,
-                            const pyxlbert::QueryRows& query) {
+void relative_attention_fwd(const pyxlbert::RelativeCall& inputs, const pyxlbert::Stream& content,
+                            const pyxlbert::Stream& query) {
     pyxlbert::RelativeAttentionFwd arguments{inputs, {content, query}};
     PYXLBERT_RUN_AMX(relative_attention_fwd, arguments, amx);
 }
 
-void two_stream_attention_fwd(const pyxlbert::RelativeInputs& inputs, const pyxlbert::QueryRows& content,
-                              const pyxlbert::QueryRows& query) {
+void two_stream_attention_fwd(const pyxlbert::RelativeCall& inputs, const pyxlbert::Stream& content,
+                              const pyxlbert::Stream& query) {
     pyxlbert::RelativeAttentionFwd arguments{inputs, {content, query}};
     PYXLBERT_RUN_AMX(two_stream_attention_fwd, arguments, amx);
 }
 
 // dparameters, in float: of table, content bias, position bias, segment bias and segment embedding.
-pyxlbert::RelativeAttentionBwd relative_gradients(const pyxlbert::RelativeInputs& inputs,
-                                                  const pyxlbert::QueryRows& content, const pyxlbert::QueryRows& query,
-                                                  const std::array<Address, 2>& dout,
+pyxlbert::RelativeAttentionBwd relative_gradients(const pyxlbert::RelativeCall& inputs, const pyxlbert::Stream& content,
+                                                  const pyxlbert::Stream& query, const std::array<Address, 2>& dout,
                                                   const std::array<Strides3, 2>& dout_strides,
                                                   const std::array<Address, 2>& dquery, Address dkey, Address dvalue,
                                                   const std::array<Address, 5>& dparameters) {
@@ -426,17 +423,18 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("set_level", &pyxlbert::set_level);
     m.def("workspace_bytes", &pyxlbert::workspace_bytes);
+    pyxlbert::survive_forks();
     if (pyxlbert::add_tensor_checks(m.ptr()) < 0) throw py::error_already_set();
     m.def("release_workspace", &pyxlbert::release_workspace);
     m.def("poison_workspaces", &pyxlbert::poison_workspaces);
 
     py::module_ cpu = m.def_submodule("cpu");
-    py::class_<pyxlbert::AttentionInputs>(cpu, "AttentionInputs").def(py::init(&attention_inputs));
-    cpu.def("attention_inputs", &attention_inputs_of);
+    py::class_<pyxlbert::AttentionCall>(cpu, "AttentionCall").def(py::init(&attention_call));
+    cpu.def("attention_call", &attention_call_of);
     cpu.def("attention_fwd", &attention_fwd);
     cpu.def("attention_bwd", &attention_bwd);
-    py::class_<pyxlbert::RelativeInputs>(cpu, "RelativeInputs").def(py::init(&relative_inputs));
-    py::class_<pyxlbert::QueryRows>(cpu, "QueryRows").def(py::init<>()).def(py::init(&query_rows));
+    py::class_<pyxlbert::RelativeCall>(cpu, "RelativeCall").def(py::init(&relative_call));
+    py::class_<pyxlbert::Stream>(cpu, "Stream").def(py::init<>()).def(py::init(&stream_of));
     cpu.def("relative_attention_fwd", &relative_attention_fwd);
     cpu.def("two_stream_attention_fwd", &two_stream_attention_fwd);
     py::class_<pyxlbert::RelativeAttentionBwd>(cpu, "RelativeAttentionBwd").def(py::init(&relative_gradients));

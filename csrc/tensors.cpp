@@ -32,7 +32,7 @@ constexpr const char* CAPSULE = "pyxlbert.contract";
 // What the letters stand for in one call.
 struct Sizes {
     std::int64_t of_letter[26];
-    std::int64_t leading[MOST_DIMENSIONS];
+    std::int64_t leading[MAX_DIMENSIONS];
     Py_ssize_t leads = -1;
 
     int dtype = -1;  // of the arguments that have one: kind, DType and bytes
@@ -140,7 +140,7 @@ bool lent(PyObject* x, View& view) {
         PyErr_Clear();
         return false;
     }
-    if (found.lanes != 1 || found.dimensions > MOST_DIMENSIONS) return false;
+    if (found.lanes != 1 || found.dimensions > MAX_DIMENSIONS) return false;
     view.data = found.data == nullptr ? nullptr : static_cast<char*>(found.data) + found.byte_offset;
     view.dimensions = found.dimensions;
     view.shape = found.shape;
@@ -160,8 +160,8 @@ bool lent(PyObject* x, View& view) {
 int read_tuple(PyObject* tuple, std::int64_t* target) {
     if (tuple == nullptr) return -1;
     const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : -1;
-    if (size < 0 || size > MOST_DIMENSIONS) {
-        PyErr_Format(PyExc_ValueError, "got a tensor of %zd dimensions, wanted at most %d", size, MOST_DIMENSIONS);
+    if (size < 0 || size > MAX_DIMENSIONS) {
+        PyErr_Format(PyExc_ValueError, "got a tensor of %zd dimensions, wanted at most %d", size, MAX_DIMENSIONS);
     } else {
         for (Py_ssize_t d = 0; d < size; ++d) target[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, d));
     }
@@ -172,7 +172,7 @@ int read_tuple(PyObject* tuple, std::int64_t* target) {
 int read_attributes(PyObject* x, View& view) {
     view.dimensions = read_tuple(PyObject_GetAttr(x, shape_), view.own);
     if (view.dimensions < 0) return -1;
-    std::int64_t* strides = view.own + MOST_DIMENSIONS;
+    std::int64_t* strides = view.own + MAX_DIMENSIONS;
     if (read_tuple(PyObject_CallMethodNoArgs(x, stride_), strides) < 0) return -1;
     view.shape = view.own;
     view.strides = strides;

@@ -15,7 +15,7 @@
 
 namespace pyxlbert {
 
-constexpr int MOST_DIMENSIONS = 64;
+constexpr int MAX_DIMENSIONS = 64;
 
 // A tensor's memory; valid as long as the tensor lives and nobody resizes it.
 struct View {
@@ -29,7 +29,7 @@ struct View {
     bool on_cpu = false;
 
     // What shape and strides point at if torch does not lend its own.
-    std::int64_t own[2 * MOST_DIMENSIONS];
+    std::int64_t own[2 * MAX_DIMENSIONS];
 
     View() {}  // `own` is left as it is
     View(const View&) = delete;
@@ -42,7 +42,7 @@ struct View {
     std::int64_t row_stride() const;
 };
 
-// Of a tensor with at most MOST_DIMENSIONS dimensions, or of None.  Returns -1 with an error set on failure.
+// Of a tensor with at most MAX_DIMENSIONS dimensions, or of None.  Returns -1 with an error set on failure.
 int view_of(PyObject* tensor, View& view);
 
 // Adds to a module:

@@ -16,6 +16,16 @@ struct f16 {
 // Element type of a tensor as Python passes it; the order is pyxlbert.cpu's.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+// What tells one op's dropout bits from another's, the last counter word of Philox; the table of
+// pyxlbert.reference.philox.Tag.
+enum class Tag : std::uint32_t {
+    attention = 1,
+    relative_attention = 2,
+    query_stream = 3,
+    dropout_add_layer_norm = 4,
+    embedding_layer_norm = 5,
+};
+
 }  // namespace pyxlbert
 
 // Declares `void function(const Args&)` in the namespace of every instruction-set level.

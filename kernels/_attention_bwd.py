@@ -5,12 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_scores import end_of_keys, some_allowed, tile_scores
-from ._philox import ATTENTION
-from ._scores import (
+from ._attention import (
+    INFINITY,
     block_and_plane,
     delta_of,
-    exp,
     is_inexact,
     kept,
     load_delta,
@@ -18,10 +16,14 @@ from ._scores import (
     load_lse,
     load_rows,
     opened,
+    softmax_step,
     store_delta,
     store_rows,
     typed,
+    weights_of,
 )
+from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._philox import ATTENTION
 
 
 @triton.jit
@@ -48,6 +50,7 @@ def bwd_rows(
         delta = delta_of(dout, out, at, first_i, lse, BLOCK_M, D, BLOCK_D)
         inexact = is_inexact(lse)
         weight = tl.zeros((BLOCK_M,), tl.float32)
+        top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
         if tl.max(inexact.to(tl.int32), 0) > 0:
             q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
             for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
@@ -55,8 +58,8 @@ def bwd_rows(
                 if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
                     k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
                     s = tile_scores(call, at, q, k, i[:, None], j, CAUSAL, True, PRECISION)
-                    weight += tl.sum(exp(s - lse[:, None]), 1)
-        store_delta(saved, at, i, delta, inexact, weight)
+                    _, _, weight, top = softmax_step(s, weight, top)
+        store_delta(saved, at, i, delta, lse, inexact, weight, top)
 
 
 @triton.jit
@@ -95,7 +98,7 @@ def bwd_keys(
                 q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
                 do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
                 s = tile_scores(call, at, k, q, i[None, :], j, CAUSAL, True, PRECISION)
-                p = exp((s - lse[None, :]) - lse_correction[None, :])
+                p = weights_of(s, lse[None, :], lse_correction[None, :])
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 dropped = p
                 if call.dropout.seed is not None:
@@ -120,7 +123,7 @@ def _tile_gradient(
     k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
     v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
     s = tile_scores(call, at, q, k, i, j, CAUSAL, True, PRECISION)
-    p = exp((s - lse[:, None]) - lse_correction[:, None])
+    p = weights_of(s, lse[:, None], lse_correction[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if call.dropout.seed is not None:
         dp = tl.where(kept(call.dropout, i, first_j, at, ATTENTION, BLOCK_N), dp * call.dropout.keep_scale, 0.0)

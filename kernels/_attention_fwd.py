@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._attention import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results, typed
 from ._attention_scores import end_of_keys, some_allowed, tile_scores
 from ._philox import ATTENTION
-from ._scores import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results, typed
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention import INFINITY, Broadcast, Rows, Sizes, load_scores, some
 from ._philox import Dropout
-from ._scores import INFINITY, Broadcast, Rows, Sizes, load_scores, some
 
 
 class Call(NamedTuple):

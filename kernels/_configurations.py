@@ -198,11 +198,13 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys_positions", 80, 2, 64, False): Tile(16, 32, 4, 1),
     Key("relative_bwd_keys_positions", 90, 2, 64, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_keys_positions", 80, 2, 64, True): Tile(16, 32, 4, 1),
+    Key("relative_bwd_keys_positions", 86, 2, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys_positions", 100, 2, 64, True): Tile(16, 64, 4, 1),
     Key("relative_bwd_keys_positions", 80, 2, 128, False): Tile(16, 32, 4, 1),
     Key("relative_bwd_keys_positions", 100, 2, 128, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_keys_positions", 80, 2, 128, True): Tile(16, 16, 8, 1),
     Key("relative_bwd_queries", 80, 4, 64, False): Tile(16, 32, 8, 1, True),
+    Key("relative_bwd_queries", 86, 4, 64, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries", 90, 4, 64, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries", 80, 4, 64, True): Tile(16, 16, 8, 1, False),
     Key("relative_bwd_queries", 80, 4, 128, False): Tile(16, 16, 8, 1, False, maxnreg=None),
@@ -232,6 +234,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_positions", 80, 2, 128, True): Tile(16, 32, 8, 1, False),
     Key("relative_bwd_queries_positions", 90, 2, 128, True): Tile(16, 32, 4, 1, False),
     Key("relative_bwd_queries_table", 80, 4, 64, False): Tile(16, 32, 8, 1, True),
+    Key("relative_bwd_queries_table", 86, 4, 64, False): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries_table", 90, 4, 64, False): Tile(16, 16, 8, 1, True, maxnreg=None),
     Key("relative_bwd_queries_table", 80, 4, 64, True): Tile(16, 16, 8, 1, True),
     Key("relative_bwd_queries_table", 90, 4, 64, True): Tile(16, 16, 8, 1, False),
@@ -241,6 +244,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table", 90, 2, 32, True): Tile(32, 32, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 32, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 64, False): Tile(32, 64, 8, 1, True),
+    Key("relative_bwd_queries_table", 86, 2, 64, False): Tile(32, 32, 4, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, False): Tile(64, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 64, True): Tile(32, 32, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, True): Tile(32, 64, 8, 1, False),
@@ -253,7 +257,9 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table_positions", 80, 2, 32, False): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 32, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 64, False): Tile(16, 64, 4, 1, False),
+    Key("relative_bwd_queries_table_positions", 86, 2, 64, False): Tile(16, 32, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 64, True): Tile(16, 64, 4, 1, False),
+    Key("relative_bwd_queries_table_positions", 86, 2, 64, True): Tile(16, 32, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 90, 2, 64, True): Tile(16, 32, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 100, 2, 64, True): Tile(16, 64, 4, 1, False),
     Key("relative_bwd_queries_table_positions", 80, 2, 128, False): Tile(16, 32, 4, 1, False),
@@ -266,6 +272,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_rows", 90, 4, 128, False): Tile(16, 16, 4, 1),
     Key("relative_bwd_rows", 80, 4, 128, True): Tile(32, 32, 8, 1, maxnreg=None),
     Key("relative_bwd_rows", 80, 2, 64, False): Tile(64, 64, 4, 2),
+    Key("relative_bwd_rows", 86, 2, 64, False): Tile(32, 64, 4, 1),
     Key("relative_bwd_rows", 80, 2, 64, True): Tile(64, 64, 8, 1),
     Key("relative_bwd_rows", 90, 2, 64, True): Tile(64, 64, 4, 2),
     Key("relative_bwd_rows", 80, 2, 128, False): Tile(64, 64, 4, 2),
@@ -281,6 +288,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_rows_positions", 80, 2, 128, False): Tile(16, 64, 4, 1),
     Key("relative_bwd_rows_positions", 80, 2, 128, True): Tile(16, 64, 4, 1),
     Key("relative_bwd_table", 80, 4, 64, False): Tile(16, 32, 8, 1),
+    Key("relative_bwd_table", 86, 4, 64, False): Tile(16, 16, 8, 1),
     Key("relative_bwd_table", 90, 4, 64, False): Tile(16, 16, 4, 1),
     Key("relative_bwd_table", 80, 4, 64, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_table", 90, 4, 64, True): Tile(16, 16, 8, 1),
@@ -316,6 +324,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd", 90, 4, 64, False): Tile(32, 32, 8, 1, False, maxnreg=None),
     Key("relative_fwd", 100, 4, 64, False): Tile(16, 32, 4, 1, False, maxnreg=None),
     Key("relative_fwd", 80, 4, 64, True): Tile(32, 32, 8, 1, True),
+    Key("relative_fwd", 86, 4, 64, True): Tile(16, 32, 8, 1, True),
     Key("relative_fwd", 90, 4, 64, True): Tile(16, 32, 8, 1, True),
     Key("relative_fwd", 80, 4, 128, False): Tile(32, 32, 8, 1, False),
     Key("relative_fwd", 90, 4, 128, False): Tile(16, 32, 8, 1, False),
@@ -349,7 +358,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_fwd_positions", 80, 2, 128, True): Tile(16, 64, 4, 1, False),
 }
 
-# How kernels of scores are compiled: no fused multiply-add (see _scores.py).
+# How kernels of scores are compiled: no fused multiply-add (see _attention.py).
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 
 # In the interpreter the sizes of tests are a few tiles of these.  The band of a relative tile is two blocks of keys, so
@@ -424,7 +433,7 @@ def card(device: torch.device) -> Card:
 def refusal_of_heads(kernel: str, *tensors: Tensor | None) -> str | None:
     """The `supports` of the ops of scores: head sizes that have a tile, on a card that has room for it."""
     head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    most = most_head_size(kernel)
+    most = max_head_size(kernel)
     if head_size > most:
         return f"it takes head sizes of at most {most}, not {head_size}"
     reason = refusal(*tensors)
@@ -446,9 +455,9 @@ lack_of_room._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Of each kernel the largest head size that the table has a tile for.
-_MOST_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
+_MAX_HEAD_SIZES = {kernel: max(key.head_size for key in TABLE if key.kernel == kernel) for kernel, *_ in TABLE}
 
 
-def most_head_size(kernel: str) -> int:
+def max_head_size(kernel: str) -> int:
     """The largest head size that the table has a tile of this kernel for."""
-    return _MOST_HEAD_SIZES[kernel]
+    return _MAX_HEAD_SIZES[kernel]

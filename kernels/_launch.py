@@ -15,7 +15,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # A row is held in registers as a whole, over the threads of one block.
-MOST_COLUMNS = 1 << 16
+MAX_COLUMNS = 1 << 16
 
 
 def refusal(*tensors: Tensor | None) -> str | None:
@@ -37,8 +37,8 @@ def refusal(*tensors: Tensor | None) -> str | None:
 def refusal_of_rows(*tensors: Tensor | None) -> str | None:
     """The `supports` of the ops on rows: the first tensor's last dimension is bounded too."""
     columns = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if columns > MOST_COLUMNS:
-        return f"it takes rows of at most {MOST_COLUMNS} elements, not {columns}"
+    if columns > MAX_COLUMNS:
+        return f"it takes rows of at most {MAX_COLUMNS} elements, not {columns}"
     return refusal(*tensors)
 
 

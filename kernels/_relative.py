@@ -25,14 +25,7 @@ from pyxlbert.launch.relative import Shared
 from pyxlbert.launch.relative import Stream as Queries
 from pyxlbert.launch.rows import int32
 
-from ._configurations import COMPILE_OPTIONS, configuration
-from ._launch import launch
-from ._philox import dropout_of
-from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
-from ._relative_bwd_queries import bwd_queries
-from ._relative_fwd import fwd
-from ._relative_scores import Biases, Call, Marks, Options, Table
-from ._scores import (
+from ._attention import (
     broadcast_of,
     constants_of,
     grid_of,
@@ -41,6 +34,13 @@ from ._scores import (
     sizes_of,
     statistics_of,
 )
+from ._configurations import COMPILE_OPTIONS, configuration
+from ._launch import launch
+from ._philox import dropout_of
+from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
+from ._relative_bwd_queries import bwd_queries
+from ._relative_fwd import fwd
+from ._relative_scores import Biases, Call, Marks, Options, Table
 
 
 class Stream:
@@ -71,7 +71,7 @@ class Stream:
             Marks(positions, int32(self.order), segments, int32(shared.key_segments), rank, int32(shared.key_rank)),
             mask,
             self.sizes,
-            shared.scale,
+            shared.options.scale,
             dropout,
         )
 
@@ -90,7 +90,7 @@ class Stream:
         shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "OPTIONS": Options(shared.causal, shared.uniform_rows, *stream.options),
+            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),

@@ -5,6 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._attention import (
+    INFINITY,
+    UNIFORM_SCORE,
+    block_and_plane,
+    delta_of,
+    first_row,
+    is_inexact,
+    kept,
+    load_delta,
+    load_douts,
+    load_lse,
+    opened,
+    softmax_step,
+    store_delta,
+    store_rows,
+    typed,
+    weights_of,
+)
 from ._philox import keep_each
 from ._products import add_product, row_products
 from ._relative_scores import (
@@ -15,22 +33,6 @@ from ._relative_scores import (
     query_lines,
     some_seen,
     tile_scores,
-)
-from ._scores import (
-    UNIFORM_SCORE,
-    block_and_plane,
-    delta_of,
-    exp,
-    first_row,
-    is_inexact,
-    kept,
-    load_delta,
-    load_douts,
-    load_lse,
-    opened,
-    store_delta,
-    store_rows,
-    typed,
 )
 from ._skew import Matrix, load_seen, skewed
 
@@ -61,6 +63,7 @@ def bwd_rows(
         delta = delta_of(dout, out, at, first_i, lse, BLOCK_M, D, BLOCK_D)
         inexact = is_inexact(lse)
         weight = tl.zeros((BLOCK_M,), tl.float32)
+        top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
         if tl.max(inexact.to(tl.int32), 0) > 0:
             # Where a row without any key averages over all of them, all of them are read.
             readable = at.extent if OPTIONS.uniform_rows else at.keys
@@ -83,8 +86,8 @@ def bwd_rows(
                         lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
-                    weight += tl.sum(exp(s - lse[:, None]), 1)
-        store_delta(saved, at, row, delta, inexact, weight)
+                    _, _, weight, top = softmax_step(s, weight, top)
+        store_delta(saved, at, row, delta, lse, inexact, weight, top)
 
 
 @triton.jit
@@ -141,7 +144,7 @@ def bwd_keys(
                     lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
-                p = exp((s - lse[:, None]) - lse_correction[:, None])
+                p = weights_of(s, lse[:, None], lse_correction[:, None])
                 dp = row_products(do, v, None, PRECISION)
                 dropped = p
                 if call.dropout.seed is not None:
@@ -215,7 +218,7 @@ def bwd_table(
                     IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.position, r, queries, lines, j, OPTIONS, PRECISION)
-                p = exp((s - lse[:, None]) - lse_correction[:, None])
+                p = weights_of(s, lse[:, None], lse_correction[:, None])
                 dp = skewed(
                     do, values, first_j, moved, lines.top - lines.bottom,
                     IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,

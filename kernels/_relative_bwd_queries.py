@@ -5,6 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._attention import (
+    UNIFORM_SCORE,
+    block_and_plane,
+    first_row,
+    kept,
+    load_delta,
+    load_douts,
+    load_lse,
+    load_rows,
+    opened,
+    store_rows,
+    typed,
+    weights_of,
+)
 from ._products import add_product, row_products
 from ._relative_scores import (
     end_of_keys,
@@ -16,20 +30,6 @@ from ._relative_scores import (
     query_lines,
     some_seen,
     tile_scores,
-)
-from ._scores import (
-    UNIFORM_SCORE,
-    block_and_plane,
-    exp,
-    first_row,
-    kept,
-    load_delta,
-    load_douts,
-    load_lse,
-    load_rows,
-    opened,
-    store_rows,
-    typed,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
 
@@ -119,7 +119,7 @@ def bwd_queries(
                         IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                 s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION, PIECES)
-                p = exp((s - lse[:, None]) - lse_correction[:, None])
+                p = weights_of(s, lse[:, None], lse_correction[:, None])
                 v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 if RELOAD:
                     do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)

@@ -5,16 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._relative_scores import (
-    end_of_keys,
-    first_table_row,
-    load_queries,
-    numbers_before,
-    query_lines,
-    some_seen,
-    tile_scores,
-)
-from ._scores import (
+from ._attention import (
     INFINITY,
     UNIFORM_SCORE,
     block_and_plane,
@@ -24,6 +15,15 @@ from ._scores import (
     softmax_step,
     store_results,
     typed,
+)
+from ._relative_scores import (
+    end_of_keys,
+    first_table_row,
+    load_queries,
+    numbers_before,
+    query_lines,
+    some_seen,
+    tile_scores,
 )
 from ._skew import Matrix, load_seen, products, rolled, skewed
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
 from ._philox import Dropout
 from ._products import row_products
-from ._scores import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
 
 # Records that kernels take.
 
@@ -78,7 +78,7 @@ class Options(NamedTuple):
     """What every kernel is compiled for, beside its tile.
 
     Attributes:
-        causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`; the others as in its `StreamOptions`.
+        causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`, the others as in its `StreamOptions`.
     """
 
     causal: bool

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ._attention import UNSEEN_RANK
 from ._products import add_product, row_products, row_products_of_two
-from ._scores import UNSEEN_RANK
 
 
 class Matrix(NamedTuple):

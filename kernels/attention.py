@@ -22,14 +22,7 @@ from torch import Tensor
 
 from pyxlbert.launch.attention import lse_of
 
-from ._attention_bwd import bwd_bias, bwd_keys, bwd_queries, bwd_rows
-from ._attention_fwd import fwd
-from ._attention_scores import BiasGradient, Call
-from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
-from ._launch import launch
-from ._philox import dropout_of
-from ._plan import kind_of, remember, run
-from ._scores import (
+from ._attention import (
     broadcast_of,
     constants_of,
     grid_of,
@@ -39,6 +32,13 @@ from ._scores import (
     sizes_of,
     statistics_of,
 )
+from ._attention_bwd import bwd_bias, bwd_keys, bwd_queries, bwd_rows
+from ._attention_fwd import fwd
+from ._attention_scores import BiasGradient, Call
+from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
+from ._launch import launch
+from ._philox import dropout_of
+from ._plan import kind_of, remember, run
 
 
 def supports(*tensors: Tensor | None) -> str | None:

@@ -49,7 +49,7 @@ FOLDERS = {"pyxlbert": "pyxlbert", "kernels": "pyxlbert.kernels", "bench": "pyxl
 CIRCLES: set[tuple[str, str]] = set()
 
 # What one reader can hold.
-MOST_PARAMETERS, MOST_LINES = 15, 800
+MAX_PARAMETERS, MAX_LINES = 15, 800
 
 # Ops that wrap a vendor's GEMM have a kernel of ours for few rows only, which both share.
 VENDOR_OPS = {"linear", "linear_gelu"}
@@ -255,7 +255,7 @@ def long_signatures(code: str, public: set[str]) -> list[str]:
                 name = owner + getattr(child, "name", "<lambda>")
                 given = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
                 count = len(given) - (given[0].arg in ("self", "cls") if given else 0)
-                if count > MOST_PARAMETERS and name not in public:
+                if count > MAX_PARAMETERS and name not in public:
                     found.append(f"{name} has {count}")
             walk(child, f"{child.name}." if isinstance(child, ast.ClassDef) else owner)
 
@@ -274,7 +274,7 @@ def public_signatures(path: Path) -> set[str]:
 
 
 def test_signatures_are_short() -> None:
-    many = ", ".join(f"p{i}" for i in range(MOST_PARAMETERS + 1))
+    many = ", ".join(f"p{i}" for i in range(MAX_PARAMETERS + 1))
     code = (
         f"def f({many}): pass\ndef g({many[4:]}): pass\nclass C:\n    def f(self, {many}): pass\nh = lambda {many}: 0"
     )
@@ -295,7 +295,7 @@ def test_files_are_short() -> None:
         for folder in (*FOLDERS, "tests", "csrc")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
-        and (lines := len(text_of(path).splitlines())) > MOST_LINES
+        and (lines := len(text_of(path).splitlines())) > MAX_LINES
     ]
     assert not found
 

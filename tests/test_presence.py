@@ -44,7 +44,7 @@ def three_devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return OLD_DRIVER if device == 2 else ""
 
     monkeypatch.setattr(native, "cuda_is_emulated", False)
-    monkeypatch.setattr(native, "cuda_kernels", SimpleNamespace(probe=probe, MOST_COLUMNS=4096))
+    monkeypatch.setattr(native, "cuda_kernels", SimpleNamespace(probe=probe, MAX_COLUMNS=4096))
     monkeypatch.setattr(presence, "_interpreted", lambda: False)
     monkeypatch.setattr(presence, "_refusals", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -4,14 +4,14 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 
 void attention_fwd(const AttentionFwd& a) {
-    QueryRows rows{};
-    rows.query = a.in.query;
-    rows.count = a.in.queries;
-    rows.out = a.out;
-    rows.lse = a.lse;
-    rows.tag = static_cast<std::uint32_t>(Tag::attention);
+    Stream stream{};
+    stream.query = a.in.query;
+    stream.count = a.in.queries;
+    stream.out = a.out;
+    stream.lse = a.lse;
+    stream.options.tag = Tag::attention;
     with_element(a.in.dtype, [&](auto element, auto unit) {
-        run_forward<decltype(element), decltype(unit), false>(a.in, nullptr, &rows);
+        run_forward<decltype(element), decltype(unit), false>(a.in, nullptr, &stream);
     });
 }
 

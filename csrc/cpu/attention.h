@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../types.h"
+#include "../score_options.h"
 
 namespace pyxlbert {
 
@@ -19,7 +19,7 @@ struct ScoreTensor {
     std::int64_t batch, head, query, key;
 };
 
-struct AttentionInputs {
+struct AttentionCall {
     AttentionTensor query, key, value;
     const std::int32_t* key_lengths;  // [B], or null: all keys
     const std::int32_t* cu_seqlens;   // [B + 1], or null: padded
@@ -27,38 +27,35 @@ struct AttentionInputs {
     ScoreTensor bias;
     std::int64_t batch, heads, queries, keys, head_size;  // packed: queries = keys = the longest sequence
     std::int64_t total;                                   // packed: number of rows
-    float scale;
+    ScoreOptions options;
     double dropout_p;
     std::int64_t seed;
     DType dtype, bias_dtype;
-    bool causal;
     int threads;
 };
 
 // Queries of one stream: rows of scores, and where their results go.
-struct QueryRows {
+struct Stream {
     AttentionTensor query;
     std::int64_t count;  // of a sequence; packed: of the longest
     void* out;           // contiguous
     float* lse;          // [B, H, count], packed [H, total]; null: not wanted
-    std::uint32_t tag;   // of dropout
+    StreamOptions options;
     // The rest is of relative attention alone.
     const std::int32_t* positions;  // [B, count]: where each row stands, -1: nowhere; null: row i at i
     const std::int32_t* order;      // [B, count]: the rows by rising position, where there are positions
     const std::int32_t* rank;       // [B, count], packed [total], or null
     const std::int32_t* segment;    // the same
-    bool see_self;                  // row i sees key i + Tk - Tq whatever rank and mask say
-    bool mask_by_position;          // a row's mask is that of its position
 };
 
 struct AttentionFwd {
-    AttentionInputs in;
+    AttentionCall in;
     void* out;   // contiguous
     float* lse;  // [B, H, Tq], packed [H, total]; null: not wanted
 };
 
 struct AttentionBwd {
-    AttentionInputs in;
+    AttentionCall in;
     AttentionTensor dout;
     const void* out;  // contiguous
     const float* lse;

@@ -13,79 +13,10 @@
 // Long sums: dK and dV of TILES_TOGETHER tiles are summed apart and then added to those of earlier tiles; dbias keeps
 // what its additions round off where many rows meet in one element (sums.h).
 #include "../workspace.h"
-#include "backward_rows.h"
+#include "attention_bwd_plan.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
-
-// How the work is cut; nothing in it depends on the number of threads.
-struct Plan {
-    std::int64_t planes, blocks;
-    std::int64_t parts;    // runs of key blocks
-    std::int64_t slices;   // planes that share no element of dbias with another slice
-    std::int64_t members;  // planes of a slice
-    std::int64_t groups;   // runs of members, each with partial sums of its own
-    bool sums_bias;        // dbias is summed; otherwise each of its elements is written once
-    bool fills_bias;       // every plane has every element of its slice of dbias
-    bool in_place;         // dbias is where it is summed
-    bool keeps_lost;       // partial sums of dbias keep what they have rounded off, in as much memory again
-    bool many_tiles;       // dK and dV are summed in two steps
-    std::int64_t bias_queries, bias_keys, bias_partials, bias_slice;
-
-    std::int64_t units, unit_stride, columns, query_rows;
-    std::int64_t dquery, delta, values, sums, tile, keys, task;  // floats of scratch
-};
-
-template <class U>
-PYXLBERT_INLINE Plan make_plan(const AttentionBwd& a) {
-    constexpr std::int64_t enough_tasks = 32, most_parts = 8, blocks_a_part = 2, most_groups = 16;
-    const AttentionInputs& in = a.in;
-    Plan p;
-    p.planes = in.batch * in.heads;
-    p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
-    p.slices = p.planes;
-    p.members = p.groups = 1;
-    p.sums_bias = p.fills_bias = p.keeps_lost = false;
-    p.bias_queries = p.bias_keys = p.bias_slice = 0;
-    if (a.dbias != nullptr) {
-        const std::int64_t* shape = a.bias_shape;
-        p.slices = shape[0] * shape[1];
-        p.members = p.planes / p.slices;
-        p.bias_queries = shape[2];
-        p.bias_keys = shape[3];
-        p.bias_slice = shape[2] * shape[3];
-        p.sums_bias = p.members > 1 || shape[2] != in.queries || shape[3] != in.keys;
-        p.fills_bias =
-            shape[2] == in.queries && shape[3] == in.keys && !in.causal && in.key_lengths == nullptr && in.keys > 1;
-        // Partial sums take no more memory than the queries do, or twice that.
-        if (p.sums_bias) {
-            const std::int64_t room = p.planes * in.queries * in.head_size / (p.slices * p.bias_slice);
-            const std::int64_t rows = (shape[2] == 1 ? in.queries : 1) * (shape[3] == 1 ? p.blocks : 1);
-            p.groups = larger(1, smaller(smaller(room, most_groups), p.members));
-            p.keeps_lost = p.members / p.groups * rows > RUN_LENGTH;
-        }
-    }
-    p.parts = larger(
-        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
-    // A bias that is the same for all keys is summed over the parts too.
-    p.bias_partials = p.sums_bias ? p.groups * (p.bias_keys == 1 ? p.parts : 1) : 0;
-    p.in_place = p.bias_partials == 1 && in.bias_dtype == DType::float32;
-
-    p.units = round_to(ceil_divide(in.head_size, U::PAIR), U::K_STEP);
-    p.unit_stride = round_to(p.units, W);
-    p.columns = round_to(in.head_size, W);
-    p.query_rows = round_to(in.queries, U::ROW_STEP);
-    p.dquery = p.query_rows * p.columns;
-    p.delta = round_to(in.queries, 16);
-    p.values = values_room<U>(p.columns);
-    p.sums = sums_room<U>(p.columns);
-    p.tile = TILE<U> * (2 * SCORE_STRIDE + 2 * p.unit_stride) + 2 * p.values;
-    p.many_tiles = ceil_divide(in.queries, TILE<U>) > TILES_TOGETHER;
-    const std::int64_t sums = (p.many_tiles ? 4 : 2) * p.sums;
-    p.keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + sums + SCORE_STRIDE;
-    p.task = round_to((p.parts == 1 ? p.dquery : 0) + 2 * p.delta + p.tile + p.keys, 1024) + 64;
-    return p;
-}
 
 template <class T>
 PYXLBERT_INLINE void store_scores(T* target, const float* source, std::int64_t n) {
@@ -129,8 +60,8 @@ struct Backward {
     const Plan& plan;
     const Dropout dropout;
     const bool terms;
-    float *delta, *log2_norm, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk, *dv, *all_dk,
-        *all_dv, *undropped, *own_dquery;
+    float *delta, *minus_lse_correction, *top, *scores, *dp, *q, *dout, *q_values, *dout_values, *k, *v, *k_values, *dk,
+        *dv, *all_dk, *all_dv, *undropped, *own_dquery;
 
     PYXLBERT_INLINE Backward(const AttentionBwd& arguments, const Plan& p, float* scratch)
         : a(arguments),
@@ -143,7 +74,8 @@ struct Backward {
             return taken;
         };
         delta = take(p.delta);
-        log2_norm = take(p.delta);
+        minus_lse_correction = take(p.delta);
+        top = take(p.delta);
         scores = take(TILE<U> * SCORE_STRIDE);
         dp = take(TILE<U> * SCORE_STRIDE);
         q = take(TILE<U> * p.unit_stride);
@@ -177,8 +109,11 @@ struct Backward {
         }
     }
 
+    // Of the scores once their terms are added.
+    PYXLBERT_INLINE float scale() const { return terms ? 1.0f : a.in.options.scale; }
+
     PYXLBERT_INLINE Exponent exponent_of(const Plane<T>& p, std::int64_t i) const {
-        return {set1(terms ? 1.0f : a.in.scale), set1(-a.lse[p.lse_first + i]), set1(log2_norm[i])};
+        return {set1(scale()), set1(minus_exact_lse(a.lse[p.lse_first + i])), set1(minus_lse_correction[i])};
     }
 
     PYXLBERT_INLINE void pack_queries(const T* source, std::int64_t row_stride, std::int64_t rows, float* target) {
@@ -205,7 +140,8 @@ struct Backward {
         const float* lse = a.lse + p.lse_first;
         bool any = false;
         for (std::int64_t i = 0; i < p.queries; ++i) {
-            log2_norm[i] = delta[i] = 0.0f;
+            minus_lse_correction[i] = 0.0f;
+            Top{top[i], delta[i]}.begin(scale());
             any |= inexact_lse(lse[i]);
         }
         if (!any) return;
@@ -218,17 +154,14 @@ struct Backward {
                 multiply_keys(q, k, scores, round_to(rows, ROW_STEP<U>), n);
                 for (std::int64_t r = 0; r < rows; ++r) {
                     float* s = scores + r * SCORE_STRIDE;
-                    const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                    const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                     if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
-                    const Exponent exponent = exponent_of(p, q0 + r);
-                    Vec sum = zero();
-                    for (std::int64_t j = 0; j < visible; j += W) sum += exponent.weight(s, j, visible);
-                    delta[q0 + r] += reduce_add(sum);
+                    Top{top[q0 + r], delta[q0 + r]}.add(s, visible, scale());
                 }
             }
         }
         for (std::int64_t i = 0; i < p.queries; ++i)
-            if (inexact_lse(lse[i])) log2_norm[i] = -__builtin_log2f(delta[i]);
+            if (inexact_lse(lse[i])) minus_lse_correction[i] = -__builtin_log2f(delta[i]);
     }
 
     // dS of query i into dbias, or into the partial sums of this task.
@@ -298,8 +231,9 @@ struct Backward {
             if (r < rows) {
                 next_q.fetch(r, d);
                 next_dout.fetch(r, d);
-                const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.causal, j0 + n) - j0);
+                const std::int64_t visible = larger(0, p.visible(q0 + r, a.in.options.causal, j0 + n) - j0);
                 if (terms) add_terms(a.in, p, s, q0 + r, j0, visible);
+                if (inexact_lse(a.lse[p.lse_first + q0 + r])) below_top(s, visible, top[q0 + r], scale());
                 differentiate(exponent_of(p, q0 + r), dropout, p.plane, delta[q0 + r], s, g, undropped, q0 + r, j0,
                               visible, end, p.keys <= BACKWARD_BLOCK);
                 block.k.fetch(q0 - block.first + r, d);
@@ -384,7 +318,7 @@ struct Backward {
     // comes after them, or -1.
     void run(std::int64_t plane, std::int64_t part, std::int64_t next, float* dquery, float* bias_partial,
              float* bias_lost, bool begins_bias) {
-        const AttentionInputs& in = a.in;
+        const AttentionCall& in = a.in;
         const std::int64_t b = plane / in.heads, h = plane % in.heads, d = in.head_size;
         const Plane<T> p = plane_of<T>(in, b, h);
         const T* dout_rows = dout_of(p, b, h);
@@ -404,7 +338,7 @@ struct Backward {
                 pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   plan.columns);
                 // Causal: query i meets this block from i = j0 - diagonal on.
-                const std::int64_t first = in.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
+                const std::int64_t first = in.options.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
                 // The first block of a run meets all queries that the others meet.
                 Block<T> block = {
                     p,         dout_rows,   h,  j0, n,  first, p.keys > BACKWARD_BLOCK && index == begin, bias_partial,
@@ -427,7 +361,7 @@ struct Backward {
                 }
             }
             // The packed queries are used up.
-            store_sums<T, U>(dkey + j0 * stride, stride, dk, plan.columns, n, d, in.scale, q);
+            store_sums<T, U>(dkey + j0 * stride, stride, dk, plan.columns, n, d, in.options.scale, q);
             store_sums<T, U>(dvalue + j0 * stride, stride, dv, plan.columns, n, d, 1.0f, q);
             zero_rows(dkey + (j0 + n) * stride, stride, all - n, d);
             zero_rows(dvalue + (j0 + n) * stride, stride, all - n, d);
@@ -439,7 +373,7 @@ struct Backward {
 template <class T>
 PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::int64_t plane, const float* dquery,
                                   std::int64_t parts, std::int64_t between) {
-    const AttentionInputs& in = a.in;
+    const AttentionCall& in = a.in;
     const std::int64_t h = plane % in.heads, stride = in.heads * in.head_size;
     const Plane<T> p = plane_of<T>(in, plane / in.heads, h);
     T* target = static_cast<T*>(a.dquery) + p.q_first * stride + h * in.head_size;
@@ -448,25 +382,13 @@ PYXLBERT_INLINE void store_dquery(const AttentionBwd& a, const Plan& plan, std::
         for (std::int64_t part = 1; part < parts; ++part)
             for (std::int64_t c = 0; c < plan.columns; c += W)
                 store(row + c, load(row + c) + load(row + part * between + c));
-        store_row(target + i * stride, row, in.head_size, in.scale);
+        store_row(target + i * stride, row, in.head_size, in.options.scale);
     }
-}
-
-// The planes of slice `slice`, in order: member m of a bias that is broadcast over batch, heads or both.
-PYXLBERT_INLINE std::int64_t member_plane(const AttentionBwd& a, std::int64_t slice, std::int64_t m) {
-    if (a.dbias == nullptr) return slice;
-    const std::int64_t batches = a.in.batch, heads = a.in.heads;
-    const bool one_batch = a.bias_shape[0] == 1, one_head = a.bias_shape[1] == 1;
-    if (one_batch && one_head) return m;
-    if (one_batch) return m * heads + slice;
-    if (one_head) return slice * heads + m;
-    static_cast<void>(batches);
-    return slice;
 }
 
 template <class T, class U>
 void backward(const AttentionBwd& a) {
-    const AttentionInputs& in = a.in;
+    const AttentionCall& in = a.in;
     const Plan plan = make_plan<U>(a);
     const std::int64_t tasks = plan.slices * plan.groups * plan.parts;
     constexpr std::int64_t worth_a_thread = 1 << 17;  // multiplications

@@ -17,69 +17,12 @@
 // they lie (few_queries.h), in float32.
 #pragma once
 #include "../workspace.h"
+#include "attention_fwd_plan.h"
 #include "few_queries.h"
 #include "relative_rows.h"
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
-
-constexpr std::int64_t FORWARD_BLOCK = 512;
-constexpr std::int64_t SCORE_STRIDE = FORWARD_BLOCK + 32;  // not a power of two: rows would share cache sets
-// A band's columns: a block, what rounding to vectors adds, and either a tile's rows or SPAN.
-constexpr std::int64_t BAND_STRIDE = FORWARD_BLOCK + 96;
-constexpr std::int64_t SPAN = 64;  // positions that rows of one product with the band lie apart at most
-constexpr std::int64_t FARTHEST = INT64_MAX;
-
-// Queries of a tile: for tiles of 16 rows the next multiple of 32.
-template <class U>
-constexpr std::int64_t TILE = U::ROW_STEP == 16 ? 32 : 24;
-
-// Queries of a call, of both streams together, that are worth no packing.
-constexpr std::int64_t FEW_QUERIES = 4;
-
-// Tiles begin at multiples of it.
-constexpr std::int64_t TILE_STEP = 8;
-
-// Queries of a tile that meets n keys.  A band is as many columns wider than the keys as the tile has rows, so few keys
-// take tiles of fewer rows: with 16 the band begins at a whole vector besides.
-template <class U, bool RELATIVE>
-PYXLBERT_INLINE std::int64_t tile_rows(std::int64_t n) {
-    return RELATIVE && U::ROW_STEP == 2 && n <= 256 ? 16 : TILE<U>;
-}
-
-// Queries of a chunk, a multiple of every tile: packing a block of keys costs 2 % of so many rows' products.
-template <bool RELATIVE>
-constexpr std::int64_t CHUNK = RELATIVE ? 384 : 768;
-
-// Floats of one thread's scratch.
-struct Sizes {
-    std::int64_t units, unit_stride, columns;  // of a row of q and k; unit_stride and columns are multiples of W
-    std::int64_t chunk, table;                 // rows
-    std::int64_t q, o, k, v, product, total;
-};
-
-template <class U, bool RELATIVE>
-PYXLBERT_INLINE Sizes sizes_of(const AttentionInputs& in, std::int64_t rows, bool apart) {
-    Sizes s;
-    s.units = round_to((in.head_size + U::PAIR - 1) / U::PAIR, U::K_STEP);
-    s.unit_stride = round_to(s.units, W);
-    s.columns = round_to(in.head_size, W);
-    // A second set of rows begins at a tile of its own.
-    s.chunk = smaller(CHUNK<RELATIVE>, round_to(rows, TILE<U>)) + (RELATIVE ? TILE<U> : 0);
-    const std::int64_t keys = smaller(FORWARD_BLOCK, round_to(in.keys, W * 2));
-    // Rows at positions of their own may be few and far apart, but no farther than a whole chunk.
-    s.table = RELATIVE ? round_to(keys + (apart ? CHUNK<true> : s.chunk), W) : 0;
-    s.q = s.chunk * s.unit_stride;
-    s.o = s.chunk * s.columns;
-    s.k = keys * s.unit_stride;
-    s.v = keys / U::PAIR * s.columns;
-    s.product = TILE<U> * s.columns;
-    const std::int64_t relative = RELATIVE ? s.q + TILE<U> * BAND_STRIDE + s.table * s.unit_stride : 0;
-    const std::int64_t rows_of_chunk = 6 * round_to(s.chunk, 16);
-    const std::int64_t tile = TILE<U> * SCORE_STRIDE + s.product + TILE<U>;
-    s.total = round_to(tile + s.q + s.o + s.k + s.v + relative + rows_of_chunk, 1024) + 64;
-    return s;
-}
 
 // Rows first .. end - 1 of a stream, in the order of their positions.
 struct Run {
@@ -90,9 +33,9 @@ template <class T, class U, bool RELATIVE>
 struct Forward {
     static constexpr int STREAMS = RELATIVE ? 2 : 1;
 
-    const AttentionInputs& in;
-    const RelativeInputs* relative;
-    const QueryRows* streams;
+    const AttentionCall& in;
+    const RelativeCall* relative;
+    const Stream* streams;
     const Sizes& size;
     const bool terms;
     const bool few;  // nothing is packed; U is FloatUnit
@@ -112,13 +55,13 @@ struct Forward {
     std::int32_t lowest_key_rank = 0;  // of the block
     bool started[CHUNK<RELATIVE> / TILE_STEP + 8];
 
-    PYXLBERT_INLINE Forward(const AttentionInputs& inputs, const RelativeInputs* relative_inputs,
-                            const QueryRows* query_rows, const Sizes& sizes, bool few_queries, float* scratch)
+    PYXLBERT_INLINE Forward(const AttentionCall& inputs, const RelativeCall* relative_call, const Stream* given,
+                            const Sizes& sizes, bool few_queries, float* scratch)
         : in(inputs),
-          relative(relative_inputs),
-          streams(query_rows),
+          relative(relative_call),
+          streams(given),
           size(sizes),
-          terms(has_terms(inputs) || has_relative_terms(relative_inputs)),
+          terms(has_terms(inputs) || has_relative_terms(relative_call)),
           few(few_queries),
           dropout(make_dropout(inputs.dropout_p, inputs.seed, Tag::attention)) {
         const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
@@ -196,7 +139,7 @@ struct Forward {
                 if (relative->key_rank != nullptr) {
                     const std::int32_t* rank = relative->key_rank + p.k_first + j0;
                     lowest_key_rank = lowest_of(rank, all);
-                    if (!relative->uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
+                    if (!relative->options.uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
                 }
         }
         if constexpr (RELATIVE) {
@@ -241,16 +184,16 @@ struct Forward {
 
     // Scores of one row, n of them visible, to weights; those up to `end` are zero.  Updates the row's
     // statistics and leaves in rescale[r] what its earlier output must be multiplied by.
-    PYXLBERT_INLINE void softmax(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
+    PYXLBERT_INLINE void softmax(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row,
                                  std::int64_t r, std::int64_t j0, std::int64_t n, std::int64_t end) {
         float* s = scores + r * SCORE_STRIDE;
         const std::int64_t i = index[row];
         if (terms) {
             if constexpr (RELATIVE) {
-                const std::int64_t mask_row = stream.mask_by_position ? position[row] : i;
+                const std::int64_t mask_row = stream.options.mask_by_position ? position[row] : i;
                 add_relative_terms(*relative, p, s, {same_segment[row], other_segment[row]}, x.rank, x.segment,
-                                   stream.see_self, i, mask_row, j0, n);
-                if (relative->uniform_rows) {
+                                   stream.options.see_self, i, mask_row, j0, n);
+                if (relative->options.uniform_rows) {
                     fill_from(s, n, round_to(end, W), UNIFORM_SCORE);
                     n = end;
                 }
@@ -269,7 +212,7 @@ struct Forward {
         const float now = block > before ? block : before;
         // With nothing seen yet every exponent is -inf, whatever is subtracted.
         const float base = now == -INFINITY_ ? 0.0f : now;
-        const float factor = terms ? LOG2E : in.scale * LOG2E;
+        const float factor = terms ? LOG2E : in.options.scale * LOG2E;
         constexpr int DEGREE = U::PAIR == 2 ? 3 : 5;
         const auto weight = [&](std::int64_t j) PYXLBERT_LAMBDA {
             return exp2_nonpositive<DEGREE>((load(s + j) - set1(base)) * set1(factor));
@@ -321,10 +264,10 @@ struct Forward {
     }
 
     // No row of the tile may see a key of the block.
-    PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row,
+    PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row,
                                 std::int64_t rows, std::int64_t j0, std::int64_t n) const {
-        if (relative->key_rank == nullptr || relative->uniform_rows) return false;
-        if (stream.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
+        if (relative->key_rank == nullptr || relative->options.uniform_rows) return false;
+        if (stream.options.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
             return false;
         for (std::int64_t r = 0; r < rows; ++r)
             if (x.rank[index[row + r]] > lowest_key_rank) return false;
@@ -333,11 +276,11 @@ struct Forward {
 
     // A row of the chunk and keys j0 .. j0 + n - 1, as they lie.
     PYXLBERT_INLINE void single(const Plane<T>& p, std::int64_t b, std::int64_t h, const Queries<T>& x,
-                                const QueryRows& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
+                                const Stream& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
         const std::int64_t d = in.head_size;
         bool all = false;
-        if constexpr (RELATIVE) all = relative->uniform_rows;
-        if (!all) n = smaller(n, p.visible(index[row], in.causal, p.keys) - j0);
+        if constexpr (RELATIVE) all = relative->options.uniform_rows;
+        if (!all) n = smaller(n, p.visible(index[row], in.options.causal, p.keys) - j0);
         if (n <= 0) return;
         multiply_rows<false>(q + row * size.unit_stride, p.k + j0 * p.k_stride, p.k_stride, n, d, scores);
         if constexpr (RELATIVE) {
@@ -348,18 +291,18 @@ struct Forward {
                 static_cast<const T*>(r.data) + b * relative->tables / in.batch * r.batch + h * r.head + first * r.row;
             multiply_rows<true>(q_position + row * size.unit_stride, band_rows, r.row, present, d, scores);
         }
-        const std::int64_t visible = p.visible(index[row], in.causal, p.seen_keys) - j0;
+        const std::int64_t visible = p.visible(index[row], in.options.causal, p.seen_keys) - j0;
         softmax(p, x, stream, row, 0, j0, visible < 0 ? 0 : smaller(visible, n), n);
         add_weighted_rows(scores, p.v + j0 * p.v_stride, p.v_stride, n, d, rescale[0], o + row * size.columns);
     }
 
     // Rows row .. of the chunk, one tile, and keys j0 .. j0 + n - 1.
-    void tile(const Plane<T>& p, const Queries<T>& x, const QueryRows& stream, std::int64_t row, std::int64_t rows,
+    void tile(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row, std::int64_t rows,
               std::int64_t j0, std::int64_t n) {
-        const bool causal = in.causal;
+        const bool causal = in.options.causal;
         if constexpr (RELATIVE) {
             if (hidden(p, x, stream, row, rows, j0, n)) return;
-            if (!relative->uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
+            if (!relative->options.uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         } else {
             n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         }
@@ -399,13 +342,13 @@ struct Forward {
         }
     }
 
-    PYXLBERT_INLINE void store_rows(const Queries<T>& x, const QueryRows& stream, std::int64_t h, std::int64_t row,
+    PYXLBERT_INLINE void store_rows(const Queries<T>& x, const Stream& stream, std::int64_t h, std::int64_t row,
                                     std::int64_t rows) {
         for (std::int64_t end = row + rows; row < end; ++row) {
             const bool dead = sum[row] == 0.0f;
             float lse = INFINITY_;
             if (!dead && stream.lse != nullptr)
-                lse = maximum[row] * (terms ? 1.0f : in.scale) + __builtin_logf(sum[row]);
+                lse = maximum[row] * (terms ? 1.0f : in.options.scale) + __builtin_logf(sum[row]);
             // A dead row may not have been written at all, so its output is not multiplied but replaced.
             store_row(x, stream, h, index[row], lse, dead ? nullptr : o + row * size.columns,
                       dead ? 0.0f : 1.0f / sum[row]);
@@ -413,8 +356,8 @@ struct Forward {
     }
 
     // o null: zeros.
-    PYXLBERT_INLINE void store_row(const Queries<T>& x, const QueryRows& stream, std::int64_t h, std::int64_t i,
-                                   float lse, const float* source, float factor) {
+    PYXLBERT_INLINE void store_row(const Queries<T>& x, const Stream& stream, std::int64_t h, std::int64_t i, float lse,
+                                   const float* source, float factor) {
         const std::int64_t d = in.head_size;
         T* target = static_cast<T*>(stream.out) + ((x.first + i) * in.heads + h) * d;
         if (stream.lse != nullptr) stream.lse[x.lse_first + i] = lse;
@@ -437,13 +380,13 @@ struct Forward {
             at = round_to(at + rows, TILE<U>);
         }
         // Causal sequences have no second stream.
-        const bool all = !in.causal || (RELATIVE && relative->uniform_rows);
+        const bool all = !in.options.causal || (RELATIVE && relative->options.uniform_rows);
         const std::int64_t limit = all ? p.keys : p.visible(highest, true, p.keys);
         for (std::int64_t j0 = 0; j0 < limit; j0 += FORWARD_BLOCK) {
             const std::int64_t n = smaller(FORWARD_BLOCK, limit - j0);
             if (!few) pack(p, b, h, j0, n, lowest, highest);
             for (int stream = 0; stream < STREAMS; ++stream) {
-                dropout.tag = static_cast<Tag>(streams[stream].tag);
+                dropout.tag = streams[stream].options.tag;
                 const std::int64_t rows = runs[stream].end - runs[stream].first;
                 if (few) {
                     for (std::int64_t r = start[stream]; r < start[stream] + rows; ++r)
@@ -463,7 +406,7 @@ struct Forward {
         const std::int64_t b = plane / in.heads, h = plane % in.heads;
         Plane<T> p = plane_of<T>(in, b, h);
         if constexpr (RELATIVE)
-            if (relative->uniform_rows) p.keys = p.all_keys;
+            if (relative->options.uniform_rows) p.keys = p.all_keys;
         Queries<T> queries[STREAMS];
         Run left[STREAMS];
         for (int stream = 0; stream < STREAMS; ++stream) {
@@ -503,7 +446,7 @@ struct Forward {
 };
 
 template <class T, class U, bool RELATIVE>
-void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams, bool few) {
+void run_forward_in(const AttentionCall& in, const RelativeCall* relative, const Stream* streams, bool few) {
     const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
     const bool apart = streams[0].positions != nullptr || (RELATIVE && streams[1].positions != nullptr);
     const Sizes size = sizes_of<U, RELATIVE>(in, rows, apart);
@@ -521,8 +464,8 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
     const std::int64_t work = planes * rows * (in.keys + 1) * in.head_size;
     std::int64_t team = larger(1, smaller(smaller(in.threads, tasks), work / worth_a_thread));
     // Relative attention promises a bound on its memory for any number of threads.
-    constexpr std::int64_t most_scratch = 48 << 20;
-    if constexpr (RELATIVE) team = larger(1, smaller(team, most_scratch / (size.total * 4)));
+    constexpr std::int64_t max_scratch = 48 << 20;
+    if constexpr (RELATIVE) team = larger(1, smaller(team, max_scratch / (size.total * 4)));
     float* scratch = static_cast<float*>(workspace(Slot::tile, team * size.total * sizeof(float)));
 
     std::int64_t next = 0;
@@ -542,7 +485,7 @@ void run_forward_in(const AttentionInputs& in, const RelativeInputs* relative, c
 
 // `streams` are two if RELATIVE, one else; the second may have no rows.
 template <class T, class U, bool RELATIVE>
-void run_forward(const AttentionInputs& in, const RelativeInputs* relative, const QueryRows* streams) {
+void run_forward(const AttentionCall& in, const RelativeCall* relative, const Stream* streams) {
     const std::int64_t rows = streams[0].count + (RELATIVE ? streams[1].count : 0);
     if (rows == 0) return;
     if (rows <= FEW_QUERIES && in.cu_seqlens == nullptr)

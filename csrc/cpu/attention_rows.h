@@ -126,7 +126,7 @@ struct Plane {
 PYXLBERT_INLINE std::int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 template <class T>
-PYXLBERT_INLINE Plane<T> plane_of(const AttentionInputs& a, std::int64_t b, std::int64_t h) {
+PYXLBERT_INLINE Plane<T> plane_of(const AttentionCall& a, std::int64_t b, std::int64_t h) {
     Plane<T> p;
     const auto at = [&](const AttentionTensor& x, std::int64_t first) PYXLBERT_LAMBDA {
         return static_cast<const T*>(x.data) + (a.cu_seqlens != nullptr ? first * x.row : b * x.batch) + h * x.head;
@@ -164,8 +164,8 @@ PYXLBERT_INLINE Plane<T> plane_of(const AttentionInputs& a, std::int64_t b, std:
 }
 
 // Scores need more than scaling inside the exponent.
-PYXLBERT_INLINE bool has_terms(const AttentionInputs& a) {
-    return a.mask.data != nullptr || a.bias.data != nullptr || !(a.scale > 0.0f);
+PYXLBERT_INLINE bool has_terms(const AttentionCall& a) {
+    return a.mask.data != nullptr || a.bias.data != nullptr || !a.options.only_scales();
 }
 
 template <class T>
@@ -204,19 +204,19 @@ PYXLBERT_INLINE void apply_mask(float* s, const std::uint8_t* mask, std::int64_t
 // Scores of query i against keys j0 .. j0 + n - 1 in natural units: scale * s + bias, masked ones -inf.
 // Lanes from n to the next vector hold anything.
 template <class T>
-PYXLBERT_INLINE void add_terms(const AttentionInputs& a, const Plane<T>& p, float* s, std::int64_t i, std::int64_t j0,
+PYXLBERT_INLINE void add_terms(const AttentionCall& a, const Plane<T>& p, float* s, std::int64_t i, std::int64_t j0,
                                std::int64_t n) {
     if (n <= 0) return;
     if (p.bias == nullptr) {
-        for (std::int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * set1(a.scale));
+        for (std::int64_t j = 0; j < n; j += W) store(s + j, load(s + j) * set1(a.options.scale));
     } else {
         const std::int64_t first = i * p.bias_query + j0 * p.bias_key;
         if (a.bias_dtype == DType::float32)
-            add_bias(s, static_cast<const float*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const float*>(p.bias) + first, p.bias_key, n, a.options.scale);
         else if (a.bias_dtype == DType::bfloat16)
-            add_bias(s, static_cast<const bf16*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const bf16*>(p.bias) + first, p.bias_key, n, a.options.scale);
         else
-            add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.scale);
+            add_bias(s, static_cast<const f16*>(p.bias) + first, p.bias_key, n, a.options.scale);
     }
     if (p.mask != nullptr) apply_mask(s, p.mask + i * p.mask_query + j0 * p.mask_key, p.mask_key, n, -INFINITY_);
 }

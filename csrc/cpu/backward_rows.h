@@ -155,23 +155,68 @@ PYXLBERT_INLINE void pair_rows([[maybe_unused]] const float* first, [[maybe_unus
 #endif
 }
 
-// exp(scale * s - lse) * norm of one row.
+// exp(scale * s - lse - lse_correction) of one row, or of an inexact one exp(scale * (s - top)) / sum: see Top.  The
+// correction is to base 2.
 struct Exponent {
-    Vec scale, minus_lse, log2_norm;
+    Vec scale, minus_lse, minus_lse_correction;
 
     // Elements j .. of the row, zero from n on.
     PYXLBERT_INLINE Vec weight(const float* s, std::int64_t j, std::int64_t n) const {
-        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(LOG2E), log2_norm));
+        const Vec w = exp2_nonpositive<5>(fma(fma(load(s + j), scale, minus_lse), set1(LOG2E), minus_lse_correction));
         return j + W <= n ? w : keep_first(w, static_cast<int>(n - j));
     }
 };
 
+// From here on lse is too coarse for exp(s - lse).
+constexpr float INEXACT_LSE = 64.0f;
+
 // exp(s - lse) has the rounding of lse in it, which grows with |lse| and at the end swallows the number of keys (a row
-// whose scores are finfo.min throughout).  The weights of such rows are summed first, so that their sum can be divided
-// out.
+// whose scores are finfo.min throughout), or is larger than any exponent (scores of 1e10 and more).  Of such rows the
+// largest score and the sum of exp(score - largest) are found anew, and stand in for lse.
 PYXLBERT_INLINE bool inexact_lse(float lse) {
     const float size = lse < 0.0f ? -lse : lse;
-    return size >= 64.0f && size < INFINITY_;
+    return size >= INEXACT_LSE && size < INFINITY_;
+}
+
+// -lse for the Exponent of a row: nothing of an inexact one, whose scores go through `below_top` before.
+PYXLBERT_INLINE float minus_exact_lse(float lse) { return inexact_lse(lse) ? 0.0f : -lse; }
+
+// What stands in for an inexact lse: the score that scale makes the largest, and the sum of exp(scale * (s - top)).
+struct Top {
+    float& top;
+    float& sum;
+
+    // Before the first block.
+    PYXLBERT_INLINE void begin(float scale) const {
+        top = scale < 0.0f ? INFINITY_ : -INFINITY_;
+        sum = 0.0f;
+    }
+
+    // n scores of the row; what lies behind them up to a multiple of W is overwritten.
+    PYXLBERT_INLINE void add(float* s, std::int64_t n, float scale) const {
+        const float sign = scale < 0.0f ? -1.0f : 1.0f;
+        fill_from(s, n, round_to(n, W), -sign * INFINITY_);
+        Vec best = set1(-INFINITY_);
+        for (std::int64_t j = 0; j < n; j += W) best = max(best, load(s + j) * set1(sign));
+        const float block = reduce_max(best), before = sign * top, now = block > before ? block : before;
+        if (now == -INFINITY_) return;
+        const float factor = scale * sign * LOG2E;
+        if (now > before) sum = before == -INFINITY_ ? 0.0f : sum * exp2_scalar((before - now) * factor);
+        top = sign * now;
+        Vec weights = zero();
+        for (std::int64_t j = 0; j < n; j += W)
+            weights += exp2_nonpositive<5>((load(s + j) * set1(sign) - set1(now)) * set1(factor));
+        sum += reduce_add(weights);
+    }
+};
+
+// n scores of an inexact row less its top.  None is above it, even where another order of adding left one a rounding
+// higher than when the top was found.
+PYXLBERT_INLINE void below_top(float* s, std::int64_t n, float top, float scale) {
+    for (std::int64_t j = 0; j < n; j += W) {
+        const Vec x = load(s + j) - set1(top);
+        store(s + j, scale < 0.0f ? max(x, zero()) : zero() - max(zero() - x, zero()));
+    }
 }
 
 // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds all

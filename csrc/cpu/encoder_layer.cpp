@@ -218,7 +218,7 @@ class Encoder {
     }
 
     void attend(const EncoderLayer& layer) const {
-        AttentionInputs in = a.attention;
+        AttentionCall in = a.attention;
         in.dtype = COPIED ? DType::bfloat16 : DType::float32;
         if (in.cu_seqlens == nullptr && offsets[0] == 0) {
             in.cu_seqlens = offsets;
@@ -239,7 +239,7 @@ class Encoder {
             multiply_rows<U>(positions + row * row_stride, row_stride, count, layer.position.weight, 0,
                              panels_of(layer.position.weight), my_scratch(), epilogue);
         }
-        RelativeAttentionFwd relative{a.relative, {a.relative_rows, {}}};
+        RelativeAttentionFwd relative{a.relative, {a.relative_stream, {}}};
         relative.in.in = in;
         relative.in.table = {table, a.relative.table_rows * width, width, in.head_size};
         relative.in.content_bias = layer.content_bias;
@@ -248,15 +248,15 @@ class Encoder {
             relative.in.segment_bias = layer.segment_bias;
             relative.in.segment_embedding = layer.segment_embedding;
         }
-        relative.rows[0].query = in.query;
-        relative.rows[0].out = mixed;
-        relative.rows[0].lse = lse;
+        relative.streams[0].query = in.query;
+        relative.streams[0].out = mixed;
+        relative.streams[0].lse = lse;
         relative_attention_fwd(relative);
     }
 
     // Whether sequences of equal length can be described as packed rows, whose bits do not depend on the batch.
     PYXLBERT_INLINE bool plain() const {
-        const AttentionInputs& in = a.attention;
+        const AttentionCall& in = a.attention;
         return in.cu_seqlens == nullptr && in.key_lengths == nullptr && in.mask.data == nullptr &&
                in.bias.data == nullptr;
     }
@@ -351,7 +351,7 @@ PYXLBERT_INLINE void advance(T*& p, std::int64_t bytes) {
 // The call for sequences first .. last - 1; of packed rows `offsets` receives where they start.
 EncoderLayersFwd slice_of(const EncoderLayersFwd& whole, std::int64_t first, std::int64_t last, std::int32_t* offsets) {
     EncoderLayersFwd a = whole;
-    AttentionInputs& in = a.attention;
+    AttentionCall& in = a.attention;
     std::int64_t row = first * in.queries, longest = in.queries;
     a.rows = (last - first) * in.queries;
     if (in.cu_seqlens != nullptr) {
@@ -366,7 +366,7 @@ EncoderLayersFwd slice_of(const EncoderLayersFwd& whole, std::int64_t first, std
         in.cu_seqlens = offsets;
         in.total = a.rows;
         in.queries = in.keys = longest;
-        a.relative_rows.count = longest;
+        a.relative_stream.count = longest;
     }
     in.batch = last - first;
     advance(a.x, row * a.hidden * bytes_of(a.dtype));
@@ -378,8 +378,8 @@ EncoderLayersFwd slice_of(const EncoderLayersFwd& whole, std::int64_t first, std
     advance(in.bias.data, first * in.bias.batch * bytes_of(in.bias_dtype));
     advance(a.relative.key_rank, row * 4);
     advance(a.relative.key_segments, row * 4);
-    advance(a.relative_rows.rank, row * 4);
-    advance(a.relative_rows.segment, row * 4);
+    advance(a.relative_stream.rank, row * 4);
+    advance(a.relative_stream.segment, row * 4);
     return a;
 }
 
@@ -390,7 +390,7 @@ void run(const EncoderLayersFwd& a) {
 }  // namespace
 
 void encoder_layers_fwd(const EncoderLayersFwd& a) {
-    const AttentionInputs& in = a.attention;
+    const AttentionCall& in = a.attention;
     // Sequences with tables of their own are counted from the first.
     if (a.rows <= SLICE_ROWS || (a.positions != nullptr && a.relative.tables > 1)) return run(a);
     auto* offsets = static_cast<std::int32_t*>(

@@ -22,7 +22,7 @@ struct EncoderLayer {
     Activation activation;
     // Of relative attention; `position` [H D, E] has no columns where there is none.
     PackedLinear position;
-    const float *content_bias, *position_bias, *segment_bias, *segment_embedding;  // see RelativeInputs
+    const float *content_bias, *position_bias, *segment_bias, *segment_embedding;  // see RelativeCall
 };
 
 struct EncoderLayersFwd {
@@ -35,11 +35,11 @@ struct EncoderLayersFwd {
     std::int64_t rows, hidden;
     DType dtype, stream_dtype;
     // Where the rows lie and what masks them; query, key, value and dtype are the layers' own.
-    AttentionInputs attention;
+    AttentionCall attention;
     // Of relative attention: [tables R, E] in dtype, and the inputs whose `in` and table are the layers' own.
     const void* positions;
-    RelativeInputs relative;
-    QueryRows relative_rows;
+    RelativeCall relative;
+    Stream relative_stream;
 };
 
 PYXLBERT_DECLARE_LEVELS(encoder_layers_fwd, EncoderLayersFwd)

@@ -15,7 +15,7 @@ namespace {
 constexpr int TASK_COLUMNS = 16, TOGETHER = 4;
 
 // Rows of x that are summed at once: with AVX-512's 32 registers 6 x 4 sums, with 16 registers 2 x 4.
-constexpr int MOST_ROWS = W == 16 ? 6 : 2;
+constexpr int MAX_ROWS = W == 16 ? 6 : 2;
 
 // Elements of a row that are summed in one chain per lane.
 constexpr std::int64_t LONGEST = 128 * W;
@@ -120,7 +120,7 @@ void forward(const LinearFwd& a, Activation activation) {
             widen_row(static_cast<const T*>(a.x) + i * a.x_stride, wide + i * x_stride, a.inner);
         x = wide;
     }
-    const int groups = static_cast<int>((a.rows + MOST_ROWS - 1) / MOST_ROWS);
+    const int groups = static_cast<int>((a.rows + MAX_ROWS - 1) / MAX_ROWS);
     const std::int64_t tasks = (a.columns + TASK_COLUMNS - 1) / TASK_COLUMNS;
     const TeamScratch scratch = team_scratch(team(a.threads, a.columns * a.inner), a.rows * TASK_COLUMNS);
 

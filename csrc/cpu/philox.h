@@ -6,15 +6,6 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-// Last counter word; the table of pyxlbert.reference.philox.Tag.
-enum class Tag : std::uint32_t {
-    attention = 1,
-    relative_attention = 2,
-    query_stream = 3,
-    dropout_add_layer_norm = 4,
-    embedding_layer_norm = 5,
-};
-
 struct Dropout {
     bool active;          // false: nothing is dropped and nothing is scaled
     float scale;          // 1 / (1 - p)

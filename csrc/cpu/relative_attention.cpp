@@ -5,7 +5,7 @@ namespace pyxlbert::PYXLBERT_LEVEL {
 
 void relative_attention_fwd(const RelativeAttentionFwd& a) {
     with_element(a.in.in.dtype, [&](auto element, auto unit) {
-        run_forward<decltype(element), decltype(unit), true>(a.in.in, &a.in, a.rows);
+        run_forward<decltype(element), decltype(unit), true>(a.in.in, &a.in, a.streams);
     });
 }
 

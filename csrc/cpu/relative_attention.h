@@ -5,8 +5,8 @@
 
 namespace pyxlbert {
 
-struct RelativeInputs {
-    AttentionInputs in;     // no bias; query and queries are the content stream's
+struct RelativeCall {
+    AttentionCall in;       // no bias; query and queries are the content stream's
     AttentionTensor table;  // [G, R, H, D]: `batch` is the stride between tables
     std::int64_t tables, table_rows;
     std::int64_t offset;               // query at p meets key j at table row offset + j - p
@@ -16,17 +16,17 @@ struct RelativeInputs {
     const float* segment_embedding;    // [2, H, D]: of the same segment, of another; or null
     const std::int32_t* key_rank;      // [B, Tk], packed [total], or null
     const std::int32_t* key_segments;  // the same
-    bool uniform_rows;                 // a masked score is UNIFORM_SCORE, not -inf
+    RelativeOptions options;
 };
 
 struct RelativeAttentionFwd {
-    RelativeInputs in;
-    QueryRows rows[2];  // content and query stream; a stream that is absent has no rows
+    RelativeCall in;
+    Stream streams[2];  // content and query stream; a stream that is absent has no rows
 };
 
 struct RelativeAttentionBwd {
-    RelativeInputs in;
-    QueryRows rows[2];  // out and lse are forward's; a stream without a gradient has no rows
+    RelativeCall in;
+    Stream streams[2];  // out and lse are forward's; a stream without a gradient has no rows
     AttentionTensor dout[2];
     void* dquery[2];  // contiguous; rows that stand nowhere are left as they are
     void* dkey;       // contiguous

@@ -21,8 +21,7 @@ struct Queries {
 };
 
 template <class T>
-PYXLBERT_INLINE Queries<T> queries_of(const AttentionInputs& in, const QueryRows& rows, std::int64_t b,
-                                      std::int64_t h) {
+PYXLBERT_INLINE Queries<T> queries_of(const AttentionCall& in, const Stream& rows, std::int64_t b, std::int64_t h) {
     Queries<T> x;
     const bool packed = in.cu_seqlens != nullptr;
     x.first = packed ? in.cu_seqlens[b] : b * rows.count;
@@ -53,8 +52,8 @@ PYXLBERT_INLINE std::int64_t first_at(const Queries<T>& x, std::int64_t place) {
     return low;
 }
 
-PYXLBERT_INLINE bool has_relative_terms(const RelativeInputs* a) {
-    return a != nullptr && (a->key_rank != nullptr || a->segment_embedding != nullptr || a->uniform_rows);
+PYXLBERT_INLINE bool has_relative_terms(const RelativeCall* a) {
+    return a != nullptr && (a->key_rank != nullptr || a->segment_embedding != nullptr || a->options.uniform_rows);
 }
 
 PYXLBERT_INLINE const float* of_head(const float* bias, std::int64_t h, std::int64_t d) {
@@ -122,6 +121,24 @@ PYXLBERT_INLINE void clear_unseen(const std::int32_t* rank, std::int64_t n, floa
     }
 }
 
+// The sum of a row's scores at keys of its own segment; n is rounded up to vectors, the row is zero there.
+PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segments, std::int32_t segment,
+                                     std::int64_t n) {
+#if defined(__AVX512F__)
+    Vec sum = zero();
+    for (std::int64_t j = 0; j < n; j += W) {
+        const __m512i keys = _mm512_maskz_loadu_epi32(first_lanes(static_cast<int>(n - j)), segments + j);
+        sum = sum + _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(segment)), load(g + j));
+    }
+    return reduce_add(sum);
+#else
+    float lanes[W] = {};
+    for (std::int64_t j = 0; j < n; ++j)
+        if (segments[j] == segment) lanes[j % W] += g[j];
+    return reduce_add(load(lanes));
+#endif
+}
+
 struct SegmentScores {
     float same, other;
 };
@@ -157,12 +174,12 @@ PYXLBERT_INLINE Vec relative_terms(Vec x, const std::int32_t* segments, std::int
 
 // Scores of query i against keys j0 .. j0 + n - 1 in natural units, masked ones -inf or UNIFORM_SCORE.
 template <class T>
-PYXLBERT_INLINE void add_relative_terms(const RelativeInputs& a, const Plane<T>& p, float* s, SegmentScores score,
+PYXLBERT_INLINE void add_relative_terms(const RelativeCall& a, const Plane<T>& p, float* s, SegmentScores score,
                                         const std::int32_t* query_ranks, const std::int32_t* query_segments,
                                         bool see_self, std::int64_t i, std::int64_t mask_row, std::int64_t j0,
                                         std::int64_t n) {
     if (n <= 0) return;
-    const float masked = a.uniform_rows ? UNIFORM_SCORE : -INFINITY_, scale = a.in.scale;
+    const float masked = a.options.uniform_rows ? UNIFORM_SCORE : -INFINITY_, scale = a.in.options.scale;
     const std::int32_t* ranks = a.key_rank == nullptr ? nullptr : a.key_rank + p.k_first + j0;
     const std::int32_t* segments = a.segment_embedding == nullptr ? nullptr : a.key_segments + p.k_first + j0;
     const std::int32_t rank = ranks == nullptr ? 0 : query_ranks[i];

@@ -7,7 +7,7 @@
 namespace pyxlbert::cuda {
 
 // A cudaStream_t.
-using Stream = void*;
+using CudaStream = void*;
 
 // [rows, N], `stride` elements from row to row.
 struct Rows {
@@ -27,15 +27,6 @@ struct Sum {
     DType dtype;
 };
 
-// Dropout: the last counter word of Philox; the table of pyxlbert.reference.philox.Tag.
-enum class Tag : std::uint32_t {
-    attention = 1,
-    relative_attention = 2,
-    query_stream = 3,
-    dropout_add_layer_norm = 4,
-    embedding_layer_norm = 5,
-};
-
 // How a kernel drops: nothing where there is no seed, which lies on the device.
 struct Dropout {
     const std::int64_t* seed;
@@ -51,6 +42,6 @@ inline Dropout make_dropout(double p, const std::int64_t* seed) {
 }
 
 // The longest row that the kernels on rows take.
-constexpr std::int64_t MOST_COLUMNS = 4096;
+constexpr std::int64_t MAX_COLUMNS = 4096;
 
 }  // namespace pyxlbert::cuda

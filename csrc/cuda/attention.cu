@@ -7,7 +7,7 @@
 namespace pyxlbert::cuda {
 
 template <>
-void Kernels<PYXLBERT_ELEMENT>::attention_fwd(const Attention& a, Stream stream) {
+void Kernels<PYXLBERT_ELEMENT>::attention_fwd(const AttentionCall& a, CudaStream stream) {
     if (attention_fwd_hopper(a, stream)) return;
     with_head_size<true>(a.head_size, [&](auto size) {
         launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, false, 1, false>(a, has_extras(a), stream);

@@ -5,17 +5,17 @@
 namespace pyxlbert::cuda {
 
 // out and lse of the one stream.
-void launch_attention_fwd(const Attention& a, Stream stream);
+void launch_attention_fwd(const AttentionCall& a, CudaStream stream);
 
-// delta, rest, dquery of the one stream, dkey, dvalue, and dbias unless it is null.
-void launch_attention_bwd(const Attention& a, Stream stream);
+// delta, lse_correction, dquery of the one stream, dkey, dvalue, and dbias unless it is null.
+void launch_attention_bwd(const AttentionCall& a, CudaStream stream);
 
 // Whether scores need more than lengths and causality.
-inline bool has_extras(const Attention& a) {
+inline bool has_extras(const AttentionCall& a) {
     return a.mask.data != nullptr || a.bias.data != nullptr || a.dropout.seed != nullptr;
 }
 
 // The largest head size that the kernels of attention take.
-constexpr int MOST_HEAD_SIZE = 128;
+constexpr int MAX_HEAD_SIZE = 128;
 
 }  // namespace pyxlbert::cuda

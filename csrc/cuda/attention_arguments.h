@@ -1,6 +1,7 @@
 // The arguments of all attention kernels, forward and backward; no CUDA in here.
 #pragma once
 #include "cuda/arguments.h"
+#include "score_options.h"
 
 namespace pyxlbert::cuda {
 
@@ -18,7 +19,7 @@ struct Scores {
 };
 
 // The queries of one stream and what comes of them.
-struct QueryStream {
+struct Stream {
     Heads query;
     int rows;  // of a sequence; packed: at most
     // int32 [B, rows]: positions in order, and the numbers of their rows; null: row i is at position i.  Rows of
@@ -26,20 +27,19 @@ struct QueryStream {
     const std::int32_t *positions, *numbers;
     // int32 [B, rows] or packed, by number; or null.
     const std::int32_t *rank, *segments;
-    bool see_self;          // row i sees key i + Tk - Tq whatever the masks say
-    bool mask_by_position;  // the mask's row is a query's position and not its number
-    Tag tag;
+    StreamOptions options;
     void* out;   // like the query, contiguous
     float* lse;  // [B, H, rows], packed [H, total]
     // Backward.
     Heads dout;
-    float *delta, *rest;       // like lse: sum of dout * out; what lse is short of the logarithm of the weights' sum
+    float* delta;              // like lse: the sum of dout * out
+    float* lse_correction;     // like lse: what it is short of the logarithm of the weights' sum
     void* dquery;              // like the query, contiguous
     void *content, *position;  // relative_attention: the query with either bias, like the query, contiguous
     float* parts;              // [B * H, windows, 5, D], or null: sums over queries for the biases' gradients
 };
 
-struct Attention {
+struct AttentionCall {
     Heads key, value;
     const std::int32_t *key_lengths, *cu_seqlens;
     Scores mask;  // bytes
@@ -48,8 +48,7 @@ struct Attention {
     int batch, heads, queries, keys;  // of a sequence; packed: at most
     int head_size;
     std::int64_t total;  // packed rows, or 0
-    float scale;
-    bool causal;
+    ScoreOptions options;
     Dropout dropout;
     DType dtype;
     // relative_attention: the table [tables, table_rows, H, D]; the others [H, D] and, the last, [2, H, D].
@@ -57,9 +56,9 @@ struct Attention {
     int tables, table_rows, offset;
     Parameter content_bias, position_bias, segment_bias, segment_embedding;
     const std::int32_t *key_rank, *key_segments;  // [B, Tk] or packed, or null
-    bool uniform;                                 // a row without any key averages over all of them
+    RelativeOptions relative;
     int streams;
-    QueryStream stream[2];
+    Stream stream[2];
     // Backward.
     void *dkey, *dvalue;  // contiguous
     float* dtable;        // [tables, table_rows, H, D]
@@ -68,8 +67,8 @@ struct Attention {
 };
 
 // A call with one of its streams alone.
-inline Attention alone(const Attention& a, int stream) {
-    Attention one = a;
+inline AttentionCall alone(const AttentionCall& a, int stream) {
+    AttentionCall one = a;
     one.streams = 1;
     one.stream[0] = a.stream[stream];
     return one;
@@ -77,7 +76,7 @@ inline Attention alone(const Attention& a, int stream) {
 
 // Calls f with each stream that has rows alone.
 template <class F>
-void for_each_stream(const Attention& a, F f) {
+void for_each_stream(const AttentionCall& a, F f) {
     for (int n = 0; n < a.streams; ++n)
         if (a.stream[n].rows > 0) f(alone(a, n));
 }

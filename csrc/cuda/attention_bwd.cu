@@ -10,10 +10,10 @@ namespace {
 // A tile of the bias's gradient: the scores' gradients of all tiles that it was added to, over sequences, heads,
 // queries and keys, one by one, a warp for 16 by BN of each.
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     constexpr int D = C::D, N = C::BN / 8;
-    const QueryStream& stream = a.stream[0];
+    const Stream& stream = a.stream[0];
     unsigned char* memory = shared_memory();
     Masks* masks = reinterpret_cast<Masks*>(memory);
     Place* places = reinterpret_cast<Place*>(memory + 2 * MASKS_SIZE);
@@ -111,7 +111,7 @@ constexpr std::size_t shared_of_bias() {
 }  // namespace
 
 template <>
-void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const Attention& a, Stream stream) {
+void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const AttentionCall& a, CudaStream stream) {
     with_head_size<true>(a.head_size, [&](auto size) {
         using T = PYXLBERT_ELEMENT;
         constexpr int D = decltype(size)::value;
@@ -121,7 +121,7 @@ void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const Attention& a, Stream stream)
             launch_attention_bwd_of<T, D, false, false, false>(a, stream);
         if (a.dbias != nullptr) {
             using C = SumTile<T, D, true, false, false>;
-            static_assert(shared_of_bias<C>() <= LEAST_SHARED);
+            static_assert(shared_of_bias<C>() <= MIN_SHARED);
             const std::int64_t tiles = ceil_div(a.dbias_shape[2], C::BM) * ceil_div(a.dbias_shape[3], C::BK);
             launch<attention_bwd_bias<C>, shared_of_bias<C>()>(grid_of(tiles * a.dbias_shape[0] * a.dbias_shape[1]),
                                                                C::THREADS, stream, a);

@@ -20,19 +20,19 @@
 namespace pyxlbert::cuda {
 
 template <class T, int D, bool RELATIVE, bool EXTRAS, bool SMALL>
-void launch_attention_bwd_of(const Attention& a, Stream stream) {
+void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
     using W = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Tile;
     using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
-    constexpr std::size_t MOST = TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MOST_SHARED : LEAST_SHARED;
-    static_assert(QueriesTile<W>::SHARED <= MOST && shared_of_keys<S>() <= MOST);
+    constexpr std::size_t ROOM = TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED : MIN_SHARED;
+    static_assert(QueriesTile<W>::SHARED <= ROOM && shared_of_keys<S>() <= ROOM);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
-    for_each_stream(a, [&](const Attention& one) {
+    for_each_stream(a, [&](const AttentionCall& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
         launch<attention_bwd_rows<W>, W::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
     });
     launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS, stream,
                                                        a);
-    for_each_stream(a, [&](const Attention& one) {
+    for_each_stream(a, [&](const AttentionCall& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
         using Q = QueriesTile<W>;
         launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);

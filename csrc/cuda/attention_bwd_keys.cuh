@@ -8,7 +8,7 @@ namespace pyxlbert::cuda {
 template <class C>
 DEVICE bool warp_tile_matters(const Masks& mask, const Place& upper, const Place& lower, int first_j) {
     bool some = false;
-    if (C::EXTRAS && mask.uniform) return true;
+    if (C::EXTRAS && mask.uniform_rows) return true;
 #pragma unroll
     for (int n = 0; n < C::BN / 8; ++n)
 #pragma unroll
@@ -23,7 +23,7 @@ template <class C>
 struct KeysSide {
     using T = typename C::T;
     static constexpr int D = C::D, N = C::BN / 8;
-    const Attention& a;
+    const AttentionCall& a;
     Sequence s;
     int b, h, first_j;
     T *keys, *values, *position, *contents, *douts, *weights, *gradients;
@@ -31,7 +31,7 @@ struct KeysSide {
     Band<C::BN> band;
     float dkey[1][C::COLUMNS / 8][4], dvalue[1][C::COLUMNS / 8][4];
 
-    DEVICE KeysSide(const Attention& a, const Sequence& s, int b, int h, int first_j)
+    DEVICE KeysSide(const AttentionCall& a, const Sequence& s, int b, int h, int first_j)
         : a(a), s(s), b(b), h(h), first_j(first_j) {
         band.line0 = reinterpret_cast<float*>(shared_memory() + C::PLACES) + warp_id() * Band<C::BN>::FLOATS;
         keys = reinterpret_cast<T*>(shared_memory() + C::PLACES + C::BANDS);
@@ -51,12 +51,13 @@ struct KeysSide {
     }
     DEVICE const Sequence& sequence(const Step&) const { return s; }
     DEVICE int lowest(const Step& step) const {
-        const QueryStream& stream = a.stream[step.stream];
-        const bool bounded = a.causal && stream.positions == nullptr && !(C::EXTRAS && (a.uniform || stream.see_self));
+        const Stream& stream = a.stream[step.stream];
+        const bool bounded = a.options.causal && stream.positions == nullptr &&
+                             !(C::EXTRAS && (a.relative.uniform_rows || stream.options.see_self));
         return bounded ? max(first_j - s.shift, 0) / C::BM : 0;
     }
     DEVICE int last(const Step& step) const {
-        const QueryStream& stream = a.stream[step.stream];
+        const Stream& stream = a.stream[step.stream];
         return stream.positions == nullptr
                    ? ceil_div(min(stream.rows, s.queries == a.queries ? stream.rows : s.queries), C::BM)
                    : windows_of(a, stream, C::BM);
@@ -65,7 +66,7 @@ struct KeysSide {
     DEVICE void move() { ring.move(-C::BM); }
 
     DEVICE void fetch(const Step& step, const Place* places, int buffer, bool whole) const {
-        const QueryStream& stream = a.stream[step.stream];
+        const Stream& stream = a.stream[step.stream];
         T* content = contents + buffer * C::QUERIES;
         if constexpr (C::RELATIVE) {
             const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
@@ -141,7 +142,7 @@ struct KeysSide {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     const int blocks = ceil_div(a.keys, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, b = plane / a.heads, h = plane % a.heads;
@@ -153,9 +154,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             masks_of(a, a.stream[threadIdx.x], s, b, h);
     __syncthreads();
     KeysSide<C> side(a, s, b, h, first_j);
-    const bool uniform = C::EXTRAS && a.uniform;
-    const int readable = uniform ? s.extent : s.keys;
-    const std::int32_t* hidden = C::EXTRAS && !uniform ? side.masks(0).key_rank : nullptr;
+    const bool uniform_rows = C::EXTRAS && a.relative.uniform_rows;
+    const int readable = uniform_rows ? s.extent : s.keys;
+    const std::int32_t* hidden = C::EXTRAS && !uniform_rows ? side.masks(0).key_rank : nullptr;
     load_rows<T, C::D, C::BK, C::THREADS>(side.keys, plane_of<T>(a.key, b, h, s.start), a.key.row, first_j, readable,
                                           a.head_size, hidden);
     load_rows<T, C::D, C::BK, C::THREADS>(side.values, plane_of<T>(a.value, b, h, s.start), a.value.row, first_j,
@@ -170,8 +171,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
 #pragma unroll
         for (int d = 0; d < C::COLUMNS / 8; ++d) {
             if (column + d * 8 >= a.head_size) break;
-            store_pair(static_cast<T*>(a.dkey) + at + d * 8, side.dkey[0][d][half * 2] * a.scale,
-                       side.dkey[0][d][half * 2 + 1] * a.scale);
+            store_pair(static_cast<T*>(a.dkey) + at + d * 8, side.dkey[0][d][half * 2] * a.options.scale,
+                       side.dkey[0][d][half * 2 + 1] * a.options.scale);
             store_pair(static_cast<T*>(a.dvalue) + at + d * 8, side.dvalue[0][d][half * 2],
                        side.dvalue[0][d][half * 2 + 1]);
         }

@@ -14,10 +14,10 @@ struct BackwardTileOf {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     constexpr int D = C::D, N = C::BN / 8;
-    const QueryStream& stream = a.stream[0];
+    const Stream& stream = a.stream[0];
     Pieces<C> p;
     const int windows = windows_of(a, stream, C::WINDOW);
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
                     sum += to_float(dout[number * stream.dout.row + c]) * to_float(out[number * stride + c]);
 #pragma unroll
             for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            inexact = inexact || (lse != INFINITY_ && fabsf(lse) >= 64.0f);
+            inexact = inexact || (lse != INFINITY_ && fabsf(lse) >= INEXACT_LSE);
             if (lane_id() == 0) {
                 stream.delta[statistics + number] = sum;
-                stream.rest[statistics + number] = 0.0f;
+                stream.lse_correction[statistics + number] = 0.0f;
                 p.places[r].lse = lse;
             }
         }
@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
             }
         }
         if (inexact) {
-            // Around a large lse its own rounding is large: sum exp(score - lse) once more, which is 1 but for that.
+            // Around a large lse its own rounding is large: see `lse_correction` in attention_arguments.h.
             if constexpr (!C::RELATIVE)
                 load_places<T, D, C::ROWS, C::THREADS>(p.content, query, stream.query.row, p.places, a.head_size,
                                                        false);
             const Lines<C> lines = lines_of<C>(p);
             const int tiles = ceil_div(p.walk->high, C::BN), row = first_row_of_warp<C>();
-            float sum[C::M][2] = {};
+            Running rows[C::M][2];
             Bands<C> bands(p.bands);
             p.ring.base = 0;
             fetch<C>(p, p.ring, 0, false);
@@ -99,10 +99,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
 #pragma unroll
                     for (int m = 0; m < C::M; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const float lse = p.places[row + m * C::STEP + lane_id() / 4 + e / 2 * 8].lse;
+                        for (int half = 0; half < 2; ++half) {
+                            float scores[2 * N];
 #pragma unroll
-                            for (int n = 0; n < N; ++n) sum[m][e / 2] += exp_of_difference(c[m][n][e], lse);
+                            for (int n = 0; n < 2 * N; ++n) scores[n] = c[m][n / 2][2 * half + n % 2];
+                            rows[m][half].add(scores);
                         }
                 } else {
                     bands.skip();
@@ -115,11 +116,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const Place& place = p.places[row + m * C::STEP + lane_id() / 4 + half * 8];
-                    float all = sum[m][half];
-                    all += __shfl_xor_sync(0xffffffffu, all, 1);
-                    all += __shfl_xor_sync(0xffffffffu, all, 2);
-                    const bool counts = place.number >= 0 && place.lse != INFINITY_ && fabsf(place.lse) >= 64.0f;
-                    if (counts && lane_id() % 4 == 0) stream.rest[statistics + place.number] = logf(all);
+                    Running& all = rows[m][half];
+                    all.join(1);
+                    all.join(2);
+                    const bool counts = place.number >= 0 && place.lse != INFINITY_ && fabsf(place.lse) >= INEXACT_LSE;
+                    if (counts && lane_id() % 4 == 0)
+                        stream.lse_correction[statistics + place.number] = (all.top - place.lse) + logf(all.sum);
                 }
         }
         if (!C::RELATIVE || !more) return;
@@ -156,17 +158,17 @@ DEVICE void sum_rows(const float (&c)[N][4], float (&sum)[N][2]) {
 }
 
 // What a window adds to the sums over queries [5, D], or null.
-DEVICE float* parts_at(const Attention& a, const QueryStream& stream, int plane, int windows, int window) {
+DEVICE float* parts_at(const AttentionCall& a, const Stream& stream, int plane, int windows, int window) {
     if (stream.parts == nullptr) return nullptr;
     return stream.parts + (static_cast<std::int64_t>(plane) * windows + window) * 5 * a.head_size;
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     using Q = QueriesTile<C>;
     constexpr int D = C::D, N = C::BN / 8, COLUMNS = Q::COLUMNS;
-    const QueryStream& stream = a.stream[0];
+    const Stream& stream = a.stream[0];
     Pieces<C> p;
     T* douts = reinterpret_cast<T*>(shared_memory() + C::SHARED);
     T* dband = reinterpret_cast<T*>(shared_memory() + C::SHARED + Q::DOUT) + warp_id() * 16 * Q::BAND_LD;
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         const int block = static_cast<int>(blockIdx.x) / Q::SPLIT, share = static_cast<int>(blockIdx.x) % Q::SPLIT;
         const int plane = block / windows, b = plane / a.heads, h = plane % a.heads;
         const int window = block % windows;
-        const int first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+        const int first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
         const Sequence s = sequence_of(a, b);
         if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) {
             float* parts = parts_at(a, stream, plane, windows, first / C::WINDOW);
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         clear(position[0]);
         // Of each row: the gradients of scores of keys of the same segment and of the other, the weight of the latter,
         // and the sum of all gradients.
-        float same[2] = {}, different[2] = {}, other_weight[2] = {}, total[2] = {};
+        float same[2] = {}, other[2] = {}, other_weight[2] = {}, total[2] = {};
         Bands<C> bands(p.bands);
         p.ring.base = 0;
         fetch<C>(p, p.ring, 0);
@@ -263,11 +265,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             const int j = first_j + n * 8 + t2 + (e & 1);
-                            const bool other =
+                            const bool is_other =
                                 j < p.masks[0].extent && p.masks[0].key_segments[j] != lines.line(0, e / 2).segment;
-                            same[e / 2] += other ? 0.0f : dp[0][n][e];
-                            different[e / 2] += other ? dp[0][n][e] : 0.0f;
-                            other_weight[e / 2] += other ? c[0][n][e] : 0.0f;
+                            same[e / 2] += is_other ? 0.0f : dp[0][n][e];
+                            other[e / 2] += is_other ? dp[0][n][e] : 0.0f;
+                            other_weight[e / 2] += is_other ? c[0][n][e] : 0.0f;
                         }
                 }
                 if constexpr (C::RELATIVE) {
@@ -312,14 +314,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 #pragma unroll
                 for (int offset = 1; offset < 4; offset *= 2) {
                     same[half] += __shfl_xor_sync(0xffffffffu, same[half], offset);
-                    different[half] += __shfl_xor_sync(0xffffffffu, different[half], offset);
+                    other[half] += __shfl_xor_sync(0xffffffffu, other[half], offset);
                     other_weight[half] += __shfl_xor_sync(0xffffffffu, other_weight[half], offset);
                     total[half] += __shfl_xor_sync(0xffffffffu, total[half], offset);
                 }
                 // A row's gradients are p (dp - delta) and their sum is 0: what is found instead is the error of delta,
                 // which is a sum over rounded results, times the weights.
                 same[half] -= total[half] * (1.0f - other_weight[half]);
-                different[half] -= total[half] * other_weight[half];
+                other[half] -= total[half] * other_weight[half];
             }
             const int line = lines.line(0, half).number;
             T* dquery =
@@ -338,10 +340,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                             static_cast<std::int64_t>(w.h) * a.head_size + column() + d * 8 + t2 + e;
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
                         load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
-                        pair[e] += same[half] * e0[0] + different[half] * e1[0];
+                        pair[e] += same[half] * e0[0] + other[half] * e1[0];
                     }
                 }
-                store_pair(dquery + d * 8, pair[0] * a.scale, pair[1] * a.scale);
+                store_pair(dquery + d * 8, pair[0] * a.options.scale, pair[1] * a.options.scale);
             }
         }
         if constexpr (C::RELATIVE) {
@@ -368,13 +370,13 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         places[row + g + half * 8].same = same[half];
-                        places[row + g + half * 8].different = different[half];
+                        places[row + g + half * 8].other = other[half];
                     }
                 __syncthreads();
                 for (int n = static_cast<int>(threadIdx.x); n < COLUMNS; n += C::THREADS) {
                     const int c = column() + n;
                     if (c >= a.head_size) break;
-                    float of_content = 0.0f, of_position = 0.0f, of_same = 0.0f, of_different = 0.0f, of_segment = 0.0f;
+                    float of_content = 0.0f, of_position = 0.0f, of_same = 0.0f, of_other = 0.0f, of_segment = 0.0f;
                     float e0[1] = {0.0f}, e1[1] = {0.0f}, bias[1] = {0.0f};
                     for (int warp = 0; warp < C::WARPS; ++warp) {
                         of_content += sums[warp * COLUMNS + n];
@@ -389,16 +391,16 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                             if (places[r].number < 0) continue;
                             const float x = to_float(rows[places[r].number * stream.query.row + c]) + bias[0];
                             of_same += places[r].same * x;
-                            of_different += places[r].different * x;
+                            of_other += places[r].other * x;
                             // Of a row both come to nothing together: their sums over rows have few digits left.
-                            of_segment += places[r].same * e0[0] + places[r].different * e1[0];
+                            of_segment += places[r].same * e0[0] + places[r].other * e1[0];
                         }
                     }
-                    const float found[5] = {of_content, of_position, of_segment, of_same, of_different};
+                    const float found[5] = {of_content, of_position, of_segment, of_same, of_other};
 #pragma unroll
                     for (int k = 0; k < 5; ++k) {
                         float* part = parts + k * a.head_size + c;
-                        *part = (pass == 0 ? 0.0f : *part) + found[k] * a.scale;
+                        *part = (pass == 0 ? 0.0f : *part) + found[k] * a.options.scale;
                     }
                 }
             }

@@ -4,14 +4,42 @@
 
 namespace pyxlbert::cuda {
 
-// exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `rest` is what the rounding left.
+// exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `lse_correction` is what the rounding
+// left.  No weight is above 1, even where another order of adding left a score of 1e10 a rounding above the largest.
 DEVICE float weight_of(float score, const Place& place) {
-    return exp2_approx(__fmul_rn(__fsub_rn(__fsub_rn(score, place.lse), place.rest), LOG2E));
+    const float exponent = __fsub_rn(__fsub_rn(score, place.lse), place.lse_correction);
+    return exp2_approx(__fmul_rn(min_or_nan(exponent, 0.0f), LOG2E));
 }
+
+// The running softmax of a row as one thread sees it: the largest of its scores, and the sum of the others' weights.
+struct Running {
+    float top = -INFINITY_, sum = 0.0f;
+
+    template <int N>
+    DEVICE void add(const float (&scores)[N]) {
+        float above = top;
+        for (int n = 0; n < N; ++n) above = fmaxf(above, scores[n]);
+        // Nothing may be subtracted from -inf.
+        if (above == -INFINITY_) return;
+        sum *= exp_of_difference(top, above);
+        for (int n = 0; n < N; ++n) sum += exp_of_difference(scores[n], above);
+        top = above;
+    }
+
+    // Both halves of a row, in every lane that asks.
+    DEVICE void join(int lanes_apart) {
+        const float other_top = __shfl_xor_sync(0xffffffffu, top, lanes_apart);
+        const float other_sum = __shfl_xor_sync(0xffffffffu, sum, lanes_apart);
+        const float above = fmaxf(top, other_top);
+        if (above != -INFINITY_)
+            sum = sum * exp_of_difference(top, above) + other_sum * exp_of_difference(other_top, above);
+        top = above;
+    }
+};
 
 // What forward and `rows` have found out about the queries of some places.
 template <int ROWS, int THREADS>
-DEVICE void find_statistics(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int h,
+DEVICE void find_statistics(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h,
                             Place* places) {
     const std::int64_t at = statistics_at(a, b, h, s.start, stream.rows);
     for (int r = static_cast<int>(threadIdx.x); r < ROWS; r += THREADS) {
@@ -19,13 +47,13 @@ DEVICE void find_statistics(const Attention& a, const QueryStream& stream, const
         if (number < 0) continue;
         places[r].lse = stream.lse[at + number];
         places[r].delta = stream.delta[at + number];
-        places[r].rest = stream.rest[at + number];
+        places[r].lse_correction = stream.lse_correction[at + number];
     }
 }
 
 // A contiguous tensor like the query, a plane of it.
 template <class T>
-DEVICE T* like_query(const Attention& a, const QueryStream& stream, void* data, int b, int h, std::int64_t start) {
+DEVICE T* like_query(const AttentionCall& a, const Stream& stream, void* data, int b, int h, std::int64_t start) {
     return static_cast<T*>(data) + result_row(a, b, h, start, stream.rows, 0) * a.head_size;
 }
 
@@ -50,7 +78,7 @@ DEVICE void gradients_of_scores(float (&c)[N][4], float (&dp)[N][4], const Place
 // c[0][0] and c[0][2].
 template <int N>
 DEVICE void clear_constants(float (&ds)[N][4], const Masks& masks, int number0, int number1, int first0, int first1) {
-    if (!(masks.causal && masks.uniform)) return;
+    if (!(masks.causal && masks.uniform_rows)) return;
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll

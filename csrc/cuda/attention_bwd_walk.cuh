@@ -78,7 +78,7 @@ struct Step {
 //     add(buffer)                        the sums
 template <class C, class Side>
 struct QueryWalk {
-    const Attention& a;
+    const AttentionCall& a;
     Side& side;
     Place* places;  // of two steps
     int h, first_sequence, last_sequence;
@@ -103,7 +103,7 @@ struct QueryWalk {
 
     // Finds a step's queries; whether more stand at its positions.
     DEVICE bool find(const Step& step, int buffer) const {
-        const QueryStream& stream = a.stream[step.stream];
+        const Stream& stream = a.stream[step.stream];
         const Sequence s = side.sequence(step);
         Place* found = places + buffer * C::BM;
         const bool more = find_places<C::RELATIVE, C::BM, C::THREADS>(a, stream, s, step.sequence, step.window * C::BM,

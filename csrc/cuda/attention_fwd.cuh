@@ -52,7 +52,7 @@ struct WalkTile {
         PLACES + BANDS + (QUERIES + 4 * KEYS + (RELATIVE ? RING * LD<D> : 0)) * sizeof(T);
 };
 
-// Whether tiles of these are smaller where shared memory is LEAST_SHARED.
+// Whether tiles of these are smaller where shared memory is MIN_SHARED.
 template <class T, int D, bool RELATIVE>
 constexpr bool TILES_DIFFER = RELATIVE && (sizeof(T) == 4 || D > 64);
 
@@ -88,7 +88,7 @@ struct Pieces {
 };
 
 template <class C>
-DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, int b, int h, int first,
+DEVICE Walk walk_of(const AttentionCall& a, const Sequence& s, const Masks& masks, int b, int h, int first,
                     bool by_number) {
     using T = typename C::T;
     Walk w;
@@ -103,10 +103,10 @@ DEVICE Walk walk_of(const Attention& a, const Sequence& s, const Masks& masks, i
     w.value_stride = a.value.row;
     w.head_size = a.head_size;
     // Where a row without any key averages over all of them, all of them are read.
-    w.readable = C::EXTRAS && a.uniform ? s.extent : s.keys;
-    w.hidden = C::EXTRAS && !a.uniform ? masks.key_rank : nullptr;
+    w.readable = C::EXTRAS && a.relative.uniform_rows ? s.extent : s.keys;
+    w.hidden = C::EXTRAS && !a.relative.uniform_rows ? masks.key_rank : nullptr;
     w.high = w.readable;
-    if (a.causal && by_number && !(C::EXTRAS && (a.uniform || masks.see_self)))
+    if (a.options.causal && by_number && !(C::EXTRAS && (a.relative.uniform_rows || masks.see_self)))
         w.high = min(w.readable, max(first + C::WINDOW + s.shift, 0));
     if constexpr (C::RELATIVE) {
         w.table = table_of<T>(a, b, h);
@@ -218,11 +218,11 @@ DEVICE Lines<C> lines_of(const Pieces<C>& p) {
 template <class C>
 DEVICE bool tile_matters(const Lines<C>& lines, int first_j, bool by_number) {
     const Masks& masks = lines.masks[0];
-    if (!(C::EXTRAS && (masks.uniform || masks.see_self)) && masks.causal && by_number &&
+    if (!(C::EXTRAS && (masks.uniform_rows || masks.see_self)) && masks.causal && by_number &&
         first_j > lines.highest + masks.shift)
         return false;
     if constexpr (C::EXTRAS) {
-        if (masks.uniform || (masks.mask == nullptr && masks.key_rank == nullptr)) return true;
+        if (masks.uniform_rows || (masks.mask == nullptr && masks.key_rank == nullptr)) return true;
         bool some = false;
 #pragma unroll
         for (int m = 0; m < C::M; ++m)
@@ -261,7 +261,7 @@ DEVICE void finish(float (&s)[C::M][C::BN / 8][4], const Lines<C>& lines, int fi
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     constexpr int D = C::D, M = C::M, N = C::BN / 8;
     Pieces<C> p;
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
     // Causal: the windows with the most keys first.
     const int window = static_cast<int>(blockIdx.x) % windows,
-              first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+              first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
     const Sequence s = sequence_of(a, b);
     bool empty = true;
 #pragma unroll
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         cp_async_wait<0>();
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            const QueryStream& stream = a.stream[C::STREAMS == 2 ? m : 0];
+            const Stream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 store_row<T>(a, stream, p.walk->sequence, b, h, lines.line(m, half).number, half, rows[m], o[m]);
@@ -368,12 +368,12 @@ struct ForwardTileOf {
     static constexpr int BN = SMALL || STREAMS == 2 || (WIDE && LONG) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
     static constexpr int WARPS = WIDE && LONG ? (SMALL ? 1 : 2) : 4;
     using Tile = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN, WARPS>;
-    static_assert(Tile::SHARED <= (TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MOST_SHARED : LEAST_SHARED));
+    static_assert(Tile::SHARED <= (TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED : MIN_SHARED));
 };
 
 // Starts the kernel for head sizes up to D.
 template <class T, int D, bool RELATIVE, int STREAMS, bool SMALL>
-void launch_attention_fwd_of(const Attention& a, bool extras, Stream stream) {
+void launch_attention_fwd_of(const AttentionCall& a, bool extras, CudaStream stream) {
     auto run = [&](auto extra) {
         using C = typename ForwardTileOf<T, D, decltype(extra)::value, RELATIVE, STREAMS, SMALL>::Tile;
         std::int64_t windows = 1;

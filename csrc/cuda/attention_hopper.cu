@@ -8,7 +8,7 @@
 namespace pyxlbert::cuda {
 
 template <>
-bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const Attention& a, Stream stream) {
+bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
         if (has_extras(a) || !is_hopper() || !hopper_takes<false>(a)) return false;
@@ -23,7 +23,7 @@ bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const Attention& a, Stream 
 }
 
 template <>
-bool Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd_hopper(const Attention& a, Stream stream) {
+bool Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
         if (has_relative_masks(a) || !is_hopper() || !hopper_takes<true>(a)) return false;

@@ -90,16 +90,16 @@ struct HopperMaps {
 // The queries of a group of 64 with either bias, as the copy engine would lay them out, and their products with both
 // segment embeddings; zeros where there is no query.
 template <class C>
-DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position, float2* segments, const Attention& a,
-                                 int b, int h, const Sequence& s, int first) {
+DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position, float2* segments,
+                                 const AttentionCall& a, int b, int h, const Sequence& s, int first) {
     using T = typename C::T;
-    const QueryStream& stream = a.stream[0];
+    const Stream& stream = a.stream[0];
     const T* plane = plane_of<T>(stream.query, b, h, s.start);
     const int rows = min(stream.rows, s.queries);
     for (int n = static_cast<int>(threadIdx.x) % 128; n < 64 * 8; n += 128) {
         const int r = n / 8, c = n % 8 * 8;
         const bool there = first + r < rows && c < a.head_size;
-        float x[8], y[8], same = 0.0f, different = 0.0f;
+        float x[8], y[8], same = 0.0f, other = 0.0f;
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] = 0.0f;
         if (there) load<8>(plane + (first + r) * stream.query.row + c, x);
@@ -114,16 +114,16 @@ DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 same += y[e] * e0[e];
-                different += y[e] * e1[e];
+                other += y[e] * e1[e];
             }
         }
         // Eight neighbouring lanes have a query.
 #pragma unroll
         for (int offset = 4; offset > 0; offset /= 2) {
             same += __shfl_xor_sync(0xffffffffu, same, offset);
-            different += __shfl_xor_sync(0xffffffffu, different, offset);
+            other += __shfl_xor_sync(0xffffffffu, other, offset);
         }
-        if (c == 0) segments[r] = make_float2(same, different);
+        if (c == 0) segments[r] = make_float2(same, other);
 #pragma unroll
         for (int e = 0; e < 8; ++e) y[e] = x[e];
         if (there) {
@@ -138,21 +138,21 @@ DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position
 
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
-    attention_fwd_hopper(const __grid_constant__ Attention a, const __grid_constant__ HopperMaps maps) {
+    attention_fwd_hopper(const __grid_constant__ AttentionCall a, const __grid_constant__ HopperMaps maps) {
 #ifdef PYXLBERT_SM90A
     using T = typename C::T;
     constexpr int D = C::D, N = C::BN / 8;
-    const QueryStream& stream = a.stream[0];
+    const Stream& stream = a.stream[0];
     HopperShared<C>& shared = HopperShared<C>::here();
     [[maybe_unused]] HopperTable<C>& table_of_block = *reinterpret_cast<HopperTable<C>*>(shared_memory());
 
     const int windows = ceil_div(stream.rows, C::WINDOW);
     const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
     const int window = static_cast<int>(blockIdx.x) % windows;
-    const int first = (a.causal ? windows - 1 - window : window) * C::WINDOW;
+    const int first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
     const Sequence s = sequence_of(a, b);
     if (first >= min(stream.rows, s.queries)) return;
-    const int high = a.causal ? min(s.keys, max(first + C::WINDOW + s.shift, 0)) : s.keys;
+    const int high = a.options.causal ? min(s.keys, max(first + C::WINDOW + s.shift, 0)) : s.keys;
     const int tiles = ceil_div(high, C::BN);
     check_shared_memory();
     if (threadIdx.x == 0) {
@@ -293,15 +293,16 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         }
         if (lane_id() == 0) mbarrier_arrive(&shared.key_empty[stage]);
 
-        const bool edge = first_j + C::BN > s.keys || (a.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
+        const bool edge =
+            first_j + C::BN > s.keys || (a.options.causal && first_j + C::BN - 1 > first + group * 64 + s.shift);
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                c[n][e] = __fmul_rn(c[n][e], a.scale);
+                c[n][e] = __fmul_rn(c[n][e], a.options.scale);
                 if (edge) {
                     const int j = first_j + n * 8 + t2 + (e & 1);
-                    if (j >= s.keys || (a.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
+                    if (j >= s.keys || (a.options.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
                 }
             }
         softmax_step(rows, c, o);
@@ -348,8 +349,8 @@ inline bool can_be_mapped(const Heads& x, int batch, int rows, int heads) {
 
 // Whether the kernel is for this call's shapes.
 template <bool RELATIVE>
-bool hopper_takes(const Attention& a) {
-    const QueryStream& stream = a.stream[0];
+bool hopper_takes(const AttentionCall& a) {
+    const Stream& stream = a.stream[0];
     const int batch = a.cu_seqlens == nullptr ? a.batch : 1;
     // With few queries half of a block would have nothing to do.
     if (stream.rows < fewest_queries() || a.keys == 0 || !can_be_mapped(a.key, batch, a.keys, a.heads) ||
@@ -362,7 +363,7 @@ bool hopper_takes(const Attention& a) {
 }
 
 template <class C>
-void launch_attention_fwd_hopper(const Attention& a, Stream stream) {
+void launch_attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = typename C::T;
     const std::int64_t batch = a.cu_seqlens == nullptr ? a.batch : 1;
     const std::int64_t queries = a.cu_seqlens == nullptr ? a.queries : a.total;

@@ -41,7 +41,7 @@ DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
 // of more.  Without positions of their own there is one query at each.  RELATIVE: there may be positions, ranks and
 // segments.
 template <bool RELATIVE, int WINDOW, int THREADS>
-DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int first, int pass,
+DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int first, int pass,
                         Place* places) {
     const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
     const std::int32_t* segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
@@ -60,7 +60,7 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
             if (at < high) place.number = stream.numbers[static_cast<std::int64_t>(b) * stream.rows + at];
             more = more || low + (pass + 1) * 16 < high;
         }
-        place.mask_row = stream.mask_by_position ? place.position : place.number;
+        place.mask_row = stream.options.mask_by_position ? place.position : place.number;
         if (RELATIVE && place.number >= 0) {
             if (rank != nullptr) place.rank = rank[place.number];
             if (segments != nullptr) place.segment = segments[place.number];
@@ -72,7 +72,7 @@ DEVICE bool find_places(const Attention& a, const QueryStream& stream, const Seq
 
 // Whether no query of a stream stands at positions first .. first + WINDOW - 1; the same for all threads of a block.
 template <bool RELATIVE, int WINDOW>
-DEVICE bool is_empty(const QueryStream& stream, const Sequence& s, int b, int first) {
+DEVICE bool is_empty(const Stream& stream, const Sequence& s, int b, int first) {
     if (!RELATIVE || stream.positions == nullptr) return first >= min(stream.rows, s.queries);
     const std::int32_t* positions = stream.positions + static_cast<std::int64_t>(b) * stream.rows;
     const int at = lower_bound(positions, stream.rows, first);
@@ -80,7 +80,7 @@ DEVICE bool is_empty(const QueryStream& stream, const Sequence& s, int b, int fi
 }
 
 // How many windows hold all queries of a stream.
-HOST_DEVICE int windows_of(const Attention& a, const QueryStream& stream, int window) {
+HOST_DEVICE int windows_of(const AttentionCall& a, const Stream& stream, int window) {
     return ceil_div(stream.positions == nullptr ? stream.rows : a.offset + 1, window);
 }
 
@@ -138,7 +138,7 @@ DEVICE void add_bias(const Parameter& bias, int h, int head_size, int c, float (
 
 // Queries of a window with the content bias and with the position bias; the second tile may be null.
 template <class T, int D, int ROWS, int THREADS>
-DEVICE void load_biased(T* content, T* position, const Attention& a, const T* plane, std::int64_t stride,
+DEVICE void load_biased(T* content, T* position, const AttentionCall& a, const T* plane, std::int64_t stride,
                         const Place* places, int h) {
     constexpr int EACH = 16 / sizeof(T);
     for (int n = static_cast<int>(threadIdx.x); n < ROWS * (D / EACH); n += THREADS) {
@@ -161,10 +161,10 @@ DEVICE void load_biased(T* content, T* position, const Attention& a, const T* pl
 
 // (q + s) e of each query and both segment embeddings, a warp for a query.
 template <class T, int ROWS, int WARPS>
-DEVICE void segment_products(const Attention& a, const T* plane, std::int64_t stride, Place* places, int h) {
+DEVICE void segment_products(const AttentionCall& a, const T* plane, std::int64_t stride, Place* places, int h) {
     for (int r = warp_id(); r < ROWS; r += WARPS) {
         const int number = places[r].number;
-        float same = 0.0f, different = 0.0f;
+        float same = 0.0f, other = 0.0f;
         for (int c = lane_id(); c < a.head_size; c += 32) {
             float x[1] = {0.0f}, e0[1], e1[1];
             if (number >= 0) load<1>(plane + number * stride + c, x);
@@ -174,23 +174,23 @@ DEVICE void segment_products(const Attention& a, const T* plane, std::int64_t st
             load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype,
                         static_cast<std::int64_t>(a.heads + h) * a.head_size + c, e1);
             same += x[0] * e0[0];
-            different += x[0] * e1[0];
+            other += x[0] * e1[0];
         }
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) {
             same += __shfl_xor_sync(0xffffffffu, same, offset);
-            different += __shfl_xor_sync(0xffffffffu, different, offset);
+            other += __shfl_xor_sync(0xffffffffu, other, offset);
         }
         if (lane_id() == 0) {
             places[r].same = same;
-            places[r].different = different;
+            places[r].other = other;
         }
     }
 }
 
 // The part of the table that sequence b reads, head h.
 template <class T>
-DEVICE const T* table_of(const Attention& a, int b, int h) {
+DEVICE const T* table_of(const AttentionCall& a, int b, int h) {
     return plane_of<T>(a.table, b / max(1, a.batch / a.tables), h, 0);
 }
 

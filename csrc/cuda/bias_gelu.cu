@@ -120,7 +120,7 @@ void with_variant(bool vectors, bool tanh, F f) {
 
 }  // namespace
 
-void launch_bias_gelu_fwd(const BiasGeluFwd& a, Stream stream) {
+void launch_bias_gelu_fwd(const BiasGeluFwd& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) {
         using T = decltype(kind);
         constexpr int VEC = 16 / sizeof(T);
@@ -132,7 +132,7 @@ void launch_bias_gelu_fwd(const BiasGeluFwd& a, Stream stream) {
     });
 }
 
-void launch_bias_gelu_bwd(const BiasGeluBwd& a, Stream stream) {
+void launch_bias_gelu_bwd(const BiasGeluBwd& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) {
         using T = decltype(kind);
         constexpr int VEC = 16 / sizeof(T);

@@ -12,7 +12,7 @@ struct BiasGeluFwd {
     bool tanh;
     DType dtype;
 };
-void launch_bias_gelu_fwd(const BiasGeluFwd& a, Stream stream);
+void launch_bias_gelu_fwd(const BiasGeluFwd& a, CudaStream stream);
 
 struct BiasGeluBwd {
     Rows dy, x;
@@ -24,6 +24,6 @@ struct BiasGeluBwd {
     bool tanh;
     DType dtype;
 };
-void launch_bias_gelu_bwd(const BiasGeluBwd& a, Stream stream);
+void launch_bias_gelu_bwd(const BiasGeluBwd& a, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

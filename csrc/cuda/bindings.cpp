@@ -12,6 +12,7 @@
 #include "cuda/layer_norm.h"
 #include "cuda/relative_attention.h"
 #include "cuda/two_stream_attention.h"
+#include "records.h"
 
 namespace py = pybind11;
 
@@ -230,41 +231,38 @@ using Strides4 = std::array<std::int64_t, 4>;  // batch, head, query, key
 Heads heads(Address data, const Strides3& s) { return {pointer(data), s[0], s[1], s[2]}; }
 Scores scores(Address data, const Strides4& s) { return {pointer(data), s[0], s[1], s[2], s[3]}; }
 
-QueryStream query_stream(Address query, const Strides3& strides, int rows, Address positions, Address numbers,
-                         Address rank, Address segments, bool see_self, bool mask_by_position, std::uint32_t tag,
-                         Address out, Address lse) {
-    QueryStream s{};
+Stream query_stream(Address query, const Strides3& strides, int rows, Address positions, Address numbers, Address rank,
+                    Address segments, const StreamOptions& options, Address out, Address lse) {
+    Stream s{};
     s.query = heads(query, strides);
     s.rows = rows;
     s.positions = pointer<const std::int32_t>(positions);
     s.numbers = pointer<const std::int32_t>(numbers);
     s.rank = pointer<const std::int32_t>(rank);
     s.segments = pointer<const std::int32_t>(segments);
-    s.see_self = see_self;
-    s.mask_by_position = mask_by_position;
-    s.tag = Tag(tag);
+    s.options = options;
     s.out = pointer(out);
     s.lse = pointer<float>(lse);
     return s;
 }
 
-void stream_gradients(QueryStream& s, Address dout, const Strides3& strides, Address delta, Address rest,
+void stream_gradients(Stream& s, Address dout, const Strides3& strides, Address delta, Address lse_correction,
                       Address dquery, Address content, Address position, Address parts) {
     s.dout = heads(dout, strides);
     s.delta = pointer<float>(delta);
-    s.rest = pointer<float>(rest);
+    s.lse_correction = pointer<float>(lse_correction);
     s.dquery = pointer(dquery);
     s.content = pointer(content);
     s.position = pointer(position);
     s.parts = pointer<float>(parts);
 }
 
-Attention attention(const std::vector<QueryStream>& streams, Address key, const Strides3& key_strides, Address value,
-                    const Strides3& value_strides, Address key_lengths, Address cu_seqlens, Address mask,
-                    const Strides4& mask_strides, Address bias, const Strides4& bias_strides, int bias_dtype,
-                    const std::array<int, 5>& sizes, Size total, float scale, bool causal, Address seed,
-                    double dropout_p, int dtype) {
-    Attention a{};
+AttentionCall attention_call(const std::vector<Stream>& streams, Address key, const Strides3& key_strides,
+                             Address value, const Strides3& value_strides, Address key_lengths, Address cu_seqlens,
+                             Address mask, const Strides4& mask_strides, Address bias, const Strides4& bias_strides,
+                             int bias_dtype, const std::array<int, 5>& sizes, Size total, const ScoreOptions& options,
+                             Address seed, double dropout_p, int dtype) {
+    AttentionCall a{};
     a.streams = static_cast<int>(streams.size());
     for (int n = 0; n < a.streams; ++n) a.stream[n] = streams[n];
     a.key = heads(key, key_strides);
@@ -280,8 +278,7 @@ Attention attention(const std::vector<QueryStream>& streams, Address key, const 
     a.keys = sizes[3];
     a.head_size = sizes[4];
     a.total = total;
-    a.scale = scale;
-    a.causal = causal;
+    a.options = options;
     a.dropout = make_dropout(dropout_p, pointer<const std::int64_t>(seed));
     a.dtype = DType(dtype);
     a.tables = 1;
@@ -289,10 +286,10 @@ Attention attention(const std::vector<QueryStream>& streams, Address key, const 
 }
 
 // table, offset: rows of a table, tables, offset.
-void attention_table(Attention& a, Address table, const Strides3& strides, int tables, int rows, int offset,
+void attention_table(AttentionCall& a, Address table, const Strides3& strides, int tables, int rows, int offset,
                      Address content_bias, int content_dtype, Address position_bias, int position_dtype,
                      Address segment_bias, int segment_dtype, Address segment_embedding, int embedding_dtype,
-                     Address key_rank, Address key_segments, bool uniform) {
+                     Address key_rank, Address key_segments, const RelativeOptions& options) {
     a.table = heads(table, strides);
     a.tables = tables;
     a.table_rows = rows;
@@ -303,10 +300,10 @@ void attention_table(Attention& a, Address table, const Strides3& strides, int t
     a.segment_embedding = parameter(segment_embedding, embedding_dtype);
     a.key_rank = pointer<const std::int32_t>(key_rank);
     a.key_segments = pointer<const std::int32_t>(key_segments);
-    a.uniform = uniform;
+    a.relative = options;
 }
 
-void attention_gradients(Attention& a, Address dkey, Address dvalue, Address dtable, Address dbias,
+void attention_gradients(AttentionCall& a, Address dkey, Address dvalue, Address dtable, Address dbias,
                          const Strides4& dbias_shape) {
     a.dkey = pointer(dkey);
     a.dvalue = pointer(dvalue);
@@ -315,8 +312,8 @@ void attention_gradients(Attention& a, Address dkey, Address dvalue, Address dta
     for (int n = 0; n < 4; ++n) a.dbias_shape[n] = dbias_shape[n];
 }
 
-template <void (*LAUNCH)(const Attention&, Stream)>
-void launch_attention(const Attention& a, Address stream) {
+template <void (*LAUNCH)(const AttentionCall&, CudaStream)>
+void launch_attention(const AttentionCall& a, Address stream) {
     py::gil_scoped_release release;
     LAUNCH(a, pointer(stream));
 }
@@ -328,7 +325,7 @@ void bind(py::module_& m) {
     m.def("covers", &covers);
     m.def("probe", &probe);
     m.def("shared_memory", &shared_memory);
-    m.attr("MOST_COLUMNS") = MOST_COLUMNS;
+    m.attr("MAX_COLUMNS") = MAX_COLUMNS;
     m.attr("CHUNK") = CHUNK;
     m.def("layer_norm_fwd", &layer_norm_fwd);
     m.def("layer_norm_bwd", &layer_norm_bwd);
@@ -341,12 +338,12 @@ void bind(py::module_& m) {
     m.def("embedding_layer_norm_fwd", &embedding_layer_norm_fwd);
     m.def("embedding_layer_norm_bwd", &embedding_layer_norm_bwd);
     m.def("scatter", &scatter);
-    m.attr("MOST_HEAD_SIZE") = MOST_HEAD_SIZE;
-    py::class_<QueryStream>(m, "QueryStream", py::module_local())
+    m.attr("MAX_HEAD_SIZE") = MAX_HEAD_SIZE;
+    py::class_<Stream>(m, "Stream", py::module_local())
         .def(py::init(&query_stream))
         .def("gradients", &stream_gradients);
-    py::class_<Attention>(m, "Attention", py::module_local())
-        .def(py::init(&attention))
+    py::class_<AttentionCall>(m, "AttentionCall", py::module_local())
+        .def(py::init(&attention_call))
         .def("table", &attention_table)
         .def("gradients", &attention_gradients);
     m.def("attention_fwd", &launch_attention<launch_attention_fwd>);

@@ -40,7 +40,7 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 // Bytes of shared memory that a block may have on the current device.
-inline std::size_t most_shared() {
+inline std::size_t max_shared() {
     int device = 0, bytes = 0;
     check(cudaGetDevice(&device), "device");
     check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
@@ -51,7 +51,7 @@ inline std::size_t most_shared() {
 // driver, nothing is remembered.  Both are arguments of the template, and no copy of it is inlined, so that an object
 // file names every kernel that it starts and what it takes: tests/cuda/check.py reads it there.
 template <auto KERNEL, std::size_t SHARED, class... Arguments>
-__attribute__((noinline)) void launch(dim3 grid, int threads, Stream stream, const Arguments&... arguments) {
+__attribute__((noinline)) void launch(dim3 grid, int threads, CudaStream stream, const Arguments&... arguments) {
     if constexpr (SHARED > 48 * 1024)
         check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(SHARED)),
@@ -128,6 +128,12 @@ DEVICE float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// The smaller one; NaN where either is.
+DEVICE float min_or_nan(float a, float b) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 
 #endif
 
@@ -165,7 +171,7 @@ inline dim3 grid_of(std::int64_t blocks) {
 
 // Bytes of shared memory that a block may have on every device of capability 8.0, 9.0 or 10.0, and those that it may
 // have on every other one from 8.0 on, for which kernels come with small tiles too.
-constexpr std::size_t MOST_SHARED = 163 * 1024, LEAST_SHARED = 99 * 1024;
+constexpr std::size_t MAX_SHARED = 163 * 1024, MIN_SHARED = 99 * 1024;
 
 // Calls f(true_type) where small tiles are wanted on the current device, else f(false_type); unless DIFFER, all tiles
 // are small.  Checks compile what a device needs, by PYXLBERT_SMALL_TILES or PYXLBERT_LARGE_TILES.
@@ -176,7 +182,7 @@ void with_tiles(F f) {
 #else
 #ifndef PYXLBERT_LARGE_TILES
     if constexpr (DIFFER)
-        if (most_shared() < MOST_SHARED) return f(std::true_type());
+        if (max_shared() < MAX_SHARED) return f(std::true_type());
 #endif
     f(std::false_type());
 #endif

@@ -40,7 +40,7 @@ bool covers(const std::vector<std::string>& architectures, int major, int minor)
 
 std::string probe(int) { return ""; }
 
-std::size_t shared_memory(int) { return most_shared(); }
+std::size_t shared_memory(int) { return max_shared(); }
 
 #else
 
@@ -78,9 +78,9 @@ std::string probe(int device) {
                std::to_string(major) + "." + std::to_string(minor);
     }
     const std::size_t shared = shared_memory(device);
-    if (shared < LEAST_SHARED)
+    if (shared < MIN_SHARED)
         return "a block has " + std::to_string(shared / 1024) + " KiB of shared memory on this device, and needs " +
-               std::to_string(LEAST_SHARED / 1024);
+               std::to_string(MIN_SHARED / 1024);
     return "";
 }
 

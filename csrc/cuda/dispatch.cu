@@ -7,19 +7,19 @@
 
 namespace pyxlbert::cuda {
 
-void launch_attention_fwd(const Attention& a, Stream stream) {
+void launch_attention_fwd(const AttentionCall& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::attention_fwd(a, stream); });
 }
-void launch_attention_bwd(const Attention& a, Stream stream) {
+void launch_attention_bwd(const AttentionCall& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::attention_bwd(a, stream); });
 }
-void launch_relative_attention_fwd(const Attention& a, Stream stream) {
+void launch_relative_attention_fwd(const AttentionCall& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::relative_attention_fwd(a, stream); });
 }
-void launch_relative_attention_bwd(const Attention& a, Stream stream) {
+void launch_relative_attention_bwd(const AttentionCall& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::relative_attention_bwd(a, stream); });
 }
-void launch_two_stream_attention_fwd(const Attention& a, Stream stream) {
+void launch_two_stream_attention_fwd(const AttentionCall& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) { Kernels<decltype(kind)>::two_stream_attention_fwd(a, stream); });
 }
 
@@ -31,7 +31,7 @@ std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions
             constexpr int D = decltype(size)::value;
             const int large = BackwardTileOf<T, D, true, true, false>::Tile::WINDOW;
             const int small = BackwardTileOf<T, D, true, true, TILES_DIFFER<T, D, true>>::Tile::WINDOW;
-            windows = ceil_div(positions, shared < MOST_SHARED ? small : large);
+            windows = ceil_div(positions, shared < MAX_SHARED ? small : large);
         });
     });
     return windows;

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(S::BLOCK, 1)
 
 }  // namespace
 
-void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, Stream stream) {
+void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, CudaStream stream) {
     with_types(a.dtype, a.residual_dtype, [&](auto kind) {
         using K = decltype(kind);
         const bool vectors = a.columns % K::VEC == 0 && rows_aligned<K::VEC>(a.x) && rows_aligned<K::VEC>(a.residual) &&
@@ -168,7 +168,7 @@ void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, Stream s
     });
 }
 
-void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, Stream stream) {
+void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, CudaStream stream) {
     with_types(a.dtype, a.residual_dtype, [&](auto kind) {
         using K = decltype(kind);
         const bool vectors = a.columns % K::VEC == 0 && rows_aligned<K::VEC>(a.dy) && rows_aligned<K::VEC>(a.dy_copy) &&

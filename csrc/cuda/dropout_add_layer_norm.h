@@ -18,7 +18,7 @@ struct DropoutAddLayerNormFwd {
     float eps;
     DType dtype, residual_dtype, copy_dtype;  // x's, float32 or x's, any
 };
-void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, Stream stream);
+void launch_dropout_add_layer_norm_fwd(const DropoutAddLayerNormFwd& a, CudaStream stream);
 
 struct DropoutAddLayerNormBwd {
     Rows dy, dy_copy;  // in residual's dtype and in `copy_dtype`; data null: nothing came
@@ -34,6 +34,6 @@ struct DropoutAddLayerNormBwd {
     std::int64_t rows, columns, parts, each;  // each: rows of a part, a multiple of 4
     DType dtype, residual_dtype, copy_dtype;
 };
-void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, Stream stream);
+void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

@@ -209,7 +209,7 @@ bool tables_aligned(const EmbeddingTables& tables) {
 
 }  // namespace
 
-void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, Stream stream) {
+void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, CudaStream stream) {
     with_type(a.tables.dtype, [&](auto kind) {
         using T = decltype(kind);
         const bool vectors = tables_aligned<T>(a.tables) && aligned(a.weight.data, a.bias.data, a.y, a.copy);
@@ -221,7 +221,7 @@ void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, Stream stre
     });
 }
 
-void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, Stream stream) {
+void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, CudaStream stream) {
     const std::int64_t columns = a.tables.columns;
     with_type(a.tables.dtype, [&](auto kind) {
         using T = decltype(kind);
@@ -240,7 +240,7 @@ void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, Stream stre
     }
 }
 
-void launch_scatter(const Scatter& a, Stream stream) {
+void launch_scatter(const Scatter& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) {
         using T = decltype(kind);
         auto both = [&](auto vec) {

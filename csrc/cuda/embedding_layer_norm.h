@@ -32,7 +32,7 @@ struct EmbeddingLayerNormFwd {
     float eps;
     DType out_dtype, copy_dtype;
 };
-void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, Stream stream);
+void launch_embedding_layer_norm_fwd(const EmbeddingLayerNormFwd& a, CudaStream stream);
 
 struct EmbeddingLayerNormBwd {
     EmbeddingTables tables;
@@ -47,7 +47,7 @@ struct EmbeddingLayerNormBwd {
     std::int64_t parts, each;  // each: tokens of a part, a multiple of 4
     DType dy_dtype;
 };
-void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, Stream stream);
+void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, CudaStream stream);
 
 // Tokens that a block of the scatter adds up.
 constexpr std::int64_t CHUNK = 64;
@@ -64,6 +64,6 @@ struct Scatter {
     std::int64_t skip;  // a row that gets nothing, or -1
     DType dtype;
 };
-void launch_scatter(const Scatter& a, Stream stream);
+void launch_scatter(const Scatter& a, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

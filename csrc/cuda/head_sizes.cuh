@@ -10,14 +10,14 @@ namespace pyxlbert::cuda {
 
 template <class T>
 struct Kernels {
-    static void attention_fwd(const Attention& a, Stream stream);
+    static void attention_fwd(const AttentionCall& a, CudaStream stream);
     // False where the call or the device is not for it, and nothing has been started.
-    static bool attention_fwd_hopper(const Attention& a, Stream stream);
-    static void attention_bwd(const Attention& a, Stream stream);
-    static void relative_attention_fwd(const Attention& a, Stream stream);
-    static bool relative_attention_fwd_hopper(const Attention& a, Stream stream);
-    static void relative_attention_bwd(const Attention& a, Stream stream);
-    static void two_stream_attention_fwd(const Attention& a, Stream stream);
+    static bool attention_fwd_hopper(const AttentionCall& a, CudaStream stream);
+    static void attention_bwd(const AttentionCall& a, CudaStream stream);
+    static void relative_attention_fwd(const AttentionCall& a, CudaStream stream);
+    static bool relative_attention_fwd_hopper(const AttentionCall& a, CudaStream stream);
+    static void relative_attention_bwd(const AttentionCall& a, CudaStream stream);
+    static void two_stream_attention_fwd(const AttentionCall& a, CudaStream stream);
 };
 
 // Calls f(integral_constant<D>) with the padded head size; PLAIN: also with those that BERT's smaller relatives have.

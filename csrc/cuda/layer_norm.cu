@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(S::BLOCK, 1) layer_norm_bwd(const LayerNormBwd
 
 }  // namespace
 
-void launch_layer_norm_fwd(const LayerNormFwd& a, Stream stream) {
+void launch_layer_norm_fwd(const LayerNormFwd& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) {
         using T = decltype(kind);
         constexpr int VEC = 16 / sizeof(T);
@@ -91,7 +91,7 @@ void launch_layer_norm_fwd(const LayerNormFwd& a, Stream stream) {
     });
 }
 
-void launch_layer_norm_bwd(const LayerNormBwd& a, Stream stream) {
+void launch_layer_norm_bwd(const LayerNormBwd& a, CudaStream stream) {
     with_type(a.dtype, [&](auto kind) {
         using T = decltype(kind);
         constexpr int VEC = 16 / sizeof(T);

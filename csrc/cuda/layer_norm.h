@@ -13,7 +13,7 @@ struct LayerNormFwd {
     float eps;
     DType dtype;
 };
-void launch_layer_norm_fwd(const LayerNormFwd& a, Stream stream);
+void launch_layer_norm_fwd(const LayerNormFwd& a, CudaStream stream);
 
 struct LayerNormBwd {
     Rows dy, x;
@@ -25,6 +25,6 @@ struct LayerNormBwd {
     std::int64_t rows, columns, parts, each;  // each: rows of a part, a multiple of 4
     DType dtype;
 };
-void launch_layer_norm_bwd(const LayerNormBwd& a, Stream stream);
+void launch_layer_norm_bwd(const LayerNormBwd& a, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

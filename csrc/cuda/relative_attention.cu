@@ -7,7 +7,7 @@
 namespace pyxlbert::cuda {
 
 template <>
-void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const Attention& a, Stream stream) {
+void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const AttentionCall& a, CudaStream stream) {
     if (relative_attention_fwd_hopper(a, stream)) return;
     with_head_size<false>(a.head_size, [&](auto size) {
         using T = PYXLBERT_ELEMENT;

@@ -6,7 +6,7 @@
 namespace pyxlbert::cuda {
 
 template <>
-void Kernels<PYXLBERT_ELEMENT>::relative_attention_bwd(const Attention& a, Stream stream) {
+void Kernels<PYXLBERT_ELEMENT>::relative_attention_bwd(const AttentionCall& a, CudaStream stream) {
     with_head_size<false>(a.head_size, [&](auto size) {
         constexpr int D = decltype(size)::value;
         with_tiles<TILES_DIFFER<PYXLBERT_ELEMENT, D, true>>([&](auto small) {

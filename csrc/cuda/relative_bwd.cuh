@@ -28,14 +28,14 @@ template <class C>
 struct TableSide {
     using T = typename C::T;
     static constexpr int D = C::D, N = C::BN / 8;
-    const Attention& a;
+    const AttentionCall& a;
     int h, first_x;
     T *rows, *content, *dout, *positions, *gradients;
     Ring<T, D, C::RING> keys, values;
     Band<C::BN> band;
     float dtable[1][C::COLUMNS / 8][4];
 
-    DEVICE TableSide(const Attention& a, int h, int first_x) : a(a), h(h), first_x(first_x) {
+    DEVICE TableSide(const AttentionCall& a, int h, int first_x) : a(a), h(h), first_x(first_x) {
         band.line0 = reinterpret_cast<float*>(shared_memory() + C::PLACES) + warp_id() * Band<C::BN>::FLOATS;
         rows = reinterpret_cast<T*>(shared_memory() + C::PLACES + C::BANDS);
         content = rows + C::KEYS;
@@ -52,13 +52,13 @@ struct TableSide {
     DEVICE Sequence sequence(const Step& step) const { return sequence_of(a, step.sequence); }
     // The key that row 0 of the ring is, at window 0.
     DEVICE int origin() const { return first_x - a.offset; }
-    DEVICE bool uniform() const { return C::EXTRAS && a.uniform; }
-    DEVICE int readable(const Sequence& s) const { return uniform() ? s.extent : s.keys; }
+    DEVICE bool uniform_rows() const { return C::EXTRAS && a.relative.uniform_rows; }
+    DEVICE int readable(const Sequence& s) const { return uniform_rows() ? s.extent : s.keys; }
     // The windows in which any query meets any key at these rows.
     DEVICE int lowest(const Step&) const { return max(-origin() - C::BK - C::BM + 2, 0) / C::BM; }
     DEVICE int last(const Step& step) const {
         const Sequence s = sequence(step);
-        const QueryStream& stream = a.stream[step.stream];
+        const Stream& stream = a.stream[step.stream];
         const int all = stream.positions == nullptr ? ceil_div(a.cu_seqlens == nullptr ? stream.rows : s.queries, C::BM)
                                                     : windows_of(a, stream, C::BM);
         return min(all, ceil_div(max(readable(s) - origin(), 0), C::BM));
@@ -72,7 +72,7 @@ struct TableSide {
     }
 
     DEVICE void fetch(const Step& step, const Place* places, int buffer, bool whole) const {
-        const QueryStream& stream = a.stream[step.stream];
+        const Stream& stream = a.stream[step.stream];
         const int b = step.sequence;
         const Sequence s = sequence(step);
         const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
@@ -83,7 +83,8 @@ struct TableSide {
                                              a.head_size, false);
         load_places<T, D, C::BM, C::THREADS>(dout, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row, places,
                                              a.head_size, true);
-        const std::int32_t* hidden = C::EXTRAS && !uniform() ? numbers_of(a, a.key_rank, b, s.start, a.keys) : nullptr;
+        const std::int32_t* hidden =
+            C::EXTRAS && !uniform_rows() ? numbers_of(a, a.key_rank, b, s.start, a.keys) : nullptr;
         const T *key = plane_of<T>(a.key, b, h, s.start), *value = plane_of<T>(a.value, b, h, s.start);
         const int first = origin() + step.window * C::BM, end = readable(s);
         if (whole) {
@@ -112,7 +113,7 @@ struct TableSide {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int j = firsts[e / 2] + n * 8 + (e & 1);
-                some = some || (C::EXTRAS && mask.uniform) ||
+                some = some || (C::EXTRAS && mask.uniform_rows) ||
                        (j >= 0 && allowed<C::EXTRAS>(mask, e < 2 ? upper : lower, j));
             }
         if (__any_sync(0xffffffffu, some)) {
@@ -146,7 +147,7 @@ struct TableSide {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     const int blocks = ceil_div(a.table_rows, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, table_number = plane / a.heads, h = plane % a.heads;
@@ -168,7 +169,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
 #pragma unroll
         for (int d = 0; d < C::COLUMNS / 8; ++d) {
             if (column + d * 8 >= a.head_size) break;
-            store_pair(out + d * 8, side.dtable[0][d][half * 2] * a.scale, side.dtable[0][d][half * 2 + 1] * a.scale);
+            store_pair(out + d * 8, side.dtable[0][d][half * 2] * a.options.scale,
+                       side.dtable[0][d][half * 2 + 1] * a.options.scale);
         }
     }
 }
@@ -179,10 +181,10 @@ constexpr std::size_t shared_of_table() {
 }
 
 template <class T, int D, bool EXTRAS, bool SMALL>
-void launch_relative_bwd_of(const Attention& a, Stream stream) {
+void launch_relative_bwd_of(const AttentionCall& a, CudaStream stream) {
     launch_attention_bwd_of<T, D, true, EXTRAS, SMALL>(a, stream);
     using S = SumTile<T, D, EXTRAS, true, SMALL>;
-    static_assert(shared_of_table<S>() <= (TILES_DIFFER<T, D, true> && !SMALL ? MOST_SHARED : LEAST_SHARED));
+    static_assert(shared_of_table<S>() <= (TILES_DIFFER<T, D, true> && !SMALL ? MAX_SHARED : MIN_SHARED));
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
     launch<attention_bwd_table<S>, shared_of_table<S>()>(grid_of(blocks * a.tables * a.heads), S::THREADS, stream, a);
 }

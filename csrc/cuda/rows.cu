@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(32 * GROUPS)
 
 }  // namespace
 
-void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out, Stream stream) {
+void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out,
+                      CudaStream stream) {
     with_type(out.dtype, [&](auto kind) {
         using T = decltype(kind);
         launch<sum_parts<T>, 32 * GROUPS * sizeof(float)>(dim3(static_cast<unsigned>(ceil_div(columns, 32))),

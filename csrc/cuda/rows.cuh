@@ -200,6 +200,7 @@ DEVICE void store_sum(float* partial, const float (&x)[S::VECTORS][S::VEC], int 
 }
 
 // out [N] = the sum of partial [parts, N], in the order of the parts.
-void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out, Stream stream);
+void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out,
+                      CudaStream stream);
 
 }  // namespace pyxlbert::cuda

@@ -14,6 +14,7 @@ namespace pyxlbert::cuda {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr std::int32_t UNSEEN_RANK = 0x7fffffff;  // of a key that no row may see
 constexpr float UNIFORM_SCORE = -1e30f;           // of what is masked where a row without any key averages
+constexpr float INEXACT_LSE = 64.0f;              // from here on lse is too coarse for exp(s - lse)
 
 // e^(a - b).
 DEVICE float exp_of_difference(float a, float b) { return exp2_approx(__fmul_rn(__fsub_rn(a, b), LOG2E)); }
@@ -27,7 +28,7 @@ struct Sequence {
     bool wrong;          // the numbers that say so are out of range: they are brought into it, and the rows become NaN
 };
 
-DEVICE Sequence sequence_of(const Attention& a, int b) {
+DEVICE Sequence sequence_of(const AttentionCall& a, int b) {
     Sequence s = {0, a.queries, a.keys, a.keys, a.keys - a.queries, false};
     if (a.cu_seqlens != nullptr) {
         const std::int64_t first = a.cu_seqlens[b], last = a.cu_seqlens[b + 1];
@@ -52,17 +53,18 @@ DEVICE const T* plane_of(const Heads& x, int b, int h, std::int64_t start) {
 }
 
 // Rows of a contiguous result of `rows` queries or keys a sequence.
-DEVICE std::int64_t result_row(const Attention& a, int b, int h, std::int64_t start, int rows, int row) {
+DEVICE std::int64_t result_row(const AttentionCall& a, int b, int h, std::int64_t start, int rows, int row) {
     return ((a.cu_seqlens == nullptr ? static_cast<std::int64_t>(b) * rows : start) + row) * a.heads + h;
 }
 
 // Of lse and its like, row 0 of a sequence.
-DEVICE std::int64_t statistics_at(const Attention& a, int b, int h, std::int64_t start, int rows) {
+DEVICE std::int64_t statistics_at(const AttentionCall& a, int b, int h, std::int64_t start, int rows) {
     return a.cu_seqlens == nullptr ? (static_cast<std::int64_t>(b) * a.heads + h) * rows : h * a.total + start;
 }
 
 // Of [B, rows] or packed, row 0 of a sequence.
-DEVICE const std::int32_t* numbers_of(const Attention& a, const std::int32_t* x, int b, std::int64_t start, int rows) {
+DEVICE const std::int32_t* numbers_of(const AttentionCall& a, const std::int32_t* x, int b, std::int64_t start,
+                                      int rows) {
     return x == nullptr ? nullptr : x + (a.cu_seqlens == nullptr ? static_cast<std::int64_t>(b) * rows : start);
 }
 
@@ -74,7 +76,7 @@ struct Masks {
     std::int64_t bias_at, bias_query, bias_key;
     DType bias_dtype;
     const std::int32_t *key_rank, *key_segments;
-    bool causal, uniform, see_self;
+    bool causal, uniform_rows, see_self;
     int keys, extent, shift;
     float scale;
     // of dropout
@@ -87,7 +89,7 @@ struct Masks {
 // They lie in shared memory, since they are the same for all threads and would take thirty registers.
 constexpr std::size_t MASKS_SIZE = (sizeof(Masks) + 15) / 16 * 16;
 
-DEVICE Masks masks_of(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int h) {
+DEVICE Masks masks_of(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h) {
     Masks m;
     m.mask = a.mask.data == nullptr
                  ? nullptr
@@ -101,18 +103,18 @@ DEVICE Masks masks_of(const Attention& a, const QueryStream& stream, const Seque
     m.bias_dtype = a.bias_dtype;
     m.key_rank = numbers_of(a, a.key_rank, b, s.start, a.keys);
     m.key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
-    m.causal = a.causal;
-    m.uniform = a.uniform;
-    m.see_self = stream.see_self;
+    m.causal = a.options.causal;
+    m.uniform_rows = a.relative.uniform_rows;
+    m.see_self = stream.options.see_self;
     m.keys = s.keys;
     m.extent = s.extent;
     m.shift = s.shift;
-    m.scale = a.scale;
+    m.scale = a.options.scale;
     m.drops = a.dropout.seed != nullptr;
     m.seed = m.drops ? static_cast<std::uint64_t>(*a.dropout.seed) : 0;
     m.threshold = a.dropout.threshold;
     m.plane = static_cast<std::uint32_t>(b * a.heads + h);
-    m.tag = stream.tag;
+    m.tag = stream.options.tag;
     return m;
 }
 
@@ -122,8 +124,8 @@ struct Place {
     int position;  // one of the 16 of its warp, also where there is none
     int mask_row;
     int rank, segment;
-    float same, different;   // the products with the two segment embeddings
-    float lse, delta, rest;  // in backward
+    float same, other;                 // the products with the two segment embeddings
+    float lse, delta, lse_correction;  // in backward
 };
 
 // Whether row i may attend key j, 0 <= j.
@@ -150,7 +152,7 @@ DEVICE float score_of(const Masks& m, const Place& line, int j, float product) {
     float s = product;
     if constexpr (EXTRAS) {
         if (m.key_segments != nullptr && j >= 0 && j < m.extent)
-            s += m.key_segments[j] != line.segment ? line.different : line.same;
+            s += m.key_segments[j] != line.segment ? line.other : line.same;
     }
     s = __fmul_rn(s, m.scale);
     const bool may = j >= 0 && allowed<EXTRAS>(m, line, j);
@@ -160,7 +162,7 @@ DEVICE float score_of(const Masks& m, const Place& line, int j, float product) {
             load_any<1>(m.bias, m.bias_dtype, m.bias_at + line.mask_row * m.bias_query + j * m.bias_key, more);
             s = __fadd_rn(s, more[0]);
         }
-        if (m.uniform) {
+        if (m.uniform_rows) {
             const bool real = j >= 0 && j < m.extent && line.number >= 0;
             return may ? s : real ? UNIFORM_SCORE : -INFINITY_;
         }

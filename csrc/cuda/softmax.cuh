@@ -46,7 +46,7 @@ DEVICE void softmax_step(RunningRows& rows, float (&c)[N][4], float (&o)[K][4]) 
 
 // Writes out and lse of one of a thread's two rows, query `number`; below 0 there is none.  A whole warp calls it.
 template <class T, int K>
-DEVICE void store_row(const Attention& a, const QueryStream& stream, const Sequence& s, int b, int h, int number,
+DEVICE void store_row(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h, int number,
                       int half, const RunningRows& rows, const float (&o)[K][4]) {
     float sum = rows.weight[half];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);

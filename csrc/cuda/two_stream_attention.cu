@@ -10,14 +10,14 @@
 namespace pyxlbert::cuda {
 
 template <>
-void Kernels<PYXLBERT_ELEMENT>::two_stream_attention_fwd(const Attention& a, Stream stream) {
+void Kernels<PYXLBERT_ELEMENT>::two_stream_attention_fwd(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     with_head_size<false>(a.head_size, [&](auto size) {
         constexpr int D = decltype(size)::value;
         with_tiles<TILES_DIFFER<T, D, true>>([&](auto small) {
             // Sums of two streams' long rows of float32 would not fit the registers.
             if constexpr (decltype(small)::value || (sizeof(T) == 4 && D > 64))
-                for_each_stream(a, [&](const Attention& one) { relative_attention_fwd(one, stream); });
+                for_each_stream(a, [&](const AttentionCall& one) { relative_attention_fwd(one, stream); });
             else
                 launch_attention_fwd_of<T, D, true, 2, false>(a, has_relative_extras(a), stream);
         });

@@ -5,6 +5,6 @@
 namespace pyxlbert::cuda {
 
 // out and lse of both streams, content first; rows of a stream with positions that are at none are left alone.
-void launch_two_stream_attention_fwd(const Attention& a, Stream stream);
+void launch_two_stream_attention_fwd(const AttentionCall& a, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

@@ -24,7 +24,8 @@ class Choice:
 
     Args:
         name: the op's name on every floor; backend `b` implements it in the module of this name in b's room, which
-            holds `<name>_fwd`, `<name>_bwd` and `supports(*tensors) -> None | sentence`.
+            holds `<name>_fwd`, `<name>_bwd`, `supports(*tensors) -> None | sentence`, and where it has something to
+            say of how it runs inputs that it takes, `note(*tensors) -> None | sentence`.
         backends: the names of the backends that have it.
         ids_first: the first argument holds ids, which do not decide the backend.
     """
@@ -92,7 +93,8 @@ class Choice:
         for name in (*order, *(name for name in NAMES if name not in order)):
             reason = self.refusal(name, *tensors)
             if name == asked:
-                lines.append(f"  {name}: {'taken, as use_backend names it' if reason is None else reason}")
+                how = f"taken, as use_backend names it{self._note(name, *tensors)}" if reason is None else reason
+                lines.append(f"  {name}: {how}")
                 if reason is not None:
                     lines[-1] += "; use_backend names it, so a call without backend= raises this"
                 continue
@@ -100,11 +102,17 @@ class Choice:
                 reason = f"not for {device} tensors"
             if reason is None and not taken and asked is None:
                 why = f", {measured.reason(self.name, tensors[0])}" if name in order[:2] and device == "cuda" else ""
-                lines.append(f"  {name}: taken{why}")
+                lines.append(f"  {name}: taken{why}{self._note(name, *tensors)}")
                 taken = True
             else:
                 lines.append(f"  {name}: {reason or 'possible'}")
         return "\n".join(lines)
+
+    def _note(self, backend: str, *tensors: torch.Tensor | None) -> str:
+        """What a module says of how it will run these inputs, if that is not as one would think."""
+        note = getattr(self.module(backend), "note", None)
+        text = None if note is None else note(*tensors)
+        return "" if text is None else f"; {text}"
 
     def _order(self, tensor: torch.Tensor | None) -> tuple[str, ...]:
         """The backends for a call that this tensor decides; the first that supports it is taken."""

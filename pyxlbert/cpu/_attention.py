@@ -12,12 +12,13 @@ from pyxlbert import _C
 from pyxlbert.launch.rows import int32
 
 
-def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, list[Tensor | None]]:
+def native_call(query: Tensor, call: Any, options: Any) -> tuple[_C.cpu.AttentionCall, list[Tensor | None]]:
     """The native description of a call, and the tensors that must live as long as it does.
 
     Args:
         query: `[B, T, H, D]` or packed.
         call: of attention, or what the streams of a relative op share.
+        options: what has the fields of `ScoreOptions`.
     """
     tensors = [
         *(query, call.key, call.value, int32(call.key_lengths), int32(call.cu_seqlens)),
@@ -25,13 +26,13 @@ def inputs_of(query: Tensor, call: Any) -> tuple[_C.cpu.AttentionInputs, list[Te
     ]
     numbers = (
         0 if call.cu_seqlens is None else longest(call.cu_seqlens),
-        *(call.scale, call.dropout_p, 0 if call.seed is None else int(call.seed), call.causal),
+        *(options, call.dropout_p, 0 if call.seed is None else int(call.seed)),
         torch.get_num_threads(),
     )
-    inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+    inputs = _C.cpu.attention_call(*tensors, *numbers)
     if inputs is None:
         tensors[:3] = [in_place(x) for x in tensors[:3]]
-        inputs = _C.cpu.attention_inputs(*tensors, *numbers)
+        inputs = _C.cpu.attention_call(*tensors, *numbers)
     return inputs, tensors
 
 

@@ -18,7 +18,7 @@ _MOST_ROWS_AVX512 = 32
 _MOST_ROWS_MULTIPLIED = 16
 
 
-def most_rows(dtype: torch.dtype, multiplied: bool) -> int:
+def max_rows(dtype: torch.dtype, multiplied: bool) -> int:
     """Up to how many rows the kernel beats the vendor's library.
 
     Args:

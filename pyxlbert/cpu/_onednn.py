@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ _EPILOGUES = {None: ("none", ""), "none": ("gelu", "none"), "tanh": ("gelu", "ta
 
 _probes: dict[torch.dtype, str | None] = {}
 _probing = threading.Lock()
+_detours: dict[torch.dtype, str | None] = {}
+_timing = threading.Lock()
+
+# Times as long as float32 that a product may take before float32 does it.  Half of float32's speed comes of converting,
+# a thousandth of it of oneDNN's reference code, and nothing lies between.
+MOST_SLOWNESS = 20.0
 
 
 def supports(*tensors: Tensor | None) -> str | None:
@@ -42,10 +50,7 @@ def probe(dtype: torch.dtype) -> str | None:
     if dtype not in _probes:
         with _probing:
             if dtype not in _probes:
-                # A thread of its own: neither autocast, nor a tracing mode, nor a compiler of the caller reaches it.
-                thread = threading.Thread(target=_probe, args=(dtype,), name="pyxlbert-probe")
-                thread.start()
-                thread.join()
+                _apart(_probe, dtype)
     return _probes[dtype]
 
 
@@ -92,7 +97,7 @@ def reorder(weight: Tensor) -> Tensor | None:
 
 def few_rows(x: Tensor) -> bool:
     """Whether x `[..., K]`, K > 0, has so few rows that the kernel of ours beats the libraries."""
-    return _few_rows is not None and x.numel() <= _few_rows.most_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
+    return _few_rows is not None and x.numel() <= _few_rows.max_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 
 
 def _linear_pointwise(*arguments: object) -> Tensor:
@@ -142,13 +147,73 @@ def _mkl_at_full_speed() -> bool:
         return False
 
 
-@functools.cache
+def note(*tensors: Tensor | None) -> str | None:
+    """What `pyxlbert.backends.explain` adds where products are made in another dtype than the tensors'."""
+    return detour(tensors[0].dtype)  # type: ignore[union-attr]
+
+
+def detour(dtype: torch.dtype) -> str | None:
+    """Why products of `dtype` are made in float32 and rounded, or None; found out once per process.
+
+    oneDNN's word that it supports a dtype is not enough: on some processors its reference code does the work, a
+    thousand times slower than float32.  So a small product of each is timed.
+    """
+    if dtype not in _detours:
+        with _timing:
+            if dtype not in _detours:
+                _apart(_find_detour, dtype)
+    return _detours[dtype]
+
+
+detour._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _native(dtype: torch.dtype) -> bool:
-    """Whether the processor multiplies in `dtype`; where it does not, float32 does it and the result is rounded."""
+    """Whether products of `dtype` are made in it; where not, float32 does it and the result is rounded."""
+    return dtype is torch.float32 or detour(dtype) is None
+
+
+def _find_detour(dtype: torch.dtype) -> None:
+    _detours[dtype] = _slowness(dtype)
+
+
+def _slowness(dtype: torch.dtype) -> str | None:
+    """One sentence on why float32 is to do the products of `dtype`, or None."""
     if dtype is torch.float32:
-        return True
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, name)())
+        return None
+    name, flag = {
+        torch.bfloat16: ("bfloat16", "_is_mkldnn_bf16_supported"),
+        torch.float16: ("float16", "_is_mkldnn_fp16_supported"),
+    }[dtype]
+    way = f"products of {name} are made in float32 and rounded"
+    try:
+        if not getattr(torch.ops.mkldnn, flag)():
+            return f"{way}: oneDNN has none on this processor"
+        times = {one: _least_time(one) for one in (torch.float32, dtype)}
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        # The other probe says what is wrong, and backend "cpu" takes no call.
+        return None
+    ratio = times[dtype] / times[torch.float32]
+    return f"{way}: oneDNN takes {ratio:.0f} times as long in {name}" if ratio > MOST_SLOWNESS else None
+
+
+def _least_time(dtype: torch.dtype) -> float:
+    """Seconds of the fastest of a few products of 0.5 million multiplications; ordinary ones take 0.1 ms at most."""
+    x, weight = torch.ones(32, 128, dtype=dtype), torch.ones(128, 128, dtype=dtype)
+    found = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            _linear_pointwise(x, weight, None, "none", [], "")
+            found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _apart(work: Callable[[torch.dtype], None], dtype: torch.dtype) -> None:
+    """Runs `work` in a thread of its own, where no autocast, tracing mode or compiler of the caller is."""
+    thread = threading.Thread(target=work, args=(dtype,), name="pyxlbert-probe")
+    thread.start()
+    thread.join()
 
 
 def _probe(dtype: torch.dtype) -> None:

@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._attention import in_place, inputs_of, longest
+from pyxlbert.cpu._attention import in_place, longest, native_call
 from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.relative import SHARED, Shared, Stream, gradients_in_order
 from pyxlbert.launch.rows import address, int32
 
 
-class _Inputs:
+class _Call:
     """The native description of what all streams of a call share; it keeps the tensors it points to alive."""
 
     def __init__(self, query: Tensor, shared: Shared) -> None:
-        inputs, attention = inputs_of(query, shared)
+        inputs, attention = native_call(query, shared, shared.options)
         # The products take one element type; a float32 table is rounded as autocast would.
         table = in_place(shared.table.to(query.dtype))
         numbers = [int32(shared.key_rank), int32(shared.key_segments)]
         floats = [None if x is None else x.to(torch.float32).contiguous() for x in shared.biases]
         self._keep = (attention, table, numbers, floats)
-        self.native = _C.cpu.RelativeInputs(
+        self.native = _C.cpu.RelativeCall(
             inputs,
             table.data_ptr(),
             strides(table),
             (table.shape[0] if table.dim() == 4 else 1, table.shape[-3], shared.offset),
             *(address(x) for x in floats),
             *(address(x) for x in numbers),
-            shared.uniform_rows,
+            shared,
         )
 
 
-class _Rows:
+class _Stream:
     """The native description of one stream's queries; it keeps the tensors it points to alive."""
 
     def __init__(self, stream: Stream, shared: Shared, out: Tensor, lse: Tensor) -> None:
@@ -44,14 +44,14 @@ class _Rows:
         order = None if positions is None else positions.argsort(dim=1, stable=True).to(torch.int32)
         numbers = (positions, order, int32(stream.rank), int32(stream.segments))
         self._keep = (query, out, lse, numbers)
-        self.native = _C.cpu.QueryRows(
+        self.native = _C.cpu.Stream(
             query.data_ptr(),
             strides(query),
             query.shape[1] if shared.cu_seqlens is None else longest(shared.cu_seqlens),
             out.data_ptr(),
             lse.data_ptr(),
             *(address(x) for x in numbers),
-            *stream.options,
+            stream.options,
         )
 
 
@@ -60,9 +60,9 @@ def forward(kernel: Callable[..., None], shared: Shared, streams: list[Stream]) 
     outs = [torch.empty_like(stream.query, memory_format=torch.contiguous_format) for stream in streams]
     lses = [lse_of(stream.query) for stream in streams]
     if lses[0].numel() or lses[-1].numel():
-        inputs = _Inputs(streams[0].query, shared)
-        rows = [_Rows(streams[n], shared, outs[n], lses[n]) for n in range(len(streams))]
-        kernel(inputs.native, rows[0].native, rows[1].native if len(rows) > 1 else _C.cpu.QueryRows())
+        inputs = _Call(streams[0].query, shared)
+        rows = [_Stream(streams[n], shared, outs[n], lses[n]) for n in range(len(streams))]
+        kernel(inputs.native, rows[0].native, rows[1].native if len(rows) > 1 else _C.cpu.Stream())
     return (outs[0], lses[0]) if len(streams) == 1 else (outs[0], lses[0], outs[1], lses[1])
 
 
@@ -91,13 +91,13 @@ def backward(
             if x is not None:
                 x.zero_()
     else:
-        inputs = _Inputs(queries[0], shared)
-        rows = [_Rows(s, shared, out, lse) for s, (_, out, lse) in zip(streams, results, strict=True)]
-        present = [rows[n].native if dout is not None else _C.cpu.QueryRows() for n, (dout, _, _) in enumerate(results)]
+        inputs = _Call(queries[0], shared)
+        rows = [_Stream(s, shared, out, lse) for s, (_, out, lse) in zip(streams, results, strict=True)]
+        present = [rows[n].native if dout is not None else _C.cpu.Stream() for n, (dout, _, _) in enumerate(results)]
         douts = _pair([None if dout is None else in_place(dout) for dout, _, _ in results], None)
         arguments = _C.cpu.RelativeAttentionBwd(
             inputs.native,
-            *_pair(present, _C.cpu.QueryRows()),
+            *_pair(present, _C.cpu.Stream()),
             [address(x) for x in douts],
             [(0, 0, 0) if x is None else strides(x) for x in douts],
             [address(x) for x in _pair(dqueries, None)],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import _C
-from pyxlbert.cpu._attention import in_place, inputs_of
+from pyxlbert.cpu._attention import in_place, native_call
 from pyxlbert.cpu._tensors import refusal
 from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.rows import address
@@ -21,7 +21,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(call.query, memory_format=torch.contiguous_format), lse_of(call.query)
     if lse.numel() == 0:
         return out, lse
-    inputs, _keep = inputs_of(call.query, call)
+    inputs, _keep = native_call(call.query, call, call)
     _C.cpu.attention_fwd(inputs, out, lse)
     return out, lse
 
@@ -29,7 +29,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
 def attention_out(call: Any) -> Tensor:
     """The result of `attention_fwd` without what backward wants; of tensors with elements."""
     out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
-    inputs, _keep = inputs_of(call.query, call)
+    inputs, _keep = native_call(call.query, call, call)
     _C.cpu.attention_fwd(inputs, out, None)
     return out
 
@@ -42,7 +42,7 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else call.query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
-    inputs, _keep = inputs_of(call.query, call)
+    inputs, _keep = native_call(call.query, call, call)
     dout, out, lse = in_place(call.dout), call.out.contiguous(), call.lse.contiguous()
     _C.cpu.attention_bwd(
         inputs,

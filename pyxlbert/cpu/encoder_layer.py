@@ -12,8 +12,7 @@ from pyxlbert import _C
 from pyxlbert.cpu import _packed
 from pyxlbert.cpu._attention import adjacent_keys, longest
 from pyxlbert.cpu._tensors import refusal
-from pyxlbert.launch.attention import score_strides
-from pyxlbert.launch.relative import RELATIVE_ATTENTION, StreamOptions
+from pyxlbert.launch.attention import RELATIVE_ATTENTION, ScoreOptions, StreamOptions, score_strides
 from pyxlbert.launch.rows import DTYPE, address, int32
 
 Norm = tuple[Tensor, Tensor, float]  # weight and bias [E], eps
@@ -179,7 +178,7 @@ def _packed_layer(call: Any, dtype: torch.dtype, hidden: int) -> Stack:
     return Stack([Layer((packed("qkv"),), *map(packed, ("out", "up", "down")), *norms, call.activation)], hidden)
 
 
-def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
+def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionCall, Any]:
     """The native description of a call's rows, and the tensors that must live as long as it does."""
     packed = places.cu_seqlens is not None
     batch = places.cu_seqlens.shape[0] - 1 if packed else x.shape[0]
@@ -187,17 +186,16 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
     mask, bias = adjacent_keys(places.attention_mask), adjacent_keys(places.bias)
     lengths, offsets = int32(places.key_lengths), int32(places.cu_seqlens)
     nowhere = (0, (0, 0, 0))
-    inputs = _C.cpu.AttentionInputs(
+    inputs = _C.cpu.AttentionCall(
         *nowhere * 3,  # query, key and value are the layers' own
         *(address(lengths), address(offsets)),
         *(address(mask), score_strides(mask), address(bias), score_strides(bias)),
         (batch, places.heads, length, length, places.head_size),
         x.shape[0] if packed else 0,
-        places.scale,
+        ScoreOptions(places.scale, places.causal),
         *(0.0, 0),  # dropout_p, seed
         DTYPE[x.dtype],
         0 if bias is None else DTYPE[bias.dtype],
-        places.causal,
         torch.get_num_threads(),
     )
     return inputs, (mask, bias, lengths, offsets)
@@ -205,29 +203,29 @@ def _inputs(x: Tensor, places: Places) -> tuple[_C.cpu.AttentionInputs, Any]:
 
 def _relative(
     distances: Distances, inputs: Any, places: Places, x: Tensor
-) -> tuple[_C.cpu.RelativeInputs, _C.cpu.QueryRows, Any]:
+) -> tuple[_C.cpu.RelativeCall, _C.cpu.Stream, Any]:
     positions = distances.positions
     numbers = [
         int32(one)
         for one in (distances.key_rank, distances.key_segments, distances.query_rank, distances.query_segments)
     ]
     nowhere = (0, (0, 0, 0))
-    relative = _C.cpu.RelativeInputs(
+    relative = _C.cpu.RelativeCall(
         inputs,
         *nowhere,
         (positions.shape[0] if positions.dim() == 3 else 1, positions.shape[-2], distances.offset),
         *(0, 0, 0, 0),  # the terms are the layers' own
         *(address(numbers[0]), address(numbers[1])),
-        distances.uniform_rows,
+        distances,
     )
     length = longest(places.cu_seqlens) if places.cu_seqlens is not None else x.shape[1]
-    rows = _C.cpu.QueryRows(
+    rows = _C.cpu.Stream(
         *nowhere,
         length,
         *(0, 0),  # out, lse
         *(0, 0),  # positions, order
         *(address(numbers[2]), address(numbers[3])),
-        *StreamOptions(distances.see_self, False, RELATIVE_ATTENTION),
+        StreamOptions(distances.see_self, False, RELATIVE_ATTENTION),
     )
     return relative, rows, numbers
 

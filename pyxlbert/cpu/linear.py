@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.cpu import _few_rows, _onednn
-from pyxlbert.cpu._onednn import supports
+from pyxlbert.cpu._onednn import note, supports
 
-__all__ = ["linear_bwd", "linear_fwd", "supports"]
+__all__ = ["linear_bwd", "linear_fwd", "note", "supports"]
 
 
 def linear_fwd(call: Any) -> Tensor:

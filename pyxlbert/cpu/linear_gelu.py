@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.cpu import _few_rows, _onednn
-from pyxlbert.cpu._onednn import supports
+from pyxlbert.cpu._onednn import note, supports
 from pyxlbert.cpu.linear import product_bwd, product_fwd
 
-__all__ = ["linear_gelu_bwd", "linear_gelu_fwd", "supports"]
+__all__ = ["linear_gelu_bwd", "linear_gelu_fwd", "note", "supports"]
 
 
 def linear_gelu_fwd(call: Any) -> tuple[Tensor, Tensor]:

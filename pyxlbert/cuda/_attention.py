@@ -12,15 +12,12 @@ from pyxlbert.cuda._launch import dtype_of, refusal
 from pyxlbert.launch.attention import score_strides, strides
 from pyxlbert.launch.rows import DTYPE, address, int32
 
-# Tag of the dropout bits: enum Tag of csrc/cuda/arguments.h.
-ATTENTION = 1
-
 
 def refusal_of_heads(*tensors: Tensor | None) -> str | None:
     """The `supports` of the attention ops: the first tensor's head size is bounded."""
     head_size = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if head_size > backends.cuda_kernels.MOST_HEAD_SIZE:
-        return f"it takes head sizes of at most {backends.cuda_kernels.MOST_HEAD_SIZE}, not {head_size}"
+    if head_size > backends.cuda_kernels.MAX_HEAD_SIZE:
+        return f"it takes head sizes of at most {backends.cuda_kernels.MAX_HEAD_SIZE}, not {head_size}"
     return refusal(*tensors)
 
 
@@ -46,8 +43,8 @@ def whole_vectors(head_size: int) -> int:
     return -(-head_size // 8) * 8
 
 
-def description(
-    streams: list[Any], shape: tuple[int, ...], key: Tensor, value: Tensor, call: Any
+def native_call(
+    streams: list[Any], shape: tuple[int, ...], key: Tensor, value: Tensor, call: Any, options: Any
 ) -> tuple[Any, list[Tensor | None]]:
     """The native description of a call, and the tensors that must live as long as it does.
 
@@ -56,6 +53,7 @@ def description(
         shape: of the first stream's query, padded.
         key, value: as `in_place` and `padded` give them.
         call: of attention, or what the streams of a relative op share.
+        options: what has the fields of `ScoreOptions`.
     """
     heads, head_size = shape[-2:]
     if call.cu_seqlens is None:
@@ -65,11 +63,11 @@ def description(
         queries = keys = call.max_seqlen
     key_lengths, cu_seqlens = int32(call.key_lengths), int32(call.cu_seqlens)
     mask, bias = call.attention_mask, call.bias
-    native = backends.cuda_kernels.Attention(
+    native = backends.cuda_kernels.AttentionCall(
         streams,
         *(key.data_ptr(), strides(key), value.data_ptr(), strides(value), address(key_lengths), address(cu_seqlens)),
         *(address(mask), score_strides(mask), address(bias), score_strides(bias), dtype_of(bias)),
-        *((batch, heads, queries, keys, head_size), total, call.scale, call.causal),
+        *((batch, heads, queries, keys, head_size), total, options),
         *(address(call.seed), call.dropout_p, DTYPE[key.dtype]),
     )
     return native, [key, value, key_lengths, cu_seqlens, mask, bias, call.seed]

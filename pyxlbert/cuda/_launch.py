@@ -23,8 +23,8 @@ def refusal(*tensors: Tensor | None) -> str | None:
 def refusal_of_rows(*tensors: Tensor | None) -> str | None:
     """The `supports` of the ops that hold rows whole: the first tensor's last dimension is bounded too."""
     columns = tensors[0].shape[-1] if tensors and tensors[0] is not None and tensors[0].dim() else 0
-    if columns > backends.cuda_kernels.MOST_COLUMNS:
-        return f"it takes rows of at most {backends.cuda_kernels.MOST_COLUMNS} elements, not {columns}"
+    if columns > backends.cuda_kernels.MAX_COLUMNS:
+        return f"it takes rows of at most {backends.cuda_kernels.MAX_COLUMNS} elements, not {columns}"
     return refusal(*tensors)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import description, in_place, padded, whole_vectors
+from pyxlbert.cuda._attention import in_place, native_call, padded, whole_vectors
 from pyxlbert.cuda._launch import dtype_of, launch, shared_memory
 from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.relative import SHARED, Shared, Stream
@@ -37,7 +37,7 @@ class _Call:
         """The native description, with the streams as they are now."""
         shared, query = self.shared, self.keep[1][0].query
         shape = (*query.shape[:-1], self.columns)
-        call, keep = description(self.streams, shape, self.key, self.value, shared)
+        call, keep = native_call(self.streams, shape, self.key, self.value, shared, shared.options)
         table = in_place(padded(shared.table.to(query.dtype), self.columns))
         tables = table.shape[0] if table.dim() == 4 else 1
         biases = [None if x is None else in_place(padded(x, self.columns)).contiguous() for x in shared.biases]
@@ -45,7 +45,7 @@ class _Call:
         call.table(
             *(table.data_ptr(), strides(table), tables, table.shape[-3], shared.offset),
             *(value for x in biases for value in (address(x), dtype_of(x))),
-            *(address(numbers[0]), address(numbers[1]), shared.uniform_rows),
+            *(address(numbers[0]), address(numbers[1]), shared),
         )
         self.keep += [call, keep, table, biases, numbers]
         return call
@@ -58,9 +58,9 @@ class _Call:
             numbers = int32(numbers)
         rank, segments = int32(stream.rank), int32(stream.segments)
         self.keep += [query, positions, numbers, rank, segments]
-        return backends.cuda_kernels.QueryStream(
+        return backends.cuda_kernels.Stream(
             *(query.data_ptr(), strides(query), _rows(shared, query), address(positions), address(numbers)),
-            *(address(rank), address(segments), *stream.options, out.data_ptr(), lse.data_ptr()),
+            *(address(rank), address(segments), stream.options, out.data_ptr(), lse.data_ptr()),
         )
 
 
@@ -121,9 +121,9 @@ def backward(
         positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
         windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions, shared_memory(device))
         parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
-        delta, rest, content, position = (x.data_ptr() for x in workspace)
+        delta, lse_correction, content, position = (x.data_ptr() for x in workspace)
         stream.gradients(
-            *(dout.data_ptr(), strides(dout), delta, rest, dqueries[n].data_ptr(), content, position),
+            *(dout.data_ptr(), strides(dout), delta, lse_correction, dqueries[n].data_ptr(), content, position),
             parts[n].data_ptr(),
         )
         call.keep += [dout, workspace]

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import ATTENTION, description, in_place, padded, refusal_of_heads, whole_vectors
+from pyxlbert.cuda._attention import in_place, native_call, padded, refusal_of_heads, whole_vectors
 from pyxlbert.cuda._launch import launch
-from pyxlbert.launch.attention import lse_of, strides
+from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, strides
 from pyxlbert.launch.rows import address
 
 supports = refusal_of_heads
+
+_OPTIONS = StreamOptions(False, False, ATTENTION)
 
 
 def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     lse = lse_of(query)
     if lse.numel() > 0:
         q, k, v = (in_place(padded(x, columns)) for x in (query, call.key, call.value))
-        native, _keep = description([_stream(call, q, out, lse)], q.shape, k, v, call)
+        native, _keep = native_call([_stream(call, q, out, lse)], q.shape, k, v, call, call)
         launch("attention_fwd", query.device, native)
     return out if columns == head_size else out[..., :head_size].contiguous(), lse
 
@@ -40,12 +42,13 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors), dbias.zero_()
     out, lse = out.contiguous(), call.lse.contiguous()
-    delta, rest = torch.empty_like(lse), torch.empty_like(lse)
+    delta, lse_correction = torch.empty_like(lse), torch.empty_like(lse)
     stream = _stream(call, q, out, lse)
     stream.gradients(
-        *(dout.data_ptr(), strides(dout), delta.data_ptr(), rest.data_ptr(), gradients[0].data_ptr(), 0, 0, 0),
+        *(dout.data_ptr(), strides(dout), delta.data_ptr(), lse_correction.data_ptr()),
+        *(gradients[0].data_ptr(), *(0, 0, 0)),
     )
-    native, _keep = description([stream], q.shape, k, v, call)
+    native, _keep = native_call([stream], q.shape, k, v, call, call)
     shape = tuple(call.bias.shape) if wanted else (0, 0, 0, 0)
     native.gradients(gradients[1].data_ptr(), gradients[2].data_ptr(), 0, address(dbias if wanted else None), shape)
     launch("attention_bwd", call.query.device, native)
@@ -55,7 +58,7 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _stream(call: Any, query: Tensor, out: Tensor, lse: Tensor) -> Any:
-    return backends.cuda_kernels.QueryStream(
+    return backends.cuda_kernels.Stream(
         *(query.data_ptr(), strides(query), query.shape[-3] if call.cu_seqlens is None else call.max_seqlen),
-        *(0, 0, 0, 0, False, False, ATTENTION, out.data_ptr(), lse.data_ptr()),
+        *(0, 0, 0, 0, _OPTIONS, out.data_ptr(), lse.data_ptr()),
     )

@@ -1,9 +1,38 @@
-"""What launchers of all attention ops share: strides of heads and of scores, the statistics of a softmax."""
+"""What launchers of all attention ops share: options of the scores, strides, the statistics of a softmax."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+# Tags of the dropout bits: Tag of csrc/types.h, kernels/_philox.py.
+ATTENTION, RELATIVE_ATTENTION, QUERY_STREAM = 1, 2, 3
+
+
+class ScoreOptions(NamedTuple):
+    """What native kernels are told of a call's scores beside its tensors: ScoreOptions of csrc/score_options.h, which
+    reads them by name, of a call of `attention` too.
+    """
+
+    scale: float
+    causal: bool = False
+
+
+class StreamOptions(NamedTuple):
+    """What the kernels of every backend are told of a stream beside its tensors: StreamOptions of
+    csrc/score_options.h, which reads them by name.
+
+    Attributes:
+        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
+        mask_by_position: whether the mask's row is a query's position and not its number.
+        tag: of the dropout bits.
+    """
+
+    see_self: bool
+    mask_by_position: bool
+    tag: int
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

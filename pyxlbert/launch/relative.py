@@ -9,16 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyxlbert.launch.attention import QUERY_STREAM, RELATIVE_ATTENTION, ScoreOptions, StreamOptions
+
 # The gradients of what streams share, in the order of the ops' results; before them those of "query" and, of a second
 # stream, "second".
 SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
 
-# Tags of the dropout bits: csrc/cpu/philox.h, csrc/cuda/arguments.h, kernels/_philox.py.
-RELATIVE_ATTENTION, QUERY_STREAM = 2, 3
-
 
 class Shared(NamedTuple):
-    """What all streams of a call share; the first eleven as in a call of `attention`."""
+    """What all streams of a call share; the first nine as in a call of `attention`.
+
+    Attributes:
+        options: what `attention` has of its own in a call.
+        biases: of content, position and segments, and the segments' embedding.
+    """
 
     key: Tensor
     value: Tensor
@@ -27,30 +31,15 @@ class Shared(NamedTuple):
     max_seqlen: int
     attention_mask: Tensor | None
     bias: None
-    causal: bool
-    scale: float
     dropout_p: float
     seed: Tensor | None
+    options: ScoreOptions
     table: Tensor
     offset: int
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # content, position, segment, embedding
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     key_segments: Tensor | None
     key_rank: Tensor | None
     uniform_rows: bool
-
-
-class StreamOptions(NamedTuple):
-    """What the kernels of every backend are told of a stream beside its tensors, in this order.
-
-    Attributes:
-        see_self: whether row i sees key i + Tk - Tq whatever the masks say.
-        mask_by_position: whether the mask's row is a query's position and not its number.
-        tag: of the dropout bits.
-    """
-
-    see_self: bool
-    mask_by_position: bool
-    tag: int
 
 
 class Stream(NamedTuple):
@@ -95,7 +84,7 @@ def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
 def _shared(call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool) -> Shared:
     return Shared(
         *(call.key, call.value, call.key_lengths, cu_seqlens, max_seqlen, call.attention_mask, None),
-        *(causal, call.scale, call.dropout_p, call.seed),
+        *(call.dropout_p, call.seed, ScoreOptions(call.scale, causal)),
         *(call.position_key, call.offset),
         (call.content_bias, call.position_bias, call.segment_bias, call.segment_embedding),
         *(call.key_segments, call.key_rank, call.uniform_rows),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyxlbert import backends
 from pyxlbert.launch.rows import DTYPE
-from pyxlbert.ops import _scores
+from pyxlbert.ops import _attention
 from pyxlbert.ops._torch import is_zerotensor, transformed, watched
 
 try:
@@ -73,7 +73,7 @@ def takes_masks(
         if max_seqlen is not None and type(max_seqlen) is not int:
             return False
         longest = x.shape[0] if max_seqlen is None else max_seqlen
-        _scores.check_offsets("attention", cu_seqlens, x.shape[0], longest)
+        _attention.check_offsets("attention", cu_seqlens, x.shape[0], longest)
         if attention_mask is not None or (bias is not None and (bias.dim() != 4 or bias.shape[0] != 1)):
             return False
         # By the places in each sequence, the same for all of them.

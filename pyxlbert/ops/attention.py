@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyxlbert import checks
-from pyxlbert.ops import _scores
+from pyxlbert.ops import _attention
 from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
 from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
@@ -30,18 +30,18 @@ _ARGUMENTS = (
 
 
 def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _scores.lse_like(call.query)
+    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _attention.lse_like(call.query)
 
 
 def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
     needs = [True, True, True, call.needs_bias]
-    return _scores.gradients(needs, call.query, call.key, call.value, call.bias)
+    return _attention.gradients(needs, call.query, call.key, call.value, call.bias)
 
 
 def check_values(call: Any) -> None:
     """Lengths within the keys; offsets that rise from 0 to total by at most max_seqlen."""
-    _scores.check_lengths("attention", call.key_lengths, call.key.shape[1])
-    _scores.check_offsets("attention", call.cu_seqlens, call.query.shape[0], call.max_seqlen)
+    _attention.check_lengths("attention", call.key_lengths, call.key.shape[1])
+    _attention.check_offsets("attention", call.cu_seqlens, call.query.shape[0], call.max_seqlen)
 
 
 _PADDED = {
@@ -216,7 +216,7 @@ def attention(
 def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
     query, key, value, bias = given.query, given.key, given.value, given.bias
-    scale = _scores.check_scale("attention", given.scale)
+    scale = _attention.check_scale("attention", given.scale)
     checks.flag("attention", "causal", given.causal)
     max_seqlen = _check_arguments(given)
     dropout_p, seed = dropout_of("attention", given.dropout_p, given.seed, query.device)
@@ -234,7 +234,7 @@ def call_of(given: Given) -> Any:
         compiling = torch.compiler.is_compiling() or given.cu_seqlens.shape[0] < 2
         max_seqlen = query.shape[0] if compiling else max(0, int(given.cu_seqlens.diff().max()))
     else:
-        max_seqlen = _scores.within(max_seqlen, query.shape[0])
+        max_seqlen = _attention.within(max_seqlen, query.shape[0])
     if scale is None:
         scale = query.shape[-1] ** -0.5
     backend = OP.resolve(given.backend, query)
@@ -259,18 +259,18 @@ def call_of(given: Given) -> Any:
 def _check_arguments(given: Given) -> int | None:
     """max_seqlen as an int, if there is one."""
     op, query, max_seqlen = "attention", given.query, given.max_seqlen
-    _scores.check_query_key_value(op, query, given.key, given.value, packed=given.cu_seqlens is not None)
+    _attention.check_query_key_value(op, query, given.key, given.value, packed=given.cu_seqlens is not None)
     if given.cu_seqlens is not None:
         others = {"key_lengths": given.key_lengths, "attention_mask": given.attention_mask, "bias": given.bias}
-        return _scores.check_packed(op, given.cu_seqlens, max_seqlen, query, **others)
+        return _attention.check_packed(op, given.cu_seqlens, max_seqlen, query, **others)
     if max_seqlen is not None:
         raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
     keys = given.key.shape[1]
-    _scores.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
+    _attention.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
     if given.bias is not None:
         checks.tensor(op, "bias", given.bias)
         checks.floating(op, "bias", given.bias)
         checks.floating_like(op, "bias", given.bias, query, parameter=True)
         scores = (query.shape[0], query.shape[2], query.shape[1], keys)
-        _scores.check_scores(op, "bias", given.bias, query, scores)
+        _attention.check_scores(op, "bias", given.bias, query, scores)
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import checks
-from pyxlbert.ops import _scores
+from pyxlbert.ops import _attention
 from pyxlbert.ops._define import Op
 from pyxlbert.ops.attention import attention
 from pyxlbert.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -30,12 +30,14 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 def _check_values(call: Any) -> None:
     op, x = "encoder_layer", call.x
     if call.cu_seqlens is not None:
-        _scores.check_offsets(op, call.cu_seqlens, x.shape[0], call.max_seqlen)
+        _attention.check_offsets(op, call.cu_seqlens, x.shape[0], call.max_seqlen)
         return
-    _scores.check_lengths(op, call.key_lengths, x.shape[1])
+    _attention.check_lengths(op, call.key_lengths, x.shape[1])
     for name in ("attention_mask", "bias"):
         if getattr(call, name) is not None:
-            _scores.check_scores(op, name, getattr(call, name), x, (x.shape[0], call.num_heads, *x.shape[1:2] * 2), "x")
+            _attention.check_scores(
+                op, name, getattr(call, name), x, (x.shape[0], call.num_heads, *x.shape[1:2] * 2), "x"
+            )
 
 
 _PARAMETERS = (
@@ -165,7 +167,7 @@ def encoder_layer(
         return _composed(given, backend)
     longest = 0
     if cu_seqlens is not None:
-        longest = x.shape[0] if given.max_seqlen is None else _scores.within(given.max_seqlen, x.shape[0])
+        longest = x.shape[0] if given.max_seqlen is None else _attention.within(given.max_seqlen, x.shape[0])
     return _fwd(Forward(*given[:-4], longest, *given[-3:-1], backend))
 
 
@@ -268,13 +270,13 @@ def _check_masks(op: str, given: Given, heads: int) -> int | None:
     query = x.new_empty(1).expand(*x.shape[:-1], heads, 1)
     if given.cu_seqlens is not None:
         others = {"key_lengths": given.key_lengths, "attention_mask": given.attention_mask, "bias": given.bias}
-        return _scores.check_packed(op, given.cu_seqlens, given.max_seqlen, query, **others)
+        return _attention.check_packed(op, given.cu_seqlens, given.max_seqlen, query, **others)
     if given.max_seqlen is not None:
         raise ValueError(f"{op}: max_seqlen: got {given.max_seqlen} without cu_seqlens, wanted None")
-    _scores.check_masks(op, given.key_lengths, given.attention_mask, query, x.shape[1], "x")
+    _attention.check_masks(op, given.key_lengths, given.attention_mask, query, x.shape[1], "x")
     if given.bias is not None:
         checks.tensor(op, "bias", given.bias)
         checks.floating(op, "bias", given.bias)
         checks.floating_like(op, "bias", given.bias, x, parameter=True)
-        _scores.check_scores(op, "bias", given.bias, query, (x.shape[0], heads, x.shape[1], x.shape[1]), "x")
+        _attention.check_scores(op, "bias", given.bias, query, (x.shape[0], heads, x.shape[1], x.shape[1]), "x")
     return None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyxlbert import checks
-from pyxlbert.ops import _relative, _scores
+from pyxlbert.ops import _attention, _relative
 from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
 from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
@@ -41,11 +41,11 @@ def _trained(call: Any) -> tuple[torch.Tensor | None, ...]:
 
 
 def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _scores.lse_like(call.query)
+    return torch.empty_like(call.query, memory_format=torch.contiguous_format), _attention.lse_like(call.query)
 
 
 def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
-    return _scores.gradients(call.needs, *_trained(call))
+    return _attention.gradients(call.needs, *_trained(call))
 
 
 def check_values(call: Any) -> None:
@@ -53,8 +53,8 @@ def check_values(call: Any) -> None:
     op = "relative_attention"
     longest = call.query.shape[1] if call.cu_seqlens is None else call.max_seqlen
     _relative.check_offset(op, call.offset, 0 if call.query_positions is not None else longest - 1, "Tq - 1")
-    _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
-    _scores.check_offsets(op, call.cu_seqlens, call.query.shape[0], call.max_seqlen)
+    _attention.check_lengths(op, call.key_lengths, call.key.shape[1])
+    _attention.check_offsets(op, call.cu_seqlens, call.query.shape[0], call.max_seqlen)
     _relative.check_positions(op, "query_positions", call.query_positions, call.offset, "offset")
     _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
@@ -265,19 +265,19 @@ def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
     query, key, value, offset, max_seqlen = given.query, given.key, given.value, given.offset, given.max_seqlen
     op = "relative_attention"
-    scale = _scores.check_scale(op, given.scale)
+    scale = _attention.check_scale(op, given.scale)
     checks.flag(op, "causal", given.causal)
     checks.flag(op, "see_self", given.see_self)
-    _scores.check_query_key_value(op, query, key, value, packed=given.cu_seqlens is not None)
-    uniform = _relative.uniform_rows(op, given.masked_rows)
+    _attention.check_query_key_value(op, query, key, value, packed=given.cu_seqlens is not None)
+    uniform_rows = _relative.uniform_rows(op, given.masked_rows)
     if given.cu_seqlens is None:
         if max_seqlen is not None:
             raise ValueError(f"{op}: max_seqlen: got {max_seqlen} without cu_seqlens, wanted None")
         batch, queries, keys, max_seqlen = query.shape[0], query.shape[1], key.shape[1], 0
         rows, columns, letters = (batch, queries), (batch, keys), ("B, Tq", "B, Tk")
-        _scores.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
+        _attention.check_masks(op, given.key_lengths, given.attention_mask, query, keys)
     else:
-        max_seqlen = _scores.check_packed(
+        max_seqlen = _attention.check_packed(
             op,
             given.cu_seqlens,
             max_seqlen,
@@ -292,7 +292,7 @@ def call_of(given: Given) -> Any:
             max_seqlen = max(0, int(given.cu_seqlens.diff().max())) if given.cu_seqlens.shape[0] > 1 else 0
         # The default offset is what the caller said; the op needs no more than there are rows.
         batch, queries, keys = given.cu_seqlens.shape[0] - 1, max_seqlen, max_seqlen
-        max_seqlen = _scores.within(max_seqlen, query.shape[0])
+        max_seqlen = _attention.within(max_seqlen, query.shape[0])
         rows = columns = (query.shape[0],)
         letters = ("total", "total")
     if given.query_positions is None:
@@ -348,7 +348,7 @@ def call_of(given: Given) -> Any:
         given.see_self,
         given.attention_mask,
         given.causal,
-        uniform,
+        uniform_rows,
         scale,
         dropout_p,
         seed,

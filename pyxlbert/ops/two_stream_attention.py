@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyxlbert import checks
-from pyxlbert.ops import _relative, _scores
+from pyxlbert.ops import _attention, _relative
 from pyxlbert.ops._autograd import OpFunction, backward_backend, keep, kept, single_backward
 from pyxlbert.ops._define import Op
 from pyxlbert.ops._dropout import dropout_of
@@ -40,21 +40,21 @@ def _trained(call: Any) -> tuple[torch.Tensor | None, ...]:
 def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.empty_like(call.content_query, memory_format=torch.contiguous_format),
-        _scores.lse_like(call.content_query),
+        _attention.lse_like(call.content_query),
         torch.empty_like(call.query_query, memory_format=torch.contiguous_format),
-        _scores.lse_like(call.query_query),
+        _attention.lse_like(call.query_query),
     )
 
 
 def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
-    return _scores.gradients(call.needs, *_trained(call))
+    return _attention.gradients(call.needs, *_trained(call))
 
 
 def check_values(call: Any) -> None:
     """Lengths within the keys, rows and targets that meet the table, segments of 32 bits."""
     op = "two_stream_attention"
     _relative.check_offset(op, call.offset, call.content_query.shape[1] - 1, "T - 1")
-    _scores.check_lengths(op, call.key_lengths, call.key.shape[1])
+    _attention.check_lengths(op, call.key_lengths, call.key.shape[1])
     _relative.check_positions(op, "target_positions", call.target_positions, call.content_query.shape[1] - 1, "T - 1")
     _relative.check_segment_values(op, query_segments=call.query_segments, key_segments=call.key_segments)
 
@@ -254,12 +254,12 @@ def call_of(given: Given) -> Any:
     """The record of a call: checked, cast under autocast, with what was left out filled in."""
     content_query, query_query, key, value = given.content_query, given.query_query, given.key, given.value
     op, first = "two_stream_attention", "content_query"
-    scale = _scores.check_scale(op, given.scale)
-    _scores.check_query_key_value(op, content_query, key, value, name=first)
-    uniform = _relative.uniform_rows(op, given.masked_rows)
+    scale = _attention.check_scale(op, given.scale)
+    _attention.check_query_key_value(op, content_query, key, value, name=first)
+    uniform_rows = _relative.uniform_rows(op, given.masked_rows)
     batch, rows, heads, head_size = content_query.shape
     keys = key.shape[1]
-    _scores.check_rows(op, "query_query", query_query, content_query, False, first)
+    _attention.check_rows(op, "query_query", query_query, content_query, False, first)
     targets = rows if given.target_positions is None else query_query.shape[1]
     wanted = (batch, targets, heads, head_size)
     letters = "content_query's shape, without target_positions" if given.target_positions is None else "B, M, H, D"
@@ -267,7 +267,7 @@ def call_of(given: Given) -> Any:
     _relative.check_numbers(
         op, "target_positions", given.target_positions, content_query, first, (batch, targets), "B, M", torch.int32
     )
-    _scores.check_masks(op, given.key_lengths, given.attention_mask, content_query, keys, first)
+    _attention.check_masks(op, given.key_lengths, given.attention_mask, content_query, keys, first)
     offset = rows if given.offset is None else given.offset
     offset = _relative.check_offset(op, offset, rows - 1, "T - 1")
     why = f"offset {offset} and {keys} keys"
@@ -302,7 +302,7 @@ def call_of(given: Given) -> Any:
         given.query_rank,
         given.key_rank,
         given.attention_mask,
-        uniform,
+        uniform_rows,
         scale,
         dropout_p,
         seed,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._scores import drop, hide, of_seen_rows, pad, softmax, unpad, wide
+from pyxlbert.reference._attention import drop, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 

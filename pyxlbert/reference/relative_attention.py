@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._scores import drop, hide, of_seen_rows, pad, softmax, unpad, wide
+from pyxlbert.reference._attention import drop, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 # A key of this rank is seen by no row, not even by see_self.
@@ -138,7 +138,7 @@ class Scores:
         if stream.see_self:
             allowed = allowed | (j == i + keys - queries)
         self.masked = ~(allowed & present[:, None, None])
-        self.uniform = call.uniform_rows
+        self.uniform_rows = call.uniform_rows
         # Pairs whose score is a constant.
         self.constant = ~past if call.uniform_rows else self.masked
         self.absent = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)
@@ -177,10 +177,10 @@ class Scores:
         s = torch.einsum("bihd,bjhd->bhij", self.q_content, self.k)
         s = s + torch.einsum("bihd,brhd->bhir", self.q_position, self.r).gather(3, self.band)
         if self.e is not None:
-            same, different = torch.einsum("bihd,shd->sbhi", self.q_segment, self.e)[..., None]
-            s = s + torch.where(self.differs, different, same)
+            same, other = torch.einsum("bihd,shd->sbhi", self.q_segment, self.e)[..., None]
+            s = s + torch.where(self.differs, other, same)
         s = self.scale * s
-        if self.uniform:
+        if self.uniform_rows:
             s = torch.where(self.masked, s.masked_fill(self.constant, 0.0) + UNIFORM_SCORE, s)
         else:
             s = s.masked_fill(self.masked, -torch.inf)
@@ -234,8 +234,8 @@ class Scores:
         dq_segment, de = g.new_zeros(0), g.new_zeros(0)
         dquery = dq_content + dq_position
         if self.e is not None:
-            different = g.masked_fill(~self.differs, 0.0).sum(-1)
-            g_e = torch.stack([g.sum(-1) - different, different])
+            other = g.masked_fill(~self.differs, 0.0).sum(-1)
+            g_e = torch.stack([g.sum(-1) - other, other])
             dq_segment = torch.einsum("sbhi,shd->bihd", g_e, self.e)
             de = torch.einsum("sbhi,bihd->shd", g_e, self.q_segment)
             dquery = dquery + dq_segment

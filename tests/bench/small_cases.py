@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import Case
 
 

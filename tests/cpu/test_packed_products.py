@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import pyxlbert
+from pyxlbert.launch.attention import ScoreOptions
 from pyxlbert.launch.rows import DTYPE
 from pyxlbert.ops._integers import quantise
 from pyxlbert.testing import compare, tolerances
@@ -187,10 +188,11 @@ class Layers:
         """x `[B, T, E]` through all."""
         batch, length, hidden = x.shape
         none, absent = (0, 0, 0), (0, 0, 0, 0)
-        inputs = cpu.AttentionInputs(
+        inputs = cpu.AttentionCall(
             *(0, none, 0, none, 0, none, 0, 0, 0, absent, 0, absent),
-            *((batch, self.heads, length, length, hidden // self.heads), 0, (hidden // self.heads) ** -0.5),
-            *(0.0, 0, DTYPE[self.dtype], 0, False, threads),
+            *((batch, self.heads, length, length, hidden // self.heads), 0),
+            ScoreOptions((hidden // self.heads) ** -0.5),
+            *(0.0, 0, DTYPE[self.dtype], 0, threads),
         )
         y = torch.full_like(x, float("nan"))
         dtypes = (DTYPE[self.dtype], DTYPE[self.dtype])

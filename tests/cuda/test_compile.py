@@ -19,7 +19,7 @@ BUDGET = json.loads(check.BUDGET.read_text())
 # Units whose kernels multiply matrices.
 PRODUCTS = tuple(check.nvcc.BY_ELEMENT)
 # What a block may have on sm_80, on sm_90, and on check.SMALL.
-MOST_SHARED, MOST_OF_HOPPER, LEAST_SHARED = 163 * 1024, 227 * 1024, 99 * 1024
+MAX_SHARED, MAX_SHARED_OF_HOPPER, MIN_SHARED = 163 * 1024, 227 * 1024, 99 * 1024
 # Of a thread of Hopper's kernels, which share out three times as many by `setmaxnreg`.
 STARTING_REGISTERS = 65536 // 384 // 8 * 8
 # Kernels that read rows of memory and do little else.
@@ -48,8 +48,8 @@ def test_kernels_compile(name: str) -> None:
                 wrong.append(f"{where}: {found['stack']} bytes of stack, {found['spills']} of spills, {counts}")
             if found["static"]:
                 wrong.append(f"{where}: {found['static']} bytes of static shared memory, wanted all of it dynamic")
-            most = LEAST_SHARED if architecture in check.SMALL else MOST_SHARED
-            if found["shared"] > (MOST_OF_HOPPER if "hopper" in kernel else most):
+            most = MIN_SHARED if architecture in check.SMALL else MAX_SHARED
+            if found["shared"] > (MAX_SHARED_OF_HOPPER if "hopper" in kernel else most):
                 wrong.append(f"{where}: {found['shared']} bytes of shared memory, more than a block may have")
             if kernel in budget:
                 registers, shared = budget[kernel]["registers"][architecture], budget[kernel]["shared"]

@@ -4,11 +4,11 @@
 
 namespace pyxlbert::cuda {
 
-using Stream = void*;
-using emulation::most_shared;
+using CudaStream = void*;
+using emulation::max_shared;
 
 template <auto KERNEL, std::size_t SHARED, class... Arguments>
-void launch(dim3 grid, int threads, Stream, const Arguments&... arguments) {
+void launch(dim3 grid, int threads, CudaStream, const Arguments&... arguments) {
     emulation::launch(grid, threads, SHARED, [&] { KERNEL(arguments...); });
 }
 
@@ -199,5 +199,6 @@ inline std::uint32_t to_tf32(float x) {
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float min_or_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 
 }  // namespace pyxlbert::cuda

@@ -348,7 +348,7 @@ inline void run_block(dim3 grid, int threads, std::size_t shared, uint3 index, c
 }
 
 // Bytes of shared memory that a block may have: a Hopper's, or CUDA_EMULATION_SHARED.
-inline std::size_t most_shared() {
+inline std::size_t max_shared() {
     const char* wanted = std::getenv("CUDA_EMULATION_SHARED");
     return wanted == nullptr ? 227 * 1024 : std::strtoull(wanted, nullptr, 10);
 }
@@ -356,7 +356,7 @@ inline std::size_t most_shared() {
 inline void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body) {
     const char* order = std::getenv("CUDA_EMULATION_ORDER");
     const bool reversed = order != nullptr && std::strcmp(order, "reversed") == 0;
-    if (threads < 1 || threads > 1024 || shared > most_shared() || grid.x == 0 || grid.y == 0 || grid.y > 65535) {
+    if (threads < 1 || threads > 1024 || shared > max_shared() || grid.x == 0 || grid.y == 0 || grid.y > 65535) {
         std::fprintf(stderr, "emulation: a launch of %d threads, %zu bytes, grid %u, %u, %u\n", threads, shared, grid.x,
                      grid.y, grid.z);
         std::abort();

@@ -1,5 +1,8 @@
 """Runs cases on an emulation, `python runs.py MODULE "OP: CASE" ..`, and says "right" or "wrong" of each.
 
+`python runs.py --serve` does so for every line of JSON that it reads, in a process forked from this one: a bug may end
+it, and what all of them need is imported once.
+
 Sizes (see `Use.EMULATION` in `pyxlbert.testing.specs`) are such that every pipeline turns more than three times, blocks
 have several rows or tiles, and warps meet.  What is right is near plain PyTorch in float64.
 """
@@ -7,8 +10,11 @@ have several rows or tiles, and warps meet.  What is right is near plain PyTorch
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -69,5 +75,29 @@ def main(module: str, *wanted: str) -> int:
     return 0
 
 
+def serve() -> None:
+    """The answer to a line: the process's exit code, negative for a signal, and what it said."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            child = os.fork()
+            if child == 0:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                os.environ.update(asked["environment"])
+                code = 1
+                try:
+                    code = main(asked["module"], *asked["wanted"])
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
+        print(json.dumps([code, *said]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(serve() if sys.argv[1] == "--serve" else main(*sys.argv[1:]))

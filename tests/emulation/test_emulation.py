@@ -4,10 +4,12 @@ bugs, each of which a GPU may or may not show."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +31,22 @@ build, runs = _file("build.py"), _file("runs.py")
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 
 
-def run(module: Path, *wanted: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(HERE / "runs.py"), str(module), *wanted]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs cases on a module in a process of their own, with more environment variables."""
+    command = [sys.executable, str(HERE / "runs.py"), "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(module: Path, *wanted: str, **environment: str) -> subprocess.CompletedProcess[str]:
+            asked = {"module": str(module), "wanted": wanted, "environment": environment}
+            print(json.dumps(asked), file=server.stdin, flush=True)
+            return subprocess.CompletedProcess(asked, *json.loads(server.stdout.readline()))
+
+        yield run
+        server.stdin.close()
 
 
 def test_every_op_of_cuda_is_walked() -> None:
@@ -41,14 +56,14 @@ def test_every_op_of_cuda_is_walked() -> None:
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
-def test_right_in_both_orders(order: str) -> None:
+def test_right_in_both_orders(run: Run, order: str) -> None:
     done = run(build.build(), *runs.RUNS, CUDA_EMULATION_ORDER=order)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
-def test_hopper_is_right_in_both_orders(order: str) -> None:
+def test_hopper_is_right_in_both_orders(run: Run, order: str) -> None:
     done = run(build.build(), *runs.HOPPER_RUNS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{one}: right" for one in runs.HOPPER_RUNS]
@@ -130,7 +145,7 @@ BUGS = (
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.name.replace(" ", "_") for bug in BUGS])
-def test_a_planted_bug_is_caught(bug: Bug, tmp_path: Path) -> None:
+def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
     module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
     said = ""
     for order in ("forwards", "reversed"):
@@ -154,6 +169,8 @@ def test_clean_under_sanitizers() -> None:
         "-fno-omit-frame-pointer -Wno-uninitialized -DPYXLBERT_ONE_SIZE -DPYXLBERT_FEW_TYPES",
         only=lambda unit: not unit.endswith((".float", ".float16")),
     )
-    done = run(module, *runs.RUNS, LD_PRELOAD=build.sanitizer(), ASAN_OPTIONS="detect_leaks=0")
+    command = [sys.executable, str(HERE / "runs.py"), str(module), *runs.RUNS]
+    environment = os.environ | {"LD_PRELOAD": build.sanitizer(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]

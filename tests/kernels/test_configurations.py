@@ -19,7 +19,7 @@ CARDS = [
 def test_every_call_has_a_tile() -> None:
     for kernel in {key.kernel for key in TABLE}:
         for size in (2, 4):
-            most = configurations.most_head_size(kernel)
+            most = configurations.max_head_size(kernel)
             if kernel.startswith("relative_bwd_queries_table") and size == 4:
                 # Rows longer than that never come here: see `backward` of kernels/_relative.py.
                 most = 64

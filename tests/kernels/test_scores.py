@@ -297,7 +297,7 @@ def test_precision_by_either_name(name: str) -> None:
     if name == "newer" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return
     program = (
-        "import sys, torch; from pyxlbert.kernels._scores import precision_of; matmul = torch.backends.cuda.matmul"
+        "import sys, torch; from pyxlbert.kernels._attention import precision_of; matmul = torch.backends.cuda.matmul"
     )
     program += "\nfor setting in sys.argv[1:]: exec(setting); print(*map(precision_of, (torch.float32, torch.float16)))"
     settings, wanted = zip(*PRECISIONS[name], strict=True)

@@ -115,11 +115,11 @@ def test_packed_layers_get_the_real_tokens_only(monkeypatch) -> None:
             products.append(arguments[3])
             _C.cpu.packed_linear_fwd(*arguments)
 
-        def AttentionInputs(self, *arguments: Any) -> Any:
+        def AttentionCall(self, *arguments: Any) -> Any:
             cu_seqlens = ctypes.cast(arguments[7], ctypes.POINTER(ctypes.c_int))
             lengths = [cu_seqlens[i + 1] - cu_seqlens[i] for i in range(arguments[12][0])]
             pairs.append(sum(length**2 for length in lengths))
-            return _C.cpu.AttentionInputs(*arguments)
+            return _C.cpu.AttentionCall(*arguments)
 
     counting = Counting()
     for module in (pyxlbert.cpu.encoder_layer, pyxlbert.cpu._packed):

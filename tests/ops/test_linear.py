@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ SMALL = [case for case in SPECS["linear"].suite if case.small]
 def fresh_probe(monkeypatch):
     """No probe has run yet, and none of this test's stays."""
     monkeypatch.setattr(_onednn, "_probes", {})
+    monkeypatch.setattr(_onednn, "_detours", {})
 
 
 def arguments(dtype: torch.dtype = torch.float32, m: int = 6, n: int = 32, k: int = 24) -> list[torch.Tensor]:
@@ -64,6 +67,49 @@ def test_a_missing_op_is_explained(monkeypatch, fresh_probe) -> None:
     pyxlbert.linear_gelu(*arguments())
 
 
+class _Slow:
+    """oneDNN on a processor that it says has `dtype`, where its reference code does the work."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.right, self.calls = dtype, _onednn._linear_pointwise, 0
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *how: object) -> torch.Tensor:
+        if x.dtype is not self.dtype:
+            return self.right(x, weight, bias, *how)
+        self.calls += 1
+        time.sleep(0.02)
+        wide = None if bias is None else bias.float()
+        return self.right(x.float(), weight.float(), wide, *how).to(self.dtype)
+
+
+def test_a_product_of_reference_code_is_not_taken(monkeypatch, fresh_probe) -> None:
+    """Float32 does the work where a dtype is slower than anything that a processor with it could be, and it is said."""
+    slow = _Slow(torch.float16)
+    monkeypatch.setattr(_onednn, "_linear_pointwise", slow)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    monkeypatch.setattr(_onednn, "few_rows", lambda x: False)
+    # Whole numbers, so that float32 is exact in any order.
+    x, weight, bias = (one.round() for one in arguments(torch.float16))
+    for op in ("linear", "linear_gelu"):
+        text = backends.explain(op, x)
+        assert re.search(
+            r"cpu: taken; products of float16 are made in float32 and rounded: oneDNN takes \d+ times", text
+        )
+    timed = slow.calls
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).half()
+    compare.same_bits("by float32", pyxlbert.linear(x, weight, bias), wanted)
+    assert slow.calls == timed
+
+
+def test_an_ordinary_product_makes_no_detour(fresh_probe) -> None:
+    """Float32 does it only where oneDNN says that the processor has none; merely slower is no reference code."""
+    for dtype, flag in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
+        detour, has = _onednn.detour(dtype), getattr(torch.ops.mkldnn, flag)()
+        assert detour is None if has else detour is not None and "has none on this processor" in detour
+        assert ("; products of" in backends.explain("linear", torch.ones(2, 3, dtype=dtype))) is not has
+    assert _onednn.detour(torch.float32) is None
+
+
 def test_the_first_call_may_be_a_traced_or_an_autocast_one() -> None:
     """The probe computes with real tensors in its own dtype even when a compiler or autocast watches the caller."""
     code = """
@@ -82,6 +128,7 @@ with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         lambda: pyxlbert.linear(x, weight),
     ):
         _onednn._probes.clear()
+        _onednn._detours.clear()
         first()
         assert _onednn._probes == {torch.bfloat16: None}, _onednn._probes
 """
@@ -204,7 +251,7 @@ def test_many_rows_are_left_to_the_vendor(monkeypatch) -> None:
     rows = []
     right = _few_rows.linear_fwd
     monkeypatch.setattr(_few_rows, "linear_fwd", lambda x, *rest: rows.append(len(x)) or right(x, *rest))
-    most = _few_rows.most_rows(torch.float32, True)
+    most = _few_rows.max_rows(torch.float32, True)
     for m in (most, most + 1):
         pyxlbert.linear(*arguments(m=m))
         pyxlbert.linear_gelu(*arguments(m=m))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyxlbert.testing.specs._scores import Scores
+from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import Arguments, Bad, Draw, replace
 
 UNSEEN_RANK = 2**31 - 1

@@ -10,7 +10,7 @@ import torch
 
 from pyxlbert.ops.attention import attention
 from pyxlbert.reference.philox import keep_scores
-from pyxlbert.testing.specs._scores import (
+from pyxlbert.testing.specs._attention import (
     HEAD_SIZES,
     WHOLE,
     Scores,

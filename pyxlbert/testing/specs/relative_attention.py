@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from pyxlbert.ops.relative_attention import relative_attention
-from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
-from pyxlbert.testing.specs._relative_plain import plain, terms_of
-from pyxlbert.testing.specs._scores import (
+from pyxlbert.testing.specs._attention import (
     HEAD_SIZES,
     WHOLE,
     compiled,
@@ -21,6 +19,8 @@ from pyxlbert.testing.specs._scores import (
     packing,
     query_key_value,
 )
+from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
+from pyxlbert.testing.specs._relative_plain import plain, terms_of
 from pyxlbert.testing.specs._spec import (
     BOTH,
     HALF,

@@ -10,9 +10,9 @@ import torch
 
 from pyxlbert.ops.two_stream_attention import two_stream_attention
 from pyxlbert.reference.philox import Tag
+from pyxlbert.testing.specs._attention import HEAD_SIZES, compiled, lengths_of, mask_of, query_key_value, rows
 from pyxlbert.testing.specs._relative import SHARED_BAD, RelativeInputs
 from pyxlbert.testing.specs._relative_plain import rounding_of, stream, stream_terms
-from pyxlbert.testing.specs._scores import HEAD_SIZES, compiled, lengths_of, mask_of, query_key_value, rows
 from pyxlbert.testing.specs._spec import (
     BOTH,
     HALF,

@@ -10,9 +10,9 @@ constexpr std::int64_t SPAN = 192;  // positions that rows of a tile lie apart a
 constexpr std::int64_t BAND_STRIDE = BACKWARD_BLOCK + SPAN + 32;
 constexpr int STREAMS = 2;
 
-// Tiles whose dr is added one after the other.  A row of the table meets no more than some MOST_IN_PASS of those of one
+// Tiles whose dr is added one after the other.  A row of the table meets no more than some MAX_IN_PASS of those of one
 // key block: each has moved on by as many rows as it has queries.
-constexpr std::int64_t TABLE_TOGETHER = 32, MOST_IN_PASS = 16;
+constexpr std::int64_t TABLE_TOGETHER = 32, MAX_IN_PASS = 16;
 
 // Sums over all rows of a plane: gradients of the biases and of the two segment embeddings.
 enum Small { content, position, segment, same_segment, other_segment, SMALL };
@@ -39,8 +39,8 @@ PYXLBERT_INLINE std::int64_t first_block(const Plan& plan, std::int64_t part) {
 
 template <class U>
 PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
-    constexpr std::int64_t enough_tasks = 16, most_parts = 8, blocks_a_part = 2;
-    const AttentionInputs& in = a.in.in;
+    constexpr std::int64_t enough_tasks = 16, max_parts = 8, blocks_a_part = 2;
+    const AttentionCall& in = a.in.in;
     Plan p;
     p.planes = in.batch * in.heads;
     p.blocks = ceil_divide(in.keys, BACKWARD_BLOCK);
@@ -48,9 +48,9 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
     p.members = in.batch / a.in.tables;
     p.groups = smaller(p.members, ceil_divide(enough_tasks, p.slices));
     p.parts = larger(
-        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), most_parts));
-    p.rows = a.rows[0].count + a.rows[1].count;
-    p.last_place = a.rows[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
+        1, smaller(smaller(ceil_divide(enough_tasks, p.slices * p.groups), p.blocks / blocks_a_part), max_parts));
+    p.rows = a.streams[0].count + a.streams[1].count;
+    p.last_place = a.streams[0].positions != nullptr ? a.in.offset : larger(in.queries - 1, 0);
     p.units = round_to(ceil_divide(in.head_size, U::PAIR), U::K_STEP);
     p.unit_stride = round_to(p.units, W);
     p.columns = round_to(in.head_size, W);
@@ -66,11 +66,11 @@ PYXLBERT_INLINE Plan make_plan(const RelativeAttentionBwd& a) {
     const std::int64_t tiles = ceil_divide(p.rows, TILE<U>) + 1;
     p.many_tiles = tiles > TILES_TOGETHER;
     const std::int64_t passes = ceil_divide(p.blocks, p.parts) * ceil_divide(p.members, p.groups);
-    p.gathers_table = a.dtable != nullptr && smaller(tiles, MOST_IN_PASS) * passes > TABLE_TOGETHER;
+    p.gathers_table = a.dtable != nullptr && smaller(tiles, MAX_IN_PASS) * passes > TABLE_TOGETHER;
     const std::int64_t sums = (p.many_tiles ? 4 : 2) * p.sums;
     const std::int64_t keys = BACKWARD_BLOCK * (2 * p.unit_stride + p.columns) + sums + SCORE_STRIDE;
     const std::int64_t table = round_to(BACKWARD_BLOCK + SPAN, W) * (p.unit_stride + p.columns);
-    const std::int64_t rows = 6 * round_to(p.rows, 16) + 2 * TILE<U> + (3 + 2 * SMALL) * p.columns;
+    const std::int64_t rows = 7 * round_to(p.rows, 16) + 2 * TILE<U> + (3 + 2 * SMALL) * p.columns;
     // Tiles sum a partial dr transposed, all others sum it where it stays unless it is gathered.
     const std::int64_t one_table = p.table_rows * p.columns;
     p.dtable = a.dtable == nullptr ? 0 : TILES<U> ? p.columns * p.table_stride : p.gathers_table ? one_table : 0;

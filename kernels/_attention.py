@@ -94,8 +94,9 @@ class Saved(NamedTuple):
         lse: logarithm of the sum of the weights; infinite for a row that sees nothing.
         delta: the sum of dout * out.
         lse_correction: how far lse is off.  exp(s - lse) has the rounding of lse in it, which grows with |lse| and at
-            the end swallows the number of keys (a row whose scores are finfo.min throughout): of such rows the weights
-            are summed again, and the logarithm of their sum is what is left to subtract.
+            the end swallows the number of keys (a row whose scores are finfo.min throughout), or is larger than any
+            exponent (scores of 1e10 and more): of such rows the logarithm of the sum is taken again, from the largest
+            score as backward finds it, and its difference from lse is what is left to subtract.
     """
 
     lse: Tensor
@@ -316,11 +317,11 @@ def is_inexact(lse):
 
 
 @triton.jit
-def store_delta(saved, at, row, delta, inexact, weight):
-    """delta of rows `[M]`, and from the summed weights of those that are `inexact` the correction of lse."""
+def store_delta(saved, at, row, delta, lse, inexact, weight, top):
+    """delta of rows `[M]`, and from the running softmax of those that are `inexact` the correction of lse."""
     place = first_statistic(saved, at) + row
     tl.store(saved.delta + place, delta, mask=row < at.queries)
-    correction = tl.where(inexact, tl.log2(tl.where(inexact, weight, 1.0)) * LN2, 0.0)
+    correction = tl.where(inexact, (top - lse) + tl.log2(tl.where(inexact, weight, 1.0)) * LN2, 0.0)
     tl.store(saved.lse_correction + place, correction, mask=row < at.queries)
 
 
@@ -343,6 +344,15 @@ def kept(dropout, i, first_j, at, TAG: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights of the tile of queries i `[M, 1]` and BLOCK_N keys survive dropout, `[M, BLOCK_N]`."""
     block = first_j // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
     return keep(tl.load(dropout.seed), block, i, at.number, TAG, dropout.threshold)
+
+
+@triton.jit
+def weights_of(s, lse, lse_correction):
+    """The weights of scores, given what is known of their rows, broadcast to the tile.
+
+    None is above 1, even where another order of adding left a score of 1e10 a rounding above the largest; NaN stays.
+    """
+    return exp(tl.minimum((s - lse) - lse_correction, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

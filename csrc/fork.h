@@ -1,0 +1,9 @@
+// Forks of a process whose threads have worked.
+#pragma once
+
+namespace pyxlbert {
+
+// From now on a forked child can run parallel regions of OpenMP, with as many threads as its parent.
+void survive_forks();
+
+}  // namespace pyxlbert
