@@ -90,6 +90,6 @@ def factor(op: str, dtype: torch.dtype, backend: str) -> float:
     return FACTOR
 
 
-# Weights after a few steps of training whose sums are cut differently: absolute, of weights that have moved by 1e-2,
-# with an epsilon that keeps AdamW from dividing rounding by rounding.
+# Weights after a few steps of training whose sums are cut differently, of the largest weight but at least of 1; they
+# have moved by 1e-2. With an epsilon that keeps AdamW from dividing rounding by rounding.
 TRAINED_FLOAT32 = 2e-5

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from small_task import STILL, bert, choices, options, squad, xlnet
 
 from pyxlbert import cli
-from pyxlbert.testing import tolerances
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.training.data.squad import Question, read_squad
 from pyxlbert.training.data.table import Place
 from pyxlbert.training.evaluation import TaskModel
@@ -100,7 +99,7 @@ def test_rows_cover_a_long_text_and_lead_back_to_the_answer(
     batch = task.collate(trained.tokenizer, rows)
     parts = [task.losses(trained.model, task.collate(trained.tokenizer, [row]))["loss"] for row in rows]
     whole = task.losses(trained.model, batch)["loss"]
-    torch.testing.assert_close(sum(parts), whole, rtol=tolerances.MODEL_FLOAT32, atol=0)
+    compare.close("the sum", sum(parts), whole, tolerances.MODEL_FLOAT32)
 
 
 def test_words_are_compared_as_squad_does() -> None:
@@ -145,7 +144,8 @@ def test_choices_are_learned(encoders: dict[str, Path], tmp_path: Path, kind: st
     together = predictions(trained, examples, 4)
     assert [len(p) for p in together] == [2, 3, 2, 3]
     for example, p in zip(examples, together, strict=True):
-        np.testing.assert_allclose(predictions(trained, [example], 1)[0], p, rtol=tolerances.MODEL_FLOAT32)
+        alone = torch.from_numpy(predictions(trained, [example], 1)[0])
+        compare.close("probabilities", alone, torch.from_numpy(p), tolerances.MODEL_FLOAT32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from small_task import STILL, bert, options, sentences, table, tagged, xlnet
 
 from pyxlbert import cli
-from pyxlbert.testing import tolerances
+from pyxlbert.testing import compare, tolerances
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import split_words
 from pyxlbert.training.encoding import TaskTokenizer, windows
@@ -160,7 +160,7 @@ def test_every_word_has_its_own_label(encoders: dict[str, Path], tmp_path: Path,
     trained.model.eval()
     whole = task.losses(trained.model, batch)["loss"]
     parts = sum(task.losses(trained.model, task.collate(tokenizer, [row]))["loss"] for row in rows)
-    torch.testing.assert_close(parts, whole, rtol=tolerances.MODEL_FLOAT32, atol=0)
+    compare.close("the sum", parts, whole, tolerances.MODEL_FLOAT32)
     found = predictions(trained, examples, 3)
     assert [len(tags) for tags, _ in found] == [72, 1]
     assert all(found[0][0][word] == "O" for word in range(1, 72, 6))
@@ -225,9 +225,9 @@ def test_it_learns_and_is_read_back(encoders: dict[str, Path], tmp_path: Path, k
     batch = task.collate(tokenizer, task.features(tokenizer, examples))
     batch.pop("labels")
     with torch.no_grad():
-        theirs = torch.softmax(peer(**batch).logits, -1).numpy()
-    ours = np.stack(predictions(trained, examples, 8))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.MODEL_GRADIENT_FLOAT32)
+        theirs = torch.softmax(peer(**batch).logits, -1)
+    ours = torch.from_numpy(np.stack(predictions(trained, examples, 8)))
+    compare.close("probabilities", ours, theirs, tolerances.MODEL_GRADIENT_FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,8 @@ def test_long_texts_are_read_in_windows(encoders: dict[str, Path]) -> None:
     assert [row.example for row in rows] == [0, 0, 1, 2]
     found = predictions(trained, examples, 2)
     parts = [predictions(trained, task.inputs([{"text": text}], [Place("x", 0)]), 1)[0] for text in texts[1:]]
-    np.testing.assert_allclose(np.stack(found[1:]), np.stack(parts), atol=tolerances.MODEL_FLOAT32)
+    together, alone = (torch.from_numpy(np.stack(some)) for some in (found[1:], parts))
+    compare.close("probabilities", together, alone, tolerances.MODEL_FLOAT32)
     assert all(p.sum() == pytest.approx(1, rel=tolerances.MODEL_FLOAT32) for p in found)
     assert len(task.features(trained.tokenizer, examples, training=True)) == 3
 
