@@ -141,22 +141,21 @@ class Bundle:
         if entry.dtype is None:
             raise TypeError(f"{self.index}: {name!r} is of dtype {entry.dtype_name}, wanted a floating-point dtype")
         if not entry.slices:
-            return self._stored(entry)
+            return self._stored(entry, entry.dtype)
         whole = torch.empty(entry.shape, dtype=entry.dtype)
         for one, part in zip(entry.slices, self._parts[name], strict=True):
-            whole[tuple(slice(a, b) for a, b in _ranges(entry, one))] = self._stored(part)
+            whole[tuple(slice(a, b) for a, b in _ranges(entry, one))] = self._stored(part, entry.dtype)
         return whole
 
-    def _stored(self, entry: Entry) -> Tensor:
-        assert entry.dtype is not None
+    def _stored(self, entry: Entry, dtype: torch.dtype) -> Tensor:
         data = memoryview(self._maps[entry.shard])[entry.offset : entry.offset + entry.size]
         if masked(crc32c(data)) != entry.checksum:
             raise ValueError(f"{self.file_of(entry)}: the checksum of {entry.name!r} is wrong: the file has changed")
         if not entry.size:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.offset % entry.dtype.itemsize:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.offset % dtype.itemsize:
             data = bytearray(data)  # a tensor lies at a multiple of its element's size
-        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+        return torch.frombuffer(data, dtype=dtype).view(entry.shape)
 
 
 def _mapped(file: Path) -> mmap.mmap | bytes:

@@ -203,11 +203,6 @@ class TextTokenizer:
         """Whether a text that is too long loses its beginning."""
         return self._cut_left
 
-    @property
-    def largest_id(self) -> int:
-        """The largest id that a text may give, added tokens among them; -1 without any token."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
     def types(self, length: int) -> np.ndarray | None:
         """int64 ``[length]``, the token types of a text that gave so many ids; None where the model is given none."""
         if self._types is None:
