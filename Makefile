@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help setup build demo test quick test-all test-oldest fuzz lint format bench gpu clean
+.PHONY: help setup build demo test quick test-all test-oldest test-install fuzz lint format bench gpu clean
 
 help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
@@ -21,6 +21,7 @@ help:
 	@echo "make quick     the part of it that answers in a minute"
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
+	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
 	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage"
 	@echo "make bench     every op and the model against its peers"
 	@echo "make gpu       build, tests, compute-sanitizer and benchmarks on this machine's GPU; PART=test for one of them"
@@ -82,6 +83,18 @@ NOT_OLDEST := $(addprefix --deselect tests/integrations/, \
 
 test-oldest: build $(OLDEST)/ready
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PARALLEL) tests/integrations $(NOT_OLDEST)
+
+# What a user installs: the source distribution, built and installed in an empty environment with TORCH and nothing else,
+# tried from an empty folder.  TORCH=2.6.0 is the oldest that pyproject.toml claims; PyPI has it with 3 GB of CUDA.
+TORCH ?= 2.13.0
+INSTALL := build/install
+test-install: $(VENV)/ready
+	rm -rf $(INSTALL) && mkdir -p $(INSTALL)/empty
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('$(INSTALL)')"
+	$(PYTHON) -m venv $(INSTALL)/venv
+	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(INSTALL)/pyxlbert-*.tar.gz
+	cd $(INSTALL)/empty && ../venv/bin/pyxlbert info && ../venv/bin/pyxlbert parity --quick
 
 # Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn.
 FUZZ_RUNS ?= 4000

@@ -30,7 +30,7 @@ def with_pooling(root: Path, mode: str | list[str]) -> Path:
     tiny_bert(root)
     (root / "1_Pooling").mkdir()
     (root / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": mode}))
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("", "Normalize")]
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds]
     (root / "modules.json").write_text(json.dumps(listed))
     return root

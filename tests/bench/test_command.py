@@ -7,6 +7,7 @@ import json
 import os
 from functools import partial
 
+import calls_of_memory
 import pytest
 import torch
 from pyxlbert.bench import command, families, limits, ops, report, shapes, statistics
@@ -173,21 +174,11 @@ def test_memory_is_a_calls_own() -> None:
     """Half of a gigabyte above its result, in another process."""
     from pyxlbert.bench import memory
 
-    found = memory.measure(hungry, 1 << 27)
+    found = memory.measure(calls_of_memory.hungry, 1 << 27)
     assert (1 << 29) <= found < 1.1 * (1 << 29)
     with pytest.raises(RuntimeError, match="ValueError: no such thing"):
-        memory.measure(failing)
-    assert memory.measure(hungry, memory.MOST) is None
-
-
-def hungry(count: int):
-    from pyxlbert.bench import memory
-
-    return memory.Alone(lambda: None, lambda: torch.ones(count).sum())
-
-
-def failing():
-    raise ValueError("no such thing")
+        memory.measure(calls_of_memory.failing)
+    assert memory.measure(calls_of_memory.hungry, memory.MOST) is None
 
 
 def test_intervals_hold_the_ratio_and_narrow_with_samples() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -209,10 +210,20 @@ def test_what_is_not_funnel_is_left_alone() -> None:
         pyxlbert.accelerate(model)
     model = build()
     feed = model.encoder.blocks[1][1].ffn
+    # Bound to this module for ever: a copy of the layer, in float64, cannot run it.
     feed.forward = lambda hidden: type(feed).forward(feed, hidden) * 1.1
-    with pytest.raises(ValueError, match=r"blocks.1.1: it computes something else"):
+    with pytest.raises(ValueError, match=r"blocks.1.1: it cannot be tried: RuntimeError"):
         pyxlbert.accelerate(model)
     assert not any(isinstance(module, Replaced) for module in model.modules())
+
+
+def test_a_patched_forward_of_one_layer_is_called() -> None:
+    model = build("BaseModel").eval()
+    feed = model.encoder.blocks[1][1].ffn
+    feed.forward = types.MethodType(lambda self, hidden: type(self).forward(self, hidden) * 1.1, feed)
+    with torch.no_grad():
+        wanted = model(**given())[0]
+        compare.close("output", pyxlbert.accelerate(model)(**given())[0], wanted, FLOAT32)
 
 
 def test_an_activation_of_one_layer_is_called() -> None:
