@@ -90,7 +90,7 @@ TORCH ?= 2.13.0
 INSTALL := build/install
 test-install: $(VENV)/ready
 	rm -rf $(INSTALL) && mkdir -p $(INSTALL)/empty
-	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('$(INSTALL)')"
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('$(INSTALL)')" >/dev/null
 	$(PYTHON) -m venv $(INSTALL)/venv
 	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(INSTALL)/pyxlbert-*.tar.gz

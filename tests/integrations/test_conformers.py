@@ -365,9 +365,10 @@ def test_a_window_in_the_mask(kind: str) -> None:
         width = model.config.hidden_size
         generator = torch.Generator().manual_seed(2)
         x, distances = (torch.randn(2, length, width, generator=generator) for length in (9, 17))
-        near = (torch.arange(9)[:, None] - torch.arange(9)).abs() < 3
+        far = (torch.arange(9)[:, None] - torch.arange(9)).abs() >= 3
+        added = torch.zeros(9, 9).masked_fill(far, torch.finfo(torch.float32).min)
         parts = architectures()[kind].attention_parts
-        given = {parts.mask: near.expand(2, 1, 9, 9), parts.positions: distances[:1].expand(2, -1, -1)}
+        given = {parts.mask: added.expand(2, 1, 9, 9), parts.positions: distances[:1].expand(2, -1, -1)}
         with torch.no_grad():
             found.append(attention(hidden_states=x, **given)[0])
     compare.close("rows", found[1], found[0], tolerances.MODEL_FLOAT32)
