@@ -110,7 +110,7 @@ def ninja_file(output: Path) -> str:
                 f"build {objects[-1]}: compile {source}",
                 f"  flags = {kernels} {flags}{more} -DPYXLBERT_LEVEL={level} -I{ROOT / 'csrc'}",
             ]
-    runtime = ""
+    runtime = " -ldl" if sys.platform == "linux" else ""
     if cuda is not None:
         lines += [
             f"nvcc = {cuda.nvcc}",
@@ -131,7 +131,7 @@ def ninja_file(output: Path) -> str:
             objects.append(f"cuda/{source.stem}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {include} -O1"]
         # Static, so that the module is imported on machines without a driver too.
-        runtime = f" {cuda.cudart} -lrt -lpthread -ldl"
+        runtime += f" {cuda.cudart} -lrt -lpthread -ldl"
     link = f"-shared -fopenmp -Wl,--as-needed -Wl,--exclude-libs,ALL{sanitize}"
     lines += [f"build {output}: link {' '.join(objects)}", f"  flags = {link}{runtime}", f"default {output}", ""]
     return "\n".join(lines)

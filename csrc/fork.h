@@ -3,7 +3,8 @@
 
 namespace pyxlbert {
 
-// From now on a forked child can run parallel regions of OpenMP, with as many threads as its parent.
-void survive_forks();
+// From now on a forked child can run parallel regions of OpenMP, with as many threads as its parent; false where the
+// runtime cannot end its workers.
+bool survive_forks();
 
 }  // namespace pyxlbert

@@ -424,7 +424,7 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("set_level", &pyxlbert::set_level);
     m.def("workspace_bytes", &pyxlbert::workspace_bytes);
-    pyxlbert::survive_forks();
+    m.def("survive_forks", &pyxlbert::survive_forks);
     if (pyxlbert::add_tensor_checks(m.ptr()) < 0) throw py::error_already_set();
     m.def("release_workspace", &pyxlbert::release_workspace);
     m.def("poison_workspaces", &pyxlbert::poison_workspaces);

@@ -53,3 +53,4 @@ __all__ = [
 ]
 
 backends.choose_level()
+backends.native.survive_forks()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (first: the module's OpenMP symbols then bind to the runtime that torch has loaded)
+import torch  # (first: the module's OpenMP symbols then bind to the runtime that torch has loaded)
 
 try:
     from pyxlbert import _C
@@ -29,6 +30,27 @@ def emulate_cuda(kernels: ModuleType) -> None:
     """Makes backend "cuda" run on CPU tensors, by the same kernels compiled for the CPU: see tests/emulation."""
     global cuda_kernels, cuda_is_emulated
     cuda_kernels, cuda_is_emulated = kernels, True
+
+
+def survive_forks() -> None:
+    """Makes forked children work after their parent's threads have worked; called once.
+
+    OpenMP's workers end before each fork.  A runtime that cannot end them (that of torch 2.6) leaves the child one
+    thread, with a warning: any parallel call of more would wait for ever.
+    """
+    if _C is not None and not _C.survive_forks() and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_one_thread)
+
+
+def _one_thread() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "pyxlbert: this process was forked from one with several threads, and works with one: the OpenMP of this "
+            "torch cannot be forked; start workers by spawn for more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def multiplies_bfloat16() -> bool:

@@ -35,3 +35,22 @@ def test_children_of_a_process_that_has_worked_work() -> None:
         assert pairs, way
         # Two workers beside the caller are three threads; a spawned process may start others of Python's meanwhile.
         assert all(added >= 2 and same for added, same in pairs), (way, pairs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_runtime_that_cannot_be_forked_leaves_one_thread() -> None:
+    """As with torch 2.6, whose OpenMP is older; here a process whose module says so, and has not worked yet."""
+    code = """
+import os, sys, types, torch
+from pyxlbert.backends import native
+native._C = types.SimpleNamespace(survive_forks=lambda: False)
+native.survive_forks()
+torch.set_num_threads(3)
+if os.fork() == 0:
+    print(torch.get_num_threads(), flush=True)
+    os._exit(0)
+print(os.wait()[1], torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["1", "0", "3"], done.stderr
+    assert "this process was forked from one with several threads, and works with one" in done.stderr
