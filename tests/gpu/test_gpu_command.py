@@ -91,8 +91,8 @@ import signal, subprocess, sys, time
 from pathlib import Path
 ignore = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
 Path({str(child)!r}).write_text(str(subprocess.Popen([sys.executable, "-S", "-c", ignore]).pid))
-if {stubborn}:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# Not as the shell that started the tests may have it: one in the background ignores it.
+signal.signal(signal.SIGINT, signal.SIG_IGN if {stubborn} else signal.default_int_handler)
 try:
     time.sleep(100)
 except KeyboardInterrupt:
