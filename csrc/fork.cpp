@@ -23,7 +23,7 @@ PauseAll pause = nullptr;
 // A fork copies the thread that asks for it and no other.  OpenMP's runtime is not told, so in the child the first
 // parallel region, ours or torch's, would wait for workers that are not there.  Without workers at the moment of the
 // fork, parent and child each start their own with their next region.  The answer is not looked at: it says no only
-// inside of a parallel region, where a fork can not be helped.
+// inside a parallel region, where nothing can be done for a fork.
 void end_workers() { pause(omp_pause_hard); }
 
 }  // namespace

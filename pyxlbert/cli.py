@@ -21,7 +21,7 @@ import pyxlbert
 from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import bench, convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
-from pyxlbert.files import read_lines, real_path, whole_file
+from pyxlbert.files import check_writable, read_lines, real_path, whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
@@ -176,12 +176,7 @@ def _output_path(name: str) -> Path:
     path = real_path("--out", name)  # a link keeps pointing where it did
     if path.suffix not in _WRITERS:
         raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}, or / for a folder")
-    if path.is_dir():
-        raise IsADirectoryError(f"--out: {name!r} is a directory")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out: the directory of {name!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"--out: the directory of {name!r} is not writable")
+    check_writable("--out", name, path)
     return path
 
 

@@ -34,6 +34,20 @@ def real_path(option: str, name: str) -> Path:
     return Path(path)
 
 
+def check_writable(option: str, name: str, path: Path) -> None:
+    """That a file can be made, or replaced, at the real path of a name that a command was given.
+
+    Raises:
+        OSError: it is a folder, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {name!r} is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option}: the directory of {name!r} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{option}: the directory of {name!r} is not writable")
+
+
 def model_directory(directory: str | Path) -> Path:
     """The directory as a Path.
 

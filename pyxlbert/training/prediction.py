@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from pyxlbert.files import read_lines, whole_file
+from pyxlbert.files import check_writable, read_lines, real_path, whole_file
 from pyxlbert.training.data.squad import read_squad
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import Sentence
@@ -70,18 +69,13 @@ def output_path(name: str | Path) -> Path:
     """Where predictions may be written.
 
     Raises:
-        ValueError: the name's ending is none that is written.
+        ValueError: the name's ending is none that is written, or no file can have the name.
         OSError: its folder is missing or not writable, or it is a folder.
     """
-    path = Path(os.path.realpath(name))  # a link keeps pointing where it did
+    path = real_path("output", str(name))  # a link keeps pointing where it did
     if path.suffix not in _WRITERS:
         raise ValueError(f"output: got {str(name)!r}, wanted a name that ends in {', '.join(_WRITERS)}")
-    if path.is_dir():
-        raise IsADirectoryError(f"output: {str(name)!r} is a directory")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: the directory of {str(name)!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"output: the directory of {str(name)!r} is not writable")
+    check_writable("output", str(name), path)
     return path
 
 
