@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
-from pyxlbert.bench import documents, tables
+from pyxlbert.bench import documents, report, tables
+from pyxlbert.bench.counted import counted
 
 
 @pytest.mark.parametrize("page", documents.documents(), ids=lambda page: page.name)
@@ -65,3 +67,15 @@ def test_a_wrong_number_is_made_anew(tmp_path, monkeypatch, capsys) -> None:
     page.write_text(block.replace("MiniLM", "nothing"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"epyc-zen4-2-cores\.json: got no rows of 'nothing'"):
         documents.main([])
+
+
+def test_results_of_before_work_was_counted_have_it_from_the_specs() -> None:
+    """What a row would say if it was raced today, beside what an older file's limit and rate say of it."""
+    entry = next(row for row in documents._of("xeon-amx-2-cores.json", "relative_attention") if not row["work"])
+    device = documents._results("xeon-amx-2-cores.json")["device"]
+    (row,) = counted([report.row_from(entry)])
+    assert row.work.length and row.work.bytes
+    assert 0.8 < row.work.flops / row.limit / 1e9 / device["gemm_float32"] < 1.25
+    assert counted([row]) == [row]
+    (unknown,) = counted([replace(row, case="3x3", work=report.Work())])
+    assert unknown.work == report.Work()
