@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -164,11 +164,14 @@ ONE = ["--op", "layer_norm", "--shape", "1x8", "--rounds", "5", "--rest", "0", "
 
 
 def test_against_itself(tmp_path, capsys, monkeypatch) -> None:
-    """Two processes take turns; the package of this one stands in for a build."""
+    """Two processes take turns, the same ones each time; the package of this one stands in for a build."""
     monkeypatch.setattr(report, "device", lambda: DEVICE)
-    monkeypatch.setattr(revision, "build", lambda name: revision.Path(revision.pyxlbert.__file__).parent.parent)
+    library = Path(revision.pyxlbert.__file__).parent.parent
+    monkeypatch.setattr(revision, "build", lambda name: library)
     out = tmp_path / "a.json"
-    assert main(["bench", *ONE, "--against", "HEAD", "--json", str(out)]) in (0, 1)
+    with revision.against(library) as sides:
+        monkeypatch.setattr(revision, "against", lambda library: nullcontext(sides))
+        assert main(["bench", *ONE, "--against", "HEAD", "--json", str(out)]) in (0, 1)
     text = capsys.readouterr().out
     assert "8x384" in text and "8x768 forward+backward" in text and text.splitlines()[-1].endswith("the same")
     for row in report.read(out)["rows"]:
