@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "revisions"
 WORKER = Path(__file__).with_name("revision_worker.py")
 # Seconds of a sample and before it: so short that it mostly ends before the system takes the processor away.
-LEAST, REST = 0.002, 0.002
+# Threads of a team spin for some milliseconds after their work, and one thread does not.
+LEAST, REST, REST_OF_TEAMS = 0.002, 0.002, 0.01
 # A sample is taken again, so often, if the system did take it away: then it is not of our code.
 TRIES = 5
 # Rounds go on until the noise of the ratio is below NOISE, or for so many, or for so many seconds.
@@ -188,9 +189,12 @@ def race(
     except (AssertionError, ValueError) as error:
         row.failed = dict.fromkeys(sides, f"the two give other answers: {error}")
         return row
-    kept, count = _pairs(sides, rounds, REST if rest is None else rest, rows)
-    if len(kept) < count:
-        row.note = f"{count - len(kept)} of {count} rounds were disturbed by other processes"
+    usual = REST if torch.get_num_threads() == 1 else REST_OF_TEAMS
+    clean, every = _pairs(sides, rounds, usual if rest is None else rest, rows)
+    # Rounds that were nearly all disturbed say little, and that little with an interval as wide as their noise.
+    kept = clean if len(clean) >= min(FEWEST, len(every)) else every
+    if len(clean) < len(every):
+        row.note = f"{len(every) - len(clean)} of {len(every)} rounds were disturbed by other processes"
     for place, who in enumerate(sides):
         values = [pair[place] for pair in kept]
         lower, median, upper = quartiles(values)
@@ -198,8 +202,10 @@ def race(
     return row
 
 
-def _pairs(sides: dict[str, Side], rounds: int | None, rest: float, rows: int) -> tuple[list[tuple[float, ...]], int]:
-    """Seconds of a call of each side, round by round, and how many rounds there were."""
+def _pairs(
+    sides: dict[str, Side], rounds: int | None, rest: float, rows: int
+) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Seconds of a call of each side, round by round: of rounds in which neither was disturbed, and of all."""
     seconds = [min(side.ask(do="sample", repeats=1)["seconds"] for _ in range(3)) for side in sides.values()]
     repeats = max(1, round(LEAST / max(min(seconds), 1e-7)))
     order, shuffle, end = list(sides), random.Random(0), time.monotonic() + PATIENCE
@@ -212,8 +218,7 @@ def _pairs(sides: dict[str, Side], rounds: int | None, rest: float, rows: int) -
             clean.append(every[-1])
             if rounds is None and len(clean) >= FEWEST and len(clean) % 5 == 0 and noise(clean, rows) < NOISE:
                 break
-    # Rounds that were all disturbed say little, and that little with an interval as wide as their noise.
-    return (clean if len(clean) >= min(FEWEST, len(every)) else every), len(every)
+    return clean, every
 
 
 def _sample(side: Side, repeats: int, rest: float) -> tuple[float, bool]:
@@ -266,7 +271,8 @@ def verdicts(
     for sitting in range(3):
         if not places:
             break
-        print(f"in new processes, {sitting + 1} of 2 or 3: {len(places)} races", file=sys.stderr, flush=True)
+        pair = ("first", "second", "third")[sitting]
+        print(f"{pair} pair of processes: {len(places)} races", file=sys.stderr, flush=True)
         with against(library) as sides:
             for place in places:
                 row = race(sides, races[place], rounds, rest, len(races))
