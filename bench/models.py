@@ -344,7 +344,7 @@ def alone(race: ModelRace, name: str) -> memory.Alone:
     call = made(race)
     if name in ("OpenVINO", "ONNX Runtime", "ONNX Runtime int8"):
         return memory.Alone(nothing, call)
-    anywhere = name in ("pyxlbert", "transformers")
+    anywhere = name.startswith("pyxlbert") or name == "transformers"
     return memory.Alone(made(replace(race, batch=1, length=16)) if anywhere else call, call)
 
 
