@@ -160,8 +160,9 @@ struct Division {
 };
 
 PYXLBERT_INLINE Division divide(std::int64_t rows, int threads, const PackedMatrix& w) {
-    // A panel of rows stays in the second-level cache; with fewer rows a thread waits for the weight.
-    std::int64_t most = 192, least = 48, together = STRIP;
+    // A panel of rows stays in the second-level cache; with fewer rows a thread waits for the weight.  Its last strip
+    // may be short: whole strips for all would give two threads 66 and 62 of 128 rows, and one of them would wait.
+    std::int64_t most = 192, least = 48, together = 1;
 #if defined(__AMX_BF16__)
     // Tiles outrun the weight unless it meets many rows, but 768 KiB of them leave room for the rest.
     if (tiled(w)) {
