@@ -6,8 +6,10 @@ See csrc/cpu/tile_model.h.  Where the processor has tiles, every suite runs on t
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import variants
@@ -43,6 +45,58 @@ def test_a_usual_build_has_no_model(environment) -> None:
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         tiles = " amx_bf16 " in f"{file.read()} "
     assert ("amx" in pyxlbert._C.levels()) <= tiles
+
+
+# ldtilecfg and tileloadd as copies of what memory holds at that moment.
+COPIES = {
+    "ldtilecfg": (r"\bldtilecfg\s+(.+)", r"vmovdqu64 \1, %zmm31; vmovdqu64 %zmm31, configuration_seen(%rip)"),
+    "tileloadd": (r"\btileloadd\s+\((%\w+),.*", r"vmovdqu64 (\1), %zmm31; vmovdqu64 %zmm31, row_seen(%rip)"),
+    "tilerelease": (r"\btilerelease\b", ""),
+}
+GUARDED = """
+#include "cpu/tiles.h"
+#include <cstdio>
+extern "C" { unsigned char configuration_seen[64]; float row_seen[16]; }
+using namespace pyxlbert::PYXLBERT_LEVEL;
+__attribute__((noinline)) void begin() { begin_tiles(); end_tiles(); }
+__attribute__((noinline)) void load_what_was_stored(float x) {
+    float row[256];
+    for (float& one : row) one = x;
+    load_tile<0>(row, 64);
+}
+int main() {
+    begin();
+    load_what_was_stored(3.0f);
+    for (int n : configuration_seen) std::printf("%d ", n);
+    for (float one : row_seen) std::printf("%g ", one);
+}
+"""
+
+
+def test_a_tile_instruction_sees_what_was_stored_before_it(tmp_path: Path) -> None:
+    """The compiler may not drop or delay a store that only ldtilecfg or tileloadd reads.
+
+    The functions of tiles.h are compiled as they are; in the assembly each of the two becomes a copy of what it would
+    have read.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ is here")
+    source, assembly, program = tmp_path / "guard.cpp", tmp_path / "guard.s", tmp_path / "guard"
+    source.write_text(GUARDED)
+    flags = "-std=c++20 -O3 -march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8"
+    flags += f" -DPYXLBERT_LEVEL=amx -I{variants.ROOT / 'csrc'}"
+    subprocess.run([compiler, *flags.split(), "-S", source, "-o", assembly], check=True, capture_output=True)
+    text = assembly.read_text()
+    for name, (pattern, copy) in COPIES.items():
+        text, count = re.subn(pattern, copy, text)
+        assert count > 0, name
+    assembly.write_text(text)
+    subprocess.run([compiler, assembly, "-o", program], check=True, capture_output=True)
+    seen = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    wanted = [1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0]
+    assert [int(one) for one in seen[:64]] == wanted
+    assert seen[64:] == 16 * ["3"]
 
 
 def test_one_file_names_the_instructions() -> None:
