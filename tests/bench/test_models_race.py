@@ -64,6 +64,30 @@ def test_xlnet_and_its_step(dtype: torch.dtype) -> None:
     assert len([name for name in step.timings if is_peer(name)]) == 1
 
 
+def test_what_more_threads_are_worth_is_in_the_row(monkeypatch) -> None:
+    """Ours takes part with one thread too; everybody else has all of them."""
+    seen: dict[str, set[int]] = {"pyxlbert": set(), "transformers": set()}
+
+    def watched(name: str, build):
+        def built(*arguments):
+            call = build(*arguments)
+            return lambda: (seen[name].add(torch.get_num_threads()), call())[1]
+
+        return built
+
+    monkeypatch.setattr(peers, "PEERS", {"transformers": watched("transformers", peers.transformers_sdpa)})
+    monkeypatch.setattr(models.ModelRace, "_ours", watched("pyxlbert", models.ModelRace._ours))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        row = models.ModelRace(2, 12, torch.float32).run(MOMENT)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(row.timings) == {"pyxlbert", "pyxlbert, one thread", "transformers"} and not row.failed
+    assert seen == {"pyxlbert": {1, 2}, "transformers": {2}}
+
+
 def test_vectors_that_point_elsewhere_are_refused() -> None:
     truth = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).numpy()
     check = text.Distances(truth, torch.float32)
