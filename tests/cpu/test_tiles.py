@@ -1,6 +1,7 @@
-"""Level amx on any machine with AVX-512 and its bfloat16: the kernels are built once more on tiles in software.
+"""Levels amx and avx2_vnni on any machine with AVX-512 and its bfloat16: their kernels are built once more.
 
-See csrc/cpu/tile_model.h.  Where the processor has tiles, every suite runs on them as well.
+Tiles are a model in software (csrc/cpu/tile_model.h), and of products of bytes the encoding is another.  Where the
+processor has them, every suite runs on them as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OPS = f"{variants.ROOT}/tests/ops"
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Environment variables under which Python imports the build with modelled tiles."""
-    return variants.build("emulated", {"PYXLBERT_EMULATE_TILES": "1"}) | {"PYXLBERT_TEST_SMALL": "amx"}
+    return variants.build("emulated", {"PYXLBERT_EMULATE_LEVELS": "1"}) | {"PYXLBERT_TEST_SMALL": "amx"}
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
@@ -45,6 +46,36 @@ def test_a_usual_build_has_no_model(environment) -> None:
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         tiles = " amx_bf16 " in f"{file.read()} "
     assert ("amx" in pyxlbert._C.levels()) <= tiles
+
+
+def test_the_level_between_multiplies_bytes(environment) -> None:
+    """Level avx2_vnni: every product of integers, and the same bits as on all other levels."""
+    done = run(
+        environment | {"PYXLBERT_TEST_SMALL": "avx2_vnni"},
+        *("--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py"),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert passed(done) > 50
+    command = [sys.executable, "-m", "pyxlbert", "info"]
+    done = subprocess.run(
+        command, env=environment | {"PYXLBERT_ISA": "avx2_vnni"}, capture_output=True, text=True, check=True
+    )
+    assert "instruction set: avx2_vnni (of portable, avx2, avx2_vnni, avx512, avx512_bf16, amx)" in done.stdout
+
+
+def test_that_level_needs_no_avx512() -> None:
+    """What the usual build has of it multiplies bytes in the encoding of AVX-VNNI, and touches no AVX-512."""
+    objects = sorted((variants.ROOT / "build" / "in-place" / "cpu").glob("*.avx2_vnni.o"))
+    if not objects or shutil.which("objdump") is None:
+        pytest.skip("the objects of the in-place build are not here (run make build), or no objdump is")
+    found = {}
+    for path in objects:
+        text = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{evex\}", text), path.name
+        found[path.name.split(".")[0]] = text.count("vpdpbusd")
+        assert found[path.name.split(".")[0]] == len(re.findall(r"\{vex\}\s+vpdpbusd", text)), path.name
+    assert set(found) == {"encoder_layer", "packed_linear", "packed_matrix"}
+    assert found["encoder_layer"] > 10 and found["packed_linear"] > 10
 
 
 # ldtilecfg and tileloadd as copies of what memory holds at that moment.
