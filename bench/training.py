@@ -30,8 +30,12 @@ from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.steps import Passes
 from pyxlbert.training.tasks import TASKS
 
-_LAYERS, _ROWS = 4, 8
-_SIZE = {"hidden": 768, "inner": 3072, "heads": 12}
+_ROWS = 8
+# Of base size, less deep.
+_SIZES = {
+    "Bert": {"num_hidden_layers": 4},
+    "XLNet": {"n_layer": 4, "d_model": 768, "n_head": 12, "d_inner": 3072},
+}
 
 
 class _Steps:
@@ -116,7 +120,9 @@ class TrainingRace:
         dtype = str(self.dtype).removeprefix("torch.")
         limit = 6 * tokens * matrices / limits.gemm_rate(self.dtype) if "classifies" in self.name else None
         full = tokens / (len(self.lengths) * max(self.lengths))
-        note = f"{_LAYERS} layers of base size, {len(self.lengths)} paragraphs of {tokens} tokens"
+        note = (
+            f"{theirs.config.num_hidden_layers} layers of base size, {len(self.lengths)} paragraphs of {tokens} tokens"
+        )
         note += f", {full:.0%} full: less work" if full < 1 else ""
         return Row("training loop", self.name, dtype, timings, limit, note, failed)
 
@@ -127,12 +133,7 @@ class TrainingRace:
         from pyxlbert import models
 
         kind = "Bert" if self.name.startswith("BERT") else "XLNet"
-        if kind == "Bert":
-            config = transformers.BertConfig(num_hidden_layers=_LAYERS)
-        else:
-            config = transformers.XLNetConfig(
-                d_model=_SIZE["hidden"], n_layer=_LAYERS, n_head=_SIZE["heads"], d_inner=_SIZE["inner"]
-            )
+        config = getattr(transformers, f"{kind}Config")(**_SIZES[kind])
         head = "LMHeadModel" if "pretrains" in self.name else "ForSequenceClassification"
         torch.manual_seed(0)
         theirs = getattr(transformers, kind + head)(config)

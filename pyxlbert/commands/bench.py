@@ -21,7 +21,8 @@ def add(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="SUITE",
-        help="ops, layer, attention, relative, two_stream, lengths, models, text, drop-in, training (every op, and models)",
+        help="ops, layer, attention, relative, two_stream, lengths, models, text, drop-in, training (every op, "
+        "and models)",
     )
     what = parser.add_argument_group("what is raced")
     what.add_argument("--op", action="append", metavar="NAME", help="this op; may be given again")

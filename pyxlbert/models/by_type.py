@@ -13,7 +13,7 @@ from pyxlbert.models.xlnet import XLNetModel
 
 
 def encoder_class(directory: str | Path) -> type[PretrainedModel]:
-    """`BertModel`, `RobertaModel`, `AlbertModel` or `XLNetModel`; BERT's for a configuration that does not say its type.
+    """`BertModel`, `RobertaModel`, `AlbertModel` or `XLNetModel`; BERT's where the type is not said.
 
     Raises:
         FileNotFoundError: the directory or its ``config.json`` is missing.

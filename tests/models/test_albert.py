@@ -229,7 +229,10 @@ def test_low_precision_errs_no_more_than_transformers(how: str) -> None:
     [
         ({"embedding_size": 0}, "embedding_size: got 0"),
         ({"num_hidden_groups": 0}, "num_hidden_groups: got 0"),
-        ({"inner_group_num": 600}, "inner_group_num: got 600 with num_hidden_layers 4, wanted at most 1024 layers in all"),
+        (
+            {"inner_group_num": 600},
+            "inner_group_num: got 600 with num_hidden_layers 4, wanted at most 1024 layers in all",
+        ),
         ({"classifier_dropout_prob": 2}, "classifier_dropout_prob: got 2"),
     ],
 )

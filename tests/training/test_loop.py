@@ -170,7 +170,9 @@ def test_what_cannot_be_sharded_is_said(files: Path, tmp_path: Path, monkeypatch
     """`accelerate` passes over FSDP where there are no GPUs."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP: got true, but accelerate shards models over several GPUs"):
+    with pytest.raises(
+        ValueError, match="ACCELERATE_USE_FSDP: got true, but accelerate shards models over several GPUs"
+    ):
         train(files, tmp_path / "a", max_steps=1)
     assert not (tmp_path / "a").exists()
 

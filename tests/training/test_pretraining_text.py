@@ -151,7 +151,9 @@ def test_bad_files_are_refused(tmp_path) -> None:
     assert not (tmp_path / "stores").exists()
 
 
-@pytest.mark.parametrize(("kind", "train"), [("bert", train_wordpiece), ("albert", train_albert), ("xlnet", train_unigram)])
+@pytest.mark.parametrize(
+    ("kind", "train"), [("bert", train_wordpiece), ("albert", train_albert), ("xlnet", train_unigram)]
+)
 def test_trained_vocabularies(kind: str, train, tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "corpus.txt"

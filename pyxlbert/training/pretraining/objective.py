@@ -28,7 +28,10 @@ Memory = tuple[Tensor, ...]
 def counts(batch: Batch) -> dict[str, int]:
     """How many labels each loss of a batch is a sum over."""
     found = {"tokens": int((batch["labels"] != IGNORED).sum())}
-    return found | {"pairs": len(batch[name]) for name in PAIR_LABELS if name in batch}
+    for name in PAIR_LABELS:
+        if name in batch:
+            found["pairs"] = len(batch[name])
+    return found
 
 
 class PretrainingModel(nn.Module):
