@@ -31,6 +31,7 @@ from pyxlbert.training.steps import Passes
 from pyxlbert.training.tasks import TASKS
 
 _ROWS = 8
+PRETRAINING = 512  # tokens of a row, as XLNet was pretrained
 # Of base size, less deep.
 _SIZES = {
     "Bert": {"num_hidden_layers": 4},
@@ -216,4 +217,4 @@ def races(data: Path, model: Path) -> Iterator[TrainingRace]:
     for dtype in (torch.float32, torch.bfloat16):
         yield TrainingRace("BERT classifies", lengths, dtype)
         yield TrainingRace("XLNet classifies", lengths, dtype)
-        yield TrainingRace("XLNet pretrains", (LONGEST,) * 4, dtype)
+        yield TrainingRace("XLNet pretrains", (PRETRAINING,) * 2, dtype)

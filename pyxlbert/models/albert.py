@@ -89,6 +89,10 @@ class AlbertConfig(BertConfig):
         return self.embedding_size
 
     @property
+    def depth(self) -> int:
+        return self.num_hidden_layers * self.inner_group_num
+
+    @property
     def head_dropout_prob(self) -> float:
         given = self.classifier_dropout_prob
         return self.hidden_dropout_prob if given is None else given

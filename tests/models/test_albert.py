@@ -241,6 +241,13 @@ def test_configurations(fields: dict[str, Any], message: str) -> None:
         AlbertConfig(**SHARED | fields)
 
 
+def test_depth_counts_the_layers_of_a_group() -> None:
+    model = build()
+    states = model(IDS, MASK, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.depth + 1 == 9
+    compare.same_bits("last", states[-1], model(IDS, MASK)[0])
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"num_labels: got 3, wanted 2: two passages are in order or not"):
         build(AlbertForPreTraining, num_labels=3)

@@ -19,7 +19,11 @@ from pyxlbert.training.pretraining import (
     train_wordpiece,
 )
 from pyxlbert.training.pretraining import store as store_module
-from pyxlbert.training.pretraining.documents import read_sentences, split_sentences
+from pyxlbert.training.pretraining.documents import named, read_sentences, split_sentences
+
+
+def test_many_files_are_named_in_few_words() -> None:
+    assert named(["a.txt"]) == "a.txt" and named([f"{number}.txt" for number in range(60)]) == "0.txt and 59 more"
 
 
 def test_layouts(tmp_path) -> None:

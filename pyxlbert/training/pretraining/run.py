@@ -21,7 +21,7 @@ from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
 from pyxlbert.training import checkpoints
 from pyxlbert.training.loop import Job, Loop, accelerator, start_run
 from pyxlbert.training.options import TrainingOptions
-from pyxlbert.training.pretraining.documents import check_files, check_layout
+from pyxlbert.training.pretraining.documents import check_files, check_layout, named
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
@@ -187,7 +187,7 @@ def pretrain(
         evaluate=None if held_out is None else evaluate,
         save=lambda state: _save(model, vocabulary, folder, state),
         identity=identity,
-        title=f"{what.kind}: {', '.join(Path(path).name for path in what.files)}",
+        title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
         memory=module,
     )
     scores = Loop(job, options, folder, work, tell).run()
