@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pyxlbert.bench import limits, models, peers, text
+from pyxlbert.bench import limits, models, peers, text, training
 from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import is_peer
 
@@ -100,3 +100,17 @@ def test_vectors_that_point_elsewhere_are_refused() -> None:
     with pytest.raises(AssertionError, match="worst 1 - cosine"):
         check("pyxlbert", near)
     assert "pyxlbert" in check.note()
+
+
+@pytest.mark.parametrize("name", ["BERT classifies", "XLNet classifies", "XLNet pretrains"])
+def test_both_are_trained_by_one_loop(name: str, monkeypatch) -> None:
+    small = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    xlnet = {"vocab_size": 40, "d_model": 32, "n_head": 2, "d_inner": 48, "n_layer": 1}
+    monkeypatch.setattr(training, "_SIZES", {"Bert": {**small, "num_hidden_layers": 1}, "XLNet": xlnet})
+    lengths = (12, 12) if "pretrains" in name else (5, 12, 9)
+    row = training.TrainingRace(name, lengths, torch.float32).run(MOMENT)
+    assert set(row.timings) == {"pyxlbert", "transformers"} and not row.failed
+    assert "1 layers" in row.note and ("full: less work" in row.note) == ("classifies" in name)
+    # A loss or a gradient that is another is a reason, and has no time.
+    monkeypatch.setattr(training, "_gradient", lambda module, *given: (torch.rand(()), torch.rand(3)))
+    assert set(training.TrainingRace(name, lengths, torch.float32).run(MOMENT).failed) == {"pyxlbert", "transformers"}
