@@ -115,24 +115,12 @@ def against(options: argparse.Namespace, fail: Fail) -> int:
     command = f"{_shown(options.suites, options)} --against {name[:12]}"
     print(f"{command}: both with {torch.get_num_threads()} threads, in a new order every round", flush=True)
     device = report.device() if options.json is not None else {}
-    changes, failed, doubtful = [], [], {}
-    with revision.against(library) as sides:
-        for one in races:
-            row = revision.race(sides, one, options.rounds, options.rest)
-            failed += [f"{row.subject} {row.case} {row.dtype}: {who}: {why}" for who, why in row.failed.items()]
-            if options.json is not None:
-                report.write(options.json, [row], command, device)
-            if row.timings:
-                changes.append(compare.interleaved(row, "pyxlbert before", len(races)))
-                if changes[-1].verdict == compare.SLOWER:
-                    doubtful[len(changes) - 1] = one
-    if doubtful:
-        print(f"{len(doubtful)} to be raced again in new processes", file=sys.stderr, flush=True)
-        with revision.against(library) as sides:
-            for place, one in doubtful.items():
-                row = revision.race(sides, one, options.rounds, options.rest)
-                again = compare.interleaved(row, "pyxlbert before", len(races)) if row.timings else changes[place]
-                changes[place] = compare.confirmed(changes[place], again)
+
+    def record(row: Row) -> None:
+        if options.json is not None:
+            report.write(options.json, [row], command, device)
+
+    changes, failed = revision.verdicts(library, races, options.rounds, options.rest, record)
     found = compare.Comparison(changes, failed, [])
     print("\n".join(compare.lines(found)))
     answers = any("other answers" in reason for reason in failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ FALSE_ALARM = 0.05
 # What two processes of the same code differ by beside the spread within each: another layout of memory.
 BETWEEN_RUNS = 0.02
 
-SLOWER, FASTER, SAME = "slower", "faster", "the same"
+# A change of this size is to be seen: a row whose noise could hide it is called unsure, not the same.
+SEEN = 0.15
+
+SLOWER, FASTER, SAME, UNSURE = "slower", "faster", "the same", "unsure"
 
 
 class Change(NamedTuple):
@@ -29,7 +33,7 @@ class Change(NamedTuple):
         before, after: medians of ours, in seconds.
         ratio: after over before, less what the peers have changed by in the same time.
         threshold: the ratio above which it is slower; below its inverse it is faster.
-        verdict: SLOWER, FASTER or SAME.
+        verdict: SLOWER, FASTER, SAME or UNSURE.
     """
 
     subject: str
@@ -54,12 +58,18 @@ def _deviation(before: Timing, after: Timing) -> float:
 
 def threshold(deviation: float, rows: int) -> float:
     """The logarithm of the ratio that an unchanged row, of so many, does not pass but by FALSE_ALARM."""
-    certain = statistics.quantile_of_normal(1 - FALSE_ALARM / max(1, rows))
-    return max(math.log1p(LEAST), certain * deviation)
+    return max(math.log1p(LEAST), certainty(rows) * deviation)
+
+
+def certainty(rows: int) -> float:
+    """Deviations that an unchanged row, of so many, does not differ by but by FALSE_ALARM."""
+    return statistics.quantile_of_normal(1 - FALSE_ALARM / max(1, rows))
 
 
 def _verdict(log: float, limit: float) -> str:
-    return SLOWER if log > limit else FASTER if log < -limit else SAME
+    if abs(log) > limit:
+        return SLOWER if log > 0 else FASTER
+    return SAME if limit < math.log1p(SEEN) else UNSURE
 
 
 def change_of(before: Row, after: Row, rows: int, same_peers: bool) -> Change:
@@ -98,10 +108,20 @@ def interleaved(row: Row, before: str, rows: int) -> Change:
     return Change(*where, old.median, new.median, middle, math.exp(limit), _verdict(log, limit))
 
 
-def confirmed(first: Change, second: Change) -> Change:
-    """A change that was called slower, raced again in new processes: another layout of memory is no slower code."""
-    verdict = SLOWER if second.ratio > 1 + LEAST else SAME
-    return first._replace(ratio=math.sqrt(first.ratio * second.ratio), verdict=verdict)
+def agree(sittings: Sequence[Change]) -> bool:
+    """Whether all say the same of a race."""
+    return len({one.verdict for one in sittings}) == 1
+
+
+def together(sittings: Sequence[Change]) -> Change:
+    """What several runs of one race say, each in new processes: what most of them do, or that it is not sure."""
+    counts = Counter(one.verdict for one in sittings)
+    verdict, most = counts.most_common(1)[0]
+    if 2 * most <= len(sittings) > 1:
+        verdict = UNSURE
+    alike = [one for one in sittings if one.verdict == verdict] or list(sittings)
+    middle = math.exp(sum(math.log(one.ratio) for one in alike) / len(alike))
+    return alike[0]._replace(ratio=middle, threshold=max(one.threshold for one in alike), verdict=verdict)
 
 
 class Comparison(NamedTuple):
@@ -157,7 +177,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
 
 def lines(comparison: Comparison) -> list[str]:
     """What is printed: warnings, what has changed first, what is missing, and the sum of it."""
-    order = {SLOWER: 0, FASTER: 1, SAME: 2}
+    order = {SLOWER: 0, UNSURE: 1, FASTER: 2, SAME: 3}
     out = [f"WARNING: {warning}" for warning in comparison.warnings]
     for one in sorted(comparison.changes, key=lambda change: (order[change.verdict], -change.ratio)):
         times = f"{report.shown(one.before):>10} {report.shown(one.after):>10}"
@@ -165,6 +185,9 @@ def lines(comparison: Comparison) -> list[str]:
         out.append(f"{one.verdict:8} {one.subject:24} {one.case:28} {one.dtype:9} {times} {sign}")
     out += [f"not compared: {reason}" for reason in comparison.missing]
     counts = {verdict: sum(change.verdict == verdict for change in comparison.changes) for verdict in order}
+    unsure = counts.pop(UNSURE)
+    if unsure:
+        out.append(f"{unsure} unsure: the noise could hide a change of {SEEN:.0%}; race again when less is running")
     return [*out, ", ".join(f"{count} {verdict}" for verdict, count in counts.items())]
 
 

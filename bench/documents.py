@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyxlbert.bench import page, pictures, report
+from pyxlbert.bench.counted import counted
 from pyxlbert.bench.report import is_peer
 from pyxlbert.bench.tables import several, table
 
@@ -88,7 +89,7 @@ def _machine(file: str) -> str:
 @cache
 def _pictures(file: str) -> dict[str, tuple[str, str]]:
     """Of a device, by the names of their files: what each shows, and the SVG."""
-    rows, name = [report.row_from(entry) for entry in _rows(file)], file.removesuffix(".json")
+    rows, name = counted(report.row_from(entry) for entry in _rows(file)), file.removesuffix(".json")
     found = {"ratios": ("The best peer's time over ours, every row", pictures.overview(rows))}
     found["roofline"] = ("Ours below what this machine allows", pictures.roofline(rows, _results(file)["device"]))
     for subject in ("BERT-base", "XLNet-base"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -70,9 +71,13 @@ def _measure(pipe: Any, threads: int, make: Callable[..., Alone], arguments: tup
     try:
         alone = make(*arguments)
         alone.warm()
-        # From here on what is freed goes back to the system, and what is taken shows.
+        # From here on what is freed goes back to the system, and what is taken shows: of what making it has freed too,
+        # or a call finds room that nobody sees it take.
+        libc = ctypes.CDLL(None)
         for setting in (_MAPPED, _TRIMMED):
-            ctypes.CDLL(None).mallopt(*setting)
+            libc.mallopt(*setting)
+        gc.collect()
+        libc.malloc_trim(0)
         pipe.send((max(0, peak_memory(alone.call)), ""))
     except Exception as error:
         pipe.send((None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))

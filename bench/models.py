@@ -14,24 +14,12 @@ import torch
 from pyxlbert.bench import conformer, limits, memory, peers
 from pyxlbert.bench.contest import Check, Settings, contest, lazily, reason_of
 from pyxlbert.bench.report import Row, Work
+from pyxlbert.bench.sizes import SIZES, XLNET, xlnet_fields
 from pyxlbert.bench.timer import Contestants, Timing, race
 
 import pyxlbert
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs._spec import as_tuple
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of an encoder."""
-
-    layers: int
-    hidden: int
-    inner: int
-
-
-# Heads of 64 and, of the small one, 32.
-SIZES = {"BERT-base": Size(12, 768, 3072), "MiniLM": Size(6, 384, 1536), "BERT 2 layers": Size(2, 768, 3072)}
 
 
 @dataclass(frozen=True)
@@ -171,7 +159,7 @@ class XLNetRace:
 
     def run(self, settings: Settings = Settings()) -> Row:  # noqa: B008, it is frozen
         """Compares outputs with float32 `transformers`, then times."""
-        hf, model = _xlnets(12)
+        hf, model = _xlnets(XLNET.layers)
         hf, model = hf.eval(), model.to(self.dtype).eval()
         ids = torch.randint(1000, 30000, (self.batch, self.length))
         pyxlbert.pack(model)
@@ -190,8 +178,9 @@ class XLNetRace:
         # The last is another model, checked in its own race.
         checked = Checked(truth, None, self.dtype, others=("pyxlbert BERT-base",))
         rows = self.batch * self.length
-        products = rows * (4 * 768 * 768 + 2 * 768 * 3072) + 2 * self.length * 768 * 768
-        flops = 2 * 12 * (products + 3 * rows * self.length * 768)
+        layers, e, f = XLNET
+        products = rows * (4 * e * e + 2 * e * f) + 2 * self.length * e * e
+        flops = 2 * layers * (products + 3 * rows * self.length * e)
         dtype = str(self.dtype).removeprefix("torch.")
         limit = flops / limits.gemm_rate(self.dtype)
         timings, failed = contested(contestants, checked, self.rounds, settings)
@@ -233,7 +222,7 @@ class XLNetStepRace:
             "target_mapping": torch.nn.functional.one_hot(positions, t).float(),
         }
         ranks = {"query_rank": rank, "key_rank": rank, "target_positions": positions}
-        cotangent = torch.randn(b, m, 768)
+        cotangent = torch.randn(b, m, XLNET.hidden)
 
         def call(module: torch.nn.Module, permutation: dict[str, torch.Tensor], autocast: bool) -> peers.Call:
             parameters = list(module.parameters())
@@ -258,9 +247,10 @@ class XLNetStepRace:
         # Of the last layer only the query stream is wanted.
         rows = [b * (t + m)] * (self.layers - 1) + [b * m]
         # Query and output of the rows, key and value of T, the table; the two feed-forward products.
-        products = sum(768 * 768 * (2 * n + 2 * b * t + 2 * t) + n * 2 * 768 * 3072 for n in rows)
+        e, f = XLNET.hidden, XLNET.inner
+        products = sum(e * e * (2 * n + 2 * b * t + 2 * t) + n * 2 * e * f for n in rows)
         # Attention: three products forward, eight backward.
-        flops = 2 * (3 * products + 11 * sum(rows) * t * 768)
+        flops = 2 * (3 * products + 11 * sum(rows) * t * e)
         dtype = str(self.dtype).removeprefix("torch.")
         limit, work = flops / limits.gemm_rate(self.dtype), Work(flops, None, t)
         return Row("XLNet-base", self.case, dtype, found[0], limit, checked.note(), found[1], work=work)
@@ -274,7 +264,7 @@ def _xlnets(layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     from pyxlbert.models import XLNetModel
 
     torch.manual_seed(0)
-    hf = Original(XLNetConfig(d_model=768, n_layer=layers, n_head=12, d_inner=3072, dropout=0.0)).train()
+    hf = Original(XLNetConfig(**xlnet_fields(layers), dropout=0.0)).train()
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         return hf, XLNetModel.from_pretrained(folder).train()
@@ -353,14 +343,25 @@ def measured(
     return peaks
 
 
+def nothing() -> None:
+    """What warms an engine that keeps the memory of its first call: that is what the call needs."""
+
+
 def alone(race: ModelRace, name: str) -> memory.Alone:
-    """A contestant by itself, warmed by one short text, or by its own where it is built for one shape."""
+    """A contestant by itself, warmed by one short text, or by its own where it is compiled for one shape."""
 
     def made(race: ModelRace) -> peers.Call:
-        return race.builds(*race._original())[name]()
+        hf, inputs = race._original()
+        if name == "OpenVINO":
+            # For one shape it takes a call's memory when it compiles, where nobody could tell it from the weights'.
+            forward = peers.openvino_any(hf.to(race.dtype), race.dtype)
+            return lambda: forward(inputs["input_ids"], inputs["attention_mask"])
+        return race.builds(hf, inputs)[name]()
 
-    anywhere = name in ("pyxlbert", "transformers")
     call = made(race)
+    if name in ("OpenVINO", "ONNX Runtime", "ONNX Runtime int8"):
+        return memory.Alone(nothing, call)
+    anywhere = name in ("pyxlbert", "transformers")
     return memory.Alone(made(replace(race, batch=1, length=16)) if anywhere else call, call)
 
 

@@ -14,6 +14,7 @@ from pyxlbert.bench import ops
 from pyxlbert.bench.contest import Settings, contest
 from pyxlbert.bench.ops import Built, Call, Race
 from pyxlbert.bench.report import Row
+from pyxlbert.bench.sizes import xlnet_fields
 from pyxlbert.bench.timer import Contestants, Tell, Timing, nobody, race_on, running
 
 import pyxlbert
@@ -191,8 +192,7 @@ class ModelRace:
             options: dict[str, Any] = {"add_pooling_layer": False}
             ours: Callable[..., Any] = models.BertModel.from_pretrained
         else:
-            sizes = {"d_model": 768, "n_layer": self.layers, "n_head": 12, "d_inner": 3072}
-            hf = transformers.XLNetModel(transformers.XLNetConfig(**sizes, dropout=0.0))
+            hf = transformers.XLNetModel(transformers.XLNetConfig(**xlnet_fields(self.layers), dropout=0.0))
             ours, options = models.XLNetModel.from_pretrained, {}
         with tempfile.TemporaryDirectory() as folder:
             hf.save_pretrained(folder)

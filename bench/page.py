@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from pyxlbert.bench import pictures
+from pyxlbert.bench.counted import counted
 from pyxlbert.bench.report import Row, is_peer, rate_of, row_from
 from pyxlbert.bench.statistics import interval
 from pyxlbert.bench.svg import number
@@ -151,7 +152,7 @@ def described(device: dict[str, Any]) -> str:
 
 def page(document: dict[str, Any]) -> str:
     """The page of a document of results; every name in it is text, whatever it holds."""
-    rows = [row_from(entry) for entry in document["rows"]]
+    rows = counted(row_from(entry) for entry in document["rows"])
     device = document["device"]
     packages = ", ".join(f"{name} {value}" for name, value in document.get("versions", {}).items())
     commands = dict.fromkeys(str(entry.get("command", "")) for entry in document["rows"])

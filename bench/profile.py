@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyxlbert.bench import limits, models, page
+from pyxlbert.bench import limits, page
 from pyxlbert.bench.report import shown
+from pyxlbert.bench.sizes import SIZES, xlnet_fields
 from pyxlbert.bench.statistics import quartiles
 from pyxlbert.bench.svg import COLOURS, Axis, Chart
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -216,8 +217,8 @@ def _preset(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, str]:
     from pyxlbert.models import BertConfig, BertModel, XLNetConfig, XLNetModel
 
     if name == "xlnet-base":
-        return XLNetModel(XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072)).to(dtype), name
-    size = models.SIZES["BERT-base" if name == "bert-base" else "MiniLM"]
+        return XLNetModel(XLNetConfig(**xlnet_fields())).to(dtype), name
+    size = SIZES["BERT-base" if name == "bert-base" else "MiniLM"]
     config = BertConfig(
         num_hidden_layers=size.layers,
         hidden_size=size.hidden,

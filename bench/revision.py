@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pyxlbert.bench import ops, shapes
+from pyxlbert.bench import compare as changes
+from pyxlbert.bench import ops, shapes, statistics
+from pyxlbert.bench.compare import Change
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.statistics import quartiles
 from pyxlbert.bench.timer import Timing
@@ -29,7 +31,13 @@ from pyxlbert.testing.specs._spec import Case, Use
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "revisions"
 WORKER = Path(__file__).with_name("revision_worker.py")
-ROUNDS, REST, LEAST = 25, 0.01, 0.02
+# Seconds of a sample and before it: so short that it mostly ends before the system takes the processor away.
+# Threads of a team spin for some milliseconds after their work, and one thread does not.
+LEAST, REST, REST_OF_TEAMS = 0.002, 0.002, 0.01
+# A sample is taken again, so often, if the system did take it away: then it is not of our code.
+TRIES = 5
+# Rounds go on until the noise of the ratio is below NOISE, or for so many, or for so many seconds.
+FEWEST, MOST, NOISE, PATIENCE = 15, 200, 0.015, 30.0
 
 
 def commit(revision: str) -> str:
@@ -145,14 +153,19 @@ def cases(
 
 
 def race(
-    sides: dict[str, Side], one: tuple[str, Case, torch.dtype, Any], rounds: int | None, rest: float | None
+    sides: dict[str, Side], one: tuple[str, Case, torch.dtype, Any], rounds: int | None, rest: float | None, rows: int
 ) -> Row:
     """Both sides on one case: outputs are compared first, then they take turns.
 
     Args:
         sides: the process of each contestant, "pyxlbert" among them.
         one: of `cases`.
-        rounds, rest: of the timer.
+        rounds: of the timer; None: until the noise is small.
+        rest: seconds before a sample.
+        rows: that are raced in all: the more, the surer each must be.
+
+    Returns:
+        The row; of samples those rounds in which neither side was disturbed, if they are enough.
     """
     name, case, dtype, size = one
     shown = case if size is None else shapes.sized(case, *size)
@@ -176,19 +189,100 @@ def race(
     except (AssertionError, ValueError) as error:
         row.failed = dict.fromkeys(sides, f"the two give other answers: {error}")
         return row
-    seconds = {who: side.ask(do="sample", repeats=1)["seconds"] for who, side in sides.items()}
-    repeats = max(1, round(LEAST / max(min(seconds.values()), 1e-7)))
-    samples: dict[str, list[float]] = {who: [] for who in sides}
-    order, shuffle = list(sides), random.Random(0)
-    for _ in range(rounds or ROUNDS):
-        shuffle.shuffle(order)
-        for who in order:
-            time.sleep(REST if rest is None else rest)
-            samples[who].append(sides[who].ask(do="sample", repeats=repeats)["seconds"])
-    for who, values in samples.items():
+    usual = REST if torch.get_num_threads() == 1 else REST_OF_TEAMS
+    clean, every = _pairs(sides, rounds, usual if rest is None else rest, rows)
+    # Rounds that were nearly all disturbed say little, and that little with an interval as wide as their noise.
+    kept = clean if len(clean) >= min(FEWEST, len(every)) else every
+    if len(clean) < len(every):
+        row.note = f"{len(every) - len(clean)} of {len(every)} rounds were disturbed by other processes"
+    for place, who in enumerate(sides):
+        values = [pair[place] for pair in kept]
         lower, median, upper = quartiles(values)
         row.timings[who] = Timing(median, lower, upper, len(values), tuple(values))
     return row
+
+
+def _pairs(
+    sides: dict[str, Side], rounds: int | None, rest: float, rows: int
+) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Seconds of a call of each side, round by round: of rounds in which neither was disturbed, and of all."""
+    seconds = [min(side.ask(do="sample", repeats=1)["seconds"] for _ in range(3)) for side in sides.values()]
+    repeats = max(1, round(LEAST / max(min(seconds), 1e-7)))
+    order, shuffle, end = list(sides), random.Random(0), time.monotonic() + PATIENCE
+    clean, every = [], []
+    while len(every) < (rounds or MOST) and (rounds or len(every) < FEWEST or time.monotonic() < end):
+        shuffle.shuffle(order)
+        found = {who: _sample(sides[who], repeats, rest) for who in order}
+        every.append(tuple(found[who][0] for who in sides))
+        if all(undisturbed for _, undisturbed in found.values()):
+            clean.append(every[-1])
+            if rounds is None and len(clean) >= FEWEST and len(clean) % 5 == 0 and noise(clean, rows) < NOISE:
+                break
+    return clean, every
+
+
+def _sample(side: Side, repeats: int, rest: float) -> tuple[float, bool]:
+    """Seconds of a call, and whether the processor was this process's for all of it."""
+    shortest = float("inf")
+    for _ in range(TRIES):
+        time.sleep(rest)
+        found = side.ask(do="sample", repeats=repeats)
+        if not found["taken"]:
+            return found["seconds"], True
+        shortest = min(shortest, found["seconds"])
+    return shortest, False
+
+
+def noise(pairs: Sequence[tuple[float, ...]], rows: int) -> float:
+    """What the median of the logarithm of the ratio may be off by, at the certainty that one of so many rows needs."""
+    ratios = [ours / before for ours, before in pairs]
+    return changes.certainty(rows) * statistics.deviation(ratios, [1.0] * len(ratios))
+
+
+class Verdicts(NamedTuple):
+    """What two revisions differ by.
+
+    Attributes:
+        changes: of every race that both have run.
+        failed: what has no time, and why.
+    """
+
+    changes: list[Change]
+    failed: list[str]
+
+
+def verdicts(
+    library: Path, races: Sequence[Any], rounds: int | None, rest: float | None, record: Callable[[Row], None]
+) -> Verdicts:
+    """Every race twice, each time in new processes, and a third time where the two disagree.
+
+    Another layout of memory may make a small op slower or faster by more than a change of its code: a process has the
+    same one for as long as it lives.
+
+    Args:
+        library: the folder with the package of before.
+        races: of `cases`.
+        rounds, rest: see `race`.
+        record: is given every row of the first time, as it comes.
+    """
+    found: list[list[Change]] = [[] for _ in races]
+    failed: list[str] = []
+    places = list(range(len(races)))
+    for sitting in range(3):
+        if not places:
+            break
+        pair = ("first", "second", "third")[sitting]
+        print(f"{pair} pair of processes: {len(places)} races", file=sys.stderr, flush=True)
+        with against(library) as sides:
+            for place in places:
+                row = race(sides, races[place], rounds, rest, len(races))
+                if sitting == 0:
+                    failed += [f"{row.subject} {row.case} {row.dtype}: {who}: {why}" for who, why in row.failed.items()]
+                    record(row)
+                if row.timings:
+                    found[place].append(changes.interleaved(row, "pyxlbert before", len(races)))
+        places = [n for n, told in enumerate(found) if told and (sitting == 0 or not changes.agree(told))]
+    return Verdicts([changes.together(told) for told in found if told], failed)
 
 
 def ops_of(suites: Sequence[str], chosen: Sequence[str] | None) -> list[str]:

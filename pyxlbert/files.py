@@ -14,7 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# What the system says of a file, in words that say what to look at.
+_SAID = {
+    errno.ENOENT: "there is no such file",
+    errno.EISDIR: "is a folder, wanted a file",
+    errno.ENOTDIR: "a part of this path is a file, wanted a folder",
+    errno.EACCES: "may not be opened by this user",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "this user's share of the disk is full",
+    errno.ENAMETOOLONG: "this name is too long for a file",
+}
 _WANTED = "wanted a local directory with a model's files"
+
+
+def said(error: BaseException) -> str:
+    """An error as a sentence: of the system's about a file its name first, and no number."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    own = error.strerror if error.strerror != os.strerror(error.errno) else None
+    return f"{os.fspath(error.filename)!s}: {own or _SAID.get(error.errno, error.strerror)}"
 
 
 def real_path(option: str, name: str) -> Path:
@@ -42,9 +60,18 @@ def check_writable(option: str, name: str, path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option}: {name!r} is a directory")
-    if not path.parent.is_dir():
+    check_folder(option, name, path.parent)
+
+
+def check_folder(option: str, name: str, folder: Path) -> None:
+    """That something can be made in the folder in which a command was told to make it.
+
+    Raises:
+        OSError: the folder is missing or not writable.
+    """
+    if not folder.is_dir():
         raise FileNotFoundError(f"{option}: the directory of {name!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise PermissionError(f"{option}: the directory of {name!r} is not writable")
 
 
@@ -125,11 +152,7 @@ def check_new_directory(path: Path, force: bool = False) -> None:
             raise FileExistsError(f"output: {str(path)!r} is not empty; --force replaces a model's directory")
         if not (path / "config.json").is_file():
             raise FileExistsError(f"output: {str(path)!r} holds no config.json, so that it is not replaced")
-    parent = path.resolve().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"output: the directory of {str(path)!r} does not exist")
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"output: the directory of {str(path)!r} is not writable")
+    check_folder("output", str(path), path.resolve().parent)
 
 
 @contextmanager

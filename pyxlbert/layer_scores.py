@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pyxlbert.files import check_writable, real_path
 from pyxlbert.text import SentenceEncoder
 
 # Pooling of a sum of layers is the sum of their poolings.
@@ -108,8 +108,8 @@ def check_picture(path: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the name ends in something that is no picture.
-        OSError: the folder is missing or not writable.
+        ValueError: the name ends in something that is no picture, or no file can have it.
+        OSError: it is a folder, or its folder is missing or not writable.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -117,8 +117,7 @@ def check_picture(path: Path) -> None:
         raise ImportError("--picture: needs matplotlib: pip install matplotlib") from None
     if path.suffix.removeprefix(".") not in FigureCanvasAgg.filetypes:
         raise ValueError(f"--picture: got {str(path)!r}, wanted a name that ends in .png, .pdf or .svg")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise FileNotFoundError(f"--picture: the directory of {str(path)!r} does not exist or is not writable")
+    check_writable("--picture", str(path), real_path("--picture", str(path)))
 
 
 def draw_layers(tables: dict[str, np.ndarray], path: Path, data: str) -> None:

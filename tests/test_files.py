@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pyxlbert.files import model_directory, read_json, require_file, setting, whole_directory, whole_file
+from pyxlbert.files import model_directory, read_json, require_file, said, setting, whole_directory, whole_file
 
 pytestmark = pytest.mark.quick
 
@@ -54,6 +55,23 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     with whole_directory(folder) as part:
         (part / "a").write_text("a")
     assert (folder / "a").is_file()
+
+
+def test_the_systems_errors_are_said_as_sentences(tmp_path: Path) -> None:
+    def of(path: Path) -> str:
+        with pytest.raises(OSError) as caught:
+            path.read_text()
+        return said(caught.value)
+
+    (tmp_path / "file").touch()
+    assert of(tmp_path / "absent") == f"{tmp_path / 'absent'}: there is no such file"
+    assert of(tmp_path) == f"{tmp_path}: is a folder, wanted a file"
+    assert of(tmp_path / "file" / "x") == f"{tmp_path / 'file' / 'x'}: a part of this path is a file, wanted a folder"
+    # Words of our own stay, and so do errors that are of no file.
+    own = OSError(errno.ENOSPC, "cannot be written: no room", "x.npy")
+    assert said(own) == "x.npy: cannot be written: no room"
+    assert said(FileNotFoundError("--out: it is missing")) == "--out: it is missing"
+    assert said(ValueError("x: got 1")) == "x: got 1"
 
 
 FULL = """

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pyxlbert.files import said
+
 
 def add(commands: Any) -> None:
     """Adds the command's parser."""
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         return command.run(options, parser.error)
     except (ValueError, OSError) as error:
-        print(f"pyxlbert bench: error: {error}", file=sys.stderr)
+        print(f"pyxlbert bench: error: {said(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         kept = "nothing was to be written" if options.json is None else f"{options.json} has every race that had ended"
         print(f"pyxlbert bench: interrupted; {kept}", file=sys.stderr)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pyxlbert.embed.plan import NULLS, Options, is_parquet
+from pyxlbert.files import said
 from pyxlbert.hub import Hub
 from pyxlbert.text.quantisation import PRECISIONS
 
@@ -121,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"pyxlbert embed: interrupted: {stopped}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"pyxlbert embed: error: {error}", file=sys.stderr)
+        print(f"pyxlbert embed: error: {said(error)}", file=sys.stderr)
         return 2
     before = f", of which {report.before} were there" if report.before else ""
     print(f"{report.rows} rows in {report.shards} shards{before}: {options.out}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, machine
-from pyxlbert.files import real_path, whole_file
+from pyxlbert.files import check_writable, real_path, whole_file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +64,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for option, make in (("json", report.document), ("html", report.page)):
         name = getattr(options, option)
         if name is not None:
-            with whole_file(Path(os.path.realpath(name))) as part:
+            with whole_file(real_path(f"--{option}", name)) as part:
                 part.write_text(make(rows, machine), encoding="utf-8")
     return 0 if report.good(rows) else 1
 
@@ -74,15 +73,9 @@ def _check_output(parser: argparse.ArgumentParser, option: str, name: str | None
     if name is None:
         return
     try:
-        path = real_path(f"--{option}", name)
-    except ValueError as error:
+        check_writable(f"--{option}", name, real_path(f"--{option}", name))
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if path.is_dir():
-        parser.error(f"--{option}: {name!r} is a directory")
-    if not path.parent.is_dir():
-        parser.error(f"--{option}: the directory of {name!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        parser.error(f"--{option}: the directory of {name!r} is not writable")
 
 
 def _machine() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyxlbert import backends, models
 from pyxlbert.export import check
 from pyxlbert.export.plain import decompositions
-from pyxlbert.files import read_json, require_file
+from pyxlbert.files import check_writable, read_json, real_path, require_file
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.models.tasks import TASKS, class_name
 
@@ -102,17 +102,12 @@ def _require_packages() -> None:
 
 
 def _output(name: str | Path, force: bool) -> Path:
-    path = Path(os.path.realpath(name))  # a link keeps pointing where it did
+    path = real_path("output", str(name))  # a link keeps pointing where it did
     if path.suffix != ".onnx":
         raise ValueError(f"output: got {str(name)!r}, wanted a name that ends in .onnx")
-    if path.is_dir():
-        raise IsADirectoryError(f"output: {str(name)!r} is a directory")
+    check_writable("output", str(name), path)
     if path.exists() and not force:
         raise FileExistsError(f"output: {str(name)!r} exists; --force replaces it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: the directory of {str(name)!r} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"output: the directory of {str(name)!r} is not writable")
     return path
 
 

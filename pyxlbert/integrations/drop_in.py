@@ -301,7 +301,10 @@ class _Base:
         """What the layer will know; raises `Unlike` where it is not what the table says."""
         parts, config = self.table.layer_parts, self.model.config
         for name in _LINEARS:
-            self._part(layer, parts, name, nn.Module)
+            linear = self._part(layer, parts, name, nn.Module)
+            if callable(getattr(linear, "weight", None)):  # torch's quantised layers unpack theirs when they are asked
+                got = f"{type(linear).__name__} of {type(linear).__module__}"
+                raise Unlike(f"{getattr(parts, name)}: got {got}, quantised, wanted floating-point weights")
         for name in _NORMS:
             norm = self._part(layer, parts, name, nn.LayerNorm)
             if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:

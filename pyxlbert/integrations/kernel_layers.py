@@ -55,8 +55,10 @@ def register_kernels() -> None:
     Raises:
         ImportError: `kernels` is not installed.
     """
-    from kernels import register_kernel_mapping
-
+    try:
+        from kernels import register_kernel_mapping
+    except ImportError as error:
+        raise ImportError(f"register_kernels: needs the package kernels ({error}): pip install kernels") from None
     devices = [one for one in DEVICES if one == "cpu" or torch.version.cuda is not None]
     register_kernel_mapping(
         {name: {device: _Repository(layer) for device in devices} for name, layer in LAYERS.items()}

@@ -16,6 +16,7 @@ from pyxlbert.hub import Hub
 from pyxlbert.models import checkpoints, integers
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.outputs import ModelOutput
+from pyxlbert.models.without_memory import without_memory
 from pyxlbert.nn.packing import PacksItself, integers_of, is_quantised, packs_by_default, quantised_weights
 from pyxlbert.nn.saved_integers import SavedIntegers
 
@@ -248,7 +249,7 @@ class PretrainedModel(PacksItself):
             cls._check_depth(config, found)
         except ValueError as error:
             raise ValueError(f"the checkpoint in {directory} {error}") from None
-        with torch.device("meta"):
+        with without_memory():
             model = cls(config, **model_options)
         try:
             tensors, unexpected, untied = model._place(found)
@@ -260,7 +261,7 @@ class PretrainedModel(PacksItself):
                 f"{_listed(untied)} in {directory} differ from what they are tied to: left untied", stacklevel=2
             )
             model._untie(untied)
-            with torch.device("meta"):
+            with without_memory():
                 model = cls(config, **model_options)
             tensors, unexpected, _ = model._place(found)
         saved = None

@@ -284,14 +284,20 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
 
     Raises:
         TypeError: model is not a module.
-        ValueError: model is in training mode, where the copies would not be used; dtype is another word, or "int8" for
-            a model that has no layers for it, or not in a dtype that is multiplied by the processor.
+        ValueError: model is in training mode, where the copies would not be used, or holds no layer of this package;
+            dtype is another word, or "int8" for a model that has no layers for it, or not in a dtype that is multiplied
+            by the processor.
     """
     _check_module("pack", model)
     if dtype not in (None, "int8"):
         raise ValueError(f"pack: dtype: got {dtype!r}, wanted None or 'int8'")
     if model.training:
         raise ValueError("pack: model: got a model in training mode, wanted one in eval mode: call model.eval() first")
+    if not any(isinstance(module, Packable | PacksItself) for module in model.modules()):
+        raise ValueError(
+            f"pack: model: got {type(model).__name__}, which holds no layer of pyxlbert: "
+            "call pyxlbert.accelerate(model) first, if it is a model of transformers"
+        )
     quantised = {(id(module), product) for module, product in _quantised_products(model)} if dtype == "int8" else set()
     saved = saved_integers(model)
     covered: set[int] = set()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyxlbert.models import RobertaConfig, checkpoints
 from pyxlbert.models.tasks import class_name
+from pyxlbert.models.without_memory import without_memory
 from pyxlbert.original.report import INITIALISED, NEW, NEW_ZEROS, UNUSED, Row
 
 FILES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
@@ -206,7 +207,7 @@ def _missing(file: Path, tensors: Mapping[str, Tensor], config: RobertaConfig, t
     """What a task's model has beside the tensors: the whole encoder must be there, a head may be new."""
     from pyxlbert import models
 
-    with torch.device("meta"):
+    with without_memory():
         wanted = getattr(models, class_name("roberta", task))(config)
     rows, absent, tied = [], [], wanted.tied_names()
     for name, parameter in wanted.state_dict().items():

@@ -13,3 +13,13 @@ def hungry(count: int) -> memory.Alone:
 
 def failing() -> memory.Alone:
     raise ValueError("no such thing")
+
+
+def hungry_in_freed_memory(count: int) -> memory.Alone:
+    """Takes `count` small blocks where as many were freed before, as making a model frees its checkpoint's."""
+
+    def blocks() -> int:
+        return len([torch.ones(1 << 13) for _ in range(count)])
+
+    blocks()
+    return memory.Alone(lambda: None, blocks)

@@ -176,6 +176,8 @@ def test_memory_is_a_calls_own() -> None:
 
     found = memory.measure(calls_of_memory.hungry, 1 << 27)
     assert (1 << 29) <= found < 1.1 * (1 << 29)
+    # 256 MB in blocks, where the process had freed as many before.
+    assert memory.measure(calls_of_memory.hungry_in_freed_memory, 1 << 13) > (1 << 27)
     with pytest.raises(RuntimeError, match="ValueError: no such thing"):
         memory.measure(calls_of_memory.failing)
     assert memory.measure(calls_of_memory.hungry, memory.MOST) is None

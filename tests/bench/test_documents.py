@@ -6,9 +6,11 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
-from pyxlbert.bench import documents, tables
+from pyxlbert.bench import documents, report, tables
+from pyxlbert.bench.counted import counted
 
 from pyxlbert import cli
 
@@ -91,3 +93,15 @@ def test_a_command_that_is_shown_has_options_that_there_are() -> None:
         for run in json.loads(results.read_text(encoding="utf-8"))["runs"]:
             program, *words = shlex.split(run["command"])
             assert program == "pyxlbert" and cli._parser().parse_args(words)
+
+
+def test_results_of_before_work_was_counted_have_it_from_the_specs() -> None:
+    """What a row would say if it was raced today, beside what an older file's limit and rate say of it."""
+    entry = next(row for row in documents._of("xeon-amx-2-cores.json", "relative_attention") if not row["work"])
+    device = documents._results("xeon-amx-2-cores.json")["device"]
+    (row,) = counted([report.row_from(entry)])
+    assert row.work.length and row.work.bytes
+    assert 0.8 < row.work.flops / row.limit / 1e9 / device["gemm_float32"] < 1.25
+    assert counted([row]) == [row]
+    (unknown,) = counted([replace(row, case="3x3", work=report.Work())])
+    assert unknown.work == report.Work()

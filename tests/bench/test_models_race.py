@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pyxlbert.bench import limits, models, peers, text, training
+from pyxlbert.bench import limits, models, peers, sizes, text, training
 from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import is_peer
 
@@ -14,7 +14,7 @@ MOMENT = Settings(rounds=3, rest=0.0)
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> None:
     monkeypatch.setattr(limits, "gemm_rate", lambda dtype: 1e12)
-    monkeypatch.setattr(models, "SIZES", {"BERT-base": models.Size(1, 96, 128)})
+    monkeypatch.setattr(models, "SIZES", {"BERT-base": sizes.Size(1, 96, 128)})
     xlnets = models._xlnets
     monkeypatch.setattr(models, "_xlnets", lambda layers: xlnets(1))
 

@@ -86,6 +86,19 @@ def test_compiled_and_meta() -> None:
     assert "embeddings.word_embeddings.weight on device meta, wanted cpu or cuda" in refused(model)
 
 
+def test_quantised_linears() -> None:
+    model = zoo.build("bert")
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    words = refused(quantised)
+    assert "layer.0: BertLayer -> left alone: attention.self.query: got Linear of torch.ao.nn.quantized" in words
+    assert "quantised, wanted floating-point weights" in words
+
+
+def test_what_has_nothing_of_ours_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="pack: model: got BertModel, which holds no layer of pyxlbert: call"):
+        pyxlbert.pack(zoo.build("bert").eval())
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

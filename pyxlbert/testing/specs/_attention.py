@@ -180,9 +180,12 @@ def mask_of(inputs: Scores, draw: Draw) -> Arguments:
 
 
 def flops_of(products: float, a: Arguments) -> float:
-    """Of so many products of all queries with all keys."""
+    """Of so many products of all queries with all keys of their sequences."""
     heads, head_size = a["query"].shape[-2:]
     if a.get("cu_seqlens") is not None:
         lengths = a["cu_seqlens"].diff().long()
         return 2 * products * int((lengths * lengths).sum()) * heads * head_size
+    if a.get("key_lengths") is not None:
+        # What lies behind a sequence's keys is nobody's work.
+        return 2 * products * (a["query"].numel() // len(a["query"])) * int(a["key_lengths"].sum())
     return 2 * products * a["query"].numel() * a["key"].shape[1]
