@@ -25,28 +25,33 @@ _spec = importlib.util.spec_from_file_location("nvcc", ROOT / "csrc" / "nvcc.py"
 nvcc = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(nvcc)
 
-# The AVX-512 of the third level is x86-64-v4's; Ice Lake has it without the bfloat16 dot product of the fourth.
+# By AVX-VNNI Intel's processors without AVX-512 multiply bytes.  The AVX-512 of level avx512 is x86-64-v4's; Ice Lake
+# has it without the bfloat16 dot product of the level behind it.
 # -O3 is worth 5 to 9 % to short attentions.  x86-64 without AVX2 is for old processors only, and compiles in half the
 # time at -O2.
 X86_LEVELS = {
     "portable": "-march=x86-64 -O2",
     "avx2": "-march=x86-64-v3",
+    "avx2_vnni": "-march=x86-64-v3 -mavxvnni",
     "avx512": "-march=x86-64-v4",
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni",
     "amx": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8",
 }
-# The files that differ where there are tiles; of the others the fifth level runs an earlier version.
+# The files that differ where bytes are multiplied, and where there are tiles; of the others avx2_vnni and amx run the
+# version of a level before.
+VNNI_SOURCES = ("packed_matrix", "packed_linear", "encoder_layer")
 AMX_SOURCES = (
     *("attention", "attention_bwd", "relative_attention", "relative_attention_bwd", "two_stream_attention"),
-    *("packed_matrix", "packed_linear", "encoder_layer"),
+    *VNNI_SOURCES,
 )
+ONLY = {"avx2_vnni": VNNI_SOURCES, "amx": AMX_SOURCES}
 OTHER_LEVELS = {"portable": ""}
 # For the tests: PYXLBERT_SANITIZE=address,undefined builds the kernels of the levels in PYXLBERT_SANITIZE_LEVELS, or of
 # all, under these sanitizers.
 SANITIZE = os.environ.get("PYXLBERT_SANITIZE", "")
-# The same for PYXLBERT_EMULATE_TILES=1: tiles are a model in software (csrc/cpu/tile_model.h), and level amx runs
-# wherever avx512_bf16 does.
-EMULATE = os.environ.get("PYXLBERT_EMULATE_TILES") == "1"
+# The same for PYXLBERT_EMULATE_LEVELS=1: levels avx2_vnni and amx run wherever avx512_bf16 does.  Products of bytes are
+# AVX-512's, of 256 bits too, and tiles are a model in software (csrc/cpu/tile_model.h).
+EMULATE = os.environ.get("PYXLBERT_EMULATE_LEVELS") == "1"
 
 
 def levels() -> dict[str, str]:
@@ -92,19 +97,20 @@ def ninja_file(output: Path) -> str:
         "  description = link $out",
     ]
     objects = []
+    models = {"avx2_vnni": " -DPYXLBERT_EMULATE_VNNI", "amx": " -DPYXLBERT_EMULATE_TILES"}
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         emulated = EMULATE and source.stem == "levels"
         objects.append(f"{source.stem}{'.emulated' if emulated else ''}.o")
         # -O3 takes half as long again and makes no call from Python faster.
-        flags = f"{common}{with_cuda} {include} -O1{' -DPYXLBERT_EMULATE_TILES' if emulated else ''}"
+        flags = f"{common}{with_cuda} {include} -O1{''.join(models.values()) if emulated else ''}"
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for level, flags in levels().items():
-            if level == "amx" and source.stem not in AMX_SOURCES:
+            if source.stem not in ONLY.get(level, (source.stem,)):
                 continue
-            watched, emulated = level in sanitized_levels(), EMULATE and level == "amx"
+            watched, emulated = level in sanitized_levels(), EMULATE and level in models
             kind = f"{'.emulated' if emulated else ''}{'.sanitized' if watched else ''}"
-            more = f"{' -DPYXLBERT_EMULATE_TILES' if emulated else ''}{watch if watched else ''}"
+            more = f"{models[level] if emulated else ''}{watch if watched else ''}"
             objects.append(f"cpu/{source.stem}.{level}{kind}.o")
             lines += [
                 f"build {objects[-1]}: compile {source}",

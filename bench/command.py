@@ -36,7 +36,10 @@ from pyxlbert.files import whole_file
 from pyxlbert.testing.specs import SPECS
 
 # By the device that they run on.
-SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in"), "cuda": ("gpu",)}
+SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in", "training"), "cuda": ("gpu",)}
+# What they read of --data; they read --model too.
+NEED_DATA = dict.fromkeys(("text", "drop-in"), ("stsb/sts-dev.csv", "wikitext2/valid.txt"))
+NEED_DATA |= {"training": ("wikitext2/valid.txt",)}
 # glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -200,19 +203,21 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
     for name in ("op", "dtype", "shape", "quick", "memory", "rest", "threads") if device == "cuda" else ():
         if getattr(options, name):
             fail(f"--{name}: the races of a GPU are chosen by --only, --peer and --rounds")
-    if importlib.util.find_spec("transformers") is None and {"models", "text", "drop-in"} & set(suites):
+    if importlib.util.find_spec("transformers") is None and {"models", *NEED_DATA} & set(suites):
         if options.suites:
-            fail("the suites models, text and drop-in need transformers, which is not installed")
+            fail("the suites models, text, drop-in and training need transformers, which is not installed")
         print("models do not race: transformers is not installed")
         suites = ["ops"]
     if "drop-in" in suites and importlib.util.find_spec("sentence_transformers") is None:
         fail("the suite drop-in needs sentence-transformers, which is not installed")
+    if "training" in suites and importlib.util.find_spec("accelerate") is None:
+        fail("the suite training needs accelerate, which is not installed")
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device: got cuda, and no CUDA device is here")
-    for suite in {"text", "drop-in"} & set(suites):
+    for suite in NEED_DATA.keys() & set(suites):
         if options.data is None or options.model is None:
             fail(f"the suite {suite} needs --data and --model")
-        for wanted in ("stsb/sts-dev.csv", "wikitext2/valid.txt"):
+        for wanted in NEED_DATA[suite]:
             if not (options.data / wanted).is_file():
                 fail(f"--data: {wanted} is missing in {str(options.data)!r}")
         if not options.model.is_dir():
@@ -277,9 +282,9 @@ def _races(suite: str, options: argparse.Namespace) -> Iterator[Any]:
         return lengths.races()
     if suite == "models":
         return models.races(sizes)
-    from pyxlbert.bench import drop_in, text
+    from pyxlbert.bench import drop_in, text, training
 
-    return (text if suite == "text" else drop_in).races(options.data, options.model)
+    return {"text": text, "drop-in": drop_in, "training": training}[suite].races(options.data, options.model)
 
 
 def _rows(

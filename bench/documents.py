@@ -1,4 +1,5 @@
-"""`python -m pyxlbert.bench.documents [--write]`: the numbers of README and docs, from `bench/results`.
+"""`python -m pyxlbert.bench.documents [--write]`: the numbers of README and docs, from `bench/results` and
+`docs/training`.
 
 A block stands between two comments of Markdown, of which the first says what is in it:
 
@@ -6,12 +7,14 @@ A block stands between two comments of Markdown, of which the first says what is
     <!-- ratios -->                                   the lines of `RATIOS`
     <!-- machine FILE -->                             the device, what it reaches, and the versions
     <!-- pictures FILE -->                            the device's charts, which are files beside its page
+    <!-- runs FILE: NAME[, NAME ...] -->              trained models of `docs/training/FILE`: commands, scores, seconds
     <!-- end -->
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from functools import cache
@@ -25,8 +28,10 @@ from pyxlbert.bench.tables import several, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+TRAINED = ROOT / "docs" / "training"
 _BLOCK = re.compile(
-    r"(?P<head><!-- (?:results (?P<file>\S+): (?P<subjects>[^>]+?)|ratios|(?P<kind>machine|pictures) (?P<device>\S+))"
+    r"(?P<head><!-- (?:(?P<what>results|runs) (?P<file>\S+): (?P<subjects>[^>]+?)|ratios"
+    r"|(?P<kind>machine|pictures) (?P<device>\S+))"
     r" -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.S,
@@ -150,6 +155,22 @@ def _command(row: dict[str, Any]) -> str:
     return row["command"].split(" --only")[0]
 
 
+def _trained(file: str, names: list[str]) -> str:
+    """Commands of some runs, and a table of what they have come to."""
+    document = json.loads((TRAINED / file).read_text(encoding="utf-8"))
+    runs = {run["name"]: run for run in document["runs"]}
+    missing = [name for name in names if name not in runs]
+    if missing:
+        raise ValueError(f"docs/training/{file}: got no run {missing[0]!r}")
+    commands = "\n".join(runs[name]["command"] for name in names)
+    lines = ["| run | scores | steps | seconds |", "|---|---|---|---|"]
+    for name in names:
+        run = runs[name]
+        scores = ", ".join(f"{score} {value:.4f}" for score, value in run["scores"].items())
+        lines.append(f"| {name} | {scores} | {run['steps']:,} | {run['seconds']:,.0f} |")
+    return f"```\n{commands}\n```\n\n" + "\n".join(lines) + f"\n\n{document['machine']}"
+
+
 def filled(text: str) -> str:
     """A page's text with every block made anew.
 
@@ -164,6 +185,8 @@ def filled(text: str) -> str:
             body = "\n\n".join(f"![{words}]({name})" for name, (words, _) in _pictures(block["device"]).items())
         elif block["file"] is None:
             body = _ratios()
+        elif block["what"] == "runs":
+            body = _trained(block["file"], [name.strip() for name in block["subjects"].split(",")])
         else:
             subjects = [name.strip() for name in block["subjects"].split(",")]
             rows = [_of(block["file"], subject) for subject in subjects]

@@ -87,7 +87,10 @@ class ModelRace:
         def built(build: Callable[..., peers.Call]) -> Callable[[], peers.Call]:
             return lambda: build(copy.deepcopy(hf).to(self.dtype), inputs, self.dtype)
 
-        found = {"pyxlbert": lambda: self._ours(hf, inputs, self.quantised)}
+        ours = lazily(lambda: self._ours(hf, inputs, self.quantised))
+        found: dict[str, Callable[[], peers.Call]] = {"pyxlbert": lambda: ours}
+        if torch.get_num_threads() > 1 and self.fill == 1.0:
+            found["pyxlbert, one thread"] = lambda: in_one_thread(ours)
         if not self.quantised:
             return found | {name: built(build) for name, build in peers.PEERS.items()}
         found["pyxlbert unquantised"] = lambda: self._ours(hf, inputs, False)
@@ -126,6 +129,20 @@ class ModelRace:
                 return model(**inputs).last_hidden_state
 
         return call
+
+
+def in_one_thread(call: peers.Call) -> peers.Call:
+    """The call with one thread of this process: what the others are worth."""
+
+    def run() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class OwnedLinear {
     bool readable() const { return level_ == active_level(); }
 
   private:
-    static void run(const PackMatrix& pack) { PYXLBERT_RUN_AMX(pack_matrix, pack, amx); }
+    static void run(const PackMatrix& pack) { PYXLBERT_RUN_PACKED(pack_matrix, pack); }
 
     Level level_;
     std::unique_ptr<Memory> weight_, bias_, scales_, sums_;
@@ -103,7 +103,7 @@ void packed_linear_fwd(const OwnedLinear& layer, Address x, Address y, std::int6
     if (!layer.readable()) throw std::invalid_argument("a weight packed for level " + layer.level());
     const PackedLinearFwd arguments{&layer.linear,          pointer(x), pointer(y), rows, x_stride, DType(dtype),
                                     Activation(activation), threads};
-    PYXLBERT_RUN_AMX(packed_linear_fwd, arguments, amx);
+    PYXLBERT_RUN_PACKED(packed_linear_fwd, arguments);
 }
 
 using Norm = std::tuple<Address, Address, float>;  // weight and bias in float32, eps
@@ -184,7 +184,7 @@ void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::in
                                      pointer(positions),
                                      relative == nullptr ? RelativeCall{} : *relative,
                                      relative_stream == nullptr ? Stream{} : *relative_stream};
-    PYXLBERT_RUN_AMX(encoder_layers_fwd, arguments, amx);
+    PYXLBERT_RUN_PACKED(encoder_layers_fwd, arguments);
 }
 
 }  // namespace

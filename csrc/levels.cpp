@@ -40,6 +40,19 @@ bool has_tiles() {
 }
 #endif
 
+#if defined(__x86_64__)
+// The processor has AVX-VNNI: products of bytes in 256 bits, in the encoding that needs no AVX-512.
+bool has_avx_vnni() {
+#if defined(PYXLBERT_EMULATE_VNNI)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || a < 1) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
+#endif
+}
+#endif
+
 bool supported(Level level) {
     if (level == Level::portable) return true;
 #if defined(__x86_64__)
@@ -48,6 +61,8 @@ bool supported(Level level) {
         case Level::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                    __builtin_cpu_supports("bmi2");
+        case Level::avx2_vnni:
+            return supported(Level::avx2) && has_avx_vnni();
         case Level::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -72,7 +87,7 @@ std::atomic<Level>& active() {
 }  // namespace
 
 const char* level_name(Level level) {
-    static const char* const names[level_count] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+    static const char* const names[level_count] = {"portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"};
     return names[static_cast<int>(level)];
 }
 

@@ -6,8 +6,8 @@
 namespace pyxlbert {
 
 // In rising order; the numbers index every dispatch table.
-enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
-constexpr int level_count = 5;
+enum class Level : int { portable = 0, avx2 = 1, avx2_vnni = 2, avx512 = 3, avx512_bf16 = 4, amx = 5 };
+constexpr int level_count = 6;
 
 const char* level_name(Level level);
 

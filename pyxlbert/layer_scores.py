@@ -53,7 +53,7 @@ def layer_scores(
         float64 [L + 1, L + 1] for L layers: in row i and column j ≥ i the sum of layers i to j, 0 being the embeddings;
         NaN below, and where all pairs are equally alike.
     """
-    count = encoder.model.config.num_hidden_layers + 1
+    count = encoder.model.config.depth + 1
     sums = _sums(encoder, count, batch_size)
     table = np.full((count, count), np.nan)
     prepared = [sums(texts) for texts in (first, second)]

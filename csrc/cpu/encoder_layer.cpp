@@ -183,32 +183,38 @@ class Encoder {
             step(row, a.rows - row < cut.row_step ? a.rows - row : cut.row_step);
         }
     }
-    // step(first, last) for as many runs of panels of a weight as there are threads.
+    // For a team that is at work: step(first, last) for as many runs of panels of a weight as there are threads.
     template <class F>
     void over_columns(const PackedMatrix& weight, F step) const {
         const std::int64_t panels = panels_of(weight);
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp for schedule(static)
         for (int part = 0; part < threads; ++part)
             step(block_start(panels, threads, part), block_start(panels, threads, part + 1));
     }
     void normalise_all(const NormParameters& norm) const {
         const int blocks = team(threads, a.rows * a.hidden);
-#pragma omp parallel for schedule(static) num_threads(blocks)
+#pragma omp for schedule(static)
         for (int b = 0; b < blocks; ++b) {
             const std::int64_t row = block_start(a.rows, blocks, b);
             normalise(norm, row, block_start(a.rows, blocks, b + 1) - row);
         }
     }
 
+    // One team for all of it: between two steps there is a barrier, and no other team is started.
     void finish_by_columns(int l) const {
         const EncoderLayer& layer = a.layers[l];
         using Panel = std::int64_t;
-        over_columns(layer.out.weight, [&](Panel first, Panel last) { project_back(layer, 0, a.rows, first, last); });
-        normalise_all(layer.attention_norm);
-        over_columns(layer.up.weight, [&](Panel first, Panel last) { up(layer, hidden, 0, a.rows, first, last); });
-        over_columns(layer.down.weight, [&](Panel first, Panel last) { down(layer, hidden, 0, a.rows, first, last); });
-        normalise_all(layer.norm);
-        if (l + 1 < a.count) project_by_columns(l + 1);
+#pragma omp parallel num_threads(threads)
+        {
+            over_columns(layer.out.weight,
+                         [&](Panel first, Panel last) { project_back(layer, 0, a.rows, first, last); });
+            normalise_all(layer.attention_norm);
+            over_columns(layer.up.weight, [&](Panel first, Panel last) { up(layer, hidden, 0, a.rows, first, last); });
+            over_columns(layer.down.weight,
+                         [&](Panel first, Panel last) { down(layer, hidden, 0, a.rows, first, last); });
+            normalise_all(layer.norm);
+            if (l + 1 < a.count) project_by_columns(l + 1);
+        }
     }
     void project_by_columns(int l) const {
         const EncoderLayer& layer = a.layers[l];
@@ -319,10 +325,12 @@ class Encoder {
     void run() const {
         read();
         const bool by_columns = cut.column_tasks > 1;
-        if (by_columns)
+        if (by_columns) {
+#pragma omp parallel num_threads(threads)
             project_by_columns(0);
-        else
+        } else {
             over_rows([&](std::int64_t row, std::int64_t count) { project(a.layers[0], row, count); });
+        }
         for (int l = 0; l < a.count; ++l) {
             attend(a.layers[l]);
             if (by_columns)

@@ -43,6 +43,9 @@ struct EncoderLayersFwd {
 };
 
 PYXLBERT_DECLARE_LEVELS(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_DECLARE_VNNI(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_VNNI_TAKES(attention_fwd)
+PYXLBERT_VNNI_TAKES(relative_attention_fwd)
 PYXLBERT_DECLARE_AMX(encoder_layers_fwd, EncoderLayersFwd)
 
 }  // namespace pyxlbert

@@ -44,7 +44,7 @@ struct SumOf {
     using Type = Vec;
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // Four unsigned bytes of A against four signed bytes of the weight.
 struct IntegerUnit {
     static constexpr int PAIR = 4;
@@ -53,7 +53,14 @@ struct IntegerUnit {
     using Sum = VecI;
     static PYXLBERT_INLINE Sum multiply_add(Sum c, Vec a, Vec b) {
         // The intrinsic takes its sum as another type of vector, and gcc 12 then copies every sum in every step.
+#if defined(__AVX512VNNI__)
         asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+#elif defined(PYXLBERT_EMULATE_VNNI)
+        // The same in the encoding of AVX-512, for processors that have that one.
+        asm("%{evex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+#else
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+#endif
         return c;
     }
 };
@@ -160,8 +167,9 @@ struct Division {
 };
 
 PYXLBERT_INLINE Division divide(std::int64_t rows, int threads, const PackedMatrix& w) {
-    // A panel of rows stays in the second-level cache; with fewer rows a thread waits for the weight.
-    std::int64_t most = 192, least = 48, together = STRIP;
+    // A panel of rows stays in the second-level cache; with fewer rows a thread waits for the weight.  Its last strip
+    // may be short: whole strips for all would give two threads 66 and 62 of 128 rows, and one of them would wait.
+    std::int64_t most = 192, least = 48, together = 1;
 #if defined(__AMX_BF16__)
     // Tiles outrun the weight unless it meets many rows, but 768 KiB of them leave room for the rest.
     if (tiled(w)) {

@@ -39,6 +39,7 @@ struct PackedLinearFwd {
 
 PYXLBERT_DECLARE_LEVELS(linear_fwd, LinearFwd)
 PYXLBERT_DECLARE_LEVELS(packed_linear_fwd, PackedLinearFwd)
+PYXLBERT_DECLARE_VNNI(packed_linear_fwd, PackedLinearFwd)
 PYXLBERT_DECLARE_AMX(packed_linear_fwd, PackedLinearFwd)
 
 }  // namespace pyxlbert

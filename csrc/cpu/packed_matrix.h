@@ -4,6 +4,22 @@
 
 #include "../types.h"
 
+// Declares a function that has a version of its own at level avx2_vnni, which differs from avx2 in its products of
+// bytes alone; and one that these take from avx2.
+#if defined(__x86_64__)
+#define PYXLBERT_DECLARE_VNNI(function, Args) \
+    namespace avx2_vnni {                     \
+    void function(const Args&);               \
+    }
+#define PYXLBERT_VNNI_TAKES(function) \
+    namespace avx2_vnni {             \
+    using avx2::function;             \
+    }
+#else
+#define PYXLBERT_DECLARE_VNNI(function, Args)
+#define PYXLBERT_VNNI_TAKES(function)
+#endif
+
 namespace pyxlbert {
 
 // One source of a packed weight: rows of the weight are columns of the product.
@@ -31,6 +47,7 @@ struct PackMatrix {
 };
 
 PYXLBERT_DECLARE_LEVELS(pack_matrix, PackMatrix)
+PYXLBERT_DECLARE_VNNI(pack_matrix, PackMatrix)
 PYXLBERT_DECLARE_AMX(pack_matrix, PackMatrix)
 
 }  // namespace pyxlbert

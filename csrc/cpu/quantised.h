@@ -44,6 +44,17 @@ PYXLBERT_INLINE Range quantise_row(const E* x, std::int64_t n, std::int64_t padd
         _mm_mask_storeu_epi8(q(j), first_lanes(count), _mm512_cvtepi32_epi8(bits));
 #else
         VecI bits = (VecI)v & 255;
+#if defined(__AVXVNNI__)
+        if (count == W) {
+            // Two lanes of four integers each to bytes: their halves lie four integers apart.
+            const __m256i words = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);
+            const __m256i bytes = _mm256_packus_epi16(words, words);
+            const int low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+            __builtin_memcpy(q(j), &low, 4);
+            __builtin_memcpy(q(j) + 4, &high, 4);
+            return;
+        }
+#endif
         for (int i = 0; i < count; ++i) q(j)[i] = static_cast<IntegerUnit::Row>(bits[i]);
 #endif
     });

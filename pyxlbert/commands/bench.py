@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
         "suites",
         nargs="*",
         metavar="SUITE",
-        help="ops, layer, attention, relative, two_stream, lengths, models, text, drop-in (every op, and models)",
+        help="ops, layer, attention, relative, two_stream, lengths, models, text, drop-in, training (every op, "
+        "and models)",
     )
     what = parser.add_argument_group("what is raced")
     what.add_argument("--op", action="append", metavar="NAME", help="this op; may be given again")
@@ -50,7 +51,7 @@ def add(commands: Any) -> None:
         metavar=("MODEL", "BxT"),
         help="of bert-base, minilm, xlnet-base or a model's directory, op by op, in a forward and in a training step",
     )
-    data = parser.add_argument_group("what the suites text and drop-in need")
+    data = parser.add_argument_group("what the suites text, drop-in and training need")
     data.add_argument("--data", type=Path, metavar="DIR", help="a folder with stsb/ and wikitext2/")
     data.add_argument("--model", type=Path, metavar="DIR", help="a sentence-transformers model's directory")
     out = parser.add_argument_group("where results go, row by row")

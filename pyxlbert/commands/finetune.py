@@ -85,10 +85,15 @@ def evaluate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         dtype=DTYPES[options.dtype],
         progress=options.progress,
+        say=_say,
     )
     print(f"{options.task}: {options.data}")
     print(_table(scores))
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _table(scores: dict[str, float]) -> str:
@@ -122,6 +127,7 @@ def _threads(options: argparse.Namespace) -> None:
 def _files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("files")
     group.add_argument("--model", required=True, metavar="DIR", help="the encoder's folder, or its name in the hub")
+    group.add_argument("--fresh", action="store_true", help="new weights: the folder needs config.json and a tokenizer")
     group.add_argument("--train", required=True, metavar="FILE", help="examples to learn from")
     group.add_argument("--dev", metavar="FILE", help="examples to choose the best model by")
     group.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
@@ -228,8 +234,9 @@ def _finetune(options: argparse.Namespace) -> int:
         settings={name: getattr(options, name) for name in TASKS[options.task].defaults if hasattr(options, name)},
         options=training,
         max_length=options.max_length,
+        fresh=options.fresh,
         resume=options.resume,
-        say=lambda line: print(line, file=sys.stderr),
+        say=_say,
     )
     if scores:
         print(_table(scores))
@@ -253,6 +260,7 @@ def _predict(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         dtype=DTYPES[options.dtype],
         progress=options.progress,
+        say=_say,
     )
     print(f"{count} rows: {options.out}", file=sys.stderr)
     return 0

@@ -19,6 +19,7 @@ from pyxlbert.testing import compare, runners
 from pyxlbert.testing.parity.rows import Gathered, Row
 
 OWN = {
+    "albert": pyxlbert.models.AlbertModel,
     "bert": pyxlbert.models.BertModel,
     "roberta": pyxlbert.models.RobertaModel,
     "xlnet": pyxlbert.models.XLNetModel,

@@ -1,4 +1,4 @@
-"""`pyxlbert pretrain KIND FILE...`: a new BERT or XLNet from text files."""
+"""`pyxlbert pretrain KIND FILE...`: a new BERT, ALBERT or XLNet from text files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ _DESCRIPTION = {
     "bert": """\
 Trains a BERT on masked tokens and on whether a second passage follows the first, with the data of the published
 create_pretraining_data.""",
+    "albert": """\
+Trains an ALBERT, whose layers share their weights, on masked tokens and on the order of two passages that follow each
+other.""",
     "xlnet": """\
 Trains an XLNet on tokens in random orders. Each row of a batch goes on where the row was in the batch before, and its
 memories with it.""",
 }
-_NAMES = {"bert": "a new BERT", "xlnet": "a new XLNet"}
+_NAMES = {"bert": "a new BERT", "albert": "a new ALBERT", "xlnet": "a new XLNet"}
 _COMMON = """
 The folder that is made holds the model, its tokenizer, its curves and its checkpoints, and is read by transformers and
 by `pyxlbert finetune`. Started by torchrun or `accelerate launch` it is trained by several processes, to the same
 steps. With --eval, the loss on text that is held out is told beside the entropy of that text's tokens, which is what a
 model comes to that knows only how frequent each token is; an XLNet's loss also without its memories."""
+_DROPOUT = {"bert": 0.1, "albert": 0.0, "xlnet": 0.1}
 _WARMUP, _RATE, _STEPS = 0.1, 5e-4, 10_000
 
 
 def add(commands: Any) -> None:
     """Adds the command to argparse's subparsers."""
-    parser = commands.add_parser("pretrain", help="train a new BERT or XLNet on text files")
+    parser = commands.add_parser("pretrain", help="train a new BERT, ALBERT or XLNet on text files")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, text in _DESCRIPTION.items():
         one = kinds.add_parser(kind, help=_NAMES[kind], description=text + _COMMON)
@@ -60,11 +64,12 @@ def _model(group: Any, kind: str) -> None:
         "--size", choices=tuple(SIZES), default="small", help="layers and widths of a known BERT (small)"
     )
     group.add_argument("--config", metavar="DIR", help="in place of --size: a folder with a config.json")
+    group.add_argument("--dropout", type=float, metavar="X", help=f"of a model of --size ({_DROPOUT[kind]:g})")
     group.add_argument("--tokenizer", metavar="DIR", help="a folder with a tokenizer (one is trained from the text)")
     group.add_argument(
         "--vocab-size", type=int, default=8000, metavar="N", help="pieces of a tokenizer that is trained (8000)"
     )
-    usual = "they don't" if kind == "bert" else "they do"
+    usual = "they do" if kind == "xlnet" else "they don't"
     group.add_argument(
         "--cased",
         action=argparse.BooleanOptionalAction,
@@ -79,7 +84,7 @@ def _model(group: Any, kind: str) -> None:
 def _rows(group: Any, kind: str) -> None:
     group.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a row (128)")
     group.add_argument("--whole-words", action="store_true", help="predict all pieces of a word or none")
-    if kind == "bert":
+    if kind != "xlnet":
         group.add_argument("--mask-share", type=float, default=0.15, metavar="X", help="of the tokens (0.15)")
         group.add_argument("--max-predictions", type=int, default=20, metavar="N", help="of a row at most (20)")
         group.add_argument(
@@ -136,8 +141,9 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError(f"--threads: got {options.threads}, wanted at least 1")
         torch.set_num_threads(options.threads)
     given = vars(options)
-    kind = PairOptions if options.kind == "bert" else SegmentOptions
-    data = kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})
+    kind = SegmentOptions if options.kind == "xlnet" else PairOptions
+    of_kind = {"swapped": True} if options.kind == "albert" else {}
+    data = kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given} | of_kind)
     renamed = {"max_steps": options.steps, "evaluate_every": options.eval_every}
     training = TrainingOptions(
         **{name: given[name] for name in TrainingOptions.__dataclass_fields__ if name in given} | renamed
@@ -147,6 +153,7 @@ def _run(options: argparse.Namespace) -> int:
         data=data,
         config=options.config,
         size=options.size,
+        dropout=options.dropout,
         mem_len=given.get("mem_len"),
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,

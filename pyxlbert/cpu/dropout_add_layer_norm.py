@@ -34,6 +34,28 @@ def dropout_add_layer_norm_fwd(call: Any) -> list[Tensor]:
     return [*outputs, *saved]
 
 
+def add_layer_norm_out(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    eps: float,
+    copy_dtype: torch.dtype | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y alone, or with its copy, of at least one element and without dropout: without a record of the call."""
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    copy = None if copy_dtype is None else torch.empty_like(y, dtype=copy_dtype)
+    _C.cpu.dropout_add_layer_norm_fwd(
+        x if x.is_contiguous() else rows(x)[0],
+        None if x_bias is None else x_bias.contiguous(),
+        residual if residual.is_contiguous() else rows(residual)[0],
+        *(weight.contiguous(), bias.contiguous(), None, y, copy, None, None, None),
+        *(eps, 0.0, torch.get_num_threads()),
+    )
+    return y if copy is None else (y, copy)
+
+
 def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.dropout_add_layer_norm.dropout_add_layer_norm_bwd`."""
     columns = call.s.shape[-1]

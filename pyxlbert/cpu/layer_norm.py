@@ -30,6 +30,14 @@ def layer_norm_fwd(call: Any) -> list[torch.Tensor]:
     return [y, *saved]
 
 
+def layer_norm_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """y alone, of at least one element: without a record of the call, which is a sixth of the time of a small one."""
+    source = x if x.is_contiguous() else rows(x)[0]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.cpu.layer_norm_fwd(source, weight.contiguous(), bias.contiguous(), y, None, None, eps, torch.get_num_threads())
+    return y
+
+
 def layer_norm_bwd(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `pyxlbert.reference.layer_norm.layer_norm_bwd`."""
     source, x_stride = rows(call.x)

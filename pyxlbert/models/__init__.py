@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from pyxlbert.models.albert import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AlbertForMultipleChoice,
+    AlbertForPreTraining,
+    AlbertForQuestionAnswering,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    AlbertModel,
+)
 from pyxlbert.models.bert import BertConfig, BertModel
 from pyxlbert.models.bert_heads import (
     BertForMaskedLM,
@@ -35,6 +45,14 @@ from pyxlbert.models.xlnet_heads import (
 )
 
 __all__ = [
+    "AlbertConfig",
+    "AlbertForMaskedLM",
+    "AlbertForMultipleChoice",
+    "AlbertForPreTraining",
+    "AlbertForQuestionAnswering",
+    "AlbertForSequenceClassification",
+    "AlbertForTokenClassification",
+    "AlbertModel",
     "BertConfig",
     "BertForMaskedLM",
     "BertForMultipleChoice",

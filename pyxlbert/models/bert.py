@@ -106,6 +106,11 @@ class BertConfig(ModelConfig):
                 )
 
     @property
+    def embedding_width(self) -> int:
+        """The numbers of an embedding."""
+        return self.hidden_size
+
+    @property
     def head_dropout_prob(self) -> float:
         """The dropout before a classifier."""
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
@@ -256,7 +261,7 @@ class BertPreTrainedModel(PretrainedModel):
             TypeError: `value` is no embedding.
             ValueError: the table has another size than the configuration's.
         """
-        self._check_embeddings(value, self.config.hidden_size)
+        self._check_embeddings(value, self.config.embedding_width)
         self.base_model.embeddings.word_embeddings = value
         self.tie_weights()
 
@@ -293,11 +298,14 @@ class BertModel(BertPreTrainedModel):
         ValueError: a field of the configuration cannot be honoured.
     """
 
+    layers_class: ClassVar[type[nn.Module]] = BertEncoder
+    pooler_class: ClassVar[type[nn.Module]] = BertPooler
+
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = Embeddings(
             config.vocab_size,
-            config.hidden_size,
+            config.embedding_width,
             config.max_position_embeddings,
             config.type_vocab_size,
             padding_idx=config.pad_token_id,
@@ -305,8 +313,8 @@ class BertModel(BertPreTrainedModel):
             eps=config.layer_norm_eps,
             dropout_p=config.hidden_dropout_prob,
         )
-        self.encoder = BertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.encoder = self.layers_class(config)
+        self.pooler = self.pooler_class(config) if add_pooling_layer else None
         self.checkpointing: dict[str, Any] | None = None
         self.init_weights()
 
@@ -392,7 +400,7 @@ class BertModel(BertPreTrainedModel):
         )
         packed = cu_seqlens is not None
         name, tokens = check_tokens(
-            given.input_ids, given.inputs_embeds, config.hidden_size, weight.device, packed=packed
+            given.input_ids, given.inputs_embeds, config.embedding_width, weight.device, packed=packed
         )
         if packed:
             self._check_packed(given.attention_mask, given.output_attentions)
@@ -443,7 +451,7 @@ class BertModel(BertPreTrainedModel):
             # The vectors are a table of their own, and each row looks itself up: one op serves both inputs, and
             # leaving out the padding costs no extra pass.
             dtype = self.embeddings.word_embeddings.weight.dtype
-            table = given.inputs_embeds.reshape(-1, self.config.hidden_size).to(dtype)  # [B * T, E]
+            table = given.inputs_embeds.reshape(-1, self.config.embedding_width).to(dtype)  # [B * T, E]
             rows = torch.arange(tokens.numel(), device=device).view(shape) if layout.indices is None else layout.indices
         stream_dtype, copy_dtype = self._dtypes()
         embedded = self.embeddings(

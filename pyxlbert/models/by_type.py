@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyxlbert.files import read_json, require_file
+from pyxlbert.models.albert import AlbertModel
 from pyxlbert.models.bert import BertModel
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.models.roberta import RobertaModel
@@ -12,7 +13,7 @@ from pyxlbert.models.xlnet import XLNetModel
 
 
 def encoder_class(directory: str | Path) -> type[PretrainedModel]:
-    """`BertModel`, `RobertaModel` or `XLNetModel`; BERT's for a configuration that does not say its type.
+    """`BertModel`, `RobertaModel`, `AlbertModel` or `XLNetModel`; BERT's where the type is not said.
 
     Raises:
         FileNotFoundError: the directory or its ``config.json`` is missing.
@@ -20,7 +21,7 @@ def encoder_class(directory: str | Path) -> type[PretrainedModel]:
     """
     path = require_file(directory, "config.json")
     model_type = read_json(path).get("model_type") or BertModel.config_class.model_type
-    encoders = (BertModel, RobertaModel, XLNetModel)
+    encoders = (BertModel, RobertaModel, AlbertModel, XLNetModel)
     kinds = {kind: encoder for encoder in encoders for kind in encoder.config_class.kinds()}
     if model_type not in kinds:
         raise ValueError(f"{path}: model_type is {model_type!r}; wanted one of {', '.join(kinds)}")

@@ -132,6 +132,11 @@ class ModelConfig:
             wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise ValueError(f"{name}: got {value!r}, wanted a finite number {wanted}")
 
+    @property
+    def depth(self) -> int:
+        """How many layers a row goes through, and so how many `hidden_states` follow the first."""
+        return self.num_hidden_layers
+
     @classmethod
     def kinds(cls) -> dict[str, type[ModelConfig]]:
         """The configurations that a model of this configuration takes, by model type."""

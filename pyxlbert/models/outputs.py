@@ -92,6 +92,17 @@ class PreTrainingOutput(ModelOutput):
 
 
 @dataclass(eq=False)
+class SentenceOrderOutput(ModelOutput):
+    """``prediction_logits`` [B, T, V], ``sop_logits`` [B, 2]."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    sop_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
 class HeadOutput(ModelOutput):
     """``loss`` and ``logits`` of the heads that have one of each."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -245,10 +245,10 @@ class PretrainedModel(PacksItself):
         else:
             config = copy.deepcopy(config)  # the caller's stays as it is
         found = checkpoints.read_weights(directory)
-        layers = checkpoints.layers_of(found)
-        if config.num_hidden_layers > layers:
-            wanted = f"num_hidden_layers is {config.num_hidden_layers}"
-            raise ValueError(f"the checkpoint in {directory} lacks weights of the encoder: {layers} layers, {wanted}")
+        try:
+            cls._check_depth(config, found)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint in {directory} {error}") from None
         with without_memory():
             model = cls(config, **model_options)
         try:
@@ -304,6 +304,14 @@ class PretrainedModel(PacksItself):
     @classmethod
     def _constructor_options(cls) -> tuple[str, ...]:
         return ()
+
+    @classmethod
+    def _check_depth(cls, config: ModelConfig, names: Iterable[str]) -> None:
+        """Raises ValueError for more layers than a checkpoint has, before so many modules are made."""
+        layers = checkpoints.layers_of(names)
+        if config.num_hidden_layers > layers:
+            wanted = f"num_hidden_layers is {config.num_hidden_layers}"
+            raise ValueError(f"lacks weights of the encoder: {layers} layers, {wanted}")
 
     def _place(self, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """The checkpoint's tensors under our names, names without a place, and tied weights that differ."""

@@ -25,6 +25,15 @@ TASKS: dict[str, dict[str, str]] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
+    "albert": {
+        "feature-extraction": "AlbertModel",
+        "pretraining": "AlbertForPreTraining",
+        "fill-mask": "AlbertForMaskedLM",
+        "text-classification": "AlbertForSequenceClassification",
+        "token-classification": "AlbertForTokenClassification",
+        "question-answering": "AlbertForQuestionAnswering",
+        "multiple-choice": "AlbertForMultipleChoice",
+    },
     "xlnet": {
         "feature-extraction": "XLNetModel",
         "text-generation": "XLNetLMHeadModel",

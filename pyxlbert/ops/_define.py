@@ -53,7 +53,7 @@ class Op(Choice):
 
         Args:
             shapes: of the tensors, as csrc/tensors.h reads them.
-            run: the function of backend "cpu" that takes forward's record, if it is not the usual one.
+            run: the function of backend "cpu" that does it, if it is not the one that takes forward's record.
 
         Returns:
             What tells, from `backend=` and the tensors, whether a call may go this way; and that function.

@@ -63,7 +63,7 @@ Backward, _bwd = OP.define(
 )
 
 
-_usual, _on_cpu = OP.usual("=*N", "^*N", "^N", "^N", "/^N")
+_usual, _on_cpu = OP.usual("=*N", "^*N", "^N", "^N", "/^N", run="add_layer_norm_out")
 
 
 class _DropoutAddLayerNorm(OpFunction):
@@ -156,9 +156,7 @@ def dropout_add_layer_norm(
         and (copy_dtype is None or copy_dtype in _COPIES)
         and _usual(backend, x, residual, weight, bias, x_bias)
     ):
-        call = Forward(x, residual, weight, bias, x_bias, 0.0, None, eps, copy_dtype, False, "cpu")
-        outputs = _on_cpu(call)
-        return outputs[0] if copy_dtype is None else (outputs[0], outputs[1])
+        return _on_cpu(x, residual, weight, bias, x_bias, eps, copy_dtype)
     OP.refuse_transforms(x, residual, weight, bias, x_bias, seed)
     usual = checks.usual_rows(x, weight, bias) if x_bias is None else checks.usual_rows(x, weight, bias, x_bias)
     if not (

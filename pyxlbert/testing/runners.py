@@ -49,10 +49,11 @@ def best_level(runner: str) -> bool:
 
 
 def of(spec: Spec, names: list[str]) -> list[str]:
-    """Those that differ for this op: a vendor's library has no levels of ours, few ops use tiles."""
+    """Those that differ for this op: a vendor's library has no levels of ours, few ops use tiles or bytes."""
     candidates = [name for name in names if best_level(name)] if spec.vendor else names
-    if "cpu/amx" in candidates and not spec.tiles:
-        candidates = [runner for runner in candidates if runner != "cpu/avx512_bf16"]
+    for level, before in (("amx", "avx512_bf16"), ("avx2_vnni", "avx2")):
+        if f"cpu/{level}" in candidates and not spec.tiles:
+            candidates = [runner for runner in candidates if runner != f"cpu/{before}"]
     return [runner for runner in candidates if runner.partition("/")[0] in OPS[spec.name].backends]
 
 

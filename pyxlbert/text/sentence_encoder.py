@@ -198,7 +198,7 @@ class SentenceEncoder:
         check_count("batch_size", batch_size)
         for name, value in (("normalize", normalize), ("show_progress", show_progress)):
             check_switch(name, value)
-        chosen = Layers.of(layers, self.model.config.num_hidden_layers)
+        chosen = Layers.of(layers, self.model.config.depth)
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
         if not isinstance(token_vectors, bool) and token_vectors != "word":

@@ -130,6 +130,24 @@ def read(directory: Path, step: int) -> dict[str, Any]:
         raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from None
 
 
+def last_whole(directory: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:
+    """The state of the last checkpoint that can be read, None where there is none; and what is wrong with later ones.
+
+    Raises:
+        ValueError: there are some, and none can be read.
+    """
+    broken: dict[int, str] = {}
+    there = steps(directory)
+    for step in reversed(there):
+        try:
+            return read(directory, step), broken
+        except ValueError as error:
+            broken[step] = str(error)
+            if len(broken) == len(there):
+                raise
+    return None, broken
+
+
 def clean(directory: Path) -> None:
     """Removes what a run that was killed has left half-written."""
     for path in directory.glob(f"{FOLDER}/.*"):

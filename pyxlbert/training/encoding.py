@@ -6,7 +6,7 @@ window begins, and all families go the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -134,6 +134,7 @@ class TaskTokenizer:
 
     Attributes:
         max_length: the limit that holds.
+        shortened: how many texts, pairs and questions were cut to it since `tell_of_cuts` was called last.
 
     Raises:
         OSError, ValueError: as `TextTokenizer.from_directory`; `max_length` is more than the model takes, or leaves no
@@ -154,6 +155,7 @@ class TaskTokenizer:
             raise ValueError(f"{directory}: the tokenizer has no padding token")
         self._tokenizer = load_tokenizer(directory)
         self._words = _for_words(load_tokenizer(directory))
+        self.shortened = 0
         self._single, self._pair = _template(self._tokenizer, False), _template(self._tokenizer, True)
         if max_length <= self._pair.added + 1:
             raise ValueError(
@@ -177,6 +179,7 @@ class TaskTokenizer:
     def single(self, pieces: Pieces) -> Window:
         """A text cut to the limit: its end is lost, its beginning where the directory says so."""
         begin, end = self._kept(len(pieces.ids), self.room)
+        self.shortened += len(pieces.ids) > self.room
         return self.part(pieces, begin, end)
 
     def part(self, pieces: Pieces, begin: int, end: int) -> Window:
@@ -188,6 +191,7 @@ class TaskTokenizer:
         """Two texts in a row: of a pair that is too long, the longer text loses pieces until both fit."""
         room = self.max_length - self._pair.added
         a, b = len(first.ids), len(second.ids)
+        self.shortened += a + b > room
         if a + b > room:
             # The shorter keeps all that leaves the longer at least as much.
             short = min(a, b, room // 2)
@@ -210,6 +214,7 @@ class TaskTokenizer:
             ValueError: the question leaves no room for a text, or the stride none for it to go on.
         """
         asked = question.ids[:most]
+        self.shortened += len(question.ids) > most
         room = self.max_length - self._pair.added - len(asked)
         if room < 1:
             raise ValueError(
@@ -223,6 +228,17 @@ class TaskTokenizer:
             ids, types = self._pair.fill([asked, text.ids[cut.begin : cut.end]])
             rows.append((Window(ids, types, place, cut.begin, cut.end - cut.begin), cut))
         return rows
+
+    def tell_of_cuts(self, say: Callable[[str], None], what: object) -> None:
+        """Says how many texts were cut, if any were.
+
+        Args:
+            say: takes a line for the person who waits.
+            what: where the texts are from.
+        """
+        if self.shortened:
+            say(f"{what}: {self.shortened} texts or pairs are longer than {self.max_length} tokens and were cut")
+        self.shortened = 0
 
     def class_place(self, length: int) -> int:
         """Where the classification token of a row of so many ids is: first, or where none is before the text, last."""

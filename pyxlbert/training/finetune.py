@@ -29,6 +29,7 @@ def finetune(
     settings: Mapping[str, Any] | None = None,
     options: TrainingOptions | None = None,
     max_length: int | None = None,
+    fresh: bool = False,
     resume: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
@@ -43,6 +44,7 @@ def finetune(
         settings: the task's.
         options: how to train.
         max_length: the most tokens of a row; None: as the model's directory says, 512 where it does not.
+        fresh: begin with new weights: the directory of `model` needs a configuration and a tokenizer alone.
         resume: go on with the run in `output`; it begins where there is none.
         say: takes a line for the person who waits.
 
@@ -63,12 +65,14 @@ def finetune(
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
     checkpoints.seed_chance(options.seed)  # of the weights that are new
-    trained, source, new = read_new(chosen, model, max_length)
+    trained, source, new = read_new(chosen, model, max_length, fresh=fresh)
     rows = chosen.features(trained.tokenizer, examples, training=True)
+    trained.tokenizer.tell_of_cuts(tell, train)
     tell(f"{len(examples)} examples, {len(rows)} rows of at most {trained.tokenizer.max_length} tokens")
-    if new:
-        tell(f"new: {', '.join(new)}")
+    if fresh or new:
+        tell(f"new: {'all weights' if fresh else ', '.join(new)}")
     dev_rows = None if dev_examples is None else chosen.features(trained.tokenizer, dev_examples)
+    trained.tokenizer.tell_of_cuts(tell, dev)
 
     def collate(features: Any) -> dict[str, torch.Tensor]:
         return chosen.collate(trained.tokenizer, features)
@@ -94,6 +98,7 @@ def finetune(
         identity={
             "task": task,
             "model": str(model),
+            "fresh": fresh,
             "max_length": trained.tokenizer.max_length,
             "train": _fingerprint(train),
             "dev": None if dev is None else _fingerprint(dev),
@@ -121,6 +126,7 @@ def evaluate(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """The scores of a trained model on labelled examples.
 
@@ -131,6 +137,7 @@ def evaluate(
         batch_size: rows a pass.
         dtype: of the model.
         progress: whether there is a bar; None: on a terminal.
+        say: takes a line for the person who waits.
 
     Raises:
         OSError: a file is missing.
@@ -140,7 +147,9 @@ def evaluate(
     if task is not None and trained.task.name != task:
         raise ValueError(f"model: {str(model)!r} is trained for {trained.task.name}, wanted {task}")
     examples = trained.task.read(data)
-    return trained.task.score(examples, predictions(trained, examples, batch_size, progress))
+    scores = trained.task.score(examples, predictions(trained, examples, batch_size, progress))
+    trained.tokenizer.tell_of_cuts(say, data)
+    return scores
 
 
 def predictions(trained: Trained, examples: list[Any], batch_size: int, progress: bool | None = False) -> list[Any]:

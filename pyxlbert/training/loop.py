@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +116,7 @@ def accelerator() -> Any:
 
     Raises:
         ImportError: accelerate is not installed.
+        ValueError: the launcher was told to shard the model, but accelerate does not do so here.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -121,7 +124,14 @@ def accelerator() -> Any:
         raise ImportError("training: needs accelerate: pip install 'pyxlbert[train]'") from None
     # Parameters may be without a gradient: XLNet's mask has none without targets.
     plugin = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])
+    work = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])
+    kind = work.distributed_type.value
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and kind != "FSDP":
+        raise ValueError(
+            f"ACCELERATE_USE_FSDP: got true, but accelerate shards models over several GPUs alone, and this run is of "
+            f"kind {kind}: wanted a launch without FSDP"
+        )
+    return work
 
 
 def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -191,15 +201,26 @@ class Loop:
         # Of this process's labels, since the last point of the curves; on the device, which need not be waited for.
         self._loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         checkpoints.seed_chance(options.seed + accelerator.process_index)
-        there = checkpoints.steps(directory)
-        if there:
-            self._restore(there[-1])
+        self._restore()
 
     # State
 
-    def _restore(self, step: int) -> None:
-        state = checkpoints.read(self._directory, step)
+    def _restore(self) -> None:
+        """Goes on after the last checkpoint that is whole, if there is any.
+
+        Raises:
+            ValueError: there are checkpoints, and none of them is whole.
+        """
+        state, broken = checkpoints.last_whole(self._directory)
+        self._accelerator.wait_for_everyone()  # all have looked
+        for step, why in broken.items():
+            self._say(f"{why}: it is removed, and the one before is taken")
+            if self._accelerator.is_main_process:
+                shutil.rmtree(checkpoints.folder(self._directory, step))
+        if state is None:
+            return
         self._progress = _Progress(**state["progress"])
+        step = self._progress.step
         if self._accelerator.is_main_process:
             self._loss += self._progress.loss
         checkpoints.scatter(state, self._module, self._adam)
@@ -275,13 +296,7 @@ class Loop:
         self._module.train()
         with self._bar() as bar:
             for passes in load(self._job.source, progress.step, self._total, *share, options.workers):
-                set_rate(self._adam, rate(options, progress.step, self._total))
-                self._losses(passes)
-                norm = self._clip()
-                self._optimiser.step()
-                self._optimiser.zero_grad()
-                progress.step += 1
-                progress.summed += 1
+                norm = self.step(passes)
                 clock.examples += passes.examples
                 last = progress.step == self._total
                 if progress.step % options.log_every == 0 or last:
@@ -302,6 +317,25 @@ class Loop:
             curves.finish(self._job.title)
         self._accelerator.wait_for_everyone()
         return progress.best_scores
+
+    def step(self, passes: Passes) -> torch.Tensor:
+        """One step of the optimiser.
+
+        Args:
+            passes: what this process does in it.
+
+        Returns:
+            The norm of the gradient, before it was scaled down.
+        """
+        progress = self._progress
+        set_rate(self._adam, rate(self._options, progress.step, self._total))
+        self._losses(passes)
+        norm = self._clip()
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        progress.step += 1
+        progress.summed += 1
+        return norm
 
     def _bar(self) -> tqdm:
         progress = self._options.progress if self._accelerator.is_main_process else False

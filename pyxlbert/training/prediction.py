@@ -32,6 +32,7 @@ def predict_file(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Writes a prediction for each row of a file.
 
@@ -46,6 +47,7 @@ def predict_file(
         batch_size: rows a pass.
         dtype: of the model.
         progress: whether there is a bar; None: on a terminal.
+        say: takes a line for the person who waits.
 
     Returns:
         How many rows.
@@ -62,6 +64,7 @@ def predict_file(
         for start in range(0, len(examples), _CHUNK):
             part = examples[start : start + _CHUNK]
             write(trained.task.rows(part, predictions(trained, part, batch_size, progress)))
+    trained.tokenizer.tell_of_cuts(say, source)
     return len(examples)
 
 

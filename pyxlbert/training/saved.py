@@ -36,7 +36,7 @@ class Trained:
 
 
 def read_new(
-    task: Task, directory: str | Path, max_length: int | None, hub: Hub | None = None
+    task: Task, directory: str | Path, max_length: int | None, hub: Hub | None = None, fresh: bool = False
 ) -> tuple[Trained, Path, list[str]]:
     """A model for a task that it is yet to learn.
 
@@ -45,6 +45,7 @@ def read_new(
         directory: of an encoder, or of any model with one; or a name in the hub.
         max_length: the most places of a row; None: as the directory says.
         hub: how the hub is asked.
+        fresh: all weights are new; the directory needs none.
 
     Returns:
         The model, the directory, and the names of the weights that are new.
@@ -58,9 +59,9 @@ def read_new(
     extra = fields.pop("extra", {})
     config = encoder_class(folder).config_class.from_pretrained(folder, **fields)
     config.extra.update(extra)
-    model = _read(task, folder, config)
+    model = task.model_class(config.model_type)(config) if fresh else _read(task, folder, config)
     tokenizer = _tokenizer(folder, model, max_length)
-    return Trained(task, model, tokenizer), folder, model.loading_info["missing_keys"]
+    return Trained(task, model, tokenizer), folder, [] if fresh else model.loading_info["missing_keys"]
 
 
 def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub: Hub | None = None) -> Trained:

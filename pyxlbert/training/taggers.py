@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyxlbert.models import BertForTokenClassification, RobertaForTokenClassification, XLNetForTokenClassification
+from pyxlbert.models import (
+    AlbertForTokenClassification,
+    BertForTokenClassification,
+    RobertaForTokenClassification,
+    XLNetForTokenClassification,
+)
 from pyxlbert.nn import TokenLayout
 from pyxlbert.training.crf import CRF
 
@@ -75,8 +80,12 @@ class RobertaTagger(_Tagger, RobertaForTokenClassification):
     """RoBERTa's."""
 
 
+class AlbertTagger(_Tagger, AlbertForTokenClassification):
+    """ALBERT's."""
+
+
 class XLNetTagger(_Tagger, XLNetForTokenClassification):
     """XLNet's."""
 
 
-TAGGERS = {"Bert": BertTagger, "Roberta": RobertaTagger, "XLNet": XLNetTagger}
+TAGGERS = {"Bert": BertTagger, "Roberta": RobertaTagger, "Albert": AlbertTagger, "XLNet": XLNetTagger}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
 import pytest
 from pyxlbert.bench import documents, report, tables
 from pyxlbert.bench.counted import counted
+
+from pyxlbert import cli
 
 
 @pytest.mark.parametrize("page", documents.documents(), ids=lambda page: page.name)
@@ -67,6 +71,28 @@ def test_a_wrong_number_is_made_anew(tmp_path, monkeypatch, capsys) -> None:
     page.write_text(block.replace("MiniLM", "nothing"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"epyc-zen4-2-cores\.json: got no rows of 'nothing'"):
         documents.main([])
+
+
+def test_every_model_that_was_trained_is_on_a_page() -> None:
+    shown = " ".join(
+        block["subjects"]
+        for page in documents.documents()
+        for block in documents._BLOCK.finditer(page.read_text(encoding="utf-8"))
+        if block["what"] == "runs"
+    )
+    for results in documents.TRAINED.glob("*.json"):
+        runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
+        assert runs and [run["name"] for run in runs if run["name"] not in shown] == []
+    with pytest.raises(ValueError, match=r"results.json: got no run 'nothing'"):
+        documents.filled("<!-- runs results.json: nothing -->\n<!-- end -->")
+
+
+def test_a_command_that_is_shown_has_options_that_there_are() -> None:
+    """What a page says to type is what the command takes."""
+    for results in documents.TRAINED.glob("*.json"):
+        for run in json.loads(results.read_text(encoding="utf-8"))["runs"]:
+            program, *words = shlex.split(run["command"])
+            assert program == "pyxlbert" and cli._parser().parse_args(words)
 
 
 def test_results_of_before_work_was_counted_have_it_from_the_specs() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pyxlbert.bench import limits, models, peers, sizes, text
+from pyxlbert.bench import limits, models, peers, sizes, text, training
 from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.report import is_peer
 
@@ -64,6 +64,30 @@ def test_xlnet_and_its_step(dtype: torch.dtype) -> None:
     assert len([name for name in step.timings if is_peer(name)]) == 1
 
 
+def test_what_more_threads_are_worth_is_in_the_row(monkeypatch) -> None:
+    """Ours takes part with one thread too; everybody else has all of them."""
+    seen: dict[str, set[int]] = {"pyxlbert": set(), "transformers": set()}
+
+    def watched(name: str, build):
+        def built(*arguments):
+            call = build(*arguments)
+            return lambda: (seen[name].add(torch.get_num_threads()), call())[1]
+
+        return built
+
+    monkeypatch.setattr(peers, "PEERS", {"transformers": watched("transformers", peers.transformers_sdpa)})
+    monkeypatch.setattr(models.ModelRace, "_ours", watched("pyxlbert", models.ModelRace._ours))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        row = models.ModelRace(2, 12, torch.float32).run(MOMENT)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(row.timings) == {"pyxlbert", "pyxlbert, one thread", "transformers"} and not row.failed
+    assert seen == {"pyxlbert": {1, 2}, "transformers": {2}}
+
+
 def test_vectors_that_point_elsewhere_are_refused() -> None:
     truth = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).numpy()
     check = text.Distances(truth, torch.float32)
@@ -76,3 +100,17 @@ def test_vectors_that_point_elsewhere_are_refused() -> None:
     with pytest.raises(AssertionError, match="worst 1 - cosine"):
         check("pyxlbert", near)
     assert "pyxlbert" in check.note()
+
+
+@pytest.mark.parametrize("name", ["BERT classifies", "XLNet classifies", "XLNet pretrains"])
+def test_both_are_trained_by_one_loop(name: str, monkeypatch) -> None:
+    small = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    xlnet = {"vocab_size": 40, "d_model": 32, "n_head": 2, "d_inner": 48, "n_layer": 1}
+    monkeypatch.setattr(training, "_SIZES", {"Bert": {**small, "num_hidden_layers": 1}, "XLNet": xlnet})
+    lengths = (12, 12) if "pretrains" in name else (5, 12, 9)
+    row = training.TrainingRace(name, lengths, torch.float32).run(MOMENT)
+    assert set(row.timings) == {"pyxlbert", "transformers"} and not row.failed
+    assert "1 layers" in row.note and ("full: less work" in row.note) == ("classifies" in name)
+    # A loss or a gradient that is another is a reason, and has no time.
+    monkeypatch.setattr(training, "_gradient", lambda module, *given: (torch.rand(()), torch.rand(3)))
+    assert set(training.TrainingRace(name, lengths, torch.float32).run(MOMENT).failed) == {"pyxlbert", "transformers"}

@@ -1,13 +1,16 @@
-"""Level amx on any machine with AVX-512 and its bfloat16: the kernels are built once more on tiles in software.
+"""Levels amx and avx2_vnni on any machine with AVX-512 and its bfloat16: their kernels are built once more.
 
-See csrc/cpu/tile_model.h.  Where the processor has tiles, every suite runs on them as well.
+Tiles are a model in software (csrc/cpu/tile_model.h), and of products of bytes the encoding is another.  Where the
+processor has them, every suite runs on them as well.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import variants
@@ -23,7 +26,7 @@ OPS = f"{variants.ROOT}/tests/ops"
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Environment variables under which Python imports the build with modelled tiles."""
-    return variants.build("emulated", {"PYXLBERT_EMULATE_TILES": "1"}) | {"PYXLBERT_TEST_SMALL": "amx"}
+    return variants.build("emulated", {"PYXLBERT_EMULATE_LEVELS": "1"}) | {"PYXLBERT_TEST_SMALL": "amx"}
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
@@ -43,6 +46,88 @@ def test_a_usual_build_has_no_model(environment) -> None:
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         tiles = " amx_bf16 " in f"{file.read()} "
     assert ("amx" in pyxlbert._C.levels()) <= tiles
+
+
+def test_the_level_between_multiplies_bytes(environment) -> None:
+    """Level avx2_vnni: every product of integers, and the same bits as on all other levels."""
+    done = run(
+        environment | {"PYXLBERT_TEST_SMALL": "avx2_vnni"},
+        *("--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py"),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert passed(done) > 50
+    command = [sys.executable, "-m", "pyxlbert", "info"]
+    done = subprocess.run(
+        command, env=environment | {"PYXLBERT_ISA": "avx2_vnni"}, capture_output=True, text=True, check=True
+    )
+    assert "instruction set: avx2_vnni (of portable, avx2, avx2_vnni, avx512, avx512_bf16, amx)" in done.stdout
+
+
+def test_that_level_needs_no_avx512() -> None:
+    """What the usual build has of it multiplies bytes in the encoding of AVX-VNNI, and touches no AVX-512."""
+    objects = sorted((variants.ROOT / "build" / "in-place" / "cpu").glob("*.avx2_vnni.o"))
+    if not objects or shutil.which("objdump") is None:
+        pytest.skip("the objects of the in-place build are not here (run make build), or no objdump is")
+    found = {}
+    for path in objects:
+        text = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{evex\}", text), path.name
+        found[path.name.split(".")[0]] = text.count("vpdpbusd")
+        assert found[path.name.split(".")[0]] == len(re.findall(r"\{vex\}\s+vpdpbusd", text)), path.name
+    assert set(found) == {"encoder_layer", "packed_linear", "packed_matrix"}
+    assert found["encoder_layer"] > 10 and found["packed_linear"] > 10
+
+
+# ldtilecfg and tileloadd as copies of what memory holds at that moment.
+COPIES = {
+    "ldtilecfg": (r"\bldtilecfg\s+(.+)", r"vmovdqu64 \1, %zmm31; vmovdqu64 %zmm31, configuration_seen(%rip)"),
+    "tileloadd": (r"\btileloadd\s+\((%\w+),.*", r"vmovdqu64 (\1), %zmm31; vmovdqu64 %zmm31, row_seen(%rip)"),
+    "tilerelease": (r"\btilerelease\b", ""),
+}
+GUARDED = """
+#include "cpu/tiles.h"
+#include <cstdio>
+extern "C" { unsigned char configuration_seen[64]; float row_seen[16]; }
+using namespace pyxlbert::PYXLBERT_LEVEL;
+__attribute__((noinline)) void begin() { begin_tiles(); end_tiles(); }
+__attribute__((noinline)) void load_what_was_stored(float x) {
+    float row[256];
+    for (float& one : row) one = x;
+    load_tile<0>(row, 64);
+}
+int main() {
+    begin();
+    load_what_was_stored(3.0f);
+    for (int n : configuration_seen) std::printf("%d ", n);
+    for (float one : row_seen) std::printf("%g ", one);
+}
+"""
+
+
+def test_a_tile_instruction_sees_what_was_stored_before_it(tmp_path: Path) -> None:
+    """The compiler may not drop or delay a store that only ldtilecfg or tileloadd reads.
+
+    The functions of tiles.h are compiled as they are; in the assembly each of the two becomes a copy of what it would
+    have read.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ is here")
+    source, assembly, program = tmp_path / "guard.cpp", tmp_path / "guard.s", tmp_path / "guard"
+    source.write_text(GUARDED)
+    flags = "-std=c++20 -O3 -march=x86-64-v4 -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8"
+    flags += f" -DPYXLBERT_LEVEL=amx -I{variants.ROOT / 'csrc'}"
+    subprocess.run([compiler, *flags.split(), "-S", source, "-o", assembly], check=True, capture_output=True)
+    text = assembly.read_text()
+    for name, (pattern, copy) in COPIES.items():
+        text, count = re.subn(pattern, copy, text)
+        assert count > 0, name
+    assembly.write_text(text)
+    subprocess.run([compiler, assembly, "-o", program], check=True, capture_output=True)
+    seen = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    wanted = [1] + 15 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0]
+    assert [int(one) for one in seen[:64]] == wanted
+    assert seen[64:] == 16 * ["3"]
 
 
 def test_one_file_names_the_instructions() -> None:

@@ -24,7 +24,7 @@ VOCAB, POSITIONS = 53, 40
 
 def head_of(case: dict[str, Any]) -> str:
     """The class without its family: "ForMaskedLM"."""
-    return case["head"].removeprefix("Bert").removeprefix("Roberta")
+    return case["head"].removeprefix("Bert").removeprefix("Roberta").removeprefix("Albert")
 
 
 def classification(case: dict[str, Any], index: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def random_arguments(case: dict[str, Any], config: models.BertConfig, g: torch.G
         "position_ids": integers(POSITIONS, rows, length) if case["position_ids"] else None,
     }
     if case["inputs_embeds"]:
-        arguments["inputs_embeds"] = torch.randn(rows, length, config.hidden_size, generator=g)
+        arguments["inputs_embeds"] = torch.randn(rows, length, config.embedding_width, generator=g)
     else:
         arguments["input_ids"] = integers(VOCAB, rows, length)
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -99,7 +99,8 @@ def random_labels(head, config, given, batch, length, choices, g) -> dict[str, t
     some[0, tokens[0].long().argmax()] = True
     if head in VOCABULARY:
         labels = {"labels": integers(VOCAB, batch, length).masked_fill(~some, -100)}
-        return labels | ({"next_sentence_label": integers(2, batch)} if head == "ForPreTraining" else {})
+        pairs = "sentence_order_label" if hasattr(config, "embedding_size") else "next_sentence_label"
+        return labels | ({pairs: integers(2, batch)} if head == "ForPreTraining" else {})
     if head == "ForTokenClassification":
         return {"labels": integers(config.num_labels, batch, length).masked_fill(~some, -100)}
     if head == "ForNextSentencePrediction":

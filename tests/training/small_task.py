@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pyxlbert.models import AlbertConfig, AlbertModel
 from pyxlbert.testing.directories import tiny_bert, tiny_xlnet, train_pieces
 from pyxlbert.training.options import TrainingOptions
 
@@ -38,6 +41,20 @@ def tagged(path: Path, count: int = 40) -> Path:
 
 def bert(folder: Path, **fields: Any) -> Path:
     return tiny_bert(folder, **{"num_hidden_layers": 2, **fields})
+
+
+def albert(folder: Path) -> Path:
+    """Of the tokenizer and the sizes of `bert`; two layers share their weights."""
+    fields = json.loads((bert(folder) / "config.json").read_text())
+    fields.pop("model_type")
+    torch.manual_seed(0)
+    AlbertModel(AlbertConfig.from_dict({}, **_sizes(fields), embedding_size=8)).save_pretrained(folder)
+    return folder
+
+
+def _sizes(fields: dict[str, Any]) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return {name: fields[name] for name in (*names, "max_position_embeddings", "pad_token_id")}
 
 
 def xlnet(folder: Path) -> Path:

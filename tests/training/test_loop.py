@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from small_task import STILL, bert, options, sentences, table, tagged
 
+from pyxlbert.models import AlbertConfig, AlbertForSequenceClassification
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.training import checkpoints
 from pyxlbert.training.encoding import TaskTokenizer
@@ -147,6 +149,34 @@ def test_a_full_disk_leaves_the_last_checkpoint(files: Path, tmp_path: Path) -> 
         checkpoints.read(tmp_path / "a", 4)
 
 
+def test_the_last_checkpoint_that_is_whole_is_gone_on_with(files: Path, tmp_path: Path) -> None:
+    """A machine without power may leave a file that is there and half empty."""
+    given = {"max_steps": 6, "checkpoint_every": 2}
+    train(files, tmp_path / "whole", **given)
+    train(files, tmp_path / "a", **given)
+    states = [checkpoints.folder(tmp_path / "a", step) / "state.pt" for step in (4, 6)]
+    states[1].write_bytes(states[1].read_bytes()[:1000])
+    said: list[str] = []
+    train(files, tmp_path / "a", resume=True, say=said.append, **given)
+    assert "goes on after step 4" in said and any("step-00000006" in line and "is removed" in line for line in said)
+    assert same(tmp_path / "a", tmp_path / "whole") and checkpoints.last_whole(tmp_path / "a")[1] == {}
+    for one in states:
+        one.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"step-00000004.state\.pt is not a whole checkpoint"):
+        train(files, tmp_path / "a", resume=True, **given)
+
+
+def test_what_cannot_be_sharded_is_said(files: Path, tmp_path: Path, monkeypatch) -> None:
+    """`accelerate` passes over FSDP where there are no GPUs."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(
+        ValueError, match="ACCELERATE_USE_FSDP: got true, but accelerate shards models over several GPUs"
+    ):
+        train(files, tmp_path / "a", max_steps=1)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
 def test_passes_add_up_to_the_step(files: Path, tmp_path: Path, task: str) -> None:
     """Sentences have 1 to 9 labels, and a step's last pass has fewer of them: each label weighs the same."""
@@ -178,8 +208,14 @@ def test_two_processes_are_one_with_the_double_batch(files: Path, tmp_path: Path
     close(tmp_path / "a", tmp_path / "b")
     assert [step for step, _ in losses(tmp_path / "a")] == [step for step, _ in losses(tmp_path / "b")]
     # One process goes on with the run of two: another number, the same steps.
-    state = checkpoints.read(tmp_path / "b", 10)
-    assert len(state["chance"]) == 2
+    assert len(checkpoints.read(tmp_path / "b", 10)["chance"]) == 2
+    shutil.rmtree(checkpoints.folder(tmp_path / "b", 10))
+    said: list[str] = []
+    given = {"dev": True, "micro_batch_size": 2, "epsilon": 1e-3}
+    train(files, tmp_path / "b", "token-classification", "still", resume=True, say=said.append, **given)
+    assert "the run had 2 processes and goes on with 1: the same steps, but not the same bits" in said
+    assert "goes on after step 5" in said
+    close(tmp_path / "a", tmp_path / "b")
 
 
 def test_steps_are_a_function_of_their_number() -> None:
@@ -231,6 +267,18 @@ def test_layers_and_biases_have_their_own_groups(files: Path) -> None:
     assert by_name["bert.encoder.layer.0.output.dense.bias"] == (0.5, 0.0)
     assert by_name["bert.encoder.layer.0.output.LayerNorm.weight"] == (0.5, 0.0)
     assert by_name["bert.embeddings.word_embeddings.weight"] == (0.25, 0.25)
+
+
+def test_shared_layers_have_the_rate_of_the_last(files: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "num_hidden_groups": 2, "hidden_size": 8, "num_attention_heads": 2}
+    model = AlbertForSequenceClassification(AlbertConfig(**sizes, intermediate_size=8, embedding_size=4, vocab_size=9))
+    groups = parameter_groups(model, TrainingOptions(learning_rate=1.0, layer_decay=0.5))
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    layers = "albert.encoder.albert_layer_groups.{}.albert_layers.0.ffn.weight"
+    by_name = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert by_name[layers.format(1)] == 1.0 and by_name[layers.format(0)] == 0.25
+    assert by_name["albert.encoder.embedding_hidden_mapping_in.weight"] == 0.0625
+    assert by_name["albert.pooler.weight"] == 1.0
 
 
 def test_it_ends_when_nothing_gets_better(files: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pyxlbert.models import BertConfig, BertForPreTraining, XLNetConfig, XLNetLM
 from pyxlbert.testing import tolerances
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining import PairOptions, SegmentOptions
-from pyxlbert.training.pretraining.run import Pretraining, pretrain
+from pyxlbert.training.pretraining.run import MODELS, Pretraining, pretrain
 from pyxlbert.training.pretraining.vocabularies import FILES
 
 BERT = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -113,15 +113,16 @@ def command(files: Path, kind: str, *options: str) -> list[str]:
     return ["pretrain", kind, str(files / "train.txt"), "--out", str(files / "out"), *usual, *options]
 
 
-@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+@pytest.mark.parametrize("kind", ["bert", "albert", "xlnet"])
 def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, capsys) -> None:
     own = ["--reuse-len", "16"] if kind == "xlnet" else ["--whole-words"]
     assert cli.main(command(files, kind, "--eval", str(files / "held_out.txt"), *own)) == 0
     told = capsys.readouterr()
     names = [line.split()[0] for line in told.out.splitlines()]
-    second = "next_sentence_loss" if kind == "bert" else "loss_without_memories"
+    second = {"bert": "next_sentence_loss", "albert": "sentence_order_loss", "xlnet": "loss_without_memories"}[kind]
     assert names == ["loss", second, "unigram_entropy"]
     assert "trains a tokenizer of 100 pieces" in told.err and "unigram entropy" in told.err
+    assert MODELS[kind].from_pretrained(files / "out").loading_info["missing_keys"] == []
     assert cli.main(command(files, kind, "--eval", str(files / "held_out.txt"), *own)) == 1
     assert "holds a run; --resume goes on with it" in capsys.readouterr().err
 
@@ -136,6 +137,8 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
         ("bert", ("--batch-size", "100000"), "batch_size: got 100000, but the text has"),
         ("bert", ("--max-length", "3"), "max_length: got 3"),
         ("bert", ("--config", "nowhere"), "nowhere"),
+        ("bert", ("--dropout", "2"), "dropout: got 2"),
+        ("albert", ("--config", "nowhere", "--dropout", "0"), "dropout: given together with config"),
         ("bert", ("--threads", "0"), "--threads: got 0"),
         ("bert", ("--learning-rate", "-1"), "learning_rate: got -1"),
     ],

@@ -10,9 +10,20 @@ import pytest
 
 from pyxlbert.testing import tolerances
 from pyxlbert.text import TextTokenizer
-from pyxlbert.training.pretraining import TokenStore, Vocabulary, open_or_build, train_unigram, train_wordpiece
+from pyxlbert.training.pretraining import (
+    TokenStore,
+    Vocabulary,
+    open_or_build,
+    train_albert,
+    train_unigram,
+    train_wordpiece,
+)
 from pyxlbert.training.pretraining import store as store_module
-from pyxlbert.training.pretraining.documents import read_sentences, split_sentences
+from pyxlbert.training.pretraining.documents import named, read_sentences, split_sentences
+
+
+def test_many_files_are_named_in_few_words() -> None:
+    assert named(["a.txt"]) == "a.txt" and named([f"{number}.txt" for number in range(60)]) == "0.txt and 59 more"
 
 
 def test_layouts(tmp_path) -> None:
@@ -144,7 +155,9 @@ def test_bad_files_are_refused(tmp_path) -> None:
     assert not (tmp_path / "stores").exists()
 
 
-@pytest.mark.parametrize(("kind", "train"), [("bert", train_wordpiece), ("xlnet", train_unigram)])
+@pytest.mark.parametrize(
+    ("kind", "train"), [("bert", train_wordpiece), ("albert", train_albert), ("xlnet", train_unigram)]
+)
 def test_trained_vocabularies(kind: str, train, tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "corpus.txt"
@@ -158,10 +171,14 @@ def test_trained_vocabularies(kind: str, train, tmp_path) -> None:
     ours = TextTokenizer.from_directory(directory, 512)
     assert theirs(sentence)["input_ids"] == ours.ids([sentence])[0].tolist()
     special = (
-        [vocabulary.cls_id, *ids, vocabulary.sep_id] if kind == "bert" else [*ids, vocabulary.sep_id, vocabulary.cls_id]
+        [*ids, vocabulary.sep_id, vocabulary.cls_id]
+        if kind == "xlnet"
+        else [vocabulary.cls_id, *ids, vocabulary.sep_id]
     )
     assert theirs(sentence)["input_ids"] == special
     assert theirs.mask_token_id == vocabulary.mask_id and theirs.pad_token_id == vocabulary.pad_id
+    if kind == "albert":
+        assert (vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id) == (0, 2, 3, 4)
     if kind == "xlnet":
         assert (vocabulary.cls_id, vocabulary.sep_id, vocabulary.pad_id, vocabulary.end_id) == (3, 4, 5, 7)
     with pytest.raises(ValueError, match="vocab_size: got 20"):
@@ -175,5 +192,11 @@ def test_a_vocabulary_without_a_special_token_is_refused(tmp_path) -> None:
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nw1\n")
     with pytest.raises(ValueError, match=r"has no '\[MASK\]', the mask_token of bert"):
         Vocabulary.read(tmp_path, "bert")
-    with pytest.raises(ValueError, match="kind: got 'gpt', wanted one of bert, xlnet"):
+    with pytest.raises(ValueError, match="kind: got 'gpt', wanted one of bert, albert, xlnet"):
         Vocabulary.read(tmp_path, "gpt")
+
+
+def test_an_albert_may_have_the_vocabulary_of_a_bert(tmp_path) -> None:
+    bert = corpora.bert_vocabulary(tmp_path)
+    albert = Vocabulary.read(tmp_path, "albert")
+    assert (albert.pad_id, albert.mask_id, albert.size) == (bert.pad_id, bert.mask_id, bert.size)

@@ -1,4 +1,4 @@
-"""Pretraining data: from text files to batches for BERT and XLNet."""
+"""Pretraining data: from text files to batches for BERT, ALBERT and XLNet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pyxlbert.training.pretraining.fits import check_pairs, check_segments
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
 from pyxlbert.training.pretraining.segments import SegmentOptions, Segments
 from pyxlbert.training.pretraining.store import TokenStore, open_or_build
-from pyxlbert.training.pretraining.vocabularies import Vocabulary, train_unigram, train_wordpiece
+from pyxlbert.training.pretraining.vocabularies import Vocabulary, train_albert, train_unigram, train_wordpiece
 
 __all__ = [
     "PairOptions",
@@ -20,6 +20,7 @@ __all__ = [
     "check_pairs",
     "check_segments",
     "open_or_build",
+    "train_albert",
     "train_unigram",
     "train_wordpiece",
 ]

@@ -37,6 +37,12 @@ def check_files(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
+def named(paths: Sequence[str | Path]) -> str:
+    """Files in a few words: the first, and how many follow."""
+    more = len(paths) - 1
+    return f"{paths[0]} and {more} more" if more else str(paths[0])
+
+
 def check_layout(layout: str) -> None:
     """Raises ValueError for what is none of `LAYOUTS`."""
     if layout not in LAYOUTS:

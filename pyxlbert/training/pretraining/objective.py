@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyxlbert.models.albert import AlbertForPreTraining
 from pyxlbert.models.bert_heads import BertForPreTraining
 from pyxlbert.models.inputs import IGNORED
 from pyxlbert.models.losses import loss_without_logits, widened
@@ -18,14 +19,18 @@ from pyxlbert.training.pretraining.batches import Batch
 _ENCODER = ("input_ids", "attention_mask", "token_type_ids")
 _XLNET = ("input_ids", "token_type_ids", "target_positions", "labels", "query_rank", "key_rank")
 
+# What is learned of a row's two passages, of which a batch has one.
+PAIR_LABELS = ("next_sentence_label", "sentence_order_label")
+
 Memory = tuple[Tensor, ...]
 
 
 def counts(batch: Batch) -> dict[str, int]:
     """How many labels each loss of a batch is a sum over."""
     found = {"tokens": int((batch["labels"] != IGNORED).sum())}
-    if "next_sentence_label" in batch:
-        found["pairs"] = len(batch["next_sentence_label"])
+    for name in PAIR_LABELS:
+        if name in batch:
+            found["pairs"] = len(batch[name])
     return found
 
 
@@ -35,7 +40,7 @@ class PretrainingModel(nn.Module):
     An XLNet remembers the rows that it has seen, in training and in evaluation apart, until a batch begins new streams.
     """
 
-    def __init__(self, model: BertForPreTraining | XLNetLMHeadModel) -> None:
+    def __init__(self, model: BertForPreTraining | AlbertForPreTraining | XLNetLMHeadModel) -> None:
         super().__init__()
         self.model = model
         # By the rows of a batch; neither parameters nor buffers, for each process has rows of its own.
@@ -58,11 +63,10 @@ class PretrainingModel(nn.Module):
         rows, layout = encoded.last_hidden_state, encoded.layout  # [total, E]
         head = model.predictions
         mean = loss_without_logits(head.decoder, rows, layout.labels(labels), IGNORED, head.before_decoder)
-        follows = widened(model.cls.seq_relationship(encoded.pooler_output))  # [B, 2]
-        return {
-            "tokens": _summed(mean, labels),
-            "pairs": F.cross_entropy(follows, batch["next_sentence_label"], reduction="sum"),
-        }
+        albert = isinstance(model, AlbertForPreTraining)
+        follows = widened((model.sop_classifier if albert else model.cls.seq_relationship)(encoded.pooler_output))
+        wrong = next(batch[name] for name in PAIR_LABELS if name in batch)  # [B]
+        return {"tokens": _summed(mean, labels), "pairs": F.cross_entropy(follows, wrong, reduction="sum")}
 
     def _permuted(self, batch: Batch, remembers: bool) -> dict[str, Tensor]:
         remembers = remembers and bool(self.model.config.mem_len)

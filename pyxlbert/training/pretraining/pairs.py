@@ -1,5 +1,7 @@
 """BERT's examples: pairs of passages, of which the second follows the first or is from anywhere, with masks.
 
+ALBERT's are the same, but where BERT's second passage would be from anywhere, the two passages change places.
+
 The passages are those of the published `create_pretraining_data`: a document's sentences are collected until they fill
 a window, cut in two at random, and half of the time the second part is replaced by one that begins at a random sentence
 of another document, while what it was goes on to the next example. What is drawn here anew in each epoch is drawn there
@@ -46,6 +48,8 @@ class PairOptions:
         mask_share: of a row's tokens, which are predicted.
         max_predictions: of a row at most; None: as `mask_share` says.
         whole_words: predict all pieces of a word or none.
+        swapped: half of the rows have their passages in the wrong order, as ALBERT learns it; False: half of the second
+            passages are from anywhere, as BERT does.
         seed: the same seed gives the same rows.
 
     Raises:
@@ -58,6 +62,7 @@ class PairOptions:
     mask_share: float = 0.15
     max_predictions: int | None = 20
     whole_words: bool = False
+    swapped: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,8 +74,9 @@ class PairOptions:
         require_share("mask_share", self.mask_share)
         if self.mask_share == 0:
             raise ValueError("mask_share: got 0, wanted more: nothing would be predicted")
-        if not isinstance(self.whole_words, bool):
-            raise TypeError(f"whole_words: got {self.whole_words!r}, wanted True or False")
+        for name in ("whole_words", "swapped"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
 
 
 class Pair(NamedTuple):
@@ -80,7 +86,7 @@ class Pair(NamedTuple):
     a_end: int
     b_begin: int
     b_end: int
-    is_random: bool
+    is_random: bool  # or the passages are swapped
 
 
 class _Row(NamedTuple):
@@ -180,7 +186,8 @@ class SentencePairs:
 
         Returns:
             `input_ids`, `attention_mask`, `token_type_ids` and `labels`, int64 ``[B, T]`` with T the longest row's
-            tokens, and `next_sentence_label`, int64 ``[B]``, 1 for a second passage from anywhere.
+            tokens, and `next_sentence_label`, int64 ``[B]``, 1 for a second passage from anywhere; if passages are
+            swapped `sentence_order_label`, 1 where they are.
         """
         rows = self.rows(step)
         share = math.ceil(len(rows) / processes)
@@ -203,7 +210,8 @@ class SentencePairs:
             batch["attention_mask"][place, :size] = 1
             batch["token_type_ids"][place, :size] = types
             batch["labels"][place, :size] = labels
-        batch["next_sentence_label"] = np.array([row.pair.is_random for row in rows], dtype=np.int64)
+        label = "sentence_order_label" if self.options.swapped else "next_sentence_label"
+        batch[label] = np.array([row.pair.is_random for row in rows], dtype=np.int64)
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _make(self, row: _Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -276,7 +284,13 @@ class SentencePairs:
             count = at + 1 - begin
             middle = begin + (chance.randint(1, count - 1) if count > 1 else 1)
             a = (bounds[begin], bounds[middle])
-            if count == 1 or chance.random() < 0.5:
+            swapped = self.options.swapped and count > 1
+            if swapped:
+                at += 1
+                b = (a[1], bounds[at])
+                wrong = chance.random() < 0.5
+                pairs.append(Pair(*(b + a if wrong else a + b), wrong))
+            elif count == 1 or chance.random() < 0.5:
                 pairs.append(Pair(*a, *self._anywhere(document, target - (a[1] - a[0]), chance), True))
                 at = middle  # what was not used is not lost
             else:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pyxlbert.files import whole_directory, whole_file
+from pyxlbert.models.albert import AlbertConfig, AlbertForPreTraining
 from pyxlbert.models.bert import BertConfig
 from pyxlbert.models.bert_heads import BertForPreTraining
 from pyxlbert.models.xlnet_config import XLNetConfig
@@ -20,19 +21,20 @@ from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
 from pyxlbert.training import checkpoints
 from pyxlbert.training.loop import Job, Loop, accelerator, start_run
 from pyxlbert.training.options import TrainingOptions
-from pyxlbert.training.pretraining.documents import check_files, check_layout
+from pyxlbert.training.pretraining.documents import check_files, check_layout, named
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
-from pyxlbert.training.pretraining.rules import require_integer
+from pyxlbert.training.pretraining.rules import require_integer, require_share
 from pyxlbert.training.pretraining.scores import METRIC, HeldOut
 from pyxlbert.training.pretraining.segments import SegmentOptions, Segments
-from pyxlbert.training.pretraining.sizes import bert_config, xlnet_config
+from pyxlbert.training.pretraining.sizes import albert_config, bert_config, xlnet_config
 from pyxlbert.training.pretraining.steps import PairSteps, SegmentSteps
 from pyxlbert.training.pretraining.store import TokenStore, digest, open_or_build
 from pyxlbert.training.pretraining.vocabularies import FILES, TRAINERS, Vocabulary
 
 TOKENIZER, TEXT = "tokenizer", "text"
+MODELS = {"bert": BertForPreTraining, "albert": AlbertForPreTraining, "xlnet": XLNetLMHeadModel}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,14 @@ class Pretraining:
 
     Attributes:
         files: the text, in UTF-8.
-        data: `PairOptions` for a BERT, `SegmentOptions` for an XLNet.
+        data: `PairOptions` for a BERT, with `swapped` for an ALBERT, `SegmentOptions` for an XLNet.
         config: the model's directory or ``config.json``; None: one of `size`.
         size: a name of `pyxlbert.training.pretraining.sizes.SIZES`.
+        dropout: of a model of `size`; None: 0.1, of an ALBERT 0, as published.
         mem_len: of an XLNet of `size`, how many places it remembers; None: one and a half times `reuse_len`.
         tokenizer: the directory of one; None: it is trained from the text.
         vocab_size: of a tokenizer that is trained.
-        lowercase: likewise; None: of a BERT's.
+        lowercase: likewise; None: not of an XLNet's.
         layout: how the text lies in its files.
         evaluate: text to evaluate on, in files laid out the same.
     """
@@ -56,6 +59,7 @@ class Pretraining:
     data: PairOptions | SegmentOptions
     config: str | Path | None = None
     size: str = "small"
+    dropout: float | None = None
     mem_len: int | None = None
     tokenizer: str | Path | None = None
     vocab_size: int = 8000
@@ -65,8 +69,10 @@ class Pretraining:
 
     @property
     def kind(self) -> str:
-        """ "bert" or "xlnet"."""
-        return "bert" if isinstance(self.data, PairOptions) else "xlnet"
+        """A name of `MODELS`."""
+        if isinstance(self.data, SegmentOptions):
+            return "xlnet"
+        return "albert" if self.data.swapped else "bert"
 
     def check(self) -> None:
         """What can be known to be wrong before the text is read.
@@ -81,24 +87,31 @@ class Pretraining:
             if path.resolve() in [one.resolve() for one in paths]:
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16)
+        if self.dropout is not None:
+            require_share("dropout", self.dropout)
+            if self.config is not None:
+                raise ValueError("dropout: given together with config, which says it")
         if self.mem_len is not None:
             require_integer("mem_len", self.mem_len, 0)
             if self.config is not None:
                 raise ValueError("mem_len: given together with config, which says it")
-            if self.kind == "bert":
-                raise ValueError("mem_len: got one for a BERT, which has no memory")
+            if self.kind != "xlnet":
+                raise ValueError(f"mem_len: got one for a model of kind {self.kind!r}, which has no memory")
 
-    def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | XLNetConfig:
+    def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | AlbertConfig | XLNetConfig:
         """The configuration of the model."""
         if self.config is not None:
             path = Path(self.config)
             folder = path.parent if path.name == "config.json" else path
-            return (BertConfig if self.kind == "bert" else XLNetConfig).from_pretrained(folder)
+            return MODELS[self.kind].config_class.from_pretrained(folder)
+        usual = 0.0 if self.kind == "albert" else 0.1
+        dropout = usual if self.dropout is None else self.dropout
         if isinstance(self.data, PairOptions):
-            return bert_config(self.size, vocab_size, pad_id, self.data.max_length)
+            made = albert_config if self.data.swapped else bert_config
+            return made(self.size, vocab_size, pad_id, self.data.max_length, dropout)
         reuse = self.data.reuse_len
         mem_len = reuse * 3 // 2 if self.mem_len is None else self.mem_len
-        return xlnet_config(self.size, vocab_size, pad_id, (mem_len, reuse), self.data.bi_data)
+        return xlnet_config(self.size, vocab_size, pad_id, (mem_len, reuse), self.data.bi_data, dropout)
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on must have in common with the one that was broken off."""
@@ -155,7 +168,7 @@ def pretrain(
         source = _source(what, config, vocabulary, stores[0], options, work.num_processes)
         held_out = HeldOut(stores[1], vocabulary, what.data, options.evaluation_batch_size) if what.evaluate else None
     checkpoints.seed_chance(options.seed)
-    model = (BertForPreTraining if what.kind == "bert" else XLNetLMHeadModel)(config)
+    model = MODELS[what.kind](config)
     size = sum(one.numel() for one in model.parameters())
     tell(f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch")
     if held_out is not None:
@@ -174,7 +187,7 @@ def pretrain(
         evaluate=None if held_out is None else evaluate,
         save=lambda state: _save(model, vocabulary, folder, state),
         identity=identity,
-        title=f"{what.kind}: {', '.join(Path(path).name for path in what.files)}",
+        title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
         memory=module,
     )
     scores = Loop(job, options, folder, work, tell).run()
@@ -204,7 +217,7 @@ def _prepare(what: Pretraining, folder: Path, say: Callable[[str], None]) -> tup
     directory = folder / TOKENIZER if what.tokenizer is None else Path(what.tokenizer)
     if what.tokenizer is None and not directory.is_dir():
         say(f"trains a tokenizer of {what.vocab_size} pieces")
-        lowercase = what.kind == "bert" if what.lowercase is None else what.lowercase
+        lowercase = what.kind != "xlnet" if what.lowercase is None else what.lowercase
         with whole_directory(directory) as temporary:
             TRAINERS[what.kind](
                 what.files, temporary, vocab_size=what.vocab_size, lowercase=lowercase, layout=what.layout

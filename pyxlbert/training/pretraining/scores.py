@@ -39,6 +39,8 @@ class HeldOut:
     ) -> None:
         self.entropy = store.unigram_entropy()
         self._remembers = isinstance(options, SegmentOptions)
+        order = isinstance(options, PairOptions) and options.swapped
+        self._named = {"tokens": "loss", "pairs": "sentence_order_loss" if order else "next_sentence_loss"}
         self._batches: Callable[[], Iterator[Batch]]
         if isinstance(options, SegmentOptions):
             rows = min(batch_size, max(1, len(store.tokens) // (_LEAST_ROWS * options.max_length)))
@@ -58,8 +60,8 @@ class HeldOut:
             device: where it is.
 
         Returns:
-            `loss`, and `unigram_entropy` of the same text; of a BERT `next_sentence_loss`, and of an XLNet with
-            memories `loss_without_memories`.
+            `loss`, and `unigram_entropy` of the same text; of a BERT `next_sentence_loss`, of an ALBERT
+            `sentence_order_loss`, and of an XLNet with memories `loss_without_memories`.
         """
         was_training = module.training
         module.eval()
@@ -82,5 +84,4 @@ class HeldOut:
                 sums[name] = sums.get(name, 0.0) + float(found[name])
                 labels[name] = labels.get(name, 0) + count
         means = {name: sums[name] / max(1, labels[name]) for name in sums}
-        named = {"tokens": "loss", "pairs": "next_sentence_loss"}
-        return {named[name]: value for name, value in means.items()}
+        return {self._named[name]: value for name, value in means.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pyxlbert.models.albert import AlbertConfig
 from pyxlbert.models.bert import BertConfig
 from pyxlbert.models.xlnet_config import XLNetConfig
 
@@ -26,7 +27,7 @@ SIZES = {
 }
 
 
-def bert_config(size: str, vocab_size: int, pad_id: int, max_length: int) -> BertConfig:
+def bert_config(size: str, vocab_size: int, pad_id: int, max_length: int, dropout: float) -> BertConfig:
     """A BERT of a size, with positions for rows of 512 tokens or `max_length`."""
     layers, hidden, heads, inner = _size(size)
     return BertConfig(
@@ -36,11 +37,33 @@ def bert_config(size: str, vocab_size: int, pad_id: int, max_length: int) -> Ber
         num_attention_heads=heads,
         intermediate_size=inner,
         max_position_embeddings=max(512, max_length),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         pad_token_id=pad_id,
     )
 
 
-def xlnet_config(size: str, vocab_size: int, pad_id: int, memory: tuple[int, int], bi_data: bool) -> XLNetConfig:
+def albert_config(size: str, vocab_size: int, pad_id: int, max_length: int, dropout: float) -> AlbertConfig:
+    """An ALBERT of a size, whose layers share one set of weights, with embeddings of 128 numbers."""
+    layers, hidden, heads, inner = _size(size)
+    return AlbertConfig(
+        vocab_size=vocab_size,
+        embedding_size=128,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_position_embeddings=max(512, max_length),
+        pad_token_id=pad_id,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        classifier_dropout_prob=0.1,
+    )
+
+
+def xlnet_config(
+    size: str, vocab_size: int, pad_id: int, memory: tuple[int, int], bi_data: bool, dropout: float
+) -> XLNetConfig:
     """An XLNet of a size; `memory` is mem_len and reuse_len."""
     layers, hidden, heads, inner = _size(size)
     mem_len, reuse_len = memory
@@ -53,6 +76,7 @@ def xlnet_config(size: str, vocab_size: int, pad_id: int, memory: tuple[int, int
         mem_len=mem_len,
         reuse_len=reuse_len,
         bi_data=bi_data,
+        dropout=dropout,
         pad_token_id=pad_id,
     )
 

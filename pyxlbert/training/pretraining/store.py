@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyxlbert.files import read_json, require_file, setting, whole_directory
-from pyxlbert.training.pretraining.documents import check_files, check_layout, read_sentences
+from pyxlbert.training.pretraining.documents import check_files, check_layout, named, read_sentences
 from pyxlbert.training.pretraining.vocabularies import Vocabulary
 
 _VERSION = 1
@@ -108,7 +108,7 @@ def open_or_build(
     folder = Path(folder)
     path = folder / key[:16]
     if not path.is_dir():
-        say(f"tokenises {', '.join(map(str, paths))}")
+        say(f"tokenises {named(paths)}")
         folder.mkdir(parents=True, exist_ok=True)
         with whole_directory(path) as temporary:
             meta = _build(paths, vocabulary, temporary, layout)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,15 @@ BERT_TOKENS = {
 # The order of XLNet's own vocabulary, in which <cls> is 3, <sep> 4 and <pad> 5.
 _UNIGRAM_ORDER = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
 END_OF_DOCUMENT = "<eod>"
+# In the order of ALBERT's own vocabulary.
+ALBERT_TOKENS = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+TOKENS = {"bert": BERT_TOKENS, "albert": ALBERT_TOKENS, "xlnet": XLNET_TOKENS}
 # What a tokenizer is read from, in a directory.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
@@ -42,7 +51,7 @@ class Vocabulary:
 
     Attributes:
         directory: where it was read.
-        kind: "bert" or "xlnet".
+        kind: "bert", "albert" or "xlnet".
         tokenizer: the library's, without truncation and padding.
         size: one more than the largest id.
         cls_id, sep_id, pad_id, mask_id: of the special tokens.
@@ -69,7 +78,7 @@ class Vocabulary:
 
         Args:
             directory: with `tokenizer.json`, `vocab.txt` or `spiece.model`.
-            kind: "bert" or "xlnet".
+            kind: "bert", "albert" or "xlnet".
 
         Raises:
             OSError: a file is missing.
@@ -82,8 +91,10 @@ class Vocabulary:
         settings = {**read_optional_json(path / "special_tokens_map.json")}
         settings |= read_optional_json(path / "tokenizer_config.json")
         ids: dict[str, int] = {}
-        for name, usual in (BERT_TOKENS if kind == "bert" else XLNET_TOKENS).items():
-            token = settings.get(name) or usual
+        for name, usual in TOKENS[kind].items():
+            # Some ALBERTs have BERT's vocabulary.
+            known = tokenizer.token_to_id(usual) is not None or kind != "albert"
+            token = settings.get(name) or (usual if known else BERT_TOKENS[name])
             token = token["content"] if isinstance(token, dict) else token
             found = tokenizer.token_to_id(token)
             if found is None and name[:-6] in ("cls", "sep", "pad", "mask"):
@@ -160,6 +171,48 @@ def train_unigram(
 
     Arguments, result and errors are those of `train_wordpiece`.
     """
+    settings = {"tokenizer_class": "XLNetTokenizer", **XLNET_TOKENS}
+    settings |= {"padding_side": "left", "extra_special_tokens": ["<eop>", "<eod>"]}
+    rows = ("$A:0 <sep>:0 <cls>:2", "$A:0 <sep>:0 $B:1 <sep>:1 <cls>:2")
+    words = _Pieces(_UNIGRAM_ORDER, *rows, settings)
+    return _train_pieces(words, files, directory, vocab_size, lowercase, layout)
+
+
+def train_albert(
+    files: Sequence[str | Path],
+    directory: str | Path,
+    *,
+    vocab_size: int = 30000,
+    lowercase: bool = True,
+    layout: str = "sentences",
+) -> Path:
+    """Trains ALBERT's Unigram pieces and writes their directory: `tokenizer.json` and `tokenizer_config.json`.
+
+    Arguments, result and errors are those of `train_wordpiece`.
+    """
+    settings = {"tokenizer_class": "AlbertTokenizer", **ALBERT_TOKENS}
+    rows = ("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1")
+    words = _Pieces(tuple(ALBERT_TOKENS.values()), *rows, settings)
+    return _train_pieces(words, files, directory, vocab_size, lowercase, layout)
+
+
+class _Pieces(NamedTuple):
+    """Special tokens in the order of their ids, where they stand in a row and in a pair, what the settings say."""
+
+    order: tuple[str, ...]
+    single: str
+    pair: str
+    settings: dict[str, Any]
+
+
+def _train_pieces(
+    words: _Pieces,
+    files: Sequence[str | Path],
+    directory: str | Path,
+    vocab_size: int,
+    lowercase: bool,
+    layout: str,
+) -> Path:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -171,20 +224,18 @@ def train_unigram(
     )
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=list(_UNIGRAM_ORDER), unk_token="<unk>", show_progress=False
+        vocab_size=vocab_size, special_tokens=list(words.order), unk_token="<unk>", show_progress=False
     )
     _train(tokenizer, trainer, files, layout, vocab_size)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A:0 <sep>:0 <cls>:2",
-        pair="$A:0 <sep>:0 $B:1 <sep>:1 <cls>:2",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<sep>", "<cls>")],
+        single=words.single,
+        pair=words.pair,
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in words.order if token in words.pair],
     )
-    settings = {"do_lower_case": lowercase, "tokenizer_class": "XLNetTokenizer", **XLNET_TOKENS}
-    settings |= {"padding_side": "left", "extra_special_tokens": ["<eop>", "<eod>"]}
-    return _write(tokenizer, Path(directory), settings)
+    return _write(tokenizer, Path(directory), {"do_lower_case": lowercase, **words.settings})
 
 
-TRAINERS = {"bert": train_wordpiece, "xlnet": train_unigram}
+TRAINERS = {"bert": train_wordpiece, "albert": train_albert, "xlnet": train_unigram}
 
 
 def _train(

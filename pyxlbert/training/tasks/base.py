@@ -21,7 +21,10 @@ IGNORED = -100
 Batch = dict[str, Tensor]
 
 #: What names of classes begin with, by the model type of a configuration.
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "Roberta", "camembert": "Roberta", "xlnet": "XLNet"}
+FAMILIES = {
+    **{"bert": "Bert", "albert": "Albert", "xlnet": "XLNet"},
+    **{"roberta": "Roberta", "xlm-roberta": "Roberta", "camembert": "Roberta"},
+}
 
 
 def family(model_type: str) -> str:
