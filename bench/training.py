@@ -20,6 +20,7 @@ from pyxlbert.bench import limits, peers
 from pyxlbert.bench.contest import Settings, contest
 from pyxlbert.bench.drop_in import LONGEST
 from pyxlbert.bench.report import Row
+from pyxlbert.bench.sizes import xlnet_fields
 from pyxlbert.bench.timer import Contestants, Timing, race
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ PRETRAINING = 512  # tokens of a row, as XLNet was pretrained
 # Of base size, less deep.
 _SIZES = {
     "Bert": {"num_hidden_layers": 4},
-    "XLNet": {"n_layer": 4, "d_model": 768, "n_head": 12, "d_inner": 3072},
+    "XLNet": xlnet_fields(4),
 }
 
 
