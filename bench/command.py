@@ -36,7 +36,7 @@ from pyxlbert.files import whole_file
 from pyxlbert.testing.specs import SPECS
 
 # By the device that they run on.
-SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in"), "cuda": ("gpu",)}
+SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in"), "cuda": ("gpu", "decide")}
 # glibc gives a large block back to the system when it is freed, and its pages are made anew at the next call.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(32 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -301,8 +301,8 @@ def _rows(
     # A model's peak takes a minute for each contestant: if it is asked for.
     settings = replace(settings, memory=bool(options.memory)) if suite == "models" else settings
     if options.device == "cuda":
-        told = {"settings": settings}
-        for found in apart.run(on_gpu.races, "cuda", only=options.only, end=options.end, options=told):
+        told, source = {"settings": settings}, on_gpu.deciding if suite == "decide" else on_gpu.races
+        for found in apart.run(source, "cuda", only=options.only, end=options.end, options=told):
             yield found.row, found.device
         return
     for race in _races(suite, options):
