@@ -108,7 +108,11 @@ def backward(
     if all(lse.numel() == 0 for lse in lses) or shared.key.numel() == 0:
         tensors = dict(zip(SHARED, (shared.key, shared.value, shared.table, *shared.biases), strict=True))
         tensors |= {name: stream.query for name, (stream, _) in given.items()}
-        return {name: torch.zeros_like(x) for name, x in tensors.items() if name in wanted and x is not None}
+        return {
+            name: torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for name, x in tensors.items()
+            if name in wanted and x is not None
+        }
     call = _Call(shared, streams, outs, lses)
     planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
     summed = not wanted.isdisjoint(BIASES)

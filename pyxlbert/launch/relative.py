@@ -135,7 +135,7 @@ def with_zeros(
     """Fills in zeros for tensors that want a gradient and have none."""
     tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
     return found | {
-        name: torch.zeros_like(tensor)
+        name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         for name, tensor in zip(_names(queries), tensors, strict=True)
         if name in wanted and name not in found
     }
