@@ -24,7 +24,7 @@ help:
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
 	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage"
 	@echo "make bench     every op and the model against its peers"
-	@echo "make gpu       build, tests, compute-sanitizer and benchmarks on this machine's GPU; PART=test for one of them"
+	@echo "make gpu       build, tests, compute-sanitizer and races on this machine's GPU; PART=test for one of them, OUT= a folder"
 	@echo "make lint      ruff and clang-format"
 
 setup: $(VENV)/ready
@@ -117,7 +117,7 @@ bench: build $(VENV)/ready-bench
 
 # With a torch that is there and CUDA: nothing is installed, nothing downloaded.
 gpu:
-	@$(PYTHON) bench/gpu.py $(PART)
+	@$(PYTHON) bench/gpu.py $(PART) $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyxlbert/*.so

@@ -64,12 +64,23 @@ def sanitized_levels() -> list[str]:
     return os.environ.get("PYXLBERT_SANITIZE_LEVELS", ",".join(levels())).split(",")
 
 
-def ninja_file(output: Path) -> str:
-    import pybind11
+def pybind11_headers() -> str:
+    """Its own package's, or those that torch brings along."""
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
 
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")
+    brought = None if torch is None else Path(torch.origin).parent / "include"
+    if brought is None or not (brought / "pybind11").is_dir():
+        raise SystemExit("pyxlbert: pybind11 is missing: pip install pybind11")
+    return str(brought)
+
+
+def ninja_file(output: Path) -> str:
     # A relative path would be looked up from the build folder.
     include = (
-        f"-I{ROOT / 'csrc'} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} "
+        f"-I{ROOT / 'csrc'} -isystem {pybind11_headers()} -isystem {sysconfig.get_path('include')} "
         f"-isystem {sysconfig.get_path('platinclude')}"
     )
     common = "-std=c++20 -O3 -g1 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra"

@@ -103,5 +103,13 @@ def report(kernel: Any) -> dict[str, Any]:
     return found
 
 
+def stack(kernel: Any) -> int:
+    """Bytes of stack of a compiled kernel: the quick part of `report`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return int(re.search(r"STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))[1])
+
+
 def _tool(name: str, *options: str) -> str:
     return subprocess.run([TOOLS / name, *options], capture_output=True, text=True, check=True).stdout

@@ -36,7 +36,7 @@ from pyxlbert.files import whole_file
 from pyxlbert.testing.specs import SPECS
 
 # By the device that they run on.
-SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in", "training"), "cuda": ("gpu",)}
+SUITES = {"cpu": (*ops.SUITES, "lengths", "models", "text", "drop-in", "training"), "cuda": ("gpu", "decide")}
 # What they read of --data; they read --model too.
 NEED_DATA = dict.fromkeys(("text", "drop-in"), ("stsb/sts-dev.csv", "wikitext2/valid.txt"))
 NEED_DATA |= {"training": ("wikitext2/valid.txt",)}
@@ -294,8 +294,8 @@ def _rows(
     # A model's peak takes a minute for each contestant: if it is asked for.
     settings = replace(settings, memory=bool(options.memory)) if suite == "models" else settings
     if options.device == "cuda":
-        told = {"settings": settings}
-        for found in apart.run(on_gpu.races, "cuda", only=options.only, end=options.end, options=told):
+        told, source = {"settings": settings}, on_gpu.deciding if suite == "decide" else on_gpu.races
+        for found in apart.run(source, "cuda", only=options.only, end=options.end, options=told):
             yield found.row, found.device
         return
     for race in _races(suite, options):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyxlbert.bench.families import family_of
+from pyxlbert.bench.report import Row
 from pyxlbert.bench.timer import Contestants, Failed, Tell, Timing, nobody, running
 
 # (name, output); raises AssertionError where the output is not what is wanted.
@@ -40,6 +41,44 @@ class Settings:
     def wants(self, contestant: str) -> bool:
         """Whether it is timed."""
         return self.peers is None or contestant.startswith("pyxlbert") or family_of(contestant) in self.peers
+
+
+class Asked(NamedTuple):
+    """What a race is asked beside where it runs.
+
+    Attributes:
+        tell: is told whose answer is checked and whose turn it is.
+        without: contestants that are not called, and why.
+        settings: of the command.
+        cache_bytes: of the cache that copies of the inputs are larger than; None: the device's.
+    """
+
+    tell: Tell
+    without: Mapping[str, str]
+    settings: Settings
+    cache_bytes: int | None
+
+
+class Contested:
+    """A kind of race that a worker can run: see `apart`."""
+
+    def run(
+        self,
+        device: str = "cpu",
+        *,
+        tell: Tell = nobody,
+        without: Mapping[str, str] | None = None,
+        settings: Settings = Settings(),
+        cache_bytes: int | None = None,
+    ) -> Row:
+        """Checks the answers, then times those that were right on the CPU or on the GPU that is here ("cuda"); see
+        `Asked`.
+        """
+        return self.held(device, Asked(tell, without or {}, settings, cache_bytes))
+
+    def held(self, device: str, asked: Asked) -> Row:
+        """The race itself."""
+        raise NotImplementedError
 
 
 class Poisoned(RuntimeError):

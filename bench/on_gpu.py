@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pyxlbert.bench import ops
-from pyxlbert.bench.contest import Settings, contest
+from pyxlbert.bench.contest import Asked, Contested, contest
 from pyxlbert.bench.ops import Built, Call, Race
 from pyxlbert.bench.report import Row
 from pyxlbert.bench.sizes import xlnet_fields
-from pyxlbert.bench.timer import Contestants, Tell, Timing, nobody, race_on, running
+from pyxlbert.bench.timer import Contestants, Timing, race_on, running
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyxlbert
 from pyxlbert.backends import measured
@@ -25,6 +26,8 @@ from pyxlbert.testing.specs._attention import Scores
 from pyxlbert.testing.specs._spec import HALF, Case, Spec, Use
 
 ROUNDS = 51
+# Of the few that are to end within two minutes.
+DECIDING_ROUNDS = 21
 # Kernels of other packages, where they are installed.
 OTHERS = ("flash-attn", "Liger")
 
@@ -41,7 +44,7 @@ def with_compiled(race: Race) -> Race:
 
 
 @dataclass(frozen=True)
-class HostRace:
+class HostRace(Contested):
     """What a small call costs on the host: many of them in a row, while the GPU has less to do than the host."""
 
     spec: Spec
@@ -57,15 +60,9 @@ class HostRace:
         dtype = str(self.dtype).removeprefix("torch.")
         return Row("host time of a call", self.spec.name, dtype, timings, 25e-6, failed=failed)
 
-    def run(
-        self,
-        device: str,
-        *,
-        tell: Tell = nobody,
-        without: Mapping[str, str] | None = None,
-        settings: Settings = Settings(),  # noqa: B008, it is frozen
-    ) -> Row:
-        """See `Race`."""
+    def held(self, device: str, asked: Asked) -> Row:
+        """See `Contested`."""
+        tell, without, settings, _ = asked
         torch.manual_seed(0)
         with torch.device(device):
             built = ops.race_of(self.spec, self.case, self.dtype).build()
@@ -101,7 +98,7 @@ class HostRace:
 
 
 @dataclass(frozen=True)
-class ModelRace:
+class ModelRace(Contested):
     """BERT-base or XLNet-base in bfloat16, inference or a training step, against `transformers` as it is and compiled.
 
     One copy is enough: the weights are larger than the caches.
@@ -133,15 +130,9 @@ class ModelRace:
         """See `Race`."""
         return Row(self.name, self.case, "bfloat16", timings, note=note, failed=failed)
 
-    def run(
-        self,
-        device: str,
-        *,
-        tell: Tell = nobody,
-        without: Mapping[str, str] | None = None,
-        settings: Settings = Settings(),  # noqa: B008, it is frozen
-    ) -> Row:
+    def held(self, device: str, asked: Asked) -> Row:
         """Compares outputs with float32 `transformers`, then times."""
+        tell, without, settings, _ = asked
         hf, ours = self._models()
         lengths = torch.linspace(max(1, self.length * (2 * self.fill - 1)), self.length, self.batch).round().long()
         inputs = {"input_ids": torch.randint(1000, 30000, (self.batch, self.length)).to(device)}
@@ -257,11 +248,42 @@ def races(change: Callable[[Case], Case] = lambda case: case, layers: int = 12) 
     yield from _races(Use.GPU, (*rows, *scores), torch.float32, change)
 
 
-def _races(use: Use, names: Iterable[str], dtype: torch.dtype, change: Callable[[Case], Case]) -> Iterator[Race]:
+def with_flash(race: Race) -> Race:
+    """The race with SDPA's flash path beside the one that it takes by itself."""
+
+    def build() -> Built:
+        built = race.build()
+        usual = built.peers.get("SDPA")
+
+        def flash() -> Any:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return usual()
+
+        return built if usual is None else built._replace(peers=built.peers | {"SDPA, flash": flash})
+
+    return replace(race, build=build)
+
+
+def deciding(change: Callable[[Case], Case] = lambda case: case) -> Iterator[Race]:
+    """The twenty races of `python -m pyxlbert.bench decide`: attention and relative attention, forward and backward,
+    at every length, and the ops on rows; beside ours SDPA and its flash path, or PyTorch's calls, and FlexAttention.
+    """
+    scores, (half,) = ("attention", "relative_attention"), HALF
+    rows = [name for name in SPECS if name not in scores]
+    for use, names in ((Use.TARGET, scores), (Use.DECIDE, scores), (Use.DECIDE, rows)):
+        for spec, case in _in_turn(use, names, half):
+            race = ops.race_of(spec, change(case), half, DECIDING_ROUNDS, ("FlexAttention",))
+            yield with_flash(with_backends(race))
+
+
+def _in_turn(use: Use, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[Spec, Case]]:
     """Of every op in turn: a run that is out of time has met them all."""
     turns = [[(SPECS[name], case) for case in SPECS[name].used(use) if dtype in case.uses[use]] for name in names]
-    for turn in itertools.zip_longest(*turns):
-        for spec, case in (one for one in turn if one is not None):
-            # A compiler of attention would take longer than all races.
-            race = ops.race_of(spec, change(case), dtype, ROUNDS, OTHERS)
-            yield with_backends(race if isinstance(case.inputs, Scores) else with_compiled(race))
+    return (one for turn in itertools.zip_longest(*turns) for one in turn if one is not None)
+
+
+def _races(use: Use, names: Iterable[str], dtype: torch.dtype, change: Callable[[Case], Case]) -> Iterator[Race]:
+    for spec, case in _in_turn(use, names, dtype):
+        # A compiler of attention would take longer than all races.
+        race = ops.race_of(spec, change(case), dtype, ROUNDS, OTHERS)
+        yield with_backends(race if isinstance(case.inputs, Scores) else with_compiled(race))

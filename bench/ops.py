@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from pyxlbert.bench import limits, memory, relative, shapes, two_stream
-from pyxlbert.bench.contest import Check, Settings, contest, lazily, reason_of
+from pyxlbert.bench.contest import Asked, Check, Contested, contest, lazily, reason_of
 from pyxlbert.bench.extra import EXTRAS, with_extras
 from pyxlbert.bench.opponents import OPPONENTS, Bind, Call, Opponents, Peer, unchanged
 from pyxlbert.bench.report import Row, Work
-from pyxlbert.bench.timer import Tell, Timing, copies_for, nobody, race_on
+from pyxlbert.bench.timer import Timing, copies_for, race_on
 
 from pyxlbert.backends import OPS
 from pyxlbert.backends.presence import device_type
@@ -71,7 +71,7 @@ def _is_ours(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Race:
+class Race(Contested):
     """One race before it is run.
 
     Attributes:
@@ -98,28 +98,15 @@ class Race:
         dtype = str(self.dtype).removeprefix("torch.")
         return Row(self.subject, self.case, dtype, timings, limit, self.note, failed)
 
-    def run(
-        self,
-        device: str = "cpu",
-        *,
-        cache_bytes: int | None = None,
-        tell: Tell = nobody,
-        without: Mapping[str, str] | None = None,
-        settings: Settings = Settings(),  # noqa: B008, it is frozen
-    ) -> Row:
-        """Checks the answers, then times those that were right on the CPU or on the GPU that is here ("cuda").
-
-        Args:
-            device: "cpu" or "cuda".
-            cache_bytes: of the cache in which no inputs may stay; by default a GPU's second level, on the CPU none.
-            tell, without: see `contest`.
-            settings: what the command asks for.
+    def held(self, device: str, asked: Asked) -> Row:
+        """See `Contested`.
 
         Raises:
             Poisoned: see `contest`.
             ValueError: a race without a truth.
         """
         torch.manual_seed(0)
+        tell, without, settings, cache_bytes = asked
         rest = REST if settings.rest is None else settings.rest
         if "torch._dynamo" in sys.modules:
             # Or the second shape of a function is compiled for every shape.

@@ -3,33 +3,41 @@
     python -m pyxlbert.bench.tune [--write kernels/_configurations.py]      on a GPU: the fastest of the candidates
     python -m pyxlbert.bench.tune --compile 90 [--write ...]                anywhere: the first that needs no spills
     python -m pyxlbert.bench.tune --compile 90 --mend [--write ...]         only for those whose tile spills
+    python -m pyxlbert.bench.tune --compile 90 --check                      says which those are
 
 The table has a row per kernel, architecture, dtype's size, head size, and whether tiles have masks or dropout (`Key`).
-Rows of other architectures stay as they are; a row that says what an older architecture's does is left out.
+Rows of other architectures stay as they are; a row that says what an older architecture's does is left out.  Every row
+is written as it is found.  What compiling has shown is kept in a file beside the build, so that a run that was ended
+goes on where it was, and a later one compiles only what has changed since.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import fnmatch
+import hashlib
 import importlib
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from pyxlbert.bench import ahead
 from torch import Tensor
 
-from pyxlbert import backends
+from pyxlbert import backends, files
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Draw, Spec, Use
 
@@ -128,6 +136,34 @@ def _both_ways(spec: Spec, arguments: Arguments) -> None:
             torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True)
 
 
+class Asked(NamedTuple):
+    """Of a key the calls that meet it, and a fingerprint of all that its kernels are compiled from but for the tile."""
+
+    calls: list[Call]
+    fingerprint: str
+
+
+def source_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """A launch as the compiler sees it, without its tile: the source of the kernel and what it calls, and the kinds of
+    its arguments."""
+    given = {name: _kind(value) for name, value in options.items() if name not in Tile._fields}
+    # An interpreted kernel has no key; nothing is compiled from it.
+    source = getattr(kernel, "cache_key", kernel.__name__)
+    return repr((triton.__version__, source, [_kind(value) for value in arguments], sorted(given.items())))
+
+
+def _kind(value: Any) -> str:
+    """Of an argument what Triton compiles a kernel for: of a size whether it is 1, whether 16 divides it, its width."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_kind, value)) + ")"
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {value.data_ptr() % 16 == 0}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        # A negative one is no size but a constant.
+        return str(value) if value <= 1 else f"int {value % 16 == 0} {value < 2**31}"
+    return type(value).__name__ if isinstance(value, float) else repr(value)
+
+
 class Search:
     """Watches the launches of calls, and tries tiles on the kernel that is looked at.
 
@@ -143,7 +179,8 @@ class Search:
         self.wanted: Key | None = None
         self.candidate: Tile | None = None
         self.costs: list[float | None] = []
-        self.seen: dict[Key, None] = {}
+        # What every launch of a key is compiled from, in the order of the calls.
+        self.seen: dict[Key, list[str]] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -163,7 +200,6 @@ class Search:
         size, head_size = query.element_size(), query.shape[-1]
         padded = next(most for most in configurations.HEAD_SIZES if head_size <= most)
         self.now = Key(kernel, self.architecture, size, padded, extras)
-        self.seen[self.now] = None
         if self.now == self.wanted and self.candidate is not None:
             return self.candidate
         return configurations.row_for(kernel, _card(self.architecture), size, head_size, extras)
@@ -171,18 +207,25 @@ class Search:
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
     ) -> None:
+        if self.wanted is None:
+            self.seen.setdefault(self.now, []).append(source_of(kernel, arguments, options))
         if self.now == self.wanted:
             self.costs.append(self.judge(kernel, grid, arguments, options))
         elif self.run:
             kernel[grid](*arguments, **options)
 
-    def keys(self, calls: list[Call]) -> list[Key]:
-        """What the calls ask for."""
-        self.wanted, self.candidate, self.seen = None, None, {}
+    def keys(self, calls: list[Call]) -> dict[Key, Asked]:
+        """What the calls ask for, and of each key which of them do and what its kernels are compiled from."""
+        self.wanted, self.candidate, found = None, None, {}
         with self.watching():
             for call in calls:
+                self.seen = {}
                 call()
-        return list(self.seen)
+                for key, sources in self.seen.items():
+                    before = found.get(key, Asked([], ""))
+                    text = "\n".join([before.fingerprint, *sources])
+                    found[key] = Asked([*before.calls, call], hashlib.sha256(text.encode()).hexdigest())
+        return found
 
     def cost(self, key: Key, tile: Tile, calls: list[Call], most: float = math.inf) -> float | None:
         """The sum over all launches of the kernel, or None where one cannot be had or it comes to more than `most`."""
@@ -205,7 +248,7 @@ def compiled(architecture: int) -> Callable[..., float | None]:
 
     def judge(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
         found = kernel.warmup(*arguments, grid=grid, **options)
-        return None if found.metadata.shared > ahead.SHARED[architecture] else ahead.report(found)["stack"]
+        return None if found.metadata.shared > ahead.SHARED[architecture] else ahead.stack(found)
 
     return judge
 
@@ -233,6 +276,34 @@ def compiling_part(part: int, parts: int) -> Callable[..., float | None]:
     return judge
 
 
+_TABLE = re.compile(r"(^TABLE: dict\[Key, Tile\] = \{\n)(.*?)(^\}\n)", re.MULTILINE | re.DOTALL)
+
+
+def read_table(path: Path) -> dict[Key, Tile]:
+    """TABLE of the source file, which another search may have written since this one began.
+
+    Raises:
+        ValueError: there is no such table in the file.
+    """
+    found = _TABLE.findall(path.read_text(encoding="utf-8"))
+    if len(found) != 1:
+        raise ValueError(f"{path}: got no table, wanted one that begins with 'TABLE: dict[Key, Tile] = {{'")
+    rows = ast.parse("{" + found[0][1] + "}", mode="eval").body
+    if not isinstance(rows, ast.Dict):
+        return {}
+
+    def made(kind: type, call: Any) -> Any:
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        return kind(*map(ast.literal_eval, call.args), **named)
+
+    return {made(Key, key): made(Tile, tile) for key, tile in zip(rows.keys, rows.values, strict=True)}
+
+
+def write_rows(path: Path, rows: dict[Key, Tile]) -> None:
+    """Sets rows of TABLE in the source file and leaves the others; see `write_table`."""
+    write_table(path, read_table(path) | rows)
+
+
 def write_table(path: Path, table: dict[Key, Tile]) -> None:
     """Rewrites TABLE in the source file, whole or not at all.
 
@@ -253,44 +324,107 @@ def write_table(path: Path, table: dict[Key, Tile]) -> None:
             tile += f", maxnreg={maxnreg}"
         rows.append(f'    Key("{name}", {", ".join(str(n) for n in numbers)}): Tile({tile}),\n')
     text = path.read_text(encoding="utf-8")
-    new, count = re.subn(
-        r"(^TABLE: dict\[Key, Tile\] = \{\n).*?(^\}\n)",
-        lambda found: found[1] + "".join(rows) + found[2],
-        text,
-        flags=re.MULTILINE | re.DOTALL,
-    )
+    new, count = _TABLE.subn(lambda found: found[1] + "".join(rows) + found[3], text)
     if count != 1:
         raise ValueError(f"{path}: got no table, wanted one that begins with 'TABLE: dict[Key, Tile] = {{'")
-    part = path.with_suffix(".part")
-    part.write_text(new, encoding="utf-8")
-    part.replace(path)
+    with files.whole_file(path) as part:
+        part.write_text(new, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Searches, prints each row, and writes the table where it is told to."""
+class Kept:
+    """What compiling has shown of an architecture's tiles, in a file: a run that was ended goes on where it was.
+
+    Args:
+        path: the JSON file, made when the first tile is known; None: nothing is kept.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        found = files.read_json(path, dict) if path is not None and path.exists() else {}
+        try:
+            self.rows = {
+                name: (row["fingerprint"], {Tile(*tile): cost for tile, cost in row["costs"]})
+                for name, row in found.items()
+            }
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: got no file that a search for tiles has written ({error!r})") from None
+
+    def costs(self, key: Key, fingerprint: str) -> dict[Tile, float | None]:
+        """Of every tile that was compiled from what has this fingerprint; None: it cannot be had."""
+        known = self.rows.get(repr(tuple(key)))
+        return dict(known[1]) if known is not None and known[0] == fingerprint else {}
+
+    def keep(self, key: Key, fingerprint: str, costs: dict[Tile, float | None]) -> None:
+        """Writes what is known of a key, whole or not at all."""
+        if self.path is None:
+            return
+        self.rows[repr(tuple(key))] = (fingerprint, dict(costs))
+        rows = {
+            name: {"fingerprint": fingerprint, "costs": list(costs.items())}
+            for name, (fingerprint, costs) in self.rows.items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with files.whole_file(self.path) as part:
+            part.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command's, checked before anything is compiled."""
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", type=int, choices=ahead.ARCHITECTURES, help="no GPU: the first without spills")
     parser.add_argument("--mend", action="store_true", help="with --compile: rows whose tile needs no spills stay")
-    parser.add_argument("--kernels", default="", help="only those whose name begins with this text")
+    parser.add_argument("--check", action="store_true", help="with --compile: only says which rows' tiles spill")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="KERNEL", help="names, or patterns as '*_rows'")
     parser.add_argument("--head-sizes", type=int, nargs="+", default=[64, 128], choices=configurations.HEAD_SIZES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--plain", action="store_true", help="not for tiles with a mask, a bias, ranks or dropout")
     parser.add_argument("--tokens", type=int, default=8192, help="of a timed call, in sequences of 512 and of 2048")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead of timing")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no tile after so long")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help="the source file whose table is rewritten")
+    parser.add_argument("--state", type=Path, help="what --compile has found (default: build/tiles/ARCHITECTURE.json)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: got 1, wanted it unset: the interpreter has no tiles to choose")
-    if options.mend and options.compile is None:
-        parser.error("--mend: wanted --compile beside it")
-    if options.write is not None and not options.write.is_file():
+    for name in ("mend", "check", "state"):
+        if getattr(options, name) and options.compile is None:
+            parser.error(f"--{name}: wanted --compile beside it")
+    if options.check and options.write is not None:
+        parser.error("--check and --write: got both, and a check finds nothing to write")
+    kernels = {key.kernel for key in configurations.TABLE}
+    for pattern in options.only:
+        if not fnmatch.filter(kernels, pattern):
+            parser.error(f"--only: got {pattern!r}, wanted names or patterns of {', '.join(sorted(kernels))}")
+    if options.write is not None:
         # Known before the search, not after it.
-        parser.error(f"--write: got {options.write}, which is no file, wanted the one whose table is rewritten")
+        if not options.write.is_file():
+            parser.error(f"--write: got {options.write}, which is no file, wanted the one whose table is rewritten")
+        try:
+            read_table(options.write)
+        except ValueError as error:
+            parser.error(f"--write: {error}")
+    if options.compile is None and not torch.cuda.is_available():
+        parser.error("no CUDA device is here: give --compile ARCHITECTURE, or run where one is")
+    if options.compile is not None and options.state is None:
+        options.state = Path("build", "tiles", f"{options.compile}.json")
+    try:
+        options.kept = Kept(options.state)
+    except ValueError as error:
+        parser.error(f"--state: {error}")
+    options.end = time.monotonic() + options.seconds
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Searches, prints each row, and writes it where it is told to; 1 where a row's tile spills or finds no room."""
+    options = options_of(arguments)
     if options.compile is not None:
         architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
         ahead.compile_for(architecture)
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device is here: give --compile ARCHITECTURE, or run where one is")
     else:
         device, shapes, judge = "cuda", [(max(1, options.tokens // t), t) for t in (512, 2048)], timed
         architecture = configurations.card(torch.device(device, torch.cuda.current_device())).architecture
@@ -302,33 +436,83 @@ def main(arguments: list[str] | None = None) -> int:
             if any([job.wait() for job in jobs]):
                 raise RuntimeError("a process that compiles ahead failed")
     search = Search(architecture, judge, run=judge is timed)
-    table = dict(configurations.TABLE)
+    bad = 0
     for head_size in options.head_sizes:
         for dtype in options.dtypes:
             made = list(calls(head_size, DTYPES[dtype], shapes, device))
-            for key in search.keys(made):
-                if not key.kernel.startswith(options.kernels):
-                    continue
-                before = configurations.row_for(key.kernel, _card(architecture), key.bytes, head_size, key.extras)
-                costs: dict[Tile, float] = {}
-                for tile in ([before] if options.mend else []) + candidates(key.kernel, key.bytes):
-                    cost = search.cost(key, tile, made, min(costs.values(), default=math.inf))
-                    if cost is not None:
-                        costs[tile] = cost
-                    if cost == 0.0 and options.compile is not None:
-                        break
-                if options.part is not None or not costs:
-                    continue
-                best = min(costs, key=costs.__getitem__)
-                if not options.mend or best != before:
-                    # A smaller head size without rows of its own goes on taking a larger one's.
-                    table[key] = best
-                unit = "bytes of stack" if options.compile is not None else "ms"
-                was = f"{costs[before]:.3f}" if before in costs else "?"
-                print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)
-    if options.write is not None:
-        write_table(options.write, table)
-    return 0
+            wanted = {
+                key: asked
+                for key, asked in search.keys(made).items()
+                if any(fnmatch.fnmatch(key.kernel, pattern) for pattern in options.only)
+                and not (options.plain and key.extras)
+            }
+            # What is there first, of all of them: a run that is ended has said which rows need another tile.
+            if options.check or options.mend:
+                wanted = {key: asked for key, asked in wanted.items() if not _holds(search, key, asked, options)}
+            bad += len(wanted)
+            for key, asked in {} if options.check else wanted.items():
+                _search(search, key, asked, options)
+    return int(options.check and bad > 0)
+
+
+def _before(search: Search, key: Key) -> Tile:
+    return configurations.row_for(key.kernel, _card(search.architecture), key.bytes, key.head_size, key.extras)
+
+
+def _holds(search: Search, key: Key, asked: Asked, options: argparse.Namespace) -> bool:
+    """Whether the tile that is there needs no stack and fits."""
+    tile = _before(search, key)
+    costs = _tried(search, key, asked, [tile], options)
+    if tile not in costs:
+        print(f"{tuple(key)}: {tuple(tile)} not compiled, no time left", flush=True)
+        return True
+    if costs[tile] != 0:
+        why = "does not fit" if costs[tile] is None else f"{costs[tile]:.0f} bytes of stack"
+        print(f"{tuple(key)}: {tuple(tile)} {why}", flush=True)
+    return costs[tile] == 0
+
+
+def _tried(
+    search: Search, key: Key, asked: Asked, tiles: list[Tile], options: argparse.Namespace
+) -> dict[Tile, float | None]:
+    """What the tiles cost, one by one, until one is perfect or the time is over; what is known is not compiled again.
+
+    A timed one that would cost more than the best so far has None; a compiled one is looked at to its end, since it is
+    kept for other searches.
+    """
+    known = options.kept.costs(key, asked.fingerprint)
+    costs: dict[Tile, float | None] = {}
+    for tile in tiles:
+        if tile not in known:
+            if time.monotonic() > options.end:
+                break
+            least = min((cost for cost in costs.values() if cost is not None), default=math.inf)
+            most = math.inf if options.compile is not None else least
+            known[tile] = search.cost(key, tile, asked.calls, most)
+            options.kept.keep(key, asked.fingerprint, known)
+        costs[tile] = known[tile]
+        if options.compile is not None and costs[tile] == 0:
+            break
+    return costs
+
+
+def _search(search: Search, key: Key, asked: Asked, options: argparse.Namespace) -> None:
+    before = _before(search, key)
+    tiles = ([before] if options.mend else []) + candidates(key.kernel, key.bytes)
+    costs = {tile: cost for tile, cost in _tried(search, key, asked, tiles, options).items() if cost is not None}
+    if options.part is not None:
+        return
+    if not costs:
+        print(f"{tuple(key)}: none of the tiles can be had, or no time was left", flush=True)
+        return
+    # Of equals the first.
+    best = min(costs, key=costs.__getitem__)
+    unit = "bytes of stack" if options.compile is not None else "ms"
+    was = f"{costs[before]:.3f}" if before in costs else "?"
+    print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)
+    # A smaller head size without rows of its own goes on taking a larger one's.
+    if options.write is not None and not (options.mend and best == before):
+        write_rows(options.write, {key: best})
 
 
 if __name__ == "__main__":

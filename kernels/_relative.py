@@ -15,13 +15,14 @@ https://arxiv.org/abs/1906.08237, section 2.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.launch.relative import Shared
+from pyxlbert.launch.relative import BIASES, Shared
 from pyxlbert.launch.relative import Stream as Queries
 from pyxlbert.launch.rows import int32
 
@@ -114,44 +115,64 @@ class Stream:
         order = self.order[:, None].expand_as(lse)
         return torch.empty_like(lse).scatter_(2, order, lse) if back else lse.gather(2, order)
 
-    def backward(self, dout: Tensor, out: Tensor, lse: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Gradients by name; those of key and value in `dtype` or their own, of table and biases in float32."""
+    def backward(
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        wanted: Set[str],
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """Gradients by name, those that are wanted among them; a kernel whose gradients nobody wants is not launched.
+
+        Those of key and value are in `dtype` or their own, those of table and biases in float32.
+        """
         shared, device = self.shared, self.query.device
         dquery = torch.empty_like(self.query, memory_format=torch.contiguous_format)
-        dkey, dvalue = (
-            torch.empty_like(x, dtype=dtype or x.dtype, memory_format=torch.contiguous_format)
-            for x in (shared.key, shared.value)
-        )
-        table_shape = (self.tables, self.table.rows, self.heads, self.head_size)
-        dtable = torch.empty(table_shape, dtype=torch.float32, device=device)
+        found = {}
+        if wanted & {"key", "value"}:
+            found |= {
+                name: torch.empty_like(x, dtype=dtype or x.dtype, memory_format=torch.contiguous_format)
+                for name, x in (("key", shared.key), ("value", shared.value))
+            }
+        if "table" in wanted:
+            size = (self.tables, self.table.rows, self.heads, self.head_size)
+            found["table"] = torch.empty(size, dtype=torch.float32, device=device)
         if lse.numel() == 0 or shared.key.numel() == 0:
             parts = torch.zeros(self.heads, 5, self.head_size, device=device)
-            found = {"query": dquery, "key": dkey, "value": dvalue, "table": dtable}
-            return {name: x.zero_() for name, x in found.items()} | _biases(parts)
+            return {name: x.zero_() for name, x in (found | {"query": dquery}).items()} | _biases(parts)
         given = (self.call, rows_of(self.sorted(dout)))
         saved = saved_of(self._statistics(lse))
         options = self.options("relative_bwd_rows")
         grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
         launch(bwd_rows, grid, device, *given, rows_of(self.sorted(out)), saved, **options)
-        options = self.options("relative_bwd_keys")
-        grid = grid_of(self.sizes.keys, options["BLOCK_N"], self.planes)
-        launch(bwd_keys, grid, device, *given, saved, rows_of(dkey), rows_of(dvalue), **options)
+        if "key" in found:
+            options = self.options("relative_bwd_keys")
+            grid = grid_of(self.sizes.keys, options["BLOCK_N"], self.planes)
+            launch(bwd_keys, grid, device, *given, saved, rows_of(found["key"]), rows_of(found["value"]), **options)
         # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.  For
         # that much at once long rows of float32 would not fit a thread's registers.
-        atomic = backends.atomics_allowed() and (self.query.element_size() == 2 or self.head_size <= 64)
-        options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
-        grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
-        blocks = grid[0] // self.planes
-        parts = torch.empty(self.planes, blocks, 5, self.head_size, dtype=torch.float32, device=device)
-        added = dtable.zero_() if atomic else None
-        launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
-        if not atomic:
+        atomic = "table" in wanted and backends.atomics_allowed()
+        atomic = atomic and (self.query.element_size() == 2 or self.head_size <= 64)
+        summed = not wanted.isdisjoint(BIASES)
+        parts = None
+        if atomic or summed or "query" in wanted:
+            options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
+            grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
+            if summed:
+                size = (self.planes, grid[0] // self.planes, 5, self.head_size)
+                parts = torch.empty(size, dtype=torch.float32, device=device)
+            added = found["table"].zero_() if atomic else None
+            launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
+        if "table" in wanted and not atomic:
             options = self.options("relative_bwd_table")
             grid = grid_of(self.table.rows, options["BLOCK_N"], self.tables * self.heads)
-            launch(bwd_table, grid, device, *given, saved, dtable, **options)
-        sums = parts.view(-1, self.heads, blocks, 5, self.head_size).sum((0, 2))
-        found = {"query": self.unsorted(dquery), "key": dkey, "value": dvalue, "table": dtable}
-        return found | _biases(sums)
+            launch(bwd_table, grid, device, *given, saved, found["table"], **options)
+        if "query" in wanted:
+            found["query"] = self.unsorted(dquery)
+        if parts is None:
+            return found
+        return found | _biases(parts.view(-1, self.heads, *parts.shape[1:]).sum((0, 2)))
 
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:

@@ -174,12 +174,13 @@ def bwd_queries(
         other_vector = load_vector(call.biases.embedding, call.sizes.heads + at.h, D, BLOCK_D)[None, :]
         dq_segment = g_same[:, None] * same_vector + g_other[:, None] * other_vector
         store_rows(dquery, at, dq_content + dq_position + dq_segment, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-        if call.marks.query_segments is not None:
+        if call.marks.query_segments is not None and parts is not None:
             # Loaded again, as registers are short in the loop.
             wide = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D).to(tl.float32)
             wide = tl.where(lines.there[:, None], wide, 0.0)
-    # Blocks behind a packed sequence add zeros.
-    store_parts(call, at, parts, dq_content, dq_position, g_same, g_other, wide, D, BLOCK_D)
+    if parts is not None:
+        # Blocks behind a packed sequence add zeros.
+        store_parts(call, at, parts, dq_content, dq_position, g_same, g_other, wide, D, BLOCK_D)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ._launch import launch
 
 _TILE = 4096  # elements
 _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to read again
+_SUMMED_COLUMNS = 32  # of a program, which is a row of 128 bytes: few, so that there are programs for every processor
 
 
 class Tile(NamedTuple):
@@ -65,36 +66,47 @@ def parts_of(rows: int, tile: Tile) -> tuple[int, int]:
     return -(-rows // each), each
 
 
-def partial_sums(parts: int, columns: int, sums: int, device: torch.device) -> Tensor:
-    """float32 `[sums, parts, N]`, not initialised."""
-    return torch.empty(sums, parts, columns, dtype=torch.float32, device=device)
+class Outs(NamedTuple):
+    """What sums over rows are rounded to and stored in, `[N]` each; None behind the last."""
+
+    first: Tensor
+    second: Tensor | None = None
+    third: Tensor | None = None
 
 
-def sum_parts(partial: Tensor, out: Tensor) -> None:
-    """out `[N]` = the sum of partial `[parts, N]`, in the order of the parts."""
-    parts, columns = partial.shape
-    width = 128
-    launch(
-        _sum_parts,
-        (triton.cdiv(columns, width),),
-        out.device,
-        *(partial, out, parts, columns),
-        BLOCK_P=16,
-        BLOCK_N=width,
-        num_warps=4,
-    )
+def partial_sums(parts: int, columns: int, sums: int, device: torch.device) -> Tensor | None:
+    """float32 `[sums, parts, N]`, not initialised; None where there is no sum."""
+    return torch.empty(sums, parts, columns, dtype=torch.float32, device=device) if sums else None
+
+
+def sum_parts(partial: Tensor | None, *outs: Tensor) -> None:
+    """outs `[N]` = the sums of partial `[sums, parts, N]`, in one launch, in an order that follows from the sizes."""
+    if partial is None:
+        return
+    sums, parts, columns = partial.shape
+    grid = (sums * triton.cdiv(columns, _SUMMED_COLUMNS),)
+    sizes = {"BLOCK_P": 64, "BLOCK_N": _SUMMED_COLUMNS}
+    launch(_sum_parts, grid, partial.device, partial, Outs(*outs), parts, columns, **sizes, num_warps=4)
 
 
 @triton.jit
-def _sum_parts(partial, out, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _sum_parts(partial, outs, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    blocks = tl.cdiv(columns, BLOCK_N)
+    number = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < columns
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    base = partial + number.to(tl.int64) * parts * columns
+    shares = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for first in range(0, parts, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)
         taken = (part < parts)[:, None] & inside[None, :]
-        total += tl.load(partial + part[:, None].to(tl.int64) * columns + column[None, :], mask=taken, other=0.0)
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
+        shares += tl.load(base + part[:, None].to(tl.int64) * columns + column[None, :], mask=taken, other=0.0)
+    total = tl.sum(shares, 0)
+    tl.store(outs.first + column, total.to(outs.first.dtype.element_ty), mask=inside & (number == 0))
+    if outs.second is not None:
+        tl.store(outs.second + column, total.to(outs.second.dtype.element_ty), mask=inside & (number == 1))
+    if outs.third is not None:
+        tl.store(outs.third + column, total.to(outs.third.dtype.element_ty), mask=inside & (number == 2))
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def bias_gelu_bwd(call: Any) -> tuple[Tensor, Tensor]:
         return dx, dbias.zero_()
     count, tile = dx.numel() // columns, tile_of(columns)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 1, call.x.device) if call.needs_bias else None
+    partial = partial_sums(parts, columns, 1 if call.needs_bias else 0, call.x.device)
     launch(
         _bwd,
         (parts,),
@@ -73,8 +73,7 @@ def bias_gelu_bwd(call: Any) -> tuple[Tensor, Tensor]:
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
     )
-    if call.needs_bias:
-        sum_parts(partial[0], dbias)
+    sum_parts(partial, dbias)
     return dx, dbias
 
 

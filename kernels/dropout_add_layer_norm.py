@@ -74,8 +74,11 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
         return dx, dresidual, dweight.zero_(), dbias.zero_(), dx_bias.zero_()
     count, tile = call.mean.numel(), tile_of(columns, each=16)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 2, call.s.device) if call.needs_parameters else None
-    partial_bias = partial_sums(parts, columns, 1, call.s.device) if call.needs_x_bias else None
+    outs = (dweight, dbias) if call.needs_parameters else ()
+    outs += (dx_bias,) if call.needs_x_bias else ()
+    sums = partial_sums(parts, columns, len(outs), call.s.device)
+    partial = sums if call.needs_parameters else None
+    partial_bias = sums[-1:] if call.needs_x_bias else None
     launch(
         _bwd,
         (parts,),
@@ -87,11 +90,7 @@ def dropout_add_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
         BLOCK_N=max(4, tile.columns),
         num_warps=tile.warps,
     )
-    if call.needs_parameters:
-        sum_parts(partial[0], dweight)
-        sum_parts(partial[1], dbias)
-    if call.needs_x_bias:
-        sum_parts(partial_bias[0], dx_bias)
+    sum_parts(sums, *outs)
     return dx, dresidual, dweight, dbias, dx_bias
 
 

@@ -104,7 +104,7 @@ def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
     else:
         count, tile = call.mean.numel(), tile_of(columns, each=16)
         parts, each = parts_of(count, tile)
-        partial = partial_sums(parts, columns, 2, device) if call.needs_parameters else None
+        partial = partial_sums(parts, columns, 2 if call.needs_parameters else 0, device)
         launch(
             _bwd,
             (parts,),
@@ -116,9 +116,7 @@ def embedding_layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
             BLOCK_N=max(4, tile.columns),
             num_warps=tile.warps,
         )
-        if call.needs_parameters:
-            sum_parts(partial[0], dweight)
-            sum_parts(partial[1], dbias)
+        sum_parts(partial, dweight, dbias)
 
     def scatter(table: Tensor | None, needed: bool, index: Tensor | None, skip: int = -1) -> Tensor:
         if table is None or not needed:

@@ -69,7 +69,7 @@ def layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
         return dx, dweight.zero_(), dbias.zero_()
     count, tile = call.mean.numel(), tile_of(columns)
     parts, each = parts_of(count, tile)
-    partial = partial_sums(parts, columns, 2, call.x.device) if call.needs_parameters else None
+    partial = partial_sums(parts, columns, 2 if call.needs_parameters else 0, call.x.device)
     launch(
         _bwd,
         (parts,),
@@ -92,9 +92,7 @@ def layer_norm_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
     )
-    if call.needs_parameters:
-        sum_parts(partial[0], dweight)
-        sum_parts(partial[1], dbias)
+    sum_parts(partial, dweight, dbias)
     return dx, dweight, dbias
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyxlbert.launch.relative import gradients_in_order, relative_call
+from pyxlbert.launch.relative import gradients_in_order, relative_call, wanted_gradients
 
 from ._configurations import refusal_of_heads
 from ._relative import Stream
@@ -28,5 +28,6 @@ def relative_attention_bwd(call: Any) -> tuple[Tensor, ...]:
     Each has its tensor's shape and dtype, or is empty where its flag in `needs` is False.
     """
     shared, stream = relative_call(call)
-    found = Stream(shared, stream).backward(call.dout, call.out, call.lse)
+    wanted = wanted_gradients((call.query,), shared, call.needs)
+    found = Stream(shared, stream).backward(call.dout, call.out, call.lse, wanted) if wanted else {}
     return gradients_in_order(found, (call.query,), shared, call.needs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.launch.relative import gradients_in_order, two_stream_call, with_zeros
+from pyxlbert.launch.relative import SHARED, gradients_in_order, two_stream_call, wanted_gradients, with_zeros
 
 from ._relative import Stream
 from .relative_attention import supports
@@ -34,14 +34,17 @@ def two_stream_attention_bwd(call: Any) -> tuple[Tensor, ...]:
     shared, streams = two_stream_call(call)
     given = ((call.dcontent, call.content, call.content_lse), (call.dquery, call.query, call.query_lse))
     both = call.dcontent is not None and call.dquery is not None
+    queries = (call.content_query, call.query_query)
+    wanted = wanted_gradients(queries, shared, call.needs)
     found: dict[str, Tensor] = {}
     for name, stream, (dout, out, lse) in zip(("query", "second"), streams, given, strict=True):
-        if dout is None:
-            found[name] = torch.zeros_like(stream.query)
+        own = wanted.intersection(SHARED) | ({"query"} if name in wanted else set())
+        if dout is None or not own:
             continue
-        gradients = Stream(shared, stream).backward(dout, out, lse, torch.float32 if both else None)
-        found[name] = gradients.pop("query")
-        for own, gradient in gradients.items():
-            found[own] = found[own] + gradient if own in found else gradient
-    queries = (call.content_query, call.query_query)
-    return gradients_in_order(with_zeros(found, shared), queries, shared, call.needs)
+        gradients = Stream(shared, stream).backward(dout, out, lse, own, torch.float32 if both else None)
+        if name in wanted:
+            found[name] = gradients["query"]
+        for common in wanted.intersection(SHARED):
+            gradient = gradients[common]
+            found[common] = found[common] + gradient if common in found else gradient
+    return gradients_in_order(with_zeros(found, queries, shared, wanted), queries, shared, call.needs)

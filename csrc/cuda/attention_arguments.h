@@ -34,7 +34,7 @@ struct Stream {
     Heads dout;
     float* delta;              // like lse: the sum of dout * out
     float* lse_correction;     // like lse: what it is short of the logarithm of the weights' sum
-    void* dquery;              // like the query, contiguous
+    void* dquery;              // like the query, contiguous; null: nobody needs it, and parts is null too
     void *content, *position;  // relative_attention: the query with either bias, like the query, contiguous
     float* parts;              // [B * H, windows, 5, D], or null: sums over queries for the biases' gradients
 };
@@ -60,8 +60,8 @@ struct AttentionCall {
     int streams;
     Stream stream[2];
     // Backward.
-    void *dkey, *dvalue;  // contiguous
-    float* dtable;        // [tables, table_rows, H, D]
+    void *dkey, *dvalue;  // contiguous; both null: nobody needs them
+    float* dtable;        // [tables, table_rows, H, D], or null
     void* dbias;          // in bias's dtype, contiguous, or null
     std::int64_t dbias_shape[4];
 };

@@ -30,9 +30,12 @@ void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
         launch<attention_bwd_rows<W>, W::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
     });
-    launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS, stream,
-                                                       a);
+    // Gradients that nobody needs have no address.
+    if (a.dkey != nullptr)
+        launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS,
+                                                           stream, a);
     for_each_stream(a, [&](const AttentionCall& one) {
+        if (one.stream[0].dquery == nullptr) return;
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
         using Q = QueriesTile<W>;
         launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);

@@ -56,7 +56,11 @@ struct KeysSide {
                              !(C::EXTRAS && (a.relative.uniform_rows || stream.options.see_self));
         return bounded ? max(first_j - s.shift, 0) / C::BM : 0;
     }
+    // Where a row without any key averages over all of them, all of them are read.
+    DEVICE int readable() const { return C::EXTRAS && a.relative.uniform_rows ? s.extent : s.keys; }
     DEVICE int last(const Step& step) const {
+        // Keys past the length meet nobody.
+        if (first_j >= readable()) return 0;
         const Stream& stream = a.stream[step.stream];
         return stream.positions == nullptr
                    ? ceil_div(min(stream.rows, s.queries == a.queries ? stream.rows : s.queries), C::BM)
@@ -154,9 +158,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
             masks_of(a, a.stream[threadIdx.x], s, b, h);
     __syncthreads();
     KeysSide<C> side(a, s, b, h, first_j);
-    const bool uniform_rows = C::EXTRAS && a.relative.uniform_rows;
-    const int readable = uniform_rows ? s.extent : s.keys;
-    const std::int32_t* hidden = C::EXTRAS && !uniform_rows ? side.masks(0).key_rank : nullptr;
+    const int readable = side.readable();
+    const std::int32_t* hidden = C::EXTRAS && !a.relative.uniform_rows ? side.masks(0).key_rank : nullptr;
     load_rows<T, C::D, C::BK, C::THREADS>(side.keys, plane_of<T>(a.key, b, h, s.start), a.key.row, first_j, readable,
                                           a.head_size, hidden);
     load_rows<T, C::D, C::BK, C::THREADS>(side.values, plane_of<T>(a.value, b, h, s.start), a.value.row, first_j,

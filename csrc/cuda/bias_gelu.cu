@@ -144,7 +144,9 @@ void launch_bias_gelu_bwd(const BiasGeluBwd& a, CudaStream stream) {
                                                          a);
         });
     });
-    if (a.partial != nullptr) launch_sum_parts(a.partial, a.parts, a.columns, a.dbias, stream);
+    PartSums sums;
+    sums.add(a.partial, a.dbias);
+    launch_sum_parts(sums, a.parts, a.columns, stream);
 }
 
 }  // namespace pyxlbert::cuda

@@ -179,11 +179,10 @@ void launch_dropout_add_layer_norm_bwd(const DropoutAddLayerNormBwd& a, CudaStre
                                                                          make_dropout(a.dropout_p, a.seed));
         });
     });
-    if (a.partial != nullptr) {
-        launch_sum_parts(a.partial, a.parts, a.columns, a.dweight, stream);
-        launch_sum_parts(a.partial + a.parts * a.columns, a.parts, a.columns, a.dbias, stream);
-    }
-    if (a.partial_bias != nullptr) launch_sum_parts(a.partial_bias, a.parts, a.columns, a.dx_bias, stream);
+    PartSums sums;
+    sums.add_both(a.partial, a.parts * a.columns, a.dweight, a.dbias);
+    sums.add(a.partial_bias, a.dx_bias);
+    launch_sum_parts(sums, a.parts, a.columns, stream);
 }
 
 }  // namespace pyxlbert::cuda

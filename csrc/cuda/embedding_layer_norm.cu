@@ -234,10 +234,9 @@ void launch_embedding_layer_norm_bwd(const EmbeddingLayerNormBwd& a, CudaStream 
                                                                        stream, a, make_dropout(a.dropout_p, a.seed));
         });
     });
-    if (a.partial != nullptr) {
-        launch_sum_parts(a.partial, a.parts, columns, a.dweight, stream);
-        launch_sum_parts(a.partial + a.parts * columns, a.parts, columns, a.dbias, stream);
-    }
+    PartSums sums;
+    sums.add_both(a.partial, a.parts * columns, a.dweight, a.dbias);
+    launch_sum_parts(sums, a.parts, columns, stream);
 }
 
 void launch_scatter(const Scatter& a, CudaStream stream) {

@@ -102,10 +102,9 @@ void launch_layer_norm_bwd(const LayerNormBwd& a, CudaStream stream) {
             launch<layer_norm_bwd<T, S>, S::SHARED_FOR_SUMS>(blocks_of(a.rows, a.each), S::BLOCK, stream, a);
         });
     });
-    if (a.partial != nullptr) {
-        launch_sum_parts(a.partial, a.parts, a.columns, a.dweight, stream);
-        launch_sum_parts(a.partial + a.parts * a.columns, a.parts, a.columns, a.dbias, stream);
-    }
+    PartSums sums;
+    sums.add_both(a.partial, a.parts * a.columns, a.dweight, a.dbias);
+    launch_sum_parts(sums, a.parts, a.columns, stream);
 }
 
 }  // namespace pyxlbert::cuda

@@ -183,6 +183,7 @@ constexpr std::size_t shared_of_table() {
 template <class T, int D, bool EXTRAS, bool SMALL>
 void launch_relative_bwd_of(const AttentionCall& a, CudaStream stream) {
     launch_attention_bwd_of<T, D, true, EXTRAS, SMALL>(a, stream);
+    if (a.dtable == nullptr) return;
     using S = SumTile<T, D, EXTRAS, true, SMALL>;
     static_assert(shared_of_table<S>() <= (TILES_DIFFER<T, D, true> && !SMALL ? MAX_SHARED : MIN_SHARED));
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);

@@ -199,8 +199,30 @@ DEVICE void store_sum(float* partial, const float (&x)[S::VECTORS][S::VEC], int 
     }
 }
 
-// out [N] = the sum of partial [parts, N], in the order of the parts.
-void launch_sum_parts(const float* partial, std::int64_t parts, std::int64_t columns, const Sum& out,
-                      CudaStream stream);
+// out [N] = the sum of partial [parts, N].
+struct PartSum {
+    const float* partial;
+    Sum out;
+};
+
+// What one launch adds up.
+struct PartSums {
+    PartSum sums[3];
+    int count = 0;
+
+    // partial null: nobody needs the sum.
+    void add(const float* partial, const Sum& out) {
+        if (partial != nullptr) sums[count++] = {partial, out};
+    }
+
+    // dweight and dbias of partial [2, parts, N], or null.
+    void add_both(const float* partial, std::int64_t size, const Sum& dweight, const Sum& dbias) {
+        add(partial, dweight);
+        add(partial == nullptr ? nullptr : partial + size, dbias);
+    }
+};
+
+// All of a call's sums over rows, in an order that follows from the sizes; nothing where there is none.
+void launch_sum_parts(const PartSums& sums, std::int64_t parts, std::int64_t columns, CudaStream stream);
 
 }  // namespace pyxlbert::cuda

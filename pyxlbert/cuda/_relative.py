@@ -11,7 +11,7 @@ from pyxlbert import backends
 from pyxlbert.cuda._attention import in_place, native_call, padded, whole_vectors
 from pyxlbert.cuda._launch import dtype_of, launch, shared_memory
 from pyxlbert.launch.attention import lse_of, strides
-from pyxlbert.launch.relative import SHARED, Shared, Stream
+from pyxlbert.launch.relative import BIASES, SHARED, Shared, Stream
 from pyxlbert.launch.rows import DTYPE, address, int32
 
 
@@ -89,58 +89,70 @@ def _results(shared: Shared, stream: Stream) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    shared: Shared, streams: list[Stream], results: list[tuple[Tensor, Tensor, Tensor]]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients of each stream's query, and by name those of what streams share: of table and biases in float32.
+    shared: Shared, given: dict[str, tuple[Stream, tuple[Tensor, Tensor, Tensor]]], wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """Gradients by name, all that are wanted and maybe others: of table and biases in float32.
+
+    What nobody wants has no address, and kernels that compute nothing else are not launched.
 
     Args:
-        results: dout, out and lse of each stream.
+        given: of each stream by the name of its query's gradient: its queries; dout, out and lse.
+        wanted: see `pyxlbert.launch.relative.wanted_gradients`.
     """
+    streams, results = [stream for stream, _ in given.values()], [results for _, results in given.values()]
     query = streams[0].query
     heads, head_size = query.shape[-2:]
     columns, device = whole_vectors(head_size), query.device
     lses = [lse.contiguous() for _, _, lse in results]
     outs = [in_place(padded(out, columns)).contiguous() for _, out, _ in results]
-    tables = shared.table.shape[0] if shared.table.dim() == 4 else 1
-    dqueries = [torch.zeros_like(out) if s.positions is not None else torch.empty_like(out)
-                for s, out in zip(streams, outs, strict=True)]  # fmt: skip
-    dkey, dvalue = (x.new_empty((*x.shape[:-1], columns)) for x in (shared.key, shared.value))
-    dtable = torch.empty(tables, shared.table.shape[-3], heads, columns, dtype=torch.float32, device=device)
     if all(lse.numel() == 0 for lse in lses) or shared.key.numel() == 0:
-        for x in (*dqueries, dkey, dvalue, dtable):
-            x.zero_()
-        sums = torch.zeros(heads, 5, columns, device=device)
-        return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
+        tensors = dict(zip(SHARED, (shared.key, shared.value, shared.table, *shared.biases), strict=True))
+        tensors |= {name: stream.query for name, (stream, _) in given.items()}
+        return {
+            name: torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for name, x in tensors.items()
+            if name in wanted and x is not None
+        }
     call = _Call(shared, streams, outs, lses)
     planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
-    parts = []
-    for n, (stream, (dout, _, _), lse) in enumerate(zip(call.streams, results, lses, strict=True)):
+    summed = not wanted.isdisjoint(BIASES)
+    found, parts = {}, []
+    for n, (name, stream, (dout, _, _), lse) in enumerate(zip(given, call.streams, results, lses, strict=True)):
         dout = in_place(padded(dout, columns))
         workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
-        rows = _rows(shared, streams[n].query)
-        positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
-        windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions, shared_memory(device))
-        parts.append(torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device))
+        dquery, part = None, None
+        if summed or name in wanted:
+            dquery = torch.empty_like(outs[n]) if streams[n].positions is None else torch.zeros_like(outs[n])
+            found[name] = dquery
+        if summed:
+            rows = _rows(shared, streams[n].query)
+            positions = rows if streams[n].positions is None or rows == 0 else shared.offset + 1
+            room = shared_memory(device)
+            windows = backends.cuda_kernels.windows_of_parts(DTYPE[query.dtype], columns, positions, room)
+            part = torch.empty(planes, windows, 5, columns, dtype=torch.float32, device=device)
+            parts.append(part)
         delta, lse_correction, content, position = (x.data_ptr() for x in workspace)
         stream.gradients(
-            *(dout.data_ptr(), strides(dout), delta, lse_correction, dqueries[n].data_ptr(), content, position),
-            parts[n].data_ptr(),
+            *(dout.data_ptr(), strides(dout), delta, lse_correction, address(dquery), content, position),
+            address(part),
         )
         call.keep += [dout, workspace]
+    if wanted & {"key", "value"}:
+        found |= {name: x.new_empty((*x.shape[:-1], columns)) for name, x in zip(SHARED, shared[:2], strict=False)}
+    if "table" in wanted:
+        tables = shared.table.shape[0] if shared.table.dim() == 4 else 1
+        size = (tables, shared.table.shape[-3], heads, columns)
+        found["table"] = torch.empty(size, dtype=torch.float32, device=device)
     native = call.build()
-    native.gradients(dkey.data_ptr(), dvalue.data_ptr(), dtable.data_ptr(), 0, (0, 0, 0, 0))
+    native.gradients(*(address(found.get(name)) for name in ("key", "value", "table")), 0, (0, 0, 0, 0))
     launch("relative_attention_bwd", device, native)
-    sums = sum(part.view(planes // heads, heads, *part.shape[1:]).sum((0, 2)) for part in parts)
-    return _cut(dqueries, head_size), _shared(dkey, dvalue, dtable, sums, head_size)
+    if summed:
+        found |= _biases(sum(part.view(planes // heads, heads, *part.shape[1:]).sum((0, 2)) for part in parts))
+    return {name: x if x.shape[-1] == head_size else x[..., :head_size].contiguous() for name, x in found.items()}
 
 
-def _cut(tensors: list[Tensor], head_size: int) -> list[Tensor]:
-    return [x if x.shape[-1] == head_size else x[..., :head_size].contiguous() for x in tensors]
-
-
-def _shared(dkey: Tensor, dvalue: Tensor, dtable: Tensor, sums: Tensor, head_size: int) -> dict[str, Tensor]:
-    dkey, dvalue, dtable, sums = _cut([dkey, dvalue, dtable, sums], head_size)
+def _biases(sums: Tensor) -> dict[str, Tensor]:
+    """`[H, 5, D]`, what the kernel of dquery adds up, by name."""
     # Each a tensor of its own: what an op returns shares no memory.
     content, position, segment, same, other = (x.clone(memory_format=torch.contiguous_format) for x in sums.unbind(1))
-    found = (dkey, dvalue, dtable, content, position, segment, torch.stack([same, other]))
-    return dict(zip(SHARED, found, strict=True))
+    return dict(zip(BIASES, (content, position, segment, torch.stack([same, other])), strict=True))

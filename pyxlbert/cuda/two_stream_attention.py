@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyxlbert.cuda._attention import refusal_of_heads
 from pyxlbert.cuda._relative import backward, forward
-from pyxlbert.launch.relative import gradients_in_order, two_stream_call, with_zeros
+from pyxlbert.launch.relative import gradients_in_order, two_stream_call, wanted_gradients, with_zeros
 
 supports = refusal_of_heads
 
@@ -27,12 +26,9 @@ def two_stream_attention_bwd(call: Any) -> tuple[Tensor, ...]:
     """
     shared, streams = two_stream_call(call)
     given = ((call.dcontent, call.content, call.content_lse), (call.dquery, call.query, call.query_lse))
-    there = [n for n in (0, 1) if given[n][0] is not None]
     queries = (call.content_query, call.query_query)
-    found = {name: torch.zeros_like(x) for name, x in zip(("query", "second"), queries, strict=True)}
-    if there:
-        own, common = backward(shared, [streams[n] for n in there], [given[n] for n in there])
-        for n, gradient in zip(there, own, strict=True):
-            found[("query", "second")[n]] = gradient
-        found |= common
-    return gradients_in_order(with_zeros(found, shared), queries, shared, call.needs)
+    wanted = wanted_gradients(queries, shared, call.needs)
+    named = zip(("query", "second"), streams, given, strict=True)
+    there = {name: (stream, results) for name, stream, results in named if results[0] is not None}
+    found = backward(shared, there, wanted) if there and wanted else {}
+    return gradients_in_order(with_zeros(found, queries, shared, wanted), queries, shared, call.needs)

@@ -14,6 +14,8 @@ from pyxlbert.launch.attention import QUERY_STREAM, RELATIVE_ATTENTION, ScoreOpt
 # The gradients of what streams share, in the order of the ops' results; before them those of "query" and, of a second
 # stream, "second".
 SHARED = ("key", "value", "table", "content", "position", "segment", "embedding")
+# Those that are sums over all queries.
+BIASES = SHARED[3:]
 
 
 class Shared(NamedTuple):
@@ -91,21 +93,32 @@ def _shared(call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool)
     )
 
 
+def wanted_gradients(queries: tuple[Tensor, ...], shared: Shared, needs: list[bool]) -> frozenset[str]:
+    """The names of what `gradients_in_order` is asked for: nothing else need be computed."""
+    tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
+    return frozenset(
+        name for name, tensor, need in zip(_names(queries), tensors, needs, strict=True) if need and tensor is not None
+    )
+
+
+def _names(queries: tuple[Tensor, ...]) -> tuple[str, ...]:
+    return (*("query", "second")[: len(queries)], *SHARED)
+
+
 def gradients_in_order(
     found: dict[str, Tensor], queries: tuple[Tensor, ...], shared: Shared, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of the ops' results, each shaped and rounded as its tensor; empty where none is needed.
 
     Args:
-        found: by name; "query" and, of two streams, "second", and those of SHARED.
+        found: by name; "query" and, of two streams, "second", and those of SHARED, as far as they are needed.
         queries: of the streams.
         needs: a flag for each of queries, key, value, table, biases.
     """
-    names = (*("query", "second")[: len(queries)], *SHARED)
     tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
     return tuple(
         _like(found[name], tensor) if need and tensor is not None else queries[0].new_empty(0)
-        for name, tensor, need in zip(names, tensors, needs, strict=True)
+        for name, tensor, need in zip(_names(queries), tensors, needs, strict=True)
     )
 
 
@@ -116,13 +129,15 @@ def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
     return gradient if gradient.dtype is tensor.dtype else gradient.to(tensor.dtype)
 
 
-def with_zeros(found: dict[str, Tensor], shared: Shared) -> dict[str, Tensor]:
-    """Fills in zeros for shared tensors without a gradient."""
-    tensors = (shared.key, shared.value, shared.table, *shared.biases)
+def with_zeros(
+    found: dict[str, Tensor], queries: tuple[Tensor, ...], shared: Shared, wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """Fills in zeros for tensors that want a gradient and have none."""
+    tensors = (*queries, shared.key, shared.value, shared.table, *shared.biases)
     return found | {
-        name: torch.empty(0) if tensor is None else torch.zeros_like(tensor)
-        for name, tensor in zip(SHARED, tensors, strict=True)
-        if name not in found
+        name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        for name, tensor in zip(_names(queries), tensors, strict=True)
+        if name in wanted and name not in found
     }
 
 

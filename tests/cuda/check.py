@@ -218,8 +218,10 @@ def _launches(target: Path) -> dict[str, set[int]]:
     command = [_binutils("nm"), "--demangle", "--defined-only", str(target)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, set[int]] = {}
-    for kernel, shared in re.findall(r" void pyxlbert::cuda::launch<&\((.*)\), (\d+)ul, ", text):
-        found.setdefault(_short(kernel), set()).add(int(shared))
+    # A kernel that is no template has no parentheses.
+    pattern = r" void pyxlbert::cuda::launch<&(?:\((.*)\)|([\w:]+\(anonymous namespace\)::\w+)), (\d+)ul, "
+    for template, kernel, shared in re.findall(pattern, text):
+        found.setdefault(_short(template or kernel), set()).add(int(shared))
     return found
 
 

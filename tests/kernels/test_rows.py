@@ -83,8 +83,27 @@ def test_sums_over_more_rows_than_programs() -> None:
     x = torch.randn(16 * 512 + 5, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     partial = torch.stack([x[:300].sum(0), x[300:].sum(0)])
     out = torch.empty(4, device=DEVICE)
-    rows.sum_parts(partial, out)
+    rows.sum_parts(partial[None], out)
     compare.close("sum", out, partial.sum(0), tolerances.SUMMATION_ORDER)
+
+
+@pytest.mark.parametrize("sums", [1, 2, 3])
+def test_all_sums_of_a_call_are_one_launch(sums: int, monkeypatch) -> None:
+    """Over more columns and parts than a program takes, each rounded to its own dtype."""
+    partial = torch.randn(sums, 300, 100, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)[:sums]
+    outs = [torch.empty(100, dtype=dtype, device=DEVICE) for dtype in dtypes]
+    grids, launch = [], rows.launch
+
+    def watched(kernel, grid, *arguments, **options) -> None:
+        grids.append(grid)
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(rows, "launch", watched)
+    rows.sum_parts(partial, *outs)
+    assert grids == [(4 * sums,)]
+    for out, wanted in zip(outs, partial.double().sum(1), strict=True):
+        compare.close("sum", out, wanted, max(torch.finfo(out.dtype).eps, tolerances.SUMMATION_ORDER))
 
 
 def test_rows_that_are_too_long_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -217,6 +218,57 @@ def test_the_tables_gradient_by_atomics(kind: str, monkeypatch) -> None:
         compare.same_bits(f"result {place}", one, other)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "left_out"),
+    [
+        (("table",), {"bwd_table"}),
+        (("q", "content", "position"), {"bwd_queries"}),
+        (("q", "table", "position"), {"bwd_table"}),
+        (("k", "v", "table"), {"bwd_keys", "bwd_table"}),
+    ],
+    ids=["table", "query and biases", "all but a bias", "keys, values and table"],
+)
+@pytest.mark.parametrize("atomics", [False, True])
+def test_kernels_of_gradients_that_nobody_wants_are_not_launched(
+    frozen: tuple[str, ...], left_out: set[str], atomics: bool, monkeypatch
+) -> None:
+    """What is wanted has the same bits."""
+    q, k, v, table, given = problem("plain", 20)
+    leaves = {"q": q, "k": k, "v": v, "table": table}
+    leaves |= {name: randn(*q.shape[-2:], seed=8) for name in ("content", "position")}
+    launched, launch = [], relative.launch
+
+    def watched(kernel, *arguments, **options) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    def run(names: list[str]) -> dict[str, Tensor]:
+        a = {name: x.detach().clone().requires_grad_(name in names) for name, x in leaves.items()}
+        out = pyxlbert.relative_attention(
+            *(a[name] for name in ("q", "k", "v", "table")),
+            content_bias=a["content"],
+            position_bias=a["position"],
+            **given,
+            backend="triton",
+        )
+        launched.clear()
+        return dict(zip(names, torch.autograd.grad(out.square().sum(), [a[name] for name in names]), strict=True))
+
+    monkeypatch.setattr(relative, "launch", watched)
+    with pyxlbert.allow_atomics() if atomics else contextlib.nullcontext():
+        usual = run(list(leaves))
+        kernels = set(launched)
+        assert kernels == {"bwd_rows", "bwd_keys", "bwd_queries"} | (set() if atomics else {"bwd_table"})
+        found = run([name for name in leaves if name not in frozen])
+        if atomics and "table" not in frozen:
+            # It is what adds to the table.
+            left_out = left_out - {"bwd_queries"}
+        assert set(launched) == kernels - left_out
+    for name, gradient in found.items():
+        if not (atomics and name == "table"):
+            compare.same_bits(name, gradient, usual[name])
+
+
 @pytest.mark.parametrize(("dtype", "by_atomics"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_long_rows_of_float32_leave_the_table_to_its_kernel(dtype: torch.dtype, by_atomics: bool, monkeypatch) -> None:
     launched = []
@@ -229,13 +281,8 @@ def test_long_rows_of_float32_leave_the_table_to_its_kernel(dtype: torch.dtype, 
 
 
 def test_atomics_of_two_stream_attention() -> None:
-    g, h, k, v = (
-        randn(2, 40, 2, 16),
-        randn(2, 7, 2, 16, seed=1),
-        randn(2, 40, 2, 16, seed=2),
-        randn(2, 40, 2, 16, seed=3),
-    )
-    table = randn(80, 2, 16, seed=4)
+    g, h, k, v = (randn(2, rows, 1, 16, seed=seed) for seed, rows in enumerate((40, 7, 40, 40)))
+    table = randn(80, 1, 16, seed=4)
     rank = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(2)]).int()
     rank = rank.to(DEVICE)
     targets = rank.argsort(1)[:, 33:].int()

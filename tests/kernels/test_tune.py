@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +85,69 @@ def test_a_search_takes_the_cheapest(monkeypatch) -> None:
     assert search.cost(key, tile, calls, most=9.0) is None and len(search.costs) == 2
 
 
+def watch(judge, monkeypatch) -> None:
+    """A search that asks this judge in the compiler's place."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tune, "compiled", lambda architecture: judge)
+    monkeypatch.setattr(tune.ahead, "compile_for", lambda architecture: None)
+
+
+def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> None:
+    """Every row is written as it is found, no tile is compiled twice, and what has changed since is compiled anew."""
+    table, state = tmp_path / "table.py", tmp_path / "state.json"
+    table.write_text("TABLE: dict[Key, Tile] = {\n}\n", encoding="utf-8")
+    command = ["--compile", "90", "--only", "attention_bwd_r*", "attention_fwd", "--head-sizes", "64"]
+    command += ["--dtypes", "bfloat16", "--write", str(table), "--state", str(state)]
+    compiled, sources, limits = [], {}, {"most": None}
+
+    def judge(kernel, grid, arguments, options) -> float:
+        if len(compiled) == limits["most"]:
+            raise KeyboardInterrupt
+        compiled.append((kernel, options["BLOCK_M"], options["BLOCK_N"], options["num_warps"], options["num_stages"]))
+        return 0.0 if options["num_warps"] == 8 else 4.0
+
+    watch(judge, monkeypatch)
+    usual = tune.source_of
+    monkeypatch.setattr(
+        tune, "source_of", lambda kernel, *rest: usual(kernel, *rest) + sources.get(kernel.__name__, "")
+    )
+    assert tune.main(command) == 0
+    whole, needed = table.read_text(encoding="utf-8"), list(compiled)
+    assert len(tune.read_table(table)) == 4
+    assert tune.main(command) == 0 and compiled == needed
+    # A kernel that has changed is compiled anew, and no other.
+    sources["fwd"] = "changed"
+    assert tune.main(command) == 0
+    again = compiled[len(needed) :]
+    assert again and {kernel.__name__ for kernel, *_ in again} == {"fwd"}
+    # The same from nothing, ended twice on its way.
+    table.write_text("TABLE: dict[Key, Tile] = {\n}\n", encoding="utf-8")
+    state.unlink()
+    compiled.clear()
+    for limits["most"] in (len(needed) // 3, len(needed) // 2):
+        with pytest.raises(KeyboardInterrupt):
+            tune.main(command)
+        assert len(tune.read_table(table)) < 4 and state.exists()
+    assert tune.read_table(table)
+    limits["most"] = None
+    assert tune.main(command) == 0 and table.read_text(encoding="utf-8") == whole
+    # Only the tile at which it was ended was begun again.
+    assert len(compiled) <= len(needed) + 2 * max(needed.count(one) for one in needed)
+    state.write_text('{"key": 1}', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        tune.main(command)
+
+
+def test_rows_that_another_search_has_written_stay(tmp_path) -> None:
+    path = tmp_path / "table.py"
+    shutil.copy(SOURCE, path)
+    assert tune.read_table(path) == configurations.TABLE
+    keys = [tune.Key("attention_fwd", architecture, 2, 64, False) for architecture in (86, 90)]
+    for key in keys:
+        tune.write_rows(path, {key: tune.Tile(16, 16, 2, 1, maxnreg=None)})
+    assert tune.read_table(path) == configurations.TABLE | dict.fromkeys(keys, tune.Tile(16, 16, 2, 1, maxnreg=None))
+
+
 @pytest.mark.parametrize("mend", [True, False], ids=["mend", "anew"])
 def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, capsys, tmp_path) -> None:
     """Of two kernels of the table one is said to spill, at its tile alone."""
@@ -98,19 +158,30 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     candidates = tune.candidates(spilling.kernel, 4)
     assert len({*before.values(), candidates[0]}) == 3
 
-    def judge(kernel, grid, arguments, options) -> float:
-        return 8.0 if tune.Tile(*(options.get(name) for name in tune.Tile._fields)) == before[spilling] else 0.0
+    compiled = []
 
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(tune, "compiled", lambda architecture: judge)
-    monkeypatch.setattr(tune.ahead, "compile_for", lambda architecture: None)
+    def judge(kernel, grid, arguments, options) -> float:
+        compiled.append(tune.Tile(*(options.get(name) for name in tune.Tile._fields)))
+        return 8.0 if compiled[-1] == before[spilling] else 0.0
+
+    def told(key) -> str:
+        return f"{tuple(key)}: {tuple(before[key])} {8 * compiled.count(before[key])} bytes of stack\n"
+
+    watch(judge, monkeypatch)
     path = tmp_path / "table.py"
     shutil.copy(SOURCE, path)
-    options = ["--compile", "90", "--kernels", "relative_bwd_rows", "--head-sizes", "64", "--dtypes", "float32"]
+    options = ["--compile", "90", "--only", "relative_bwd_rows", "--head-sizes", "64", "--dtypes", "float32"]
+    options += ["--state", str(tmp_path / "state.json")]
+    assert tune.main([*options, "--check"]) == 1
+    assert capsys.readouterr().out == told(spilling)
     assert tune.main([*options, *(["--mend"] if mend else []), "--write", str(path)]) == 0
-    rows = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    # What holds is not searched for, and said nothing of.
+    lines = [line for line in capsys.readouterr().out.splitlines() if "before" in line]
+    assert len(lines) == (1 if mend else 2)
+    rows = dict(line.split(": ", 1) for line in lines)
     assert rows[str(tuple(spilling))].startswith(str(tuple(candidates[0])))
-    assert rows[str(tuple(other))].startswith(str(tuple(before[other] if mend else candidates[0])))
+    if not mend:
+        assert rows[str(tuple(other))].startswith(str(tuple(candidates[0])))
     written = ", ".join(str(n) for n in candidates[0][:4])
     assert f'    Key("relative_bwd_rows", 90, 4, 64, False): Tile({written}),\n' in path.read_text(encoding="utf-8")
 
@@ -119,6 +190,9 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     ("arguments", "message"),
     [
         (["--mend"], "--mend: wanted --compile beside it"),
+        (["--check"], "--check: wanted --compile beside it"),
+        (["--compile", "90", "--only", "rows"], "--only: got 'rows', wanted names or patterns of attention_bwd_bias,"),
+        (["--compile", "90", "--check", "--write", "x.py"], "--check and --write: got both"),
         (["--compile", "90", "--write", "nowhere/table.py"], "--write: got nowhere/table.py, which is no file"),
         (["--compile", "91"], "argument --compile: invalid choice: 91"),
     ],
@@ -131,10 +205,9 @@ def test_wrong_options_are_named_before_the_search(arguments: list[str], message
     assert message in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_what_to_do() -> None:
-    if torch.cuda.is_available():
-        return
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pyxlbert.bench.tune"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "no CUDA device is here: give --compile ARCHITECTURE" in done.stderr
+def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        tune.main([])
+    assert ended.value.code == 2 and "no CUDA device is here: give --compile ARCHITECTURE" in capsys.readouterr().err

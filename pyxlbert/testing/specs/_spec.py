@@ -31,6 +31,7 @@ class Use(enum.Enum):
     LENGTHS = "bench/lengths.py"
     HOST = "a race of small calls on a GPU: what a call costs on the host"
     TARGET = "a race on a GPU, one of the first"
+    DECIDE = "one of the few races of make gpu, beside the TARGETs of ops of scores"
     GPU = "a race on a GPU"
     PREFER = "bench/prefer.py"
 

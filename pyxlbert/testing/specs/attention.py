@@ -349,7 +349,7 @@ SPEC = Spec(
             for length in (512, 2048)
             for case in timed(_bert(ROWS // length, length, fill=0.5, packed=True), {Use.GPU: HALF}, kind=", packed")
         ),
-        *timed(_bert(8, 2048, heads=8, head_size=128), {Use.GPU: HALF}, {Use.GPU: HALF}),
+        *timed(_bert(8, 2048, heads=8, head_size=128), *({Use.GPU: HALF, Use.DECIDE: HALF},) * 2),
         *timed(_bert(8, 2048, fill=0.5), {Use.GPU: HALF}, {Use.GPU: HALF}),
         *timed(_bert(1, 128), both={Use.PREFER: BOTH}),
         *(

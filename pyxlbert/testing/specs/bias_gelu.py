@@ -110,7 +110,7 @@ SPEC = Spec(
             for form in ("none", "tanh")
             for case in timed(Inputs((1024, 3072), approximate=form), {Use.RACE: BOTH, Use.AHEAD: BOTH})
         ),
-        *timed(Inputs((ROWS, 3072)), {Use.TARGET: HALF}, {Use.PREFER: BOTH}),
+        *timed(Inputs((ROWS, 3072)), {Use.TARGET: HALF, Use.DECIDE: HALF}, {Use.PREFER: BOTH}),
         *(case for n in (1536, 4096) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
         *(case for rows in (128, 2048) for case in timed(Inputs((rows, 3072)), both={Use.PREFER: BOTH})),
     ),

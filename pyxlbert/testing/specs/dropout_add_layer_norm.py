@@ -173,7 +173,7 @@ SPEC = Spec(
             for kind, options in (("", {}), (" with bias, dropout", {"x_bias": True, "dropout_p": 0.1}))
         ),
         *(case for shape in ((16, 384), (1024, 768), (4096, 384)) for case in timed(Inputs(shape), {Use.RACE: BOTH})),
-        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF}),
+        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF, Use.DECIDE: HALF}),
         *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF})),
         *(
             case

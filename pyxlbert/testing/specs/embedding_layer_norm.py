@@ -210,7 +210,7 @@ SPEC = Spec(
             for n, use in ((768, Use.AHEAD), (384, Use.AHEAD_ALL), (1024, Use.AHEAD_ALL))
         ),
         *timed(_bert((8, 128)), {Use.RACE: BOTH}),
-        *timed(_bert((ROWS // 512, 512)), {Use.TARGET: HALF}),
+        *timed(_bert((ROWS // 512, 512)), {Use.TARGET: HALF, Use.DECIDE: HALF}),
         *(case for n in (384, 1024) for case in timed(_bert((ROWS // 512, 512), n), {Use.GPU: HALF})),
         *(case for rows in (128, 2048, ROWS) for case in timed(_bert((rows // 128, 128)), both={Use.PREFER: BOTH})),
     ),

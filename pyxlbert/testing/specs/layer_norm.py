@@ -114,7 +114,11 @@ SPEC = Spec(
         *timed(Inputs((4096, 384)), {Use.RACE: BOTH, Use.AHEAD_ALL: BOTH}),
         *timed(Inputs((4096, 1024)), {Use.AHEAD_ALL: BOTH}),
         *timed(Inputs((16, 768)), {Use.HOST: SINGLE}),
-        *timed(Inputs((ROWS, 768)), {Use.TARGET: HALF, Use.GPU: SINGLE}, {Use.TARGET: HALF, Use.PREFER: BOTH}),
+        *timed(
+            Inputs((ROWS, 768)),
+            {Use.TARGET: HALF, Use.GPU: SINGLE},
+            {Use.TARGET: HALF, Use.DECIDE: HALF, Use.PREFER: BOTH},
+        ),
         *(case for n in (384, 1024) for case in timed(Inputs((ROWS, n)), {Use.GPU: HALF}, {Use.GPU: HALF})),
         *(case for rows in (128, 2048) for case in timed(Inputs((rows, 768)), both={Use.PREFER: BOTH})),
     ),
