@@ -177,7 +177,8 @@ def relative_attention(
     """Attention with Transformer-XL's relative term and XLNet's segment term, in memory linear in the lengths.
 
     Query i meets key j at row `offset + j - i` of the table.  All masks that are given hold together.  Keys that no
-    row may see (past their length, of another packed sequence, of rank 2**31 - 1) are not read into a product.
+    row may see (past their length, hidden by attention_mask from every row in every head, of another packed sequence,
+    of rank 2**31 - 1) are not read into a product: a NaN there stays there.
 
     Args:
         query: `[B, Tq, H, D]`, or packed `[total, H, D]`; float32, bfloat16 or float16 (float64 on backend

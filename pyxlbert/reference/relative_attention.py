@@ -137,6 +137,8 @@ class Scores:
             allowed = allowed & (query_rank[:, None, :, None] > key_rank[:, None, None, :])
         if stream.see_self:
             allowed = allowed | (j == i + keys - queries)
+        if stream.mask is not None:
+            present = present & allowed.any(2).any(1)
         self.masked = ~(allowed & present[:, None, None])
         self.uniform_rows = call.uniform_rows
         # Pairs whose score is a constant.
