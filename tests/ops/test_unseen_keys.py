@@ -100,3 +100,17 @@ def test_a_mask_that_hides_all(op: str, backend: str) -> None:
         arguments[name] = torch.full_like(arguments[name], float("nan"))
     for name, value in run(op, arguments, backend).items():
         assert not value.any(), name
+
+
+@pytest.mark.parametrize("backend", OPS["relative_attention"].backends)
+def test_a_wide_table_is_rounded(backend: str) -> None:
+    """A float32 `position_key` beside 16-bit queries: the bits of the rounded one, and a gradient in float32."""
+    arguments, _ = draw("relative_attention", torch.bfloat16, SHAPES[0])
+    table = torch.randn(arguments["position_key"].shape, generator=torch.Generator().manual_seed(1))
+    wide, rounded = (
+        run("relative_attention", arguments | {"position_key": x}, backend) for x in (table, table.bfloat16())
+    )
+    assert wide["position_key"].dtype is torch.float32
+    compare.same_bits("position_key", wide.pop("position_key").bfloat16(), rounded.pop("position_key"))
+    for name, value in wide.items():
+        compare.same_bits(name, value, rounded[name])
