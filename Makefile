@@ -22,7 +22,7 @@ help:
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
-	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage"
+	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage; FUZZ_CALLS random calls of the ops"
 	@echo "make bench     every op and the model against its peers"
 	@echo "make gpu       build, tests, compute-sanitizer and races on this machine's GPU; PART=test for one of them, OUT= a folder"
 	@echo "make lint      ruff and clang-format"
@@ -96,11 +96,14 @@ test-install: $(VENV)/ready
 	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(INSTALL)/pyxlbert-*.tar.gz
 	cd $(INSTALL)/empty && ../venv/bin/pyxlbert info && ../venv/bin/pyxlbert parity --quick
 
-# Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn.
+# Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn; then
+# random calls of the ops.
 FUZZ_RUNS ?= 4000
+FUZZ_CALLS ?= 20000
 fuzz: build
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --guided --runs $(FUZZ_RUNS)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_RUNS)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/ops.py --calls $(FUZZ_CALLS)
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

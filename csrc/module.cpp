@@ -87,8 +87,10 @@ std::optional<pyxlbert::AttentionCall> attention_call_of(const View& query, cons
                                                          const View& mask, const View& bias, std::int64_t longest,
                                                          const pyxlbert::ScoreOptions& options, double dropout_p,
                                                          std::int64_t seed, int threads) {
+    // Of one element, or of none, a stride may be any number.
     for (const View* one : {&query, &key, &value})
-        if (one->strides[one->dimensions - 1] != 1) return std::nullopt;
+        if (one->data != nullptr && one->shape[one->dimensions - 1] > 1 && one->strides[one->dimensions - 1] != 1)
+            return std::nullopt;
     const bool packed = cu_seqlens.data != nullptr;
     const std::int64_t* shape = query.shape + query.dimensions - 2;
     return pyxlbert::AttentionCall{attention_tensor(query),

@@ -22,7 +22,7 @@ from ._attention import (
     typed,
     weights_of,
 )
-from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._attention_scores import end_of_keys, load_keys, some_allowed, tile_scores
 from ._philox import ATTENTION
 
 
@@ -56,7 +56,7 @@ def bwd_rows(
             for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)[None, :]
                 if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
-                    k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+                    k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
                     s = tile_scores(call, at, q, k, i[:, None], j, CAUSAL, True, PRECISION)
                     _, _, weight, top = softmax_step(s, weight, top)
         store_delta(saved, at, i, delta, lse, inexact, weight, top)
@@ -82,8 +82,8 @@ def bwd_keys(
     at = opened(call.sizes, plane)
     first_j = block * BLOCK_N
     if first_j < at.extent:
-        k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-        v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+        k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
+        v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[:, None]
@@ -120,8 +120,8 @@ def _tile_gradient(
     """The gradient of a tile of scores `[BLOCK_M, BLOCK_N]`, and its keys."""
     i = first_i + tl.arange(0, q.shape[0])[:, None]
     j = first_j + tl.arange(0, BLOCK_N)[None, :]
-    k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
-    v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+    k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
+    v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
     s = tile_scores(call, at, q, k, i, j, CAUSAL, True, PRECISION)
     p = weights_of(s, lse[:, None], lse_correction[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ._attention import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results, typed
-from ._attention_scores import end_of_keys, some_allowed, tile_scores
+from ._attention_scores import end_of_keys, load_keys, some_allowed, tile_scores
 from ._philox import ATTENTION
 
 
@@ -56,11 +56,11 @@ def _walk(
     for first_j in range(low, high, BLOCK_N):
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
         if call.mask.tensor is None or some_allowed(call, at, i, j):
-            k = load_rows(call.key, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+            k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
             s = tile_scores(call, at, q, k, i, j, CAUSAL, EDGE, PRECISION)
             p, less, weight, top = softmax_step(s, weight, top)
             if call.dropout.seed is not None:
                 p = tl.where(kept(call.dropout, i, first_j, at, ATTENTION, BLOCK_N), p, 0.0)
-            v = load_rows(call.value, at, first_j, at.keys, BLOCK_N, D, BLOCK_D)
+            v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
     return acc, weight, top

@@ -8,17 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import INFINITY, Broadcast, Rows, Sizes, load_scores, some
+from ._attention import INFINITY, UNSEEN_RANK, Broadcast, Rows, Sizes, first_row, load_scores, some
 from ._philox import Dropout
 
 
 class Call(NamedTuple):
-    """What every kernel begins with: a call of the op, forward or backward."""
+    """What every kernel begins with: a call of the op, forward or backward.
+
+    Attributes:
+        key_rank: int32 `[B, Tk]` beside a mask: UNSEEN_RANK, of keys that it hides from all queries, or less.
+    """
 
     query: Rows
     key: Rows
     value: Rows
     mask: Broadcast
+    key_rank: Tensor | None
     bias: Broadcast
     sizes: Sizes
     scale: float
@@ -43,6 +48,22 @@ class BiasGradient(NamedTuple):
     rows: int
     columns: int
     sequences: int
+
+
+@triton.jit
+def load_keys(rows, call, at, first_j, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first_j .. first_j + BLOCK_N - 1 of keys or values, zeros where none is or no query sees it."""
+    j = first_j + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    seen = j < at.keys
+    if call.key_rank is not None:
+        rank = tl.load(call.key_rank + (at.b * call.sizes.keys + j), mask=seen, other=UNSEEN_RANK)
+        seen = seen & (rank != UNSEEN_RANK)
+    inside = seen[:, None]
+    if D != BLOCK_D:
+        inside = inside & (d < D)[None, :]
+    place = first_row(rows, at) + tl.cast(first_j, tl.int64) * rows.row
+    return tl.load(place + (tl.arange(0, BLOCK_N)[:, None] * rows.row + d[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit

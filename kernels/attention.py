@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pyxlbert.launch.attention import lse_of
+from pyxlbert.launch.attention import lse_of, ranks_of_mask
 
 from ._attention import (
     broadcast_of,
@@ -53,15 +53,16 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     if lse.numel() == 0:
         return out, lse
     device, precision = query.get_device(), precision_of(query.dtype)
+    ranks = ranks_of_mask(call.attention_mask, call.key)
     tensors = (
         *(query, call.key, call.value, call.key_lengths, call.cu_seqlens, call.attention_mask, call.bias, call.seed),
-        *(out, lse),
+        *(ranks, out, lse),
     )
     numbers = (call.max_seqlen, call.causal, call.scale, call.dropout_p, precision)
-    kind = kind_of(device, tensors[:8], "attention", *numbers)
+    kind = kind_of(device, tensors[:9], "attention", *numbers)
     if run(kind, device, tensors):
         return out, lse
-    planes, given = _given(call)
+    planes, given = _given(call, ranks)
     options = _options("attention_fwd", given, call.causal)
     grid = grid_of(given.sizes.queries, options["BLOCK_M"], planes)
     arguments = (given, rows_of(out), statistics_of(lse))
@@ -78,7 +79,7 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
         return *(x.zero_() for x in gradients), dbias.zero_()
-    planes, given = _given(call)
+    planes, given = _given(call, ranks_of_mask(call.attention_mask, call.key))
     sizes, device = given.sizes, query.device
     saved = saved_of(call.lse.contiguous())
     dout = rows_of(call.dout)
@@ -102,12 +103,13 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *gradients, dbias
 
 
-def _given(call: Any) -> tuple[int, Call]:
+def _given(call: Any, ranks: Tensor | None) -> tuple[int, Call]:
     """B * H, and a call, forward or backward, as the kernels take it."""
     batch, sizes = sizes_of(call, call.query)
     return batch * sizes.heads, Call(
         *(rows_of(x) for x in (call.query, call.key, call.value)),
         broadcast_of(call.attention_mask),
+        ranks,
         broadcast_of(call.bias),
         sizes,
         call.scale,

@@ -337,6 +337,12 @@ struct Backward {
                 pack_transposed<T, U>(p.v + j0 * p.v_stride, p.v_stride, n, round_to(n, W), d, v, plan.unit_stride);
                 pack_values<T, U>(p.k + j0 * p.k_stride, p.k_stride, n, round_to(n, U::PAIR * U::K_STEP), d, k_values,
                                   plan.columns);
+                std::uint8_t hidden[BACKWARD_BLOCK];
+                if (find_hidden<BACKWARD_BLOCK>(p, j0, n, hidden)) {
+                    const auto unseen = [&](std::int64_t j) PYXLBERT_LAMBDA { return hidden[j] != 0; };
+                    clear_values<U>(n, k_values, plan.columns, unseen);
+                    clear_transposed(n, v, plan.unit_stride, unseen);
+                }
                 // Causal: query i meets this block from i = j0 - diagonal on.
                 const std::int64_t first = in.options.causal ? larger(0, j0 - p.diagonal) / TILE<U> * TILE<U> : 0;
                 // The first block of a run meets all queries that the others meet.

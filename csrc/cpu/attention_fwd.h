@@ -139,8 +139,14 @@ struct Forward {
                 if (relative->key_rank != nullptr) {
                     const std::int32_t* rank = relative->key_rank + p.k_first + j0;
                     lowest_key_rank = lowest_of(rank, all);
-                    if (!relative->options.uniform_rows) clear_unseen<U>(rank, all, v, size.columns);
+                    if (!relative->options.uniform_rows)
+                        clear_values<U>(all, v, size.columns,
+                                        [&](std::int64_t j) PYXLBERT_LAMBDA { return rank[j] == UNSEEN_RANK; });
                 }
+            // Of relative attention such keys have the rank UNSEEN_RANK.
+            std::uint8_t unseen[FORWARD_BLOCK];
+            if (!RELATIVE && find_hidden<FORWARD_BLOCK>(p, j0, all, unseen))
+                clear_values<U>(all, v, size.columns, [&](std::int64_t j) PYXLBERT_LAMBDA { return unseen[j] != 0; });
         }
         if constexpr (RELATIVE) {
             const std::int64_t rows = n + highest - lowest;

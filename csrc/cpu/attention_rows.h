@@ -201,6 +201,55 @@ PYXLBERT_INLINE void apply_mask(float* s, const std::uint8_t* mask, std::int64_t
     }
 }
 
+// Whether the mask hides some of n keys from j0 on, at most SIZE of them, from every query; those are nonzero in
+// `hidden`.  Queries are asked from the last one on: under a causal mask it sees all, and the others are not looked at.
+template <std::int64_t SIZE, class T>
+PYXLBERT_INLINE bool find_hidden(const Plane<T>& p, std::int64_t j0, std::int64_t n, std::uint8_t* hidden) {
+    if (p.mask == nullptr) return false;
+    // A copy that nobody else may point to: the loops below are vectors then.
+    std::uint8_t seen[SIZE] = {};
+    const std::int64_t queries = p.mask_query == 0 ? smaller(1, p.queries) : p.queries;
+    bool all = false;
+    for (std::int64_t i = queries - 1; i >= 0 && !all; --i) {
+        const std::uint8_t* row = p.mask + i * p.mask_query + j0 * p.mask_key;
+        if (p.mask_key == 0)
+            for (std::int64_t j = 0; j < n; ++j) seen[j] |= *row;
+        else
+            for (std::int64_t j = 0; j < n; ++j) seen[j] |= row[j];
+        if (i % 16 != 0 && i != queries - 1) continue;
+        std::int64_t some = 0;
+        for (std::int64_t j = 0; j < n; ++j) some += seen[j] != 0;
+        all = some == n;
+    }
+    if (all) return false;
+    for (std::int64_t j = 0; j < n; ++j) hidden[j] = seen[j] == 0;
+    return true;
+}
+
+// Rows of packed values that are not read into a product, those with hidden(j): a NaN in them would survive a weight of
+// zero.
+template <class U, class F>
+PYXLBERT_INLINE void clear_values(std::int64_t n, float* values, std::int64_t columns, F hidden) {
+    for (std::int64_t j = 0; j < n; ++j) {
+        if (!hidden(j)) continue;
+        float* row = values + j / U::PAIR * columns;
+        if constexpr (U::PAIR == 1) {
+            for (std::int64_t c = 0; c < columns; c += W) store(row + c, zero());
+        } else {
+            for (std::int64_t c = 0; c < columns; ++c)
+                __builtin_memset(reinterpret_cast<char*>(row + c) + j % 2 * 2, 0, 2);
+        }
+    }
+}
+
+// The same of rows that are packed transposed, `units` of W rows together.
+template <class F>
+PYXLBERT_INLINE void clear_transposed(std::int64_t n, float* rows, std::int64_t units, F hidden) {
+    for (std::int64_t j = 0; j < n; ++j)
+        if (hidden(j))
+            for (std::int64_t u = 0; u < units; ++u) rows[j / W * units * W + u * W + j % W] = 0.0f;
+}
+
 // Scores of query i against keys j0 .. j0 + n - 1 in natural units: scale * s + bias, masked ones -inf.
 // Lanes from n to the next vector hold anything.
 template <class T>

@@ -472,11 +472,9 @@ struct RelativeTask {
     // Keys and values that no row may see are not read into a product: a NaN in them would survive a weight of zero.
     PYXLBERT_INLINE void clear_block(std::int64_t j0, std::int64_t n) {
         const std::int32_t* ranks = relative.key_rank + p.k_first + j0;
-        const std::int64_t stride = plan.unit_stride;
-        clear_unseen<U>(ranks, n, k_values, plan.columns);
-        for (std::int64_t j = 0; j < n; ++j)
-            if (ranks[j] == UNSEEN_RANK)
-                for (std::int64_t u = 0; u < stride; ++u) v[j / W * stride * W + u * W + j % W] = 0.0f;
+        const auto unseen = [&](std::int64_t j) PYXLBERT_LAMBDA { return ranks[j] == UNSEEN_RANK; };
+        clear_values<U>(n, k_values, plan.columns, unseen);
+        clear_transposed(n, v, plan.unit_stride, unseen);
     }
 
     // A plane's dQ from `parts` partial sums, `between` floats apart.

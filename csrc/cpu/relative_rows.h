@@ -106,21 +106,6 @@ PYXLBERT_INLINE std::int32_t lowest_of(const std::int32_t* x, std::int64_t n) {
     return low;
 }
 
-// Values that no row may see are not read into a product: a NaN in them would survive a weight of zero.
-template <class U>
-PYXLBERT_INLINE void clear_unseen(const std::int32_t* rank, std::int64_t n, float* values, std::int64_t columns) {
-    for (std::int64_t j = 0; j < n; ++j) {
-        if (rank[j] != UNSEEN_RANK) continue;
-        float* row = values + j / U::PAIR * columns;
-        if constexpr (U::PAIR == 1) {
-            for (std::int64_t c = 0; c < columns; c += W) store(row + c, zero());
-        } else {
-            for (std::int64_t c = 0; c < columns; ++c)
-                __builtin_memset(reinterpret_cast<char*>(row + c) + j % 2 * 2, 0, 2);
-        }
-    }
-}
-
 // The sum of a row's scores at keys of its own segment; n is rounded up to vectors, the row is zero there.
 PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segments, std::int32_t segment,
                                      std::int64_t n) {

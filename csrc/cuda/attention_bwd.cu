@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
         find_statistics<C::BM, C::THREADS>(a, stream, s, b, h, places);
         __syncthreads();
         load_rows<T, D, C::BK, C::THREADS>(keys, plane_of<T>(a.key, b, h, 0), a.key.row, first_j, s.keys, a.head_size,
-                                           nullptr);
+                                           masks->key_rank);
         load_rows<T, D, C::BK, C::THREADS>(values, plane_of<T>(a.value, b, h, 0), a.value.row, first_j, s.keys,
-                                           a.head_size, nullptr);
+                                           a.head_size, masks->key_rank);
         load_places<T, D, C::BM, C::THREADS>(queries, plane_of<T>(stream.query, b, h, 0), stream.query.row, places,
                                              a.head_size, false);
         load_places<T, D, C::BM, C::THREADS>(douts, plane_of<T>(stream.dout, b, h, 0), stream.dout.row, places,

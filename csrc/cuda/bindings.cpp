@@ -303,6 +303,9 @@ void attention_table(AttentionCall& a, Address table, const Strides3& strides, i
     a.relative = options;
 }
 
+// Of attention itself, whose queries have the rank 0: keys of UNSEEN_RANK are not read.
+void attention_ranks(AttentionCall& a, Address key_rank) { a.key_rank = pointer<const std::int32_t>(key_rank); }
+
 void attention_gradients(AttentionCall& a, Address dkey, Address dvalue, Address dtable, Address dbias,
                          const Strides4& dbias_shape) {
     a.dkey = pointer(dkey);
@@ -345,6 +348,7 @@ void bind(py::module_& m) {
     py::class_<AttentionCall>(m, "AttentionCall", py::module_local())
         .def(py::init(&attention_call))
         .def("table", &attention_table)
+        .def("ranks", &attention_ranks)
         .def("gradients", &attention_gradients);
     m.def("attention_fwd", &launch_attention<launch_attention_fwd>);
     m.def("attention_bwd", &launch_attention<launch_attention_bwd>);

@@ -47,7 +47,7 @@ def longest(cu_seqlens: Tensor) -> int:
 
 def in_place(x: Tensor) -> Tensor:
     """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def adjacent_keys(x: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyxlbert import backends
 from pyxlbert.cuda._attention import in_place, native_call, padded, refusal_of_heads, whole_vectors
 from pyxlbert.cuda._launch import launch
-from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, strides
+from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, ranks_of_mask, strides
 from pyxlbert.launch.rows import address
 
 supports = refusal_of_heads
@@ -26,7 +26,9 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     lse = lse_of(query)
     if lse.numel() > 0:
         q, k, v = (in_place(padded(x, columns)) for x in (query, call.key, call.value))
+        ranks = ranks_of_mask(call.attention_mask, k)
         native, _keep = native_call([_stream(call, q, out, lse)], q.shape, k, v, call, call)
+        native.ranks(address(ranks))
         launch("attention_fwd", query.device, native)
     return out if columns == head_size else out[..., :head_size].contiguous(), lse
 
@@ -48,7 +50,9 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *(dout.data_ptr(), strides(dout), delta.data_ptr(), lse_correction.data_ptr()),
         *(gradients[0].data_ptr(), *(0, 0, 0)),
     )
+    ranks = ranks_of_mask(call.attention_mask, k)
     native, _keep = native_call([stream], q.shape, k, v, call, call)
+    native.ranks(address(ranks))
     shape = tuple(call.bias.shape) if wanted else (0, 0, 0, 0)
     native.gradients(gradients[1].data_ptr(), gradients[2].data_ptr(), 0, address(dbias if wanted else None), shape)
     launch("attention_bwd", call.query.device, native)

@@ -48,6 +48,40 @@ def score_strides(x: Tensor | None) -> tuple[int, int, int, int]:
     return tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))  # type: ignore[return-value]
 
 
+# `pyxlbert.reference.relative_attention`: no row sees a key of this rank, and kernels do not read it.
+UNSEEN_RANK = 2**31 - 1
+
+
+def ranks_of_mask(
+    mask: Tensor | None, key: Tensor, key_rank: Tensor | None = None, first_seen: int | None = None
+) -> Tensor | None:
+    """Ranks of keys by which those that a mask hides from every query, in every head, are not read: a NaN in their
+    values would survive a weight of zero.
+
+    Args:
+        mask: boolean, 4-D, broadcastable to `[B, H, Tq, Tk]`, or None.
+        key: `[B, Tk, H, D]`.
+        key_rank: `[B, Tk]`, ranks that there are already.
+        first_seen: keys from here on are seen whatever the mask says; None: there are none.
+
+    Returns:
+        int32 `[B, Tk]`: -1, below every query without a rank, or `key_rank`, and UNSEEN_RANK where hidden; on the CPU
+        `key_rank` itself where nothing is.
+    """
+    if mask is None:
+        return key_rank
+    seen = mask.any(2).any(1)  # [B or 1, Tk or 1]
+    if first_seen is not None and first_seen < key.shape[1]:
+        seen = seen | (torch.arange(key.shape[1], device=key.device) >= first_seen)
+    # Elsewhere the answer would be waited for.
+    if seen.device.type == "cpu" and bool(seen.all()):
+        return key_rank
+    if key_rank is None:
+        ranks = torch.where(seen, -1, UNSEEN_RANK).to(torch.int32)
+        return ranks.expand(key.shape[0], key.shape[1]).contiguous()
+    return key_rank.to(torch.int32).masked_fill(~seen, UNSEEN_RANK)
+
+
 def lse_of(query: Tensor) -> Tensor:
     """float32 `[B, H, Tq]` (packed: `[H, total]`), not initialised."""
     *first, rows, heads, _ = query.shape

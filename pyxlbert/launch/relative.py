@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyxlbert.launch.attention import QUERY_STREAM, RELATIVE_ATTENTION, ScoreOptions, StreamOptions
+from pyxlbert.launch.attention import (
+    QUERY_STREAM,
+    RELATIVE_ATTENTION,
+    ScoreOptions,
+    StreamOptions,
+    ranks_of_mask,
+)
 
 # The gradients of what streams share, in the order of the ops' results; before them those of "query" and, of a second
 # stream, "second".
@@ -23,6 +29,7 @@ class Shared(NamedTuple):
 
     Attributes:
         options: what `attention` has of its own in a call.
+        key_rank: of a call, and where there is a mask that hides keys from all queries those of `ranks_of_mask`.
         biases: of content, position and segments, and the segments' embedding.
     """
 
@@ -66,7 +73,8 @@ def relative_call(call: Any) -> tuple[Shared, Stream]:
         *(call.query, call.query_segments, call.query_positions, call.query_rank),
         StreamOptions(call.see_self, False, RELATIVE_ATTENTION),
     )
-    return _shared(call, call.cu_seqlens, call.max_seqlen, call.causal), stream
+    shared = _shared(call, call.cu_seqlens, call.max_seqlen, call.causal, call.see_self, call.query.shape)
+    return shared, _ranked(stream, shared)
 
 
 def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
@@ -77,19 +85,34 @@ def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
     segments, rank = (at_targets(x, call.target_positions) for x in (call.query_segments, call.query_rank))
     content = StreamOptions(hidden, False, RELATIVE_ATTENTION)
     query = StreamOptions(False, True, QUERY_STREAM)
-    return _shared(call, None, 0, False), [
-        Stream(call.content_query, call.query_segments, None, call.query_rank, content),
-        Stream(call.query_query, segments, call.target_positions, rank, query),
+    shared = _shared(call, None, 0, False, hidden, call.content_query.shape)
+    return shared, [
+        _ranked(Stream(call.content_query, call.query_segments, None, call.query_rank, content), shared),
+        _ranked(Stream(call.query_query, segments, call.target_positions, rank, query), shared),
     ]
 
 
-def _shared(call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool) -> Shared:
+def _ranked(stream: Stream, shared: Shared) -> Stream:
+    """Queries of rank 0 where only the keys have ranks, those of a mask."""
+    if shared.key_rank is None or stream.rank is not None:
+        return stream
+    return stream._replace(rank=stream.query.new_zeros(stream.query.shape[:2], dtype=torch.int32))
+
+
+def _shared(
+    call: Any, cu_seqlens: Tensor | None, max_seqlen: int, causal: bool, see_self: bool, queries: torch.Size
+) -> Shared:
+    key_rank = call.key_rank
+    # Where a row without any key averages over all of them, all of them are read.
+    if call.attention_mask is not None and not call.uniform_rows:
+        own = max(0, call.key.shape[1] - queries[1]) if see_self else None
+        key_rank = ranks_of_mask(call.attention_mask, call.key, key_rank, own)
     return Shared(
         *(call.key, call.value, call.key_lengths, cu_seqlens, max_seqlen, call.attention_mask, None),
         *(call.dropout_p, call.seed, ScoreOptions(call.scale, causal)),
         *(call.position_key, call.offset),
         (call.content_bias, call.position_bias, call.segment_bias, call.segment_embedding),
-        *(call.key_segments, call.key_rank, call.uniform_rows),
+        *(call.key_segments, key_rank, call.uniform_rows),
     )
 
 

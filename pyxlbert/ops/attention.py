@@ -142,7 +142,8 @@ def attention(
     """Scaled dot-product attention, forward and backward in memory linear in the lengths.
 
     Everything that masks is combined by "and".  A query that may attend to no key gives a row of zeros and
-    zero gradients.  Keys at or past their sequence's length are never read into a product.
+    zero gradients.  Keys at or past their sequence's length, and those that attention_mask hides from every query in
+    every head, are never read into a product: a NaN there stays there.  A bias is added, -inf too.
 
     Args:
         query: `[B, Tq, H, D]`, or packed `[total, H, D]`; float32, bfloat16 or float16 (float64 on backend

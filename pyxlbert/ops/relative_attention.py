@@ -177,7 +177,8 @@ def relative_attention(
     """Attention with Transformer-XL's relative term and XLNet's segment term, in memory linear in the lengths.
 
     Query i meets key j at row `offset + j - i` of the table.  All masks that are given hold together.  Keys that no
-    row may see (past their length, of another packed sequence, of rank 2**31 - 1) are not read into a product.
+    row may see (past their length, hidden by attention_mask from every row in every head, of another packed sequence,
+    of rank 2**31 - 1) are not read into a product: a NaN there stays there.
 
     Args:
         query: `[B, Tq, H, D]`, or packed `[total, H, D]`; float32, bfloat16 or float16 (float64 on backend
@@ -185,7 +186,8 @@ def relative_attention(
         key: `[B, Tk, H, D]`, or packed as query; query's dtype.  With memories Tk > Tq.
         value: as key.
         position_key: the table r, `[R, H, D]`, or `[G, R, H, D]` with G dividing B: sequence b uses table b * G // B.
-            query's dtype or float32.  R >= offset + Tk; with `causal` R >= offset + Tk - Tq + 1.
+            query's dtype, or float32, which is rounded to query's dtype and gets its gradient in float32.
+            R >= offset + Tk; with `causal` R >= offset + Tk - Tq + 1.
         content_bias: `[H, D]`, added to query where it meets key; query's dtype or float32, as the next three.
         position_bias: `[H, D]`, added to query where it meets the table.
         offset: c, the table's row of distance 0, at least Tq - 1; None: Tq (packed: max_seqlen).  XLNet has Tq,

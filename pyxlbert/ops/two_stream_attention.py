@@ -183,7 +183,8 @@ def two_stream_attention(
         key: `[B, Tk, H, D]`; content_query's dtype.  With memories Tk > T: position i is key i + Tk - T.
         value: as key.
         position_key: the table r, `[R, H, D]`, or `[G, R, H, D]` with G dividing B: sequence b uses table b * G // B.
-            content_query's dtype or float32.  R >= offset + Tk.
+            content_query's dtype, or float32, which is rounded to it and gets its gradient in float32.
+            R >= offset + Tk.
         target_positions: int32 `[B, M]` in 0 .. T - 1; -1: no target, a row of zeros.  None: M = T and row i stands at
             position i.
         content_bias: `[H, D]`, added to queries where they meet key; content_query's dtype or float32, as the next

@@ -89,10 +89,13 @@ def _forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _seen(call: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values in the wide dtype, those past their sequence's length zero."""
+    """Keys and values in the wide dtype, zero where past their sequence's length or hidden from all by the mask."""
     present = None
     if call.key_lengths is not None:
         present = torch.arange(call.key.shape[1], device=call.key.device) < call.key_lengths[:, None]
+    if call.attention_mask is not None:
+        seen = call.attention_mask.any(2).any(1)  # [B or 1, Tk or 1]
+        present = seen if present is None else present & seen
     return hide(wide(call.key), present), hide(wide(call.value), present)
 
 

@@ -137,6 +137,8 @@ class Scores:
             allowed = allowed & (query_rank[:, None, :, None] > key_rank[:, None, None, :])
         if stream.see_self:
             allowed = allowed | (j == i + keys - queries)
+        if stream.mask is not None:
+            present = present & allowed.any(2).any(1)
         self.masked = ~(allowed & present[:, None, None])
         self.uniform_rows = call.uniform_rows
         # Pairs whose score is a constant.
@@ -159,7 +161,8 @@ class Scores:
         self.q_position = q if call.position_bias is None else q + call.position_bias
         self.tables = 1 if call.position_key.dim() == 3 else call.position_key.shape[0]
         self.shared_table = call.position_key.dim() == 3
-        table = wide(call.position_key).reshape(self.tables, 1, *call.position_key.shape[-3:])
+        # The products of every backend take one element type.
+        table = wide(call.position_key.to(query.dtype)).reshape(self.tables, 1, *call.position_key.shape[-3:])
         table = table.expand(-1, batch // self.tables, -1, -1, -1)
         self.r = table.reshape(batch, *call.position_key.shape[-3:])
         place = i if stream.positions is None else stream.positions[:, :, None]

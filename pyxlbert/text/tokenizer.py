@@ -445,6 +445,7 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
         with xlnet_tokenizer.library_errors(saved):
             tokenizer = tokenizers.Tokenizer.from_str(content)
             xlnet_tokenizer.probe(tokenizer)
+        _check_unknown(saved, tokenizer)
         own = xlnet_tokenizer.from_saved(saved, settings) if xlnet_tokenizer.is_xlnet(directory, settings) else None
         if own is None:
             kept = xlnet_tokenizer.with_accents(saved, settings)
@@ -570,6 +571,22 @@ def _from_byte_pairs(directory: Path, settings: dict[str, Any]) -> tokenizers.To
     tokenizer.add_special_tokens([AddedToken(token, lstrip=name == "mask_token") for name, token in known])
     _add_tokens(tokenizer, file, settings)
     return tokenizer
+
+
+def _check_unknown(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """The token of what is unknown is one of the model's: the library asks for it at the first such text.
+
+    Raises:
+        ValueError: it is not.
+    """
+    from tokenizers import models
+
+    model = tokenizer.model
+    if isinstance(model, models.Unigram):
+        return
+    unknown = model.unk_token
+    if unknown is not None and model.token_to_id(unknown) is None:
+        raise ValueError(f"{path}: model.unk_token is {unknown!r}, which model.vocab does not hold")
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, file: Path, settings: dict[str, Any]) -> None:

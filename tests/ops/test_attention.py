@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyxlbert
-from pyxlbert import attention
+from pyxlbert import attention, relative_attention
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.direct import Direct
 from pyxlbert.testing.specs import SPECS
@@ -253,3 +253,18 @@ def test_memory_is_linear_in_the_length() -> None:
     code = textwrap.dedent(MEMORY).format(rows=rows)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < rows * rows * 4 / 4
+
+
+@pytest.mark.parametrize("op", [attention, relative_attention])
+def test_strides_of_one_element_or_of_none(op) -> None:
+    """They may be any number, and a copy leaves them as they are."""
+    query = torch.randn(1, 3, 2, 2)[..., ::2]
+    assert query.stride(-1) == 2
+    nothing = torch.empty(1, 0, 2, 1).as_strided((1, 0, 2, 1), (0, 1, 0, 0))
+    table = {} if op is attention else {"position_key": torch.randn(7, 2, 1), "offset": 3}
+    wanted = op(query.clone(), query.clone(), query.clone(), **table, backend="torch")
+    leaves = [x.requires_grad_() for x in (query, query.clone(), query.clone())]
+    found = op(*leaves, **table, backend="cpu")
+    compare.close("out", found, wanted, tolerances.SUMMATION_ORDER)
+    torch.autograd.grad(found.sum(), leaves)
+    assert not op(query.detach(), nothing, nothing, **table, backend="cpu").any()

@@ -179,6 +179,10 @@ def test_missing_and_corrupt_files(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"tokenizer\.json"):
             TextTokenizer.from_directory(tmp_path, 64)
+    for kind in (tokenizers.models.WordPiece, tokenizers.models.WordLevel):
+        tokenizers.Tokenizer(kind({"the": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: model\.unk_token is '\[UNK\]', which model\.vocab"):
+            TextTokenizer.from_directory(tmp_path, 64)
     (tmp_path / "tokenizer.json").unlink()
     for content in (b"{", b"[]", b"\xff"):
         (tmp_path / "tokenizer_config.json").write_bytes(content)
