@@ -258,7 +258,7 @@ def test_bad_input(bert: Exported, tmp_path: Path, capsys) -> None:
         ([model, "there.onnx"], "exists; --force replaces it"),
         ([model, "a/x.onnx"], "the directory of"),
         (["nowhere", "x.onnx"], "nowhere"),
-        (["t5", "x.onnx"], "model_type is 't5'; wanted one of bert, roberta, xlm-roberta, camembert, xlnet"),
+        (["t5", "x.onnx"], "model_type is 't5'; wanted one of bert, roberta, xlm-roberta, camembert, albert, xlnet"),
         (
             [model, "x.onnx", "--task", "text-classification"],
             "which would be random: classifier.bias, classifier.weight",
