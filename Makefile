@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help setup build demo test quick test-all test-oldest test-install fuzz lint format bench gpu clean
+.PHONY: help setup build demo test quick test-all test-oldest test-install fuzz faults sanitize lint format bench gpu clean
 
 help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
@@ -23,6 +23,8 @@ help:
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
 	@echo "make fuzz      100,000 spoilt files to every reader together, guided by coverage; FUZZ_CALLS random calls of the ops"
+	@echo "make faults    commands that are killed at a hundred random moments each"
+	@echo "make sanitize  every level of the kernels under the sanitizers: bad inputs, eight threads"
 	@echo "make bench     every op and the model against its peers"
 	@echo "make gpu       build, tests, compute-sanitizer and races on this machine's GPU; PART=test for one of them, OUT= a folder"
 	@echo "make lint      ruff and clang-format"
@@ -104,6 +106,14 @@ fuzz: build
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --guided --runs $(FUZZ_RUNS)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_RUNS)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/ops.py --calls $(FUZZ_CALLS)
+
+# Commands that are killed at random moments, a hundred of each.
+faults: build
+	OMP_NUM_THREADS=1 $(PY) tests/faults/kills.py
+
+# AddressSanitizer and UndefinedBehaviorSanitizer on every level, ThreadSanitizer on the highest; builds take minutes.
+sanitize: build
+	PYXLBERT_TEST_ALL=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/cpu/test_sanitizers.py
 
 lint: $(VENV)/ready
 	$(PY) -m ruff check .

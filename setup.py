@@ -46,9 +46,10 @@ AMX_SOURCES = (
 )
 ONLY = {"avx2_vnni": VNNI_SOURCES, "amx": AMX_SOURCES}
 OTHER_LEVELS = {"portable": ""}
-# For the tests: PYXLBERT_SANITIZE=address,undefined builds the kernels of the levels in PYXLBERT_SANITIZE_LEVELS, or of
-# all, under these sanitizers.
+# For the tests: PYXLBERT_SANITIZE=address,undefined or =thread builds the kernels of the levels in
+# PYXLBERT_SANITIZE_LEVELS, or of all, under these sanitizers; "module" among them is what is no kernel.
 SANITIZE = os.environ.get("PYXLBERT_SANITIZE", "")
+WATCHED = ".raced" if SANITIZE == "thread" else ".sanitized"
 # The same for PYXLBERT_EMULATE_LEVELS=1: levels avx2_vnni and amx run wherever avx512_bf16 does.  Products of bytes are
 # AVX-512's, of 256 bits too, and tiles are a model in software (csrc/cpu/tile_model.h).
 EMULATE = os.environ.get("PYXLBERT_EMULATE_LEVELS") == "1"
@@ -61,7 +62,7 @@ def levels() -> dict[str, str]:
 def sanitized_levels() -> list[str]:
     if not SANITIZE:
         return []
-    return os.environ.get("PYXLBERT_SANITIZE_LEVELS", ",".join(levels())).split(",")
+    return os.environ.get("PYXLBERT_SANITIZE_LEVELS", ",".join((*levels(), "module"))).split(",")
 
 
 def pybind11_headers() -> str:
@@ -110,17 +111,18 @@ def ninja_file(output: Path) -> str:
     objects = []
     models = {"avx2_vnni": " -DPYXLBERT_EMULATE_VNNI", "amx": " -DPYXLBERT_EMULATE_TILES"}
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
-        emulated = EMULATE and source.stem == "levels"
-        objects.append(f"{source.stem}{'.emulated' if emulated else ''}.o")
+        watched, emulated = "module" in sanitized_levels(), EMULATE and source.stem == "levels"
+        objects.append(f"{source.stem}{'.emulated' if emulated else ''}{WATCHED if watched else ''}.o")
         # -O3 takes half as long again and makes no call from Python faster.
-        flags = f"{common}{with_cuda} {include} -O1{''.join(models.values()) if emulated else ''}"
+        more = f"{''.join(models.values()) if emulated else ''}{watch if watched else ''}"
+        flags = f"{common}{with_cuda} {include} -O1{more}"
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {flags}"]
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         for level, flags in levels().items():
             if source.stem not in ONLY.get(level, (source.stem,)):
                 continue
             watched, emulated = level in sanitized_levels(), EMULATE and level in models
-            kind = f"{'.emulated' if emulated else ''}{'.sanitized' if watched else ''}"
+            kind = f"{'.emulated' if emulated else ''}{WATCHED if watched else ''}"
             more = f"{models[level] if emulated else ''}{watch if watched else ''}"
             objects.append(f"cpu/{source.stem}.{level}{kind}.o")
             lines += [
@@ -231,7 +233,7 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        path = build / f"{'emulated-' if EMULATE else ''}{'sanitized' if SANITIZE else 'build'}.ninja"
+        path = build / f"{'emulated-' if EMULATE else ''}{WATCHED[1:] if SANITIZE else 'build'}.ninja"
         text = ninja_file(output)
         if not path.exists() or path.read_text() != text:
             path.write_text(text)

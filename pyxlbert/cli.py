@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import select
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 after an error (of a job of many files 2), which has been printed, or where a command
-        has found what is wrong. Wrong usage exits with 2.
+        has found what is wrong; 141 where nobody reads on what it prints. Wrong usage exits with 2.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -47,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if backends.level_error is not None and options.command != "info":
             raise ValueError(backends.level_error)
         status = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _left_unread():
+            print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
+            return 1
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
         return 1
@@ -70,6 +78,23 @@ def _stop_orderly() -> None:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, leave)
+
+
+def _left_unread() -> bool:
+    """Whether the reader of what is printed has gone, as `head` does; what is left of it then goes nowhere.
+
+    Python ignores SIGPIPE, which would have ended the process, and would raise once more on exit.
+    """
+    unread = [stream for stream in (1, 2) if _without_reader(stream)]
+    for stream in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(unread)
+
+
+def _without_reader(stream: int) -> bool:
+    looked = select.poll()
+    looked.register(stream, 0)
+    return any(event & select.POLLERR for _, event in looked.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

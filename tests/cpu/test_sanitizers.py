@@ -1,7 +1,8 @@
 """The small grid of every op under AddressSanitizer and UBSan, on the portable level and the one this machine takes.
 
-Their kernels are compiled once more with the sanitizers; `make test-all` does it for every level that runs here, and
-for levels avx2_vnni and amx as `test_tiles.py` has them where they do not.
+Their kernels are compiled once more with the sanitizers; `make sanitize` does it for every level that runs here, and
+for levels avx2_vnni and amx as `test_tiles.py` has them where they do not.  It also watches what is no kernel, gives
+bad inputs, and has ThreadSanitizer look at eight threads.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ EMULATED = ALL and HERE[-1] == "avx512_bf16"
 MODELLED = EMULATED * [level for level in ("avx2_vnni", "amx") if level not in HERE]
 # Few ops have an amx version: of the others the level below runs.
 LEVELS = HERE + MODELLED if ALL else ["portable", *HERE[-2 if HERE[-1] == "amx" else -1 :]]
+needs_all = pytest.mark.skipif(not ALL, reason="make sanitize")
 
 
-def _runtime() -> str:
-    """AddressSanitizer's library and the one whose `throw` it wraps: both are loaded before Python allocates."""
+def _runtime(sanitizer: str) -> str:
+    """The sanitizer's library and the one whose `throw` it wraps: both are loaded before Python allocates."""
     compiler = os.environ.get("CXX", "g++")
     paths = []
-    for name in ("libasan.so", "libstdc++.so.6"):
+    for name in (sanitizer, "libstdc++.so.6"):
         path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         if not os.path.isabs(path):
             pytest.skip(f"{compiler} has no {name} here")
@@ -39,8 +41,9 @@ def _runtime() -> str:
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Environment variables under which Python imports the sanitized build."""
-    runtime = _runtime()
-    watched = {"PYXLBERT_SANITIZE": "address,undefined", "PYXLBERT_SANITIZE_LEVELS": ",".join(LEVELS)}
+    runtime = _runtime("libasan.so")
+    names = ",".join([*LEVELS, "module"] if ALL else LEVELS)
+    watched = {"PYXLBERT_SANITIZE": "address,undefined", "PYXLBERT_SANITIZE_LEVELS": names}
     if EMULATED:
         watched["PYXLBERT_EMULATE_LEVELS"] = "1"
     return variants.build("sanitized", watched) | {
@@ -86,3 +89,53 @@ def test_packed_products(environment) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=variants.ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
+
+
+@needs_all
+@pytest.mark.parametrize("name", ["test_contract.py::test_bad_input", "test_storage.py"])
+def test_bad_inputs(environment, name: str) -> None:
+    """Arguments that contradict each other, raw ops, storages that are gone: refused before they are read."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"{variants.ROOT}/tests/ops/{name}",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+    ]
+    for level in LEVELS:
+        done = subprocess.run(
+            command, env=environment | {"PYXLBERT_ISA": level}, capture_output=True, text=True, cwd=variants.ROOT
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 20
+
+
+@pytest.fixture(scope="module")
+def raced() -> dict[str, str]:
+    """Environment variables under which Python imports the build that ThreadSanitizer watches."""
+    runtime = _runtime("libtsan.so")
+    watched = {"PYXLBERT_SANITIZE": "thread", "PYXLBERT_SANITIZE_LEVELS": f"{HERE[-1]},module"}
+    options = "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"
+    return variants.build("raced", watched) | {"LD_PRELOAD": runtime, "TSAN_OPTIONS": options}
+
+
+def _threads(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"{variants.ROOT}/tests/cpu/shared_by_threads.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@needs_all
+def test_threads_share_no_memory(raced) -> None:
+    done = _threads(raced)
+    assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, done.stdout + done.stderr[:6000]
+    assert done.stdout.startswith("ended") and "raced" in done.stdout
+
+
+@needs_all
+def test_threads_that_share_a_result_are_seen(raced) -> None:
+    done = _threads(raced, "result")
+    assert done.returncode == 66
+    assert "data race" in done.stderr and "layer_norm.cpp" in done.stderr, done.stderr[:2000]

@@ -1,0 +1,221 @@
+"""Commands that are killed (kill -9) at random moments: nothing is half-written or lost, the same command goes on.
+
+    python tests/faults/kills.py --moments 100       # of each job
+    python tests/faults/kills.py embed --moments 20  # of one
+
+A job runs in a forked child, so that a moment costs what the job takes and not what imports take.  It is killed again
+and again until it ends; then its result is that of a job that nobody disturbed, to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# Commands import some of these when they come to it: here once, and not in every child.
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch._dynamo
+import torch.utils.tensorboard
+from safetensors.torch import load_file
+
+import pyxlbert.embed.job
+import pyxlbert.training.finetune  # noqa: F401
+from pyxlbert import cli
+from pyxlbert.testing.directories import tiny_bert
+from pyxlbert.training import checkpoints
+
+WORDS = ("the", "hello", "world", "trains", "naive", "a", "b", "c")
+
+
+class Job(NamedTuple):
+    """A command and what it leaves.
+
+    Attributes:
+        prepare: writes what it reads.
+        arguments: of the command, in a folder.
+        check: raises AssertionError where something of the folder is half-written; it may have been killed.
+        result: the bytes of what it makes, when it has ended.
+    """
+
+    prepare: Callable[[Path], None]
+    arguments: Callable[[Path], list[str]]
+    check: Callable[[Path], None]
+    result: Callable[[Path], dict[str, bytes]]
+
+
+def texts(count: int) -> list[str]:
+    draw = random.Random(count)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 30))) for _ in range(count)]
+
+
+def _prepare_lines(root: Path) -> None:
+    (root / "in.txt").write_text("\n".join(texts(600)) + "\n")
+    np.save(root / "out.npy", np.full((3, 2), 7.0))
+
+
+def _check_lines(root: Path) -> None:
+    """The old matrix or the new one, whole; beside them hidden files alone."""
+    found = np.load(root / "out.npy")
+    assert found.shape in ((3, 2), (600, 32)), found.shape
+    assert found.shape != (3, 2) or (found == 7.0).all()
+    assert {path.name for path in root.iterdir() if not path.name.startswith(".")} == {"in.txt", "out.npy"}
+
+
+def _prepare_rows(root: Path) -> None:
+    rows = pa.table({"id": range(600), "text": texts(600)})
+    pq.write_table(rows, root / "in.parquet")
+
+
+def _check_shards(root: Path) -> None:
+    """Every shard that has its name is whole, and holds the rows that it should."""
+    for path in (root / "out").glob("part-*"):
+        rows = pq.read_table(path)
+        assert rows["id"].to_pylist() == list(range(rows["id"][0].as_py(), rows["id"][0].as_py() + rows.num_rows))
+
+
+def _prepare_labels(root: Path) -> None:
+    lines = [f"{text}\t{'yes' if 'hello' in text else 'no'}" for text in texts(24)]
+    (root / "train.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+
+
+def _check_run(root: Path) -> None:
+    """Every checkpoint that has its name can be read, and so can the model."""
+    if not (root / "out").is_dir():
+        return
+    for step in checkpoints.steps(root / "out"):
+        checkpoints.read(root / "out", step)
+    if (root / "out" / "model.safetensors").exists():
+        load_file(root / "out" / "model.safetensors")
+
+
+_FINETUNE = ("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.001", "--checkpoint-every", "2", "--resume")
+
+
+def jobs(model: Path) -> dict[str, Job]:
+    """By name; all with this model."""
+    one = ["--model", str(model), "--threads", "1"]
+    return {
+        "embed": Job(
+            _prepare_lines,
+            lambda root: ["embed", str(root / "in.txt"), *one, "--out", str(root / "out.npy")],
+            _check_lines,
+            lambda root: {"out.npy": (root / "out.npy").read_bytes()},
+        ),
+        "embed, many files": Job(
+            _prepare_rows,
+            lambda root: ["embed", str(root / "in.parquet"), *one, "--out", f"{root / 'out'}/", "--shard-rows", "40"],
+            _check_shards,
+            lambda root: {path.name: path.read_bytes() for path in (root / "out").glob("part-*")},
+        ),
+        "finetune": Job(
+            _prepare_labels,
+            lambda root: [
+                *("finetune", "text-classification", "--train", str(root / "train.tsv"), "--out", str(root / "out")),
+                *(*one, *_FINETUNE),
+            ],
+            _check_run,
+            lambda root: {"model": (root / "out" / "model.safetensors").read_bytes()},
+        ),
+    }
+
+
+def started(arguments: list[str]) -> int:
+    """The number of a child that runs the command, silent, and ends with its status."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        status = cli.main(arguments)
+    finally:
+        os._exit(status)
+
+
+def ended(child: int) -> int:
+    """Its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_again_and_again(job: Job, folder: Path, moments: int, seed: int) -> tuple[int, int]:
+    """Kills the job so many times.
+
+    Returns:
+        how many kills met it at work, and how often it came to its end between them.
+
+    Raises:
+        AssertionError: something was half-written, lost, or other than without kills.
+    """
+    draw, root = random.Random(seed), folder / "undisturbed"
+    root.mkdir()
+    job.prepare(root)
+    begun = time.monotonic()
+    status = ended(started(job.arguments(root)))
+    assert status == 0, f"undisturbed it ended with {status}"
+    seconds, wanted = time.monotonic() - begun, job.result(root)
+    hits = ends = 0
+    root = folder / "killed"
+    for moment in range(moments + 1):
+        if not root.is_dir():
+            root.mkdir()
+            job.prepare(root)
+        child = started(job.arguments(root))
+        if moment < moments:
+            time.sleep(draw.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+        status = ended(child)
+        assert status in (0, -signal.SIGKILL), f"moment {moment}: it ended with {status}"
+        hits += status != 0
+        job.check(root)
+        if status == 0:
+            ends += 1
+            found = job.result(root)
+            assert found.keys() == wanted.keys(), f"moment {moment}: {sorted(found)}, wanted {sorted(wanted)}"
+            assert found == wanted, f"moment {moment}: other bits than undisturbed"
+            shutil.rmtree(root)
+    return hits, ends
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("jobs", nargs="*", help="of embed, 'embed, many files', finetune; all")
+    parser.add_argument("--moments", type=int, default=100, help="of each job")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        known = jobs(tiny_bert(Path(folder) / "model"))
+        unknown = set(options.jobs) - known.keys()
+        if unknown:
+            parser.error(f"jobs: got {', '.join(sorted(unknown))}, wanted some of {', '.join(known)}")
+        for name in options.jobs or known:
+            place = Path(folder) / name
+            place.mkdir()
+            begun = time.monotonic()
+            hits, ends = killed_again_and_again(known[name], place, options.moments, options.seed)
+            print(
+                f"{name}: {options.moments} moments, {hits} at work, {ends} ends, all as undisturbed, "
+                f"{time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
