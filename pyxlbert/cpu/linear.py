@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pyxlbert.cpu import _few_rows, _onednn
 from pyxlbert.cpu._onednn import note, supports
+from pyxlbert.launch.rows import lies_transposed
 
 __all__ = ["linear_bwd", "linear_fwd", "note", "supports"]
 
@@ -35,14 +36,18 @@ def product_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias, each empty if it is not needed."""
+    """dx, dweight, which lies as `weight` does, and dbias, each empty if it is not needed."""
     multiply = _onednn.torch_product if _onednn.torch_goes_back(dy, x, weight) else _onednn.product
     rows = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     dx = dweight = dbias = None
     if weight is not None:
         dx = multiply(rows, weight.t(), None).view(*dy.shape[:-1], weight.shape[1])
     if x is not None:
-        dweight = multiply(rows.t(), x.reshape(rows.shape[0], x.shape[-1]).t(), None)
+        columns = x.reshape(rows.shape[0], x.shape[-1])
+        if lies_transposed(weight):
+            dweight = multiply(columns.t(), rows.t(), None).t()
+        else:
+            dweight = multiply(rows.t(), columns.t(), None)
     if needs_bias:
         dbias = rows.sum(0)
     return tuple(dy.new_empty(0) if one is None else one for one in (dx, dweight, dbias))  # type: ignore[return-value]

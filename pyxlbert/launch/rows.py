@@ -50,6 +50,11 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), n
 
 
+def lies_transposed(x: Tensor | None) -> bool:
+    """Whether x `[N, K]` lies in memory as `[K, N]` does and not as `[N, K]`."""
+    return x is not None and not x.is_contiguous() and x.t().is_contiguous()
+
+
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 tensors `[...]` for x `[..., N]`, not initialised: mean and rstd."""
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)

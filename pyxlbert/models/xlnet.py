@@ -29,10 +29,12 @@ from pyxlbert.nn import (
     LastTable,
     Linear,
     LinearActivation,
+    OwnRows,
     RelativeAttention,
     RelativeLayout,
     TokenLayout,
     rows_and_stream,
+    sizes_are_fixed,
 )
 from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers, watched_linear
 from pyxlbert.nn.watch import Watch
@@ -323,9 +325,11 @@ class XLNetModel(XLNetPreTrainedModel):
         types = arranged.token_types
         segments = None if types is None else tokens.take(types).int()  # [B, T], packed [total]
         keys = segments if segments is None or not memory else F.pad(segments, (memory, 0))  # [B, Tk]
+        positions, own_rows = self._positions(longest, longest + memory, arranged.masks["causal"], tokens)
         return RelativeLayout(
             tokens,
-            self._positions(longest, longest + memory, arranged.masks["causal"], tokens.batch),
+            positions,
+            own_rows=own_rows,
             query_segments=segments,
             key_segments=keys,
             target_positions=arranged.target_positions,
@@ -334,8 +338,10 @@ class XLNetModel(XLNetPreTrainedModel):
             **arranged.masks,
         )
 
-    def _positions(self, queries: int, keys: int, causal: bool, batch: int) -> Tensor:
-        """``[R, E]``, ``[2, R, E]`` or, where dropout makes each sequence's its own, ``[B, R, E]``."""
+    def _positions(self, queries: int, keys: int, causal: bool, tokens: TokenLayout) -> tuple[Tensor, OwnRows | None]:
+        """``[R, E]`` or ``[2, R, E]``; where dropout makes each sequence's its own, ``[B, R, E]``, or of packed
+        sequences those rows that they meet ``[N, E]``, and which they are.
+        """
         weight = self.word_embedding.weight
         table = self.distances.get(
             queries,
@@ -348,10 +354,13 @@ class XLNetModel(XLNetPreTrainedModel):
             dtype=weight.dtype,
         )
         if not self.training or self.dropout.p == 0:
-            return table
+            return table, None
+        if tokens.packed and not sizes_are_fixed():
+            own = OwnRows.of(tokens.cu_seqlens, queries, table.shape[-2])
+            return self.dropout(own.take(table)), own
         if table.dim() == 3:
-            return self.dropout(table.repeat_interleave(batch // 2, dim=0))
-        return self.dropout(table.expand(batch, -1, -1))
+            return self.dropout(table.repeat_interleave(tokens.batch // 2, dim=0)), None
+        return self.dropout(table.expand(tokens.batch, -1, -1)), None
 
     def _embed(self, given: XLNetInputs, arranged: Arrangement) -> tuple[Stream, Stream | None]:
         """The content stream, and the query stream where there are targets."""

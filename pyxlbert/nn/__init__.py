@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyxlbert.nn.activations import ACTIVATIONS, activation_kind
-from pyxlbert.nn.distances import MEMORY_RANK, PADDING_RANK, UNSEEN_RANK, LastTable, relative_positions
+from pyxlbert.nn.distances import MEMORY_RANK, PADDING_RANK, UNSEEN_RANK, LastTable, OwnRows, relative_positions
 from pyxlbert.nn.embeddings import Embeddings
 from pyxlbert.nn.layer_norm import DropoutAddLayerNorm, LayerNorm, rows_and_stream
 from pyxlbert.nn.layout import TokenLayout, fixed_sizes, has_values, sizes_are_fixed
@@ -23,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearActivation",
+    "OwnRows",
     "RelativeAttention",
     "RelativeLayout",
     "SelfAttention",

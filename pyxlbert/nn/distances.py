@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -90,3 +92,48 @@ class LastTable:
 
     def __reduce__(self) -> tuple[type[LastTable], tuple[()]]:
         return LastTable, ()
+
+
+class OwnRows(NamedTuple):
+    """The rows that packed sequences meet, where each has a table of its own: n tokens are 2n distances, not 2T.
+
+    Attributes:
+        tables: B.
+        rows: R, of a table.
+        kept: int64 ``[N]``, the rows' places in ``[B * R]``.
+    """
+
+    tables: int
+    rows: int
+    kept: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, longest: int, rows: int) -> OwnRows:
+        """Those of sequences that look at themselves.
+
+        Args:
+            cu_seqlens: int32 ``[B + 1]``.
+            longest: the row of distance 0.
+            rows: R.
+        """
+        lengths = cu_seqlens.diff().long().clamp(0, longest)  # [B]; attention refuses others
+        first = longest - lengths
+        counts = torch.minimum(2 * lengths, rows - first)  # without the later keys' half there is one more than n
+        ends = counts.cumsum(0)
+        # A table's first kept row stands at b * R + first, and is number ends - counts of the kept.
+        moved = torch.arange(len(counts), device=counts.device) * rows + first - (ends - counts)
+        moved = moved.repeat_interleave(counts)  # [N]
+        return cls(len(counts), rows, moved + torch.arange(len(moved), device=moved.device))
+
+    def take(self, table: Tensor) -> Tensor:
+        """The kept rows ``[N, E]`` of one table ``[R, E]`` for all, or ``[2, R, E]`` for either half of them."""
+        row = self.kept % self.rows
+        if table.dim() == 3:
+            row = row + self.kept // (self.rows * (self.tables // 2)) * self.rows
+        return table.flatten(0, -2).index_select(0, row)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """The kept rows ``[N, H, D]`` in their tables ``[B, R, H, D]``, with zeros where no sequence looks."""
+        width = rows.shape[1:]
+        tables = rows.new_zeros(self.tables * self.rows, width.numel()).index_copy(0, self.kept, rows.flatten(1))
+        return tables.view(self.tables, self.rows, *width)

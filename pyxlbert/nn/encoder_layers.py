@@ -114,6 +114,8 @@ class PackedLayers:
         places = stack.Places(found.heads, size, size**-0.5, offsets, attention_mask=mask, bias=bias)
         distances = None
         if isinstance(layout, RelativeLayout):
+            if layout.own_rows is not None:
+                return None  # of a model that trains
             places = places._replace(causal=layout.causal)
             distances = stack.Distances(
                 layout.positions.to(x.dtype).contiguous(),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyxlbert.nn.distances import OwnRows
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.packing import Packable, Projection
 from pyxlbert.ops._weights import relative_attention_with_weights, two_stream_attention_with_weights
@@ -25,7 +26,8 @@ class RelativeLayout:
     Attributes:
         tokens: where the rows of the content stream lie.
         positions: ``[R, E]`` or ``[G, R, E]``, the embeddings of distances: row c + j - i is for query i and key j,
-            with c the number of queries (packed: the longest sequence).
+            with c the number of queries (packed: the longest sequence). With `own_rows` ``[N, E]``, some of them.
+        own_rows: which rows of a table for each sequence `positions` are.
         query_rank, key_rank: int32 ``[B, T]`` and ``[B, Tk]``: i may see j where its rank is greater.
         attention_mask: bool, broadcastable to ``[B, 1, T, Tk]``, True where attention is allowed.
         causal: whether i sees only keys up to itself; not together with target_positions.
@@ -46,6 +48,7 @@ class RelativeLayout:
     target_positions: Tensor | None = None
     target_mapping: Tensor | None = None
     masked_rows: str = "zero"
+    own_rows: OwnRows | None = None
 
     @property
     def see_self(self) -> bool:
@@ -154,7 +157,9 @@ class RelativeAttention(Packable):
         if memory is not None:
             seen = torch.cat([memory.transpose(0, 1).to(content.dtype), content], dim=1)  # [B, Tk, E]
         key, value = self.project(seen, "kv")  # [B, Tk, H, D], packed [total, H, D]
-        (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D]
+        (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D], with own_rows [N, H, D]
+        if layout.own_rows is not None:
+            table = layout.own_rows.spread(table)  # [B, R, H, D]
         content_query = self.project(content, "q")[0] if content_needed else None  # [B, T, H, D]
         target_query = None if query is None else self.project(query, "q")[0]  # [B, M, H, D]
         mixed, target, weights = self._attend(content_query, target_query, key, value, table, layout, output_attentions)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyxlbert import checks
+from pyxlbert.launch.rows import lies_transposed
 
-__all__ = ["prepare", "requires_grad"]
+__all__ = ["prepare", "requires_grad", "weight_gradient"]
 
 
 def prepare(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -54,6 +55,12 @@ def requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
+
+
+def weight_gradient(n: int, x: Tensor, weight: Tensor | None) -> Tensor:
+    """An empty dweight `[N, K]`, which lies as `weight` does, if that is given."""
+    k = x.shape[-1]
+    return x.new_empty(k, n).t() if lies_transposed(weight) else x.new_empty(n, k)
 
 
 def _usual(x: object, weight: object, bias: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
 from pyxlbert.ops._define import Op
-from pyxlbert.ops._linear import prepare, requires_grad
+from pyxlbert.ops._linear import prepare, requires_grad, weight_gradient
 from pyxlbert.ops._torch import apply
 
 OP = Op("linear", ("torch", "cpu"))
@@ -28,7 +28,7 @@ def _bwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dy, n = call.dy, call.dy.shape[-1]
     return (
         dy.new_empty(0) if call.weight is None else dy.new_empty(*dy.shape[:-1], call.weight.shape[1]),
-        dy.new_empty(0) if call.x is None else dy.new_empty(n, call.x.shape[-1]),
+        dy.new_empty(0) if call.x is None else weight_gradient(n, call.x, call.weight),
         dy.new_empty(n if call.needs_bias else 0),
     )
 

@@ -26,14 +26,17 @@ def linear_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 def product_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx (empty without `weight`), dweight (empty without `x`) and dbias (empty unless `needs_bias`).
 
-    dx = dy weight, dweight = dyᵀ x, dbias = the sum of dy over its rows.
+    dx = dy weight, dweight = dyᵀ x, dbias = the sum of dy over its rows.  dweight lies as `weight` does, if that is
+    given: a transposed parameter then takes its gradient as it is, and not a transposed copy of it.
     """
     rows = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     dx = dweight = dbias = dy.new_empty(0)
     if weight is not None:
         dx = (rows @ weight).view(*dy.shape[:-1], weight.shape[1])
     if x is not None:
-        dweight = rows.t() @ x.reshape(rows.shape[0], x.shape[-1])
+        columns = x.reshape(rows.shape[0], x.shape[-1])
+        transposed = weight is not None and weight.t().is_contiguous() and not weight.is_contiguous()
+        dweight = (columns.t() @ rows).t() if transposed else rows.t() @ columns
     if needs_bias:
         dbias = rows.sum(0)
     return dx, _own(dweight, dx), _own(dbias, dx, dweight)

@@ -80,6 +80,39 @@ def test_dropout_on_distances_is_each_sequences_own(monkeypatch) -> None:
     assert [tuple(tensors[3].shape) for _, tensors, _ in calls.made] == [(4, 14, 3, 8)] * 4
 
 
+class _Halved(torch.nn.Module):
+    """In place of dropout: every draw is the same."""
+
+    p = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("fields", [{}, {"bi_data": True}, {"attn_type": "uni"}, {"clamp_len": 2}])
+def test_packed_sequences_drop_and_project_the_distances_that_they_meet(fields: dict) -> None:
+    """Their tables are shorter than those of padded rows, and nothing else differs."""
+    lengths = MASK.sum(1).tolist()
+    wanted = sum(n + 1 if "attn_type" in fields else 2 * n for n in lengths)
+    weigh = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for padded in (False, True):
+        model = build(**fields).double().train()
+        model.dropout = _Halved()
+        y = model(IDS, MASK, token_type_ids=IDS % 2, use_mems=padded).last_hidden_state * REAL[..., None]
+        (y * weigh).sum().backward()
+        found.append((y.detach(), gradients(model)))
+        assert ((wanted, 24) in model.dropout.shapes) is not padded
+        assert all(one.grad.is_contiguous() for name, one in model.named_parameters() if one.grad is not None)
+    compare.close("states", found[0][0], found[1][0], compare.tolerances.FLOAT64)
+    compare.close("gradients", found[0][1], found[1][1], compare.tolerances.FLOAT64)
+
+
 @pytest.mark.parametrize("two", [False, True])
 def test_compiles_whole(two: bool) -> None:
     model = build()

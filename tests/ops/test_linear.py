@@ -336,3 +336,18 @@ def test_sizes_past_two_to_the_31st_are_counted_right() -> None:
     """The rule multiplies rows, columns and the inner dimension; nothing is allocated for it."""
     x = torch.empty(1, dtype=torch.float32).expand(1 << 20, 1 << 12)
     assert _onednn.torch_is_faster(x, 1 << 14, saves=True) is _onednn._mkl_at_full_speed()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
+def test_a_gradient_lies_as_its_weight_does(op, backend: str) -> None:
+    """A parameter that is multiplied transposed takes its gradient without a transposed copy of it."""
+    x, weight, bias = arguments()
+    found = []
+    for one in (weight, weight.t().contiguous().t()):
+        own = one.detach().requires_grad_()
+        y = op(x.requires_grad_(), own, bias, backend=backend)
+        (dweight,) = torch.autograd.grad(y, own, torch.ones_like(y))
+        assert dweight.stride() == own.stride()
+        found.append(dweight)
+    compare.close("dweight", found[1], found[0], compare.tolerances.MODEL_FLOAT32)
