@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("pyarrow")
 
@@ -116,19 +115,39 @@ def test_a_folder_that_may_only_be_read(embed: list[str], tmp_path: Path) -> Non
     assert untouched(tmp_path)
 
 
+# In a process of its own: one that has worked has memory left over, which no limit takes away.
+LIMITED = """
+import resource, sys
+import torch
+from pathlib import Path
+from pyxlbert import cli
+
+def limit(more):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more,) * 2)
+
+def at_the_first_module(*_):
+    first.remove()
+    limit(1 << 20)
+
+torch.set_num_threads(1)
+BEGIN
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def limited(begin: str, arguments: list[str]) -> tuple[int, str]:
+    """The status and the errors of a command in a new process, where `begin` sets its limit."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.replace("BEGIN", begin), *arguments], stderr=subprocess.PIPE, text=True
+    )
+    return done.returncode, done.stderr
+
+
 def test_too_little_memory_for_a_model(embed: list[str], tmp_path: Path) -> None:
     """A batch for which there is none: one line and a status."""
-
-    def limit(*_: object) -> None:
-        first.remove()
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)
-
-    first = torch.nn.modules.module.register_module_forward_pre_hook(limit)
-    try:
-        status, errors = run([*embed, "--batch-size", "900"], lambda: None)
-    finally:
-        first.remove()
+    begin = "first = torch.nn.modules.module.register_module_forward_pre_hook(at_the_first_module)"
+    status, errors = limited(begin, [*embed, "--batch-size", "900"])
     *warned, line = errors.splitlines()
     assert status == 1 and "memory" in line and line.startswith("pyxlbert embed: error: "), errors
     assert all("texts cut" in one or one.startswith("  ") for one in warned), errors
@@ -137,12 +156,7 @@ def test_too_little_memory_for_a_model(embed: list[str], tmp_path: Path) -> None
 
 def test_too_little_memory_to_begin(embed: list[str], tmp_path: Path) -> None:
     """A library that does not find its place is one line too."""
-
-    def prepare() -> None:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used, used))
-
-    status, errors = run(embed, prepare)
+    status, errors = limited("limit(0)", embed)
     assert status == 1 and errors.count("\n") == 1 and errors.startswith("pyxlbert embed: error: "), errors
     assert untouched(tmp_path)
 
