@@ -18,8 +18,8 @@ _DESCRIPTION = {
 Trains a BERT on masked tokens and on whether a second passage follows the first, with the data of the published
 create_pretraining_data.""",
     "albert": """\
-Trains an ALBERT, whose layers share their weights, on masked tokens and on the order of two passages that follow each
-other.""",
+Trains an ALBERT, whose layers share their weights, on masked spans of words and on the order of two passages that
+follow each other.""",
     "xlnet": """\
 Trains an XLNet on tokens in random orders. Each row of a batch goes on where the row was in the batch before, and its
 memories with it.""",
@@ -83,8 +83,22 @@ def _model(group: Any, kind: str) -> None:
 
 def _rows(group: Any, kind: str) -> None:
     group.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a row (128)")
-    group.add_argument("--whole-words", action="store_true", help="predict all pieces of a word or none")
+    usual = "they are" if kind == "albert" else "they aren't"
+    group.add_argument(
+        "--whole-words",
+        action=argparse.BooleanOptionalAction,
+        default=kind == "albert",
+        help=f"whether all pieces of a word are predicted or none ({usual})",
+    )
     if kind != "xlnet":
+        longest = 3 if kind == "albert" else 1
+        group.add_argument(
+            "--max-gram",
+            type=int,
+            default=longest,
+            metavar="N",
+            help=f"words, without --whole-words tokens, of the longest span that is predicted ({longest})",
+        )
         group.add_argument("--mask-share", type=float, default=0.15, metavar="X", help="of the tokens (0.15)")
         group.add_argument("--max-predictions", type=int, default=20, metavar="N", help="of a row at most (20)")
         group.add_argument(

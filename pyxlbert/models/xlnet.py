@@ -25,6 +25,7 @@ from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.models.xlnet_config import XLNetConfig
 from pyxlbert.models.xlnet_inputs import Arrangement, XLNetInputs, arrange
 from pyxlbert.nn import (
+    Dropout,
     DropoutAddLayerNorm,
     LastTable,
     Linear,
@@ -35,6 +36,7 @@ from pyxlbert.nn import (
     TokenLayout,
     rows_and_stream,
     sizes_are_fixed,
+    words_of,
 )
 from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers, watched_linear
 from pyxlbert.nn.watch import Watch
@@ -56,7 +58,7 @@ class XLNetFeedForward(nn.Module):
         self.layer_norm = DropoutAddLayerNorm(config.d_model, config.layer_norm_eps, config.dropout)
         self.layer_1 = LinearActivation(config.d_model, config.d_inner, config.ff_activation)
         self.layer_2 = Linear(config.d_inner, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor, copy_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Returns the rows for the next product and the residual stream."""
@@ -119,7 +121,7 @@ class XLNetLayer(nn.Module):
         for name in ("q", "k", "v", "o", "r"):
             watch.parameter(attention, name)
         up = watched_linear(watch, ff, "layer_1", LinearActivation)
-        watch.child(ff, "dropout", nn.Dropout)
+        watch.child(ff, "dropout", Dropout)
         return LayerParts(
             *(attention, ("q", "kv")),
             (attention, "o"),
@@ -226,7 +228,7 @@ class XLNetModel(XLNetPreTrainedModel):
         self.word_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.mask_emb = nn.Parameter(torch.empty(1, 1, config.d_model))
         self.layer = nn.ModuleList([XLNetLayer(config) for _ in range(config.n_layer)])
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.checkpointing: dict[str, Any] | None = None
         self.distances = LastTable()
         self.tie_weights()
@@ -366,7 +368,7 @@ class XLNetModel(XLNetPreTrainedModel):
         """The content stream, and the query stream where there are targets."""
         weight, tokens = self.word_embedding.weight, arranged.tokens
         if given.inputs_embeds is None:
-            words = F.embedding(tokens.take(given.input_ids), weight)  # [B, T, E], packed [total, E]
+            words = words_of(tokens.take(given.input_ids), weight)  # [B, T, E], packed [total, E]
         else:
             words = tokens.take(given.inputs_embeds).to(weight.dtype)  # [B, T, E], packed [total, E]
             if tokens.token_mask is not None:

@@ -135,5 +135,5 @@ class OwnRows(NamedTuple):
     def spread(self, rows: Tensor) -> Tensor:
         """The kept rows ``[N, H, D]`` in their tables ``[B, R, H, D]``, with zeros where no sequence looks."""
         width = rows.shape[1:]
-        tables = rows.new_zeros(self.tables * self.rows, width.numel()).index_copy(0, self.kept, rows.flatten(1))
+        tables = rows.new_zeros(self.tables * self.rows, width.numel()).index_copy_(0, self.kept, rows.flatten(1))
         return tables.view(self.tables, self.rows, *width)

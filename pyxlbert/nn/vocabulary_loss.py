@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.nn.layout import has_values
 from pyxlbert.nn.linear import Linear
+from pyxlbert.nn.words import KeptMemory, memory_of
 from pyxlbert.ops._autograd import OpFunction, single_backward
 from pyxlbert.ops.linear import gradients, linear
 
@@ -73,7 +74,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
         dtype = torch.get_autocast_dtype(device)
     needed = tuple(one is not None and one.requires_grad and torch.is_grad_enabled() for one in (x, weight, bias))
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, bias, labels, needed, dtype)[0]
+        memory = memory_of(weight) if any(needed) else None
+        return _LinearCrossEntropy.apply(x, weight, bias, labels, needed, dtype, memory)[0]
 
 
 class _LinearCrossEntropy(OpFunction):
@@ -87,9 +89,14 @@ class _LinearCrossEntropy(OpFunction):
         labels: Tensor,
         needed: tuple[bool, ...],
         dtype: torch.dtype,
+        memory: KeptMemory | None,
     ) -> tuple[Tensor, ...]:
         """The loss and the gradients; in float16, of the sum, N times those of the mean: none of them is too small."""
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if memory is None or weight.dtype is dtype:
+            weight = weight.to(dtype)
+        else:
+            weight = memory.empty(weight.shape, dtype).copy_(weight)
         wide = torch.promote_types(dtype, torch.float32)
         total = x.new_zeros((), dtype=wide)
         dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
@@ -122,7 +129,7 @@ class _LinearCrossEntropy(OpFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.needed, ctx.summed = inputs[4], inputs[5] is torch.float16
+        ctx.needed, ctx.summed, ctx.memory = inputs[4], inputs[5] is torch.float16, inputs[6]
         ctx.like = [None if one is None else (one.shape, one.dtype) for one in inputs[:3]]
         ctx.save_for_backward(*output[1:])
 
@@ -140,11 +147,20 @@ class _LinearCrossEntropy(OpFunction):
             if not rows:
                 found.append(dloss.new_zeros(shape, dtype=dtype))
             elif one.is_cpu:
-                # Here a tensor of no dimensions is not rounded to the other's dtype.
-                found.append((one * scale).to(dtype))
+                found.append(_scaled(one, scale, dtype, ctx.memory if len(found) == 1 else None))
             else:
                 found.append((one.to(dloss.dtype) * scale).to(dtype))
-        return *found, None, None, None
+        return *found, None, None, None, None
+
+
+def _scaled(one: Tensor, scale: Tensor, dtype: torch.dtype, memory: KeptMemory | None) -> Tensor:
+    """On the CPU, where a tensor of no dimensions is not rounded to the other's dtype."""
+    if torch.promote_types(one.dtype, dtype) is not dtype:
+        return (one * scale).to(dtype)
+    scaled = torch.empty(one.shape, dtype=dtype) if memory is None else memory.empty(one.shape, dtype)
+    if one.dtype is dtype:
+        return torch.mul(one, scale, out=scaled)
+    return scaled.copy_(one).mul_(scale)  # faster than a product of two dtypes
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:

@@ -194,6 +194,75 @@ def test_whole_words_are_hidden_whole_or_not_at_all() -> None:
     assert len(choose(np.arange(9), np.zeros(9, dtype=bool), 6, rng)) == 0  # one word, too long
 
 
+def published_spans(starts: np.ndarray, count: int, longest: int, rng: np.random.Generator) -> list[int]:
+    """The places that ALBERT's authors' code chooses: of a list of words each with those behind it, in random order."""
+    words: list[list[int]] = []
+    for place, start in enumerate(starts):
+        if start or not words:
+            words.append([])
+        words[-1].append(place)
+    shares = np.array([1 / n for n in range(1, longest + 1)])
+    chosen: list[int] = []
+    for first in rng.permutation(len(words)):
+        spans = [words[first : first + n] for n in range(1, longest + 1) if first + n <= len(words)]
+        number = rng.choice(len(spans), p=shares[: len(spans)] / shares[: len(spans)].sum())
+        fitting = [span for span in spans[: number + 1] if len(chosen) + sum(map(len, span)) <= count]
+        if fitting and not {place for word in fitting[-1] for place in word} & set(chosen):
+            chosen += [place for word in fitting[-1] for place in word]
+    return chosen
+
+
+def runs(places: list[int]) -> list[int]:
+    """How many neighbours the places have next to each other."""
+    ends = np.flatnonzero(np.diff(np.sort(places)) > 1)
+    return np.diff(np.concatenate([[-1], ends, [len(places) - 1]])).tolist() if len(places) else []
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_spans_of_words_are_the_published_ones(pieces: int) -> None:
+    """The lengths of what is chosen side by side, and how often each place is, are those of the published code."""
+    counts: list[Counter[int]] = [Counter(), Counter()]
+    places = np.zeros((2, 60))
+    starts = np.arange(60) % pieces == 0
+    for seed in range(800):
+        ours = choose(np.arange(60), starts, 9, np.random.default_rng(seed), 3).tolist()
+        theirs = published_spans(starts, 9, 3, np.random.default_rng((1, seed)))
+        assert len(ours) <= 9 and len(set(ours)) == len(ours)
+        for one, found in enumerate((ours, theirs)):
+            counts[one].update(runs(found))
+            places[one, found] += 1
+    total = [sum(one.values()) for one in counts]
+    for length in set(counts[0]) | set(counts[1]):
+        assert length % pieces == 0
+        assert abs(counts[0][length] / total[0] - counts[1][length] / total[1]) < 0.045, length
+    assert abs(places[0] - places[1]).max() / 800 < 0.09
+    assert abs(places.sum(1)[0] / places.sum(1)[1] - 1) < 0.015
+
+
+def test_a_span_of_n_words_has_a_share_of_one_in_n() -> None:
+    """Of the first span in a long row, which nothing shortens."""
+    rng, found = np.random.default_rng(4), Counter()
+    for _ in range(6000):
+        gaps = np.diff(choose(np.arange(400), None, 3, rng, 3)) != 1
+        found[int(gaps.argmax()) + 1 if gaps.any() else 3] += 1
+    for n, share in ((1, 6 / 11), (2, 3 / 11), (3, 2 / 11)):
+        assert abs(found[n] / 6000 - share) < 0.025, n
+
+
+def test_albert_predicts_spans_of_whole_words_unless_told_otherwise(made) -> None:
+    assert (PairOptions(swapped=True).whole_words, PairOptions(swapped=True).max_gram) == (True, 3)
+    assert (PairOptions().whole_words, PairOptions().max_gram) == (False, 1)
+    own = made(swapped=True)
+    assert same(own.batch(0), made(swapped=True, whole_words=True, max_gram=3).batch(0))
+    single = made(swapped=True, whole_words=True, max_gram=1)
+    lengths = [[], []]
+    for one, source in enumerate((own, single)):
+        for step in range(own.epoch_steps):
+            batch = source.batch(step)
+            lengths[one] += [n for row in batch["labels"] for n in runs((row != -100).nonzero().flatten().tolist())]
+    assert np.mean(lengths[0]) > 1.15 * np.mean(lengths[1])
+
+
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_rows(made, whole_words: bool) -> None:
     source = made(whole_words=whole_words, max_predictions=3, short_share=0.3)
@@ -313,6 +382,8 @@ def test_a_corpus_smaller_than_a_batch_is_refused(made) -> None:
         ({"mask_share": "a"}, TypeError, "mask_share: got 'a'"),
         ({"max_predictions": 0}, ValueError, "max_predictions: got 0, wanted at least 1"),
         ({"whole_words": 1}, TypeError, "whole_words: got 1, wanted True or False"),
+        ({"max_gram": 0}, ValueError, "max_gram: got 0, wanted at least 1"),
+        ({"max_gram": True}, TypeError, "max_gram: got True, wanted an integer"),
         ({"seed": -1}, ValueError, "seed: got -1"),
     ],
 )

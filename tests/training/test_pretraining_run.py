@@ -115,7 +115,7 @@ def command(files: Path, kind: str, *options: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["bert", "albert", "xlnet"])
 def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, capsys) -> None:
-    own = ["--reuse-len", "16"] if kind == "xlnet" else ["--whole-words"]
+    own = {"bert": ["--whole-words", "--max-gram", "2"], "albert": [], "xlnet": ["--reuse-len", "16"]}[kind]
     assert cli.main(command(files, kind, "--eval", str(files / "held_out.txt"), *own)) == 0
     told = capsys.readouterr()
     names = [line.split()[0] for line in told.out.splitlines()]
@@ -138,6 +138,7 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
         ("bert", ("--max-length", "3"), "max_length: got 3"),
         ("bert", ("--config", "nowhere"), "nowhere"),
         ("bert", ("--dropout", "2"), "dropout: got 2"),
+        ("albert", ("--max-gram", "0"), "max_gram: got 0"),
         ("albert", ("--config", "nowhere", "--dropout", "0"), "dropout: given together with config"),
         ("bert", ("--threads", "0"), "--threads: got 0"),
         ("bert", ("--learning-rate", "-1"), "learning_rate: got -1"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import corpora
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from pyxlbert.testing import tolerances
 from pyxlbert.text import TextTokenizer
@@ -75,6 +77,29 @@ def test_a_store_holds_every_sentence_in_its_place(tmp_path, monkeypatch) -> Non
             ids = store.tokens[slice(*store.sentences[place : place + 2])]
             assert ids.tolist() == vocabulary.tokenizer.encode(sentence, add_special_tokens=False).ids
     assert store.document_tokens[-1] == len(store.tokens) and store.tokens.dtype == np.uint16
+
+
+def test_albert_has_words_in_texts_without_spaces(tmp_path: Path) -> None:
+    """Pieces that are no parts of English words are words, as the authors' code has it; to XLNet they are not."""
+    special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "<cls>", "<sep>", "<mask>", "<s>", "</s>", "<eod>"]
+    pieces = {
+        "▁new": True,
+        "er": False,
+        "Er": False,
+        "'s": False,
+        ".": True,
+        "19": True,
+        "中": True,
+        "中a": True,
+        "é": True,
+    }
+    model = models.Unigram([(one, -1.0) for one in (*special, *pieces)], unk_id=1, byte_fallback=False)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(special)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    found = {kind: Vocabulary.read(tmp_path, kind).word_starts[len(special) :].tolist() for kind in ("albert", "xlnet")}
+    assert found["albert"] == list(pieces.values())
+    assert [one for one, start in zip(pieces, found["xlnet"], strict=True) if start] == ["▁new", "."]
 
 
 def test_documents_of_xlnet_have_an_end(tmp_path) -> None:

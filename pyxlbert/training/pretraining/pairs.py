@@ -1,6 +1,7 @@
 """BERT's examples: pairs of passages, of which the second follows the first or is from anywhere, with masks.
 
-ALBERT's are the same, but where BERT's second passage would be from anywhere, the two passages change places.
+ALBERT's are the same, but where BERT's second passage would be from anywhere, the two passages change places, and what
+is predicted is spans of whole words.
 
 The passages are those of the published `create_pretraining_data`: a document's sentences are collected until they fill
 a window, cut in two at random, and half of the time the second part is replaced by one that begins at a random sentence
@@ -12,8 +13,9 @@ the same rows without knowing of each other. Only the places of passages are pla
 at a time; tokens are read and masks drawn where a row is used.
 
 Source:
-    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2019, appendix A.1; where the paper is
-    silent, what its authors' code does.
+    Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2019, appendix A.1; Lan et al., "ALBERT: A
+    Lite BERT for Self-supervised Learning of Language Representations", 2020, sections 3.1 and 4.1; where the papers
+    are silent, what their authors' codes do.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ class PairOptions:
         short_share: of the documents whose windows have a random length.
         mask_share: of a row's tokens, which are predicted.
         max_predictions: of a row at most; None: as `mask_share` says.
-        whole_words: predict all pieces of a word or none.
         swapped: half of the rows have their passages in the wrong order, as ALBERT learns it; False: half of the second
             passages are from anywhere, as BERT does.
+        whole_words: predict all pieces of a word or none; None: as published, which is True if `swapped`.
+        max_gram: words, without whole words tokens, of the longest span that is predicted, see
+            `pyxlbert.training.pretraining.masking.choose`; None: as published, which is 3 if `swapped`, else 1.
         seed: the same seed gives the same rows.
 
     Raises:
@@ -61,11 +65,17 @@ class PairOptions:
     short_share: float = 0.1
     mask_share: float = 0.15
     max_predictions: int | None = 20
-    whole_words: bool = False
     swapped: bool = False
+    whole_words: bool | None = None
+    max_gram: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.whole_words is None:
+            object.__setattr__(self, "whole_words", self.swapped)
+        if self.max_gram is None:
+            object.__setattr__(self, "max_gram", 3 if self.swapped else 1)
+        require_integer("max_gram", self.max_gram, 1)
         require_integer("max_length", self.max_length, 5)
         require_integer("seed", self.seed, 0)
         if self.max_predictions is not None:
@@ -231,7 +241,8 @@ class SentencePairs:
         if options.whole_words:
             starts = words.word_starts[ids[candidates]]
             starts[np.flatnonzero(np.diff(candidates) > 1) + 1] = True  # no word goes on behind a special token
-        hidden, labels = mask(ids, choose(candidates, starts, count, rng), words.mask_id, words.size, rng)
+        places = choose(candidates, starts, count, rng, options.max_gram)
+        hidden, labels = mask(ids, places, words.mask_id, words.size, rng)
         return hidden, types, labels
 
     # Plans

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ ALBERT_TOKENS = {
     "mask_token": "[MASK]",
 }
 TOKENS = {"bert": BERT_TOKENS, "albert": ALBERT_TOKENS, "xlnet": XLNET_TOKENS}
+# A piece of a word that others can be parts of; everything else is a word to ALBERT's masks.
+_ENGLISH = re.compile(f"[A-Za-z{re.escape(string.punctuation)}]*")
 # What a tokenizer is read from, in a directory.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
@@ -56,7 +60,8 @@ class Vocabulary:
         size: one more than the largest id.
         cls_id, sep_id, pad_id, mask_id: of the special tokens.
         end_id: of what follows each document, for XLNet; None if the tokenizer has none.
-        word_starts: bool ``[V]``, True for tokens that begin a word.
+        word_starts: bool ``[V]``, True for tokens that begin a word; ALBERT's pieces with anything but English letters
+            and punctuation marks are words too, as in its authors' code, so that a text without spaces has words.
         fingerprint: of everything that decides the ids of a text.
     """
 
@@ -84,6 +89,8 @@ class Vocabulary:
             OSError: a file is missing.
             ValueError: a file is corrupt, a special token is missing, or the pieces are of another kind.
         """
+        from tokenizers import models
+
         if kind not in TRAINERS:
             raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(TRAINERS)}")
         path = model_directory(directory)
@@ -101,6 +108,9 @@ class Vocabulary:
                 raise ValueError(f"tokenizer: {str(path)!r} has no {token!r}, the {name} of {kind}")
             ids[name] = found
         starts = TextTokenizer(load_tokenizer(path), UNLIMITED, special_types=True).word_starts()
+        if kind == "albert" and isinstance(tokenizer.model, models.Unigram):
+            pieces = (tokenizer.id_to_token(index) or "" for index in range(len(starts)))
+            starts |= np.array([not _ENGLISH.fullmatch(piece) for piece in pieces], dtype=bool)
         return cls(
             directory=path,
             kind=kind,
