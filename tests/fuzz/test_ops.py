@@ -20,7 +20,8 @@ from drawn import Drawn
 import pyxlbert
 from pyxlbert.testing.specs import SPECS, layer_norm
 
-CALLS = 400
+# About a minute.
+CALLS = 4000
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
