@@ -98,14 +98,16 @@ test-install: $(VENV)/ready
 	$(INSTALL)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(INSTALL)/pyxlbert-*.tar.gz
 	cd $(INSTALL)/empty && ../venv/bin/pyxlbert info && ../venv/bin/pyxlbert parity --quick
 
-# Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn; then
-# random calls of the ops.
+# Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn, as many
+# together; then random calls of the ops.  On one core minutes, minutes, and for a million calls four hours.
 FUZZ_RUNS ?= 4000
-FUZZ_CALLS ?= 20000
+FUZZ_IN_TURN ?= 100000
+FUZZ_CALLS ?= 1000000
+FUZZ_SEED ?= 0
 fuzz: build
-	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --guided --runs $(FUZZ_RUNS)
-	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_RUNS)
-	OMP_NUM_THREADS=1 $(PY) tests/fuzz/ops.py --calls $(FUZZ_CALLS)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --guided --runs $(FUZZ_RUNS) --seed $(FUZZ_SEED)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_IN_TURN) --seed $(FUZZ_SEED)
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz/ops.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
 
 # Commands that are killed at random moments, a hundred of each.
 faults: build

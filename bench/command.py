@@ -32,7 +32,7 @@ from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.extra import EXTRAS
 from pyxlbert.bench.report import Row
 
-from pyxlbert.files import whole_file
+from pyxlbert.files import check_parents, check_writable, whole_file
 from pyxlbert.testing.specs import SPECS
 
 # By the device that they run on.
@@ -239,13 +239,12 @@ def check_output(option: str, path: Path | None, fail: Fail) -> None:
     if path is None:
         return
     path = Path(os.path.realpath(path))
-    if path.is_dir():
-        fail(f"{option}: {str(path)!r} is a directory")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        fail(f"{option}: {str(folder)!r} is not writable")
+    try:
+        check_parents(option, path)
+        if path.parent.is_dir():
+            check_writable(option, str(path), path)
+    except OSError as error:
+        fail(str(error))
 
 
 def _shown(suites: list[str], options: argparse.Namespace) -> str:

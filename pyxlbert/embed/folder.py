@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pyxlbert.files import read_json, whole_file
+from pyxlbert.files import check_folder, check_inside, read_json, whole_file
 
 from .plan import Plan, Shard, difference
 
@@ -46,17 +46,16 @@ class OutputFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"out: {str(self.path)!r} is a file, wanted a folder")
-        if not self.path.is_dir() and not self.path.parent.is_dir():
-            raise FileNotFoundError(f"out: the directory of {str(self.path)!r} does not exist")
-        nearest = self.path if self.path.is_dir() else self.path.parent
-        if not os.access(nearest, os.W_OK):
-            raise PermissionError(f"out: {str(nearest)!r} is not writable")
         if self.path.is_dir() and not (self.path / _JOB).is_file():
             others = [name for name in sorted(os.listdir(self.path)) if not self._ours(name)]
             if others:
                 raise ValueError(
                     f"out: {str(self.path)!r} holds {others[0]!r} and no job; wanted a new or an empty folder"
                 )
+        if self.path.is_dir():
+            check_inside("out", self.path)
+        else:
+            check_folder("out", str(self.path), self.path.parent)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pyxlbert import backends
+from pyxlbert.files import check_writable
 from pyxlbert.hub import Hub
 from pyxlbert.models import BertModel, RobertaModel, XLNetModel
 from pyxlbert.models.by_type import encoder_class
@@ -361,6 +362,7 @@ def quantise_directory(directory: str | Path) -> Path:
         FileNotFoundError, ValueError: see `SentenceEncoder.from_pretrained`.
     """
     _, folder = read_modules(directory)
+    check_writable("directory", str(folder / INTEGERS), folder / INTEGERS)
     model = _read_model(folder, torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32)
     model.save_integers(folder)
     return folder / INTEGERS

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
-from pyxlbert.training.loop import Job, Loop, accelerator, start_run
+from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.saved import Trained, read_new, read_trained, write
 from pyxlbert.training.steps import ShuffledSteps
@@ -61,6 +61,9 @@ def finetune(
         raise ValueError(f"task: got {task!r}, wanted one of {', '.join(TASKS)}")
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
+    folder = Path(output)
+    if work.is_main_process:
+        check_run(folder, resume)
     chosen = TASKS[task](settings)
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
@@ -87,7 +90,6 @@ def finetune(
             )
         return chosen.score(dev_examples, found)
 
-    folder = Path(output)
     job = Job(
         module=TaskModel(chosen, trained.model),
         source=ShuffledSteps(rows, collate, options.batch_size, options.micro_batch_size, options.seed),

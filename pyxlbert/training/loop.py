@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pyxlbert.files import read_json, whole_file
+from pyxlbert.files import check_folder, check_inside, read_json, whole_file
 from pyxlbert.training import checkpoints
 from pyxlbert.training.curves import Curves
 from pyxlbert.training.evaluation import on_device
@@ -134,17 +134,38 @@ def accelerator() -> Any:
     return work
 
 
+def check_run(directory: Path, resume: bool) -> None:
+    """Whether a run's folder can be made, or one can go on in it: what is known before any data is read.
+
+    Raises:
+        FileExistsError: there is something else, or a run that is not to be resumed.
+        OSError: it is a file, the folder in which to make it is missing, or it cannot be written to.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"output: {str(directory)!r} is a file, wanted a directory's name")
+    if not directory.is_dir():
+        check_folder("output", str(directory), directory.resolve().parent)
+        return
+    check_inside("output", directory)
+    checkpoints.clean(directory)  # of a run that was killed when it had hardly begun
+    there = (directory / RUN).is_file()
+    if there and not resume:
+        raise FileExistsError(f"output: {str(directory)!r} holds a run; --resume goes on with it")
+    if not there and any(directory.iterdir()):
+        raise FileExistsError(f"output: {str(directory)!r} is not empty, and holds no run")
+
+
 def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes a run's folder, or checks that one can go on.
 
     Raises:
-        FileExistsError: there is something else, or a run that is not to be resumed.
-        FileNotFoundError: there is no run to resume, or the folder in which to make one.
+        OSError: as `check_run`.
         ValueError: the run was started with other options, another model or other data.
     """
+    check_run(directory, resume)
     path = directory / RUN
     identity = json.loads(json.dumps(identity))  # as it is read back
-    if resume and path.is_file():
+    if path.is_file():
         saved = read_json(path)
         differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
         if differing:
@@ -152,18 +173,7 @@ def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
             raise ValueError(
                 f"{name}: got {identity.get(name)!r}, but the run in {directory} was started with {saved.get(name)!r}"
             )
-        checkpoints.clean(directory)
         return
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"output: {str(directory)!r} is a file, wanted a directory's name")
-    if directory.is_dir():
-        checkpoints.clean(directory)  # of a run that was killed when it had hardly begun
-    if directory.is_dir() and any(directory.iterdir()):
-        if path.is_file():
-            raise FileExistsError(f"output: {str(directory)!r} holds a run; --resume goes on with it")
-        raise FileExistsError(f"output: {str(directory)!r} is not empty, and holds no run")
-    if not directory.resolve().parent.is_dir():
-        raise FileNotFoundError(f"output: the directory of {str(directory)!r} does not exist")
     directory.mkdir(exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,8 @@ import torch.utils.tensorboard
 from safetensors.torch import load_file
 
 import pyxlbert.embed.job
-import pyxlbert.training.finetune  # noqa: F401
+import pyxlbert.training.finetune
+import pyxlbert.training.pretraining.run  # noqa: F401
 from pyxlbert import cli
 from pyxlbert.testing.directories import tiny_bert
 from pyxlbert.training import checkpoints
@@ -102,7 +103,14 @@ def _check_run(root: Path) -> None:
         load_file(root / "out" / "model.safetensors")
 
 
+def _prepare_text(root: Path) -> None:
+    sentences = texts(60)
+    documents = ["\n".join(sentences[start : start + 6]) for start in range(0, len(sentences), 6)]
+    (root / "text.txt").write_text("\n\n".join(documents) + "\n")
+
+
 _FINETUNE = ("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.001", "--checkpoint-every", "2", "--resume")
+_PRETRAIN = ("--max-length", "16", "--batch-size", "4", "--steps", "6", "--checkpoint-every", "2", "--resume")
 
 
 def jobs(model: Path) -> dict[str, Job]:
@@ -126,6 +134,15 @@ def jobs(model: Path) -> dict[str, Job]:
             lambda root: [
                 *("finetune", "text-classification", "--train", str(root / "train.tsv"), "--out", str(root / "out")),
                 *(*one, *_FINETUNE),
+            ],
+            _check_run,
+            lambda root: {"model": (root / "out" / "model.safetensors").read_bytes()},
+        ),
+        "pretrain": Job(
+            _prepare_text,
+            lambda root: [
+                *("pretrain", "bert", str(root / "text.txt"), "--out", str(root / "out"), "--threads", "1"),
+                *("--config", str(model), "--tokenizer", str(model), *_PRETRAIN),
             ],
             _check_run,
             lambda root: {"model": (root / "out" / "model.safetensors").read_bytes()},
@@ -196,7 +213,7 @@ def killed_again_and_again(job: Job, folder: Path, moments: int, seed: int) -> t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("jobs", nargs="*", help="of embed, 'embed, many files', finetune; all")
+    parser.add_argument("jobs", nargs="*", help="of embed, 'embed, many files', finetune, pretrain; all")
     parser.add_argument("--moments", type=int, default=100, help="of each job")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("model") / "bert")
 
 
-@pytest.mark.parametrize("name", ["embed", "embed, many files", "finetune"])
+@pytest.mark.parametrize("name", ["embed", "embed, many files", "finetune", "pretrain"])
 def test_killed_at_random_moments(name: str, model: Path, tmp_path: Path) -> None:
     """`make faults` has a hundred of each."""
     hits, ends = kills.killed_again_and_again(kills.jobs(model)[name], tmp_path, MOMENTS, seed=0)

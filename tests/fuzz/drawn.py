@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -33,30 +34,37 @@ class Drawn(NamedTuple):
     Attributes:
         inputs: the record of the op's spec.
         seed: of its numbers.
-        level, threads: how backend "cpu" takes it.
+        threads: how many backend "cpu" has.
         at_end: see `pages.guarded`.
         gradients: whether backward runs too.
     """
 
     inputs: Any
     dtype: torch.dtype
-    level: str
     threads: int
     at_end: bool
     gradients: bool
     seed: int
 
 
+# Half of the time of a drawn call went into making and checking the same strategies again: each is made once.
+_among = functools.cache(st.integers)
+_of = functools.cache(lambda *values: st.sampled_from(values))
+_lists = functools.cache(lambda one, most: st.lists(one, max_size=most).map(tuple))
+_same = functools.cache(lambda one, count: st.tuples(*[one] * count))
+
+
+@functools.cache
 def _some(usual: int, *odd: int) -> SearchStrategy[int]:
     """Small numbers, and some where kernels cut their work."""
-    return st.one_of(st.integers(1, usual), st.sampled_from(odd))
+    return st.one_of(_among(1, usual), _of(*odd))
 
 
-_flags, _scales = st.booleans(), st.sampled_from((1.0, 0.01, 30.0))
+_flags, _scales = st.booleans(), _of(1.0, 0.01, 30.0)
 _columns = _some(40, 63, 64, 65, 129, 384, 768)
 _leading = st.one_of(
-    st.lists(st.integers(0, 6), max_size=3).map(tuple),
-    st.sampled_from(((33,), (3, 70), (257,))),
+    _lists(_among(0, 6), 3),
+    _of((33,), (3, 70), (257,)),
 )
 
 
@@ -71,93 +79,94 @@ def _rows(kind: type, **fields: SearchStrategy) -> SearchStrategy:
     return st.one_of(st.builds(kind, shape=_shapes(), **fields), views)
 
 
+_KEYS = st.one_of(st.none(), _some(40, 0, 65, 257, 515))
+
+
 @st.composite
 def _scores(draw: Any, kind: type) -> Any:
     """What all ops of scores have, and what they add."""
     relative, two = kind is not attention.Inputs, kind is two_stream_attention.Inputs
-    batch, heads = draw(st.integers(0, 4)), draw(st.integers(1, 3))
-    queries, keys = draw(_some(20, 0, 33, 49, 130)), draw(st.one_of(st.none(), _some(40, 0, 65, 257, 515)))
+    batch, heads = draw(_among(0, 4)), draw(_among(1, 3))
+    queries, keys = draw(_some(20, 0, 33, 49, 130)), draw(_KEYS)
     given: dict[str, Any] = {
         "head_size": draw(_some(24, 32, 40, 64, 65, 80)),
-        "layout": draw(st.sampled_from(("fused", "by head", "heads first", "strided", "expanded", "apart"))),
-        "magnitude": draw(st.sampled_from((1.0, 0.1, 3.0))),
-        "scale": draw(st.sampled_from((None, 0.3, -0.2))),
+        "layout": draw(_of("fused", "by head", "heads first", "strided", "expanded", "apart")),
+        "magnitude": draw(_of(1.0, 0.1, 3.0)),
+        "scale": draw(_of(None, 0.3, -0.2)),
     }
     if draw(_flags):
-        given |= {"dropout_p": draw(st.sampled_from((0.1, 0.5, 1.0))), "seed": draw(st.integers(0, 2**40))}
+        given |= {"dropout_p": draw(_of(0.1, 0.5, 1.0)), "seed": draw(_among(0, 2**40))}
     packed = not two and draw(_flags)
     if packed:
-        given["packed"] = tuple(draw(st.lists(_some(9, 0, 20, 70), max_size=4)))
+        given["packed"] = draw(_lists(_some(9, 0, 20, 70), 4))
         queries, keys = max((0, *given["packed"])), None
-        given["layout"] = draw(st.sampled_from(("fused", "by head")))
+        given["layout"] = draw(_of("fused", "by head"))
     count = queries if keys is None else keys
     if not packed:
         if draw(_flags):
-            given["lengths"] = tuple(draw(st.integers(0, count)) for _ in range(batch))
+            given["lengths"] = draw(_same(_among(0, count), batch))
         if draw(_flags):
-            given["mask"] = tuple(draw(st.sampled_from((1, WHOLE))) for _ in range(4))
-            given["hidden"] = draw(st.sampled_from((0.3, 0.0, 0.8, 1.0)))
+            given["mask"] = draw(_same(_of(1, WHOLE), 4))
+            given["hidden"] = draw(_of(0.3, 0.0, 0.8, 1.0))
     if not two and draw(_flags):
         given["causal"] = True
     if not relative:
         if not packed and draw(_flags):
-            given["bias"] = tuple(draw(st.sampled_from((1, WHOLE))) for _ in range(4))
+            given["bias"] = draw(_same(_of(1, WHOLE), 4))
             given["bias_float32"] = draw(_flags)
         return kind(queries, keys, batch, heads, **given)
     given |= {
         "biases": "".join(letter for letter in "uvs" if draw(_flags)) + "e" * draw(_flags),
         "wide": draw(_flags),
-        "masked_rows": draw(st.sampled_from((None, "zero", "uniform"))),
+        "masked_rows": draw(_of(None, "zero", "uniform")),
         "ranks": "random" if draw(_flags) else "",
     }
     if "e" not in given["biases"]:
         given["biases"] = given["biases"].replace("s", "")
     if not packed and batch:
-        given["tables"] = draw(st.sampled_from([0, *(n for n in range(1, batch + 1) if batch % n == 0)]))
+        given["tables"] = draw(_of(0, *(n for n in range(1, batch + 1) if batch % n == 0)))
     if not two and draw(_flags):
         given["see_self"] = True
     if two and batch and draw(_flags) and queries:
-        targets = draw(st.integers(0, 6))
-        given["targets"] = tuple(
-            tuple(draw(st.integers(-1, queries - 1)) for _ in range(targets)) for _ in range(batch)
-        )
+        targets = draw(_among(0, 6))
+        given["targets"] = tuple(draw(_same(_among(-1, queries - 1), targets)) for _ in range(batch))
     return kind(queries, keys, batch, heads, **given)
 
 
 @st.composite
 def _layers(draw: Any) -> Any:
     given: dict[str, Any] = {
-        "batch": draw(st.integers(0, 3)),
+        "batch": draw(_among(0, 3)),
         "length": draw(_some(12, 0, 33)),
         "hidden": draw(_some(20, 48, 64)),
         "inner": draw(_some(20, 100, 128)),
-        "heads": draw(st.integers(1, 3)),
+        "heads": draw(_among(1, 3)),
         "head_size": draw(_some(12, 16, 64)),
-        "activation": draw(st.sampled_from(("gelu", "gelu_tanh", "relu", "silu"))),
+        "activation": draw(_of("gelu", "gelu_tanh", "relu", "silu")),
         "biases": draw(_flags),
-        "norms": draw(st.sampled_from(("", "float32"))),
+        "norms": draw(_of("", "float32")),
     }
     batch, length = given["batch"], given["length"]
     if draw(_flags):
-        given["packed"] = tuple(draw(st.lists(st.integers(0, 20), max_size=4)))
+        given["packed"] = draw(_lists(_among(0, 20), 4))
     elif draw(_flags):
-        given["lengths"] = tuple(draw(st.integers(0, length)) for _ in range(batch))
+        given["lengths"] = draw(_same(_among(0, length), batch))
     elif draw(_flags):
-        given["mask"] = (draw(st.sampled_from((1, batch))), 1, draw(st.sampled_from((1, length))), length)
+        given["mask"] = (draw(_of(1, batch)), 1, draw(_of(1, length)), length)
     return encoder_layer.Inputs(**given)
 
 
 @st.composite
 def _embeddings(draw: Any) -> Any:
-    shape = (draw(st.integers(0, 4)), draw(_some(9, 0, 40)))
+    shape = (draw(_among(0, 4)), draw(_some(9, 0, 40)))
     return embedding_layer_norm.Inputs(
         shape,
         columns=draw(_columns),
-        entries=draw(st.integers(1, 60)),
-        tables=draw(st.sampled_from((("position", "token_type"), ("position",), ("token_type",), ()))),
-        ids=draw(st.sampled_from(("own", "types", "default", "int32", "views"))),
+        entries=draw(_among(1, 60)),
+        tables=draw(_of(("position", "token_type"), ("position",), ("token_type",), ())),
+        ids=draw(_of("own", "types", "default", "int32", "views")),
         wide=draw(_flags),
-        dropout_p=draw(st.sampled_from((None, 0.1, 1.0))),
+        dropout_p=draw(_of(None, 0.1, 1.0)),
     )
 
 
@@ -192,7 +201,6 @@ CALLS: dict[str, SearchStrategy[Drawn]] = {
         Drawn,
         inputs=inputs,
         dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
-        level=st.sampled_from(LEVELS[::-1]),
         threads=st.sampled_from((1, 2)),
         at_end=_flags,
         # A layer with a gradient to come is made of other ops, drawn here too.

@@ -21,11 +21,11 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # where PYTHONSAFEPATH leaves it out
 import torch
-from drawn import CALLS, Drawn
+from drawn import CALLS, LEVELS, Drawn
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from pages import guarded, guarded_results
 from torch import Tensor
@@ -40,62 +40,97 @@ ROUND = 500
 
 
 class Tried(NamedTuple):
-    """A drawn call and its arguments."""
+    """A drawn call, its arguments, and what is right.
+
+    Attributes:
+        plain, truth: results and gradients of plain PyTorch, in the call's dtype and in float64.
+        terms: of each the sums of absolute terms.
+    """
 
     spec: Spec
     drawn: Drawn
     arguments: Arguments
+    plain: runners.Results
+    truth: runners.Results
+    terms: dict[str, Tensor | float | None]
 
-    def run(self, arguments: Arguments, function: Any = None) -> runners.Results:
+    def run(self, arguments: Arguments) -> runners.Results:
         """Results and gradients, as `runners.run` names them."""
-        call = function or (lambda **a: self.spec.function(**a, backend="cpu"))
-        return runners.run(call, self.spec, arguments, self.drawn.gradients)
+        function = self.spec.function
+        return runners.run(lambda **a: function(**a, backend="cpu"), self.spec, arguments, self.drawn.gradients)
+
+    def guarded(self) -> runners.Results:
+        """In memory of its own, between pages that may not be touched."""
+        at_end = self.drawn.at_end
+        own = {n: guarded(x, at_end) if isinstance(x, Tensor) else x for n, x in self.arguments.items()}
+        with guarded_results(at_end):
+            found = self.run(own)
+        return {name: x.clone() for name, x in found.items()}
 
     def same(self, what: str, one: runners.Results, other: runners.Results) -> None:
         for name, value in one.items():
             compare.same_bits(f"{what}: {name}", value, other[name])
 
 
+def tried(op: str, drawn: Drawn) -> Tried:
+    """The call's arguments, and its results by plain PyTorch.
+
+    One thread: on two these small tensors take several times as long.
+    """
+    torch.set_num_threads(1)
+    spec, generator = SPECS[op], torch.Generator().manual_seed(drawn.seed)
+    arguments = spec.arguments(Case("drawn", drawn.inputs), generator, drawn.dtype, runners.CPU)
+    plain = runners.run(spec.plain, spec, arguments, drawn.gradients)
+    wide = to_float64(arguments)
+    cotangents = runners.cotangents_of(tuple(plain[name] for name in plain if name.startswith("out")))
+    truth = runners.run(spec.plain, spec, wide, drawn.gradients, cotangents)
+    terms = {name: None if spec.terms is None else spec.terms(name, wide, cotangents) for name in truth}
+    return Tried(spec, drawn, arguments, plain, truth, terms)
+
+
 def check(op: str, drawn: Drawn) -> None:
-    """One call.
+    """One call, on every level that is here.
 
     Raises:
         AssertionError: something does not hold.
     """
-    spec = SPECS[op]
-    generator = torch.Generator().manual_seed(drawn.seed)
-    arguments = spec.arguments(Case("drawn", drawn.inputs), generator, drawn.dtype, runners.CPU)
-    call = Tried(spec, drawn, arguments)
+    call = tried(op, drawn)
+    for level in LEVELS:
+        try:
+            with runners.running(f"cpu/{level}"):
+                check_level(call)
+        except AssertionError as error:
+            raise AssertionError(f"level {level}: {error}") from error
+
+
+def check_level(call: Tried) -> None:
+    """All that is asked of a call, on the level that is active."""
+    spec, drawn = call.spec, call.drawn
     torch.set_num_threads(drawn.threads)
-    with runners.running(f"cpu/{drawn.level}"):
-        own = {n: guarded(x, drawn.at_end) if isinstance(x, Tensor) else x for n, x in arguments.items()}
-        with guarded_results(drawn.at_end):
-            ours = call.run(own)
-        ours = {name: x.clone() for name, x in ours.items()}
-        check_numbers(call, ours)
-        if not spec.vendor:
-            torch.set_num_threads(3 - drawn.threads)
-        call.same("again", ours, call.run(arguments))
-        if not spec.vendor:
-            check_alone(call, ours)
-        check_unseen(call, ours)
+    ours = call.guarded()
+    if spec.vendor:  # whose bits follow the number of threads, and where in 64 bytes a tensor begins
+        again = call.guarded()
+    else:
+        torch.set_num_threads(3 - drawn.threads)
+        again = call.run(call.arguments)
+    call.same("again", ours, again)
+    torch.set_num_threads(drawn.threads if spec.vendor else 1)
+    check_numbers(call, ours)
+    if not spec.vendor:
+        check_alone(call, ours)
+    check_unseen(call, ours)
 
 
 def check_numbers(call: Tried, ours: runners.Results) -> None:
     """Beside plain PyTorch and float64."""
-    spec, drawn, wide = call.spec, call.drawn, to_float64(call.arguments)
-    plain = call.run(call.arguments, spec.plain)
-    outputs = tuple(plain[name] for name in plain if name.startswith("out"))
-    cotangents = runners.cotangents_of(outputs)
-    truth = runners.run(spec.plain, spec, wide, drawn.gradients, cotangents)
     for name, value in ours.items():
         compare.within_budget(
             name,
             value,
-            plain[name].to(value.dtype) if name.startswith("out") else plain[name],
-            truth[name],
-            terms=spec.terms(name, wide, cotangents) if spec.terms is not None else None,
-            factor=tolerances.factor(spec.name, drawn.dtype, "cpu"),
+            call.plain[name].to(value.dtype) if name.startswith("out") else call.plain[name],
+            call.truth[name],
+            terms=call.terms[name],
+            factor=tolerances.factor(call.spec.name, call.drawn.dtype, "cpu"),
         )
 
 
@@ -187,10 +222,15 @@ def main() -> int:
         parser.error(f"ops: got {', '.join(sorted(unknown))}, wanted some of {', '.join(CALLS)}")
     ops, begun = options.ops or list(CALLS), time.monotonic()
     each = -(-options.calls // len(ops))
+    drawn = -(-each // len(LEVELS))
     for op in ops:
-        for place, done in enumerate(range(0, each, ROUND)):
-            search(op, min(ROUND, each - done), options.seed * 10**6 + place)
-    print(f"{each * len(ops)} calls of {len(ops)} ops in {time.monotonic() - begun:.0f} s, none wrong", flush=True)
+        for place, done in enumerate(range(0, drawn, ROUND)):
+            search(op, min(ROUND, drawn - done), options.seed * 10**6 + place)
+    print(
+        f"{drawn * len(LEVELS) * len(ops)} calls of {len(ops)} ops, each on levels {', '.join(LEVELS)}, "
+        f"in {time.monotonic() - begun:.0f} s, none wrong",
+        flush=True,
+    )
     return 0
 
 

@@ -322,7 +322,7 @@ def mutated(run: Run, names: list[str], seconds: float, runs: int, seed: int) ->
     return wrong
 
 
-def guided(run: Run, name: str, runs: int) -> None:
+def guided(run: Run, name: str, runs: int, number: int) -> None:
     """One reader by libFuzzer, which keeps the files that reach new code; ends the process."""
     import atheris
 
@@ -340,7 +340,8 @@ def guided(run: Run, name: str, runs: int) -> None:
         def mutation(data: bytes, most: int, seed: int) -> bytes:
             return mutate(data, random.Random(seed), most)
 
-        arguments = [sys.argv[0], f"-runs={runs}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=65536", folder]
+        limits = ("-timeout=60", "-rss_limit_mb=4096", "-max_len=65536")
+        arguments = [sys.argv[0], f"-runs={runs}", f"-seed={number}", *limits, folder]
         atheris.Setup(arguments, test, custom_mutator=mutation)
         atheris.Fuzz()
 
@@ -358,7 +359,7 @@ def main() -> int:
         parser.error(f"readers: got {', '.join(sorted(unknown))}, wanted some of {', '.join(READERS)}")
     if options.guided and len(options.readers) != 1:
         # One process each, which libFuzzer ends.
-        command = [sys.executable, __file__, "--guided", "--runs", str(options.runs)]
+        command = [sys.executable, __file__, "--guided", "--runs", str(options.runs), "--seed", str(options.seed)]
         return max(subprocess.run([*command, name]).returncode for name in options.readers or READERS)
     if options.guided:
         import atheris
@@ -370,7 +371,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         run = Run(Path(root))
         if options.guided:
-            guided(run, options.readers[0], options.runs)
+            guided(run, options.readers[0], options.runs, options.seed)
         return min(1, mutated(run, options.readers or list(READERS), options.seconds, options.runs, options.seed))
 
 

@@ -15,7 +15,7 @@ import readers
 from readers import READERS, Run, Wrong
 
 pytest.importorskip("sentencepiece")
-SECONDS = 15
+SECONDS = 30
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 
 from pyxlbert.ops.attention import attention
 from pyxlbert.reference.philox import keep_scores
+from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs._attention import (
     HEAD_SIZES,
     WHOLE,
@@ -63,8 +64,8 @@ def _by_sequence(
 
 
 def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    kept, _ = _weights(query, key, **options)
-    return torch.matmul(kept.to(value.dtype), value.transpose(1, 2)).transpose(1, 2)
+    p, factor = _weights(query, key, **options)
+    return torch.matmul((p * factor).to(value.dtype), value.transpose(1, 2)).transpose(1, 2)
 
 
 def _weights(
@@ -80,7 +81,7 @@ def _weights(
     seed: int = 0,
     first_plane: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax weights `[B, H, Tq, Tk]` after dropout, and what dropout multiplied them by."""
+    """Softmax weights `[B, H, Tq, Tk]`, and what dropout multiplies them by."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     s = torch.matmul(query.transpose(1, 2), key.permute(0, 2, 3, 1)) * scale
     if bias is not None:
@@ -101,7 +102,7 @@ def _weights(
         planes = first_plane + batch * heads
         keep = keep_scores(torch.tensor([seed]), dropout_p, 1, planes, queries, keys)[0, first_plane:]
         factor = keep.view(p.shape).to(p.dtype) * (1 / (1 - dropout_p) if dropout_p < 1 else 0)
-    return p * factor, factor
+    return p, factor
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,29 @@ def _pack(**changes: Any) -> Any:
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    """Sums of absolute terms.  Where a row's keys fill more than one block, a backward that saves only out and lse
-    takes delta = dout . out from the rounded out, so that rounding, in float32's eps, counts as a term."""
+    """Sums of absolute terms.
+
+    Where a row's keys fill more than one block, a backward that saves only out and lse takes delta = dout . out from
+    the rounded out, so that rounding, in float32's eps, counts as a term.  A score is itself a sum of terms: once their
+    rounding is a change of the score, and a weight changes by as much and by the mean of its row.  Plain PyTorch's
+    scores of few queries say nothing of it: MKL sums those in another order, half as wrong.
+    """
     rounding = torch.finfo(cotangents[0].dtype).eps / torch.finfo(torch.float32).eps
     options = {n: v for n, v in a.items() if n not in ("query", "key", "value")}
     scale = a.get("scale") if a.get("scale") is not None else a["query"].shape[-1] ** -0.5
 
     def of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dout: torch.Tensor, **options: Any) -> Any:
-        kept, factor = _weights(query, key, **options)
+        p, factor = _weights(query, key, **options)
         q, k, v, g = (x.abs().transpose(1, 2) for x in (query, key, value, dout))
+        size = abs(scale) * torch.matmul(q, k.transpose(-1, -2)) / tolerances.TERMS
+        change = 1.0 + size + (p * size).sum(-1, keepdim=True)
+        kept = p * factor * change
         if name == "out 0":
             return torch.matmul(kept, v).transpose(1, 2)
         if name == "grad value":
             return torch.matmul(kept.transpose(-1, -2), g).transpose(1, 2)
-        p = _weights(query, key, **{**options, "dropout_p": 0.0})[0]
         dp = torch.matmul(g, v.transpose(-1, -2)) * factor
-        ds = p * (dp + max(1.0, rounding) * (p * dp).sum(-1, keepdim=True))
+        ds = change * p * (dp + max(1.0, rounding) * (p * dp).sum(-1, keepdim=True))
         if name == "grad query":
             return abs(scale) * torch.matmul(ds, k).transpose(1, 2)
         if name == "grad key":

@@ -19,7 +19,7 @@ from pyxlbert.models.bert_heads import BertForPreTraining
 from pyxlbert.models.xlnet_config import XLNetConfig
 from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
 from pyxlbert.training import checkpoints
-from pyxlbert.training.loop import Job, Loop, accelerator, start_run
+from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments
@@ -158,7 +158,10 @@ def pretrain(
     what.check()
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
-    folder, identity = Path(output), {**what.identity(), "options": options.decisive()}
+    folder = Path(output)
+    if work.is_main_process:
+        check_run(folder, resume)
+    identity = {**what.identity(), "options": options.decisive()}
     with _begun(folder, identity, resume, work.is_main_process):
         if work.is_main_process:
             _prepare(what, folder, tell)
