@@ -38,7 +38,19 @@ UNIFORM_SCORE = tl.constexpr(-1e30)
 FAR = 2**31 // 128
 
 
-# What kernels take.  A kernel compiles anew for a field that is None, 1 or a multiple of 16, as for any argument.
+# What kernels take.  A kernel compiles anew for a field that is None, 1 or a multiple of 16, as for any argument: of
+# strides of rows that is wanted, for wide loads, but sizes would make a dozen kernels of a few ragged batches.  Whole
+# arguments can be excepted from it, fields of records cannot; so a size is handed over as a number that is neither.
+
+
+def coded(size: int) -> int:
+    """What stands for a size in a record: odd, and above 1."""
+    return 2 * size + 3
+
+
+def decoded(code: int) -> int:
+    """The size that `coded` was given."""
+    return (code >> 1) - 1
 
 
 class Rows(NamedTuple):
@@ -65,8 +77,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         heads: H.
-        queries, keys: Tq and Tk; of packed sequences the most that one may have.
-        total: rows of packed sequences.
+        queries, keys: Tq and Tk, `coded`; of packed sequences the most that one may have.
+        total: rows of packed sequences, `coded`.
         key_lengths: int32 `[B]` or None.
         cu_seqlens: int32 `[B + 1]`, where packed sequences begin and end, or None.
     """
@@ -80,7 +92,7 @@ class Sizes(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """float32 `[B, H, Tq]`, or packed `[H, total]`, as an address with strides over sequence and head."""
+    """float32 `[B, H, Tq]`, or packed `[H, total]`, as an address with strides over sequence and head, `coded`."""
 
     tensor: Tensor
     batch: int
@@ -88,7 +100,7 @@ class Statistics(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward knows of every row, each laid out as lse, with strides over sequence and head.
+    """What backward knows of every row, each laid out as lse, with strides over sequence and head, `coded`.
 
     Attributes:
         lse: logarithm of the sum of the weights; infinite for a row that sees nothing.
@@ -120,14 +132,14 @@ def sizes_of(call: Any, query: Tensor) -> tuple[int, Sizes]:
     """The number of sequences, and the sizes of a call, or of one of its streams with queries of its own."""
     heads, lengths, offsets = query.shape[-2], int32(call.key_lengths), int32(call.cu_seqlens)
     if offsets is None:
-        return query.shape[0], Sizes(heads, query.shape[1], call.key.shape[1], 0, lengths, None)
-    most = call.max_seqlen
-    return offsets.shape[0] - 1, Sizes(heads, most, most, query.shape[0], lengths, offsets)
+        return query.shape[0], Sizes(heads, coded(query.shape[1]), coded(call.key.shape[1]), coded(0), lengths, None)
+    most = coded(call.max_seqlen)
+    return offsets.shape[0] - 1, Sizes(heads, most, most, coded(query.shape[0]), lengths, offsets)
 
 
 def statistics_of(lse: Tensor) -> Statistics:
     """Of `[B, H, Tq]` or packed `[H, total]`, contiguous."""
-    return Statistics(lse, *((lse.stride(0), lse.stride(1)) if lse.dim() == 3 else (0, lse.stride(0))))
+    return Statistics(lse, *map(coded, lse.stride()[:2] if lse.dim() == 3 else (0, lse.stride(0))))
 
 
 def saved_of(lse: Tensor) -> Saved:
@@ -179,13 +191,19 @@ setattr(typed, tl.core.TRITON_BUILTIN, True)
 
 
 @triton.jit
+def number(code):
+    """`decoded`, in a kernel."""
+    return (code >> 1) - 1
+
+
+@triton.jit
 def block_and_plane(rows, BLOCK: tl.constexpr):
-    """Which block of so many rows, and which plane (a sequence's head), this program is for.
+    """Which block of so many rows, `coded`, and which plane (a sequence's head), this program is for.
 
     Programs are on the grid's first axis, which takes 2^31 - 1 where the others end at 65,535; those of one plane
     follow each other, so that they find its keys in the cache.
     """
-    blocks = tl.cdiv(rows, BLOCK)
+    blocks = tl.cdiv(number(rows), BLOCK)
     return tl.program_id(0) % blocks, tl.program_id(0) // blocks
 
 
@@ -219,24 +237,26 @@ def opened(sizes, plane):
     b = (plane // sizes.heads).to(tl.int64)
     h = (plane % sizes.heads).to(tl.int64)
     start = 0
-    queries = sizes.queries
-    keys = sizes.keys
-    extent = sizes.keys
+    queries = number(sizes.queries)
+    keys = number(sizes.keys)
+    shift = keys - queries
+    extent = keys
     wrong = False
     if sizes.cu_seqlens is not None:
         first = tl.load(sizes.cu_seqlens + b)
         last = tl.load(sizes.cu_seqlens + b + 1)
-        start = tl.minimum(tl.maximum(first, 0), sizes.total)
-        queries = tl.minimum(tl.maximum(last, start), sizes.total) - start
+        total = number(sizes.total)
+        most = queries
+        start = tl.minimum(tl.maximum(first, 0), total)
+        queries = tl.minimum(tl.maximum(last, start), total) - start
         keys = queries
-        wrong = (first < 0) | (last < first) | (last > sizes.total) | (queries > sizes.queries)
+        wrong = (first < 0) | (last < first) | (last > total) | (queries > most)
     if sizes.key_lengths is not None:
         length = tl.load(sizes.key_lengths + b)
         wrong = (length < 0) | (length > keys)
         keys = tl.minimum(tl.maximum(length, 0), keys)
     if sizes.cu_seqlens is not None:
         extent = keys
-    shift = sizes.keys - sizes.queries
     return Plane(plane, b, h, tl.cast(start, tl.int64), queries, keys, extent, shift, wrong)
 
 
@@ -249,7 +269,7 @@ def first_row(rows, at):
 @triton.jit
 def first_statistic(saved, at):
     """How far from the beginning a plane's first statistic lies."""
-    return at.b * saved.batch + at.h * saved.head + at.start
+    return at.b * number(saved.batch) + at.h * number(saved.head) + at.start
 
 
 @triton.jit

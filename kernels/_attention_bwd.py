@@ -15,6 +15,7 @@ from ._attention import (
     load_douts,
     load_lse,
     load_rows,
+    number,
     opened,
     softmax_step,
     store_delta,
@@ -194,17 +195,21 @@ def bwd_bias(
     """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
     call = typed(call)
     across = tl.cdiv(dbias.columns, BLOCK_N)
-    down = tl.cdiv(dbias.rows, BLOCK_M)
+    rows = number(dbias.rows)
+    down = tl.cdiv(rows, BLOCK_M)
     at_j = tl.program_id(0) % across * BLOCK_N
     at_i = tl.program_id(0) // across % down * BLOCK_M
     at_plane = tl.program_id(0) // (across * down)
-    at_b = at_plane // dbias.heads
-    at_h = at_plane % dbias.heads
+    heads = number(dbias.heads)
+    at_b = at_plane // heads
+    at_h = at_plane % heads
     # How many of each there are to add up: 1 where the bias has that dimension.
-    sequences = tl.where(dbias.batch == dbias.sequences, 1, dbias.sequences)
-    planes = tl.where(dbias.heads == call.sizes.heads, 1, call.sizes.heads)
-    tiles_i = tl.where(dbias.rows == call.sizes.queries, 1, tl.cdiv(call.sizes.queries, BLOCK_M))
-    tiles_j = tl.where(dbias.columns == call.sizes.keys, 1, tl.cdiv(call.sizes.keys, BLOCK_N))
+    queries = number(call.sizes.queries)
+    keys = number(call.sizes.keys)
+    sequences = tl.where(dbias.batch == dbias.sequences, 1, number(dbias.sequences))
+    planes = tl.where(heads == call.sizes.heads, 1, call.sizes.heads)
+    tiles_i = tl.where(rows == queries, 1, tl.cdiv(queries, BLOCK_M))
+    tiles_j = tl.where(dbias.columns == keys, 1, tl.cdiv(keys, BLOCK_N))
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, sequences * planes * tiles_i * tiles_j):
         first_j = at_j + step % tiles_j * BLOCK_N
@@ -223,20 +228,20 @@ def bwd_bias(
                 call, at, q, do, first_i, first_j, lse, delta, lse_correction, CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N
             )
             sum += ds
-    base = dbias.tensor + (at_plane.to(tl.int64) * dbias.rows) * dbias.columns
+    base = dbias.tensor + (at_plane.to(tl.int64) * rows) * dbias.columns
     i = at_i + tl.arange(0, BLOCK_M)[:, None]
     j = at_j + tl.arange(0, BLOCK_N)[None, :]
     # A dimension of one gets the sum of all tiles' rows or columns, and the other is stored as it is.
     one_row = tl.sum(sum, 0)[None, :]
     one_column = tl.sum(sum, 1)[:, None]
-    if (dbias.rows == call.sizes.queries) & (dbias.columns == call.sizes.keys):
+    if (rows == queries) & (dbias.columns == keys):
         place = base + i.to(tl.int64) * dbias.columns + j
-        inside = (i < dbias.rows) & (j < dbias.columns)
+        inside = (i < rows) & (j < dbias.columns)
         tl.store(place, sum.to(dbias.tensor.dtype.element_ty), mask=inside)
-    elif dbias.columns == call.sizes.keys:
+    elif dbias.columns == keys:
         tl.store(base + j, one_row.to(dbias.tensor.dtype.element_ty), mask=j < dbias.columns)
-    elif dbias.rows == call.sizes.queries:
-        tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < dbias.rows)
+    elif rows == queries:
+        tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < rows)
     else:
         both = tl.sum(one_row, 1)[:, None]
         tl.store(base + tl.zeros((1, 1), tl.int32), both.to(dbias.tensor.dtype.element_ty))

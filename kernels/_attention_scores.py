@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import INFINITY, UNSEEN_RANK, Broadcast, Rows, Sizes, first_row, load_scores, some
+from ._attention import INFINITY, UNSEEN_RANK, Broadcast, Rows, Sizes, first_row, load_scores, number, some
 from ._philox import Dropout
 
 
@@ -40,7 +40,10 @@ def end_of_keys(at, first_i, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 class BiasGradient(NamedTuple):
-    """dbias, contiguous, and its sizes: 1 along what the bias is broadcast; and the number of sequences."""
+    """dbias, contiguous, and its sizes: 1 along what the bias is broadcast; and the number of sequences.
+
+    All are `coded` but the number of columns, which a row of wide stores depends on.
+    """
 
     tensor: Tensor
     batch: int
@@ -57,7 +60,7 @@ def load_keys(rows, call, at, first_j, BLOCK_N: tl.constexpr, D: tl.constexpr, B
     d = tl.arange(0, BLOCK_D)
     seen = j < at.keys
     if call.key_rank is not None:
-        rank = tl.load(call.key_rank + (at.b * call.sizes.keys + j), mask=seen, other=UNSEEN_RANK)
+        rank = tl.load(call.key_rank + (at.b * number(call.sizes.keys) + j), mask=seen, other=UNSEEN_RANK)
         seen = seen & (rank != UNSEEN_RANK)
     inside = seen[:, None]
     if D != BLOCK_D:

@@ -28,7 +28,9 @@ from pyxlbert.launch.rows import int32
 
 from ._attention import (
     broadcast_of,
+    coded,
     constants_of,
+    decoded,
     grid_of,
     rows_of,
     saved_of,
@@ -61,7 +63,7 @@ class Stream:
         batch, self.sizes = sizes_of(shared, query)
         table = shared.table.to(query.dtype)
         tables = table.shape[0] if table.dim() == 4 else 1
-        self.table = Table(*rows_of(table), table.shape[-3], shared.offset, max(1, batch // tables))
+        self.table = Table(*rows_of(table), *map(coded, (table.shape[-3], shared.offset, max(1, batch // tables))))
         self.planes, self.tables = batch * self.heads, tables
         mask, dropout = broadcast_of(shared.attention_mask), dropout_of(shared.dropout_p, shared.seed)
         self.extras = mask.tensor is not None or dropout.seed is not None or rank is not None
@@ -105,7 +107,7 @@ class Stream:
         if lse.numel() == 0:
             return out, lse
         options = self.options("relative_fwd")
-        grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
+        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
         launch(fwd, grid, out.device, self.call, rows_of(out), statistics_of(lse), **options)
         return self.unsorted(out), self._statistics(lse, back=True)
 
@@ -136,7 +138,7 @@ class Stream:
                 for name, x in (("key", shared.key), ("value", shared.value))
             }
         if "table" in wanted:
-            size = (self.tables, self.table.rows, self.heads, self.head_size)
+            size = (self.tables, decoded(self.table.rows), self.heads, self.head_size)
             found["table"] = torch.empty(size, dtype=torch.float32, device=device)
         if lse.numel() == 0 or shared.key.numel() == 0:
             parts = torch.zeros(self.heads, 5, self.head_size, device=device)
@@ -144,11 +146,11 @@ class Stream:
         given = (self.call, rows_of(self.sorted(dout)))
         saved = saved_of(self._statistics(lse))
         options = self.options("relative_bwd_rows")
-        grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
+        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
         launch(bwd_rows, grid, device, *given, rows_of(self.sorted(out)), saved, **options)
         if "key" in found:
             options = self.options("relative_bwd_keys")
-            grid = grid_of(self.sizes.keys, options["BLOCK_N"], self.planes)
+            grid = grid_of(decoded(self.sizes.keys), options["BLOCK_N"], self.planes)
             launch(bwd_keys, grid, device, *given, saved, rows_of(found["key"]), rows_of(found["value"]), **options)
         # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.  For
         # that much at once long rows of float32 would not fit a thread's registers.
@@ -158,7 +160,7 @@ class Stream:
         parts = None
         if atomic or summed or "query" in wanted:
             options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
-            grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
+            grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
             if summed:
                 size = (self.planes, grid[0] // self.planes, 5, self.head_size)
                 parts = torch.empty(size, dtype=torch.float32, device=device)
@@ -166,7 +168,7 @@ class Stream:
             launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
         if "table" in wanted and not atomic:
             options = self.options("relative_bwd_table")
-            grid = grid_of(self.table.rows, options["BLOCK_N"], self.tables * self.heads)
+            grid = grid_of(decoded(self.table.rows), options["BLOCK_N"], self.tables * self.heads)
             launch(bwd_table, grid, device, *given, saved, found["table"], **options)
         if "query" in wanted:
             found["query"] = self.unsorted(dquery)

@@ -16,6 +16,7 @@ from ._attention import (
     load_delta,
     load_douts,
     load_lse,
+    number,
     opened,
     softmax_step,
     store_delta,
@@ -71,7 +72,7 @@ def bwd_rows(
             if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
                 hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
             keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
-            band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+            band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
             lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
             queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
             for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
@@ -82,8 +83,9 @@ def bwd_rows(
                 if live:
                     k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                     s = skewed(
-                        queries.position, band, call.table.offset + first_j - lines.top, lines.top - lines.position,
-                        lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                        queries.position, band, number(call.table.offset) + first_j - lines.top,
+                        lines.top - lines.position, lines.top - lines.bottom, IN_ORDER, PRECISION,
+                        D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
                     _, _, weight, top = softmax_step(s, weight, top)
@@ -119,7 +121,7 @@ def bwd_keys(
             hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
-        band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
         v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -140,7 +142,7 @@ def bwd_keys(
                 do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                 s = skewed(
-                    queries.position, band, call.table.offset + first_j - lines.top, lines.top - lines.position,
+                    queries.position, band, number(call.table.offset) + first_j - lines.top, lines.top - lines.position,
                     lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
@@ -183,16 +185,17 @@ def bwd_table(
     group = table_plane // call.sizes.heads
     h = table_plane % call.sizes.heads
     # Of the first of the sequences that share the table.
-    opening = opened(call.sizes, group * call.table.sequences * call.sizes.heads + h)
-    band = Matrix(first_table_row(call.table, opening), call.table.row, call.table.rows, None)
+    sequences = number(call.table.sequences)
+    opening = opened(call.sizes, group * sequences * call.sizes.heads + h)
+    band = Matrix(first_table_row(call.table, opening), call.table.row, number(call.table.rows), None)
     r = load_seen(band, first_p, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    blocks = tl.cdiv(call.sizes.queries, BLOCK_M)
-    for step in range(0, call.table.sequences * blocks):
-        at = opened(call.sizes, (group * call.table.sequences + step // blocks) * call.sizes.heads + h)
+    blocks = tl.cdiv(number(call.sizes.queries), BLOCK_M)
+    for step in range(0, sequences * blocks):
+        at = opened(call.sizes, (group * sequences + step // blocks) * call.sizes.heads + h)
         first_i = step % blocks * BLOCK_M
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
-        first_j = first_p - call.table.offset + lines.bottom
+        first_j = first_p - number(call.table.offset) + lines.bottom
         # Where a row without any key averages over all of them, all of them are read.
         readable = at.extent if OPTIONS.uniform_rows else at.keys
         hidden = None
@@ -248,6 +251,6 @@ def store_table_rows(
     """Rows first_p .. of one table and head of float32 `[G, R, H, D]`."""
     n = first_p + tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    base = dtable + (group.to(tl.int64) * call.table.rows * call.sizes.heads + h) * D
+    base = dtable + (group.to(tl.int64) * number(call.table.rows) * call.sizes.heads + h) * D
     place = base + n.to(tl.int64) * (call.sizes.heads * D) + d
-    tl.store(place, dr, mask=(n < call.table.rows) & (d < D))
+    tl.store(place, dr, mask=(n < number(call.table.rows)) & (d < D))

@@ -14,6 +14,7 @@ from ._attention import (
     load_douts,
     load_lse,
     load_rows,
+    number,
     opened,
     store_rows,
     typed,
@@ -71,11 +72,13 @@ def bwd_queries(
         hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
     keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
     values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
-    band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+    band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
     dband = None
     if dtable is not None:
-        dband = dtable + ((at.b // call.table.sequences) * call.table.rows * (call.sizes.heads * D) + at.h * D)
-    gradient = Matrix(dband, call.sizes.heads * D, call.table.rows, None)
+        dband = dtable + (
+            (at.b // number(call.table.sequences)) * number(call.table.rows) * (call.sizes.heads * D) + at.h * D
+        )
+    gradient = Matrix(dband, call.sizes.heads * D, number(call.table.rows), None)
     first_i = block * BLOCK_M
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -96,7 +99,9 @@ def bwd_queries(
         moved = lines.top - lines.position
         if ROLLED:
             # Of the tile before: products with the upper block of its band, and its gradients that belong there.
-            lower = products(queries.position, band, call.table.offset - lines.top, PRECISION, D, BLOCK_D, BLOCK_N)
+            lower = products(
+                queries.position, band, number(call.table.offset) - lines.top, PRECISION, D, BLOCK_D, BLOCK_N
+            )
             carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             lower_at = 0
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
@@ -106,7 +111,7 @@ def bwd_queries(
                 live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
-                place = call.table.offset + first_j - lines.top
+                place = number(call.table.offset) + first_j - lines.top
                 if ROLLED:
                     if SPARSE and lower_at != first_j:
                         lower = products(queries.position, band, place, PRECISION, D, BLOCK_D, BLOCK_N)
@@ -143,7 +148,7 @@ def bwd_queries(
                     if SPARSE and lower_at != first_j:
                         dq_position = add_block(
                             dq_position, carried, queries.position, band, gradient,
-                            call.table.offset + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
+                            number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                         carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     back, inside = unskewed(g, moved, BLOCK_M, BLOCK_N)
@@ -160,8 +165,8 @@ def bwd_queries(
                     )  # fmt: skip
         if ROLLED:
             dq_position = add_block(
-                dq_position, carried, queries.position, band, gradient, call.table.offset + lower_at - lines.top,
-                PRECISION, D, BLOCK_D, BLOCK_N,
+                dq_position, carried, queries.position, band, gradient,
+                number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         if call.marks.key_segments is not None:
             # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a

@@ -11,6 +11,7 @@ from ._attention import (
     block_and_plane,
     first_row,
     kept,
+    number,
     opened,
     softmax_step,
     store_results,
@@ -57,7 +58,7 @@ def fwd(
             hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
-        band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -66,7 +67,9 @@ def fwd(
         moved = lines.top - lines.position
         if ROLLED:
             # The products with the upper block of a tile's band are those with the lower one of the next.
-            lower = products(queries.position, band, call.table.offset - lines.top, PRECISION, D, BLOCK_D, BLOCK_N)
+            lower = products(
+                queries.position, band, number(call.table.offset) - lines.top, PRECISION, D, BLOCK_D, BLOCK_N
+            )
             lower_at = 0
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
@@ -75,7 +78,7 @@ def fwd(
                 live = some_seen(call, at, lines, first_j, j, largest > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
-                row = call.table.offset + first_j - lines.top
+                row = number(call.table.offset) + first_j - lines.top
                 if ROLLED:
                     if SPARSE and lower_at != first_j:
                         lower = products(queries.position, band, row, PRECISION, D, BLOCK_D, BLOCK_N)

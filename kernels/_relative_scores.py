@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
+from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, number, some
 from ._philox import Dropout
 from ._products import row_products
 
@@ -19,9 +19,9 @@ class Table(NamedTuple):
     """The position table `[G, R, H, D]` as an address with strides over table, row and head.
 
     Attributes:
-        rows: R.
-        offset: query i meets key j at row offset + j - i.
-        sequences: how many follow each other with the same table.
+        rows: R, `coded`.
+        offset: query i meets key j at row offset + j - i; `coded`.
+        sequences: how many follow each other with the same table, `coded`.
     """
 
     tensor: Tensor
@@ -131,17 +131,17 @@ class Queries(NamedTuple):
 
 @triton.jit
 def numbers_before(rows, call, at):
-    """How many numbers of `[B, rows]`, or packed, stand before a sequence's."""
+    """How many numbers of `[B, rows]`, the rows `coded`, or packed, stand before a sequence's."""
     if call.sizes.cu_seqlens is not None:
         return at.start
     else:
-        return at.b * rows
+        return at.b * number(rows)
 
 
 @triton.jit
 def first_table_row(table, at):
     """The address of the first row of a plane's table."""
-    return table.tensor + ((at.b // table.sequences) * table.table + at.h * table.head)
+    return table.tensor + ((at.b // number(table.sequences)) * table.table + at.h * table.head)
 
 
 @triton.jit

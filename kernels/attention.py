@@ -24,7 +24,9 @@ from pyxlbert.launch.attention import lse_of, ranks_of_mask
 
 from ._attention import (
     broadcast_of,
+    coded,
     constants_of,
+    decoded,
     grid_of,
     precision_of,
     rows_of,
@@ -64,7 +66,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
         return out, lse
     planes, given = _given(call, ranks)
     options = _options("attention_fwd", given, call.causal)
-    grid = grid_of(given.sizes.queries, options["BLOCK_M"], planes)
+    grid = grid_of(decoded(given.sizes.queries), options["BLOCK_M"], planes)
     arguments = (given, rows_of(out), statistics_of(lse))
     compiled = launch(fwd, grid, query.device, *arguments, **options)
     remember(kind, tensors, fwd, compiled, grid, arguments, options)
@@ -85,20 +87,20 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout = rows_of(call.dout)
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
     options = _options("attention_bwd_rows", given, call.causal)
-    grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
+    grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
     launch(bwd_rows, grid, device, given, dout, rows_of(call.out), saved, **options)
     options = _options("attention_bwd_keys", given, call.causal)
-    grid = grid_of(sizes.keys, options["BLOCK_N"], planes)
+    grid = grid_of(decoded(sizes.keys), options["BLOCK_N"], planes)
     launch(bwd_keys, grid, device, given, dout, saved, dkey, dvalue, **options)
     options = _options("attention_bwd_queries", given, call.causal)
-    grid = grid_of(sizes.queries, options["BLOCK_M"], planes)
+    grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
     launch(bwd_queries, grid, device, given, dout, saved, dquery, **options)
     if wanted:
         options = _options("attention_bwd_bias", given, call.causal)
         shape = dbias.shape
         across = triton.cdiv(shape[3], options["BLOCK_N"])
         grid = grid_of(shape[2], options["BLOCK_M"], shape[0] * shape[1] * across)
-        gradient = BiasGradient(dbias, *shape, planes // sizes.heads)
+        gradient = BiasGradient(dbias, *map(coded, shape[:3]), shape[3], coded(planes // sizes.heads))
         launch(bwd_bias, grid, device, given, dout, saved, gradient, **options)
     return *gradients, dbias
 
