@@ -79,8 +79,11 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     query = call.query
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, call.key, call.value))
+    for_query, for_keys = call.needs[0], call.needs[1] or call.needs[2]
     wanted = call.bias is not None and call.needs[3]
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
+    if not (for_query or for_keys or wanted):
+        return only_needed((*gradients, dbias), call.needs)
     if call.lse.numel() == 0 or call.key.numel() == 0:
         return only_needed((*(x.zero_() for x in gradients), dbias.zero_()), call.needs)
     planes, given = _given(call, ranks_of_mask(call.attention_mask, call.key))
@@ -91,12 +94,14 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _options("attention_bwd_rows", given, call.causal)
     grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
     launch(bwd_rows, grid, device, given, dout, rows_of(call.out), saved, **options)
-    options = _options("attention_bwd_keys", given, call.causal)
-    grid = grid_of(decoded(sizes.keys), options["BLOCK_N"], planes)
-    launch(bwd_keys, grid, device, given, dout, saved, dkey, dvalue, **options)
-    options = _options("attention_bwd_queries", given, call.causal)
-    grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
-    launch(bwd_queries, grid, device, given, dout, saved, dquery, **options)
+    if for_keys:
+        options = _options("attention_bwd_keys", given, call.causal)
+        grid = grid_of(decoded(sizes.keys), options["BLOCK_N"], planes)
+        launch(bwd_keys, grid, device, given, dout, saved, dkey, dvalue, **options)
+    if for_query:
+        options = _options("attention_bwd_queries", given, call.causal)
+        grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
+        launch(bwd_queries, grid, device, given, dout, saved, dquery, **options)
     if wanted:
         options = _options("attention_bwd_bias", given, call.causal)
         shape = dbias.shape
