@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention import INFINITY, block_and_plane, kept, load_rows, opened, softmax_step, store_results, typed
-from ._attention_scores import end_of_keys, load_keys, some_allowed, tile_scores
+from ._attention import INFINITY, block_and_plane, kept, load_rows, number, opened, softmax_step, store_results, typed
+from ._attention_scores import allowed_pairs, end_of_keys, load_keys, tile_scores
 from ._philox import ATTENTION
 
 
@@ -24,7 +24,7 @@ def fwd(
 ):
     """out and lse of BLOCK_M queries."""
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
     at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
     if first_i < at.queries:
@@ -55,12 +55,13 @@ def _walk(
     i = first_i + tl.arange(0, q.shape[0])[:, None]
     for first_j in range(low, high, BLOCK_N):
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
-        if call.mask.tensor is None or some_allowed(call, at, i, j):
-            k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
-            s = tile_scores(call, at, q, k, i, j, CAUSAL, EDGE, PRECISION)
+        pairs = allowed_pairs(call, at, i, j, EDGE)
+        if call.mask.tensor is None or pairs > 0:
+            k = load_keys(call.key, call, at, first_j, EDGE, BLOCK_N, D, BLOCK_D)
+            s = tile_scores(call, at, q, k, i, j, pairs, EDGE, EDGE, CAUSAL, PRECISION)
             p, less, weight, top = softmax_step(s, weight, top)
             if call.dropout.seed is not None:
                 p = tl.where(kept(call.dropout, i, first_j, at, ATTENTION, BLOCK_N), p, 0.0)
-            v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
+            v = load_keys(call.value, call, at, first_j, EDGE, BLOCK_N, D, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
     return acc, weight, top

@@ -32,6 +32,7 @@ from ._attention import (
     constants_of,
     decoded,
     grid_of,
+    padded,
     rows_of,
     saved_of,
     sizes_of,
@@ -60,12 +61,17 @@ class Stream:
             )
         self.query = self.sorted(query)
         self.heads, self.head_size = query.shape[-2:]
-        batch, self.sizes = sizes_of(shared, query)
+        masked = shared.attention_mask is not None
+        batch, self.sizes = sizes_of(shared, query, shared.key.shape[-3] if masked else None)
         table = shared.table.to(query.dtype)
         tables = table.shape[0] if table.dim() == 4 else 1
         self.table = Table(*rows_of(table), *map(coded, (table.shape[-3], shared.offset, max(1, batch // tables))))
         self.planes, self.tables = batch * self.heads, tables
         mask, dropout = broadcast_of(shared.attention_mask), dropout_of(shared.dropout_p, shared.seed)
+        causal = shared.options.causal and decoded(self.sizes.queries) > decoded(self.sizes.keys)
+        some = mask.tensor is not None or rank is not None or causal
+        # Rows that see nothing: a row without a place does neither, and one of a sequence without keys is in no tile.
+        self.empty = positions is not None or (some and not shared.uniform_rows)
         self.extras = mask.tensor is not None or dropout.seed is not None or rank is not None
         self.call = Call(
             *(rows_of(x) for x in (self.query, shared.key, shared.value)),
@@ -93,11 +99,17 @@ class Stream:
         shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options),
+            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options, self.empty),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),
         }
+
+    def rows_before(self) -> int:
+        """How many rows before the table the first block of its gradient begins: with dropout so many that blocks begin
+        with a key whose number 4 divides, and four are drawn at once.
+        """
+        return 0 if self.call.dropout.seed is None or self.order is not None else -decoded(self.table.offset) & 3
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out like query and lse `[B, H, T]`, packed `[H, total]`."""
@@ -144,10 +156,12 @@ class Stream:
             parts = torch.zeros(self.heads, 5, self.head_size, device=device)
             return {name: x.zero_() for name, x in (found | {"query": dquery}).items()} | _biases(parts)
         given = (self.call, rows_of(self.sorted(dout)))
-        saved = saved_of(self._statistics(lse))
+        lse = self._statistics(lse)
+        saved = saved_of(lse, self.sizes)
         options = self.options("relative_bwd_rows")
-        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
-        launch(bwd_rows, grid, device, *given, rows_of(self.sorted(out)), saved, **options)
+        grid = grid_of(padded(decoded(self.sizes.queries)), options["BLOCK_M"], self.planes)
+        results = rows_of(self.sorted(out)), statistics_of(lse)
+        launch(bwd_rows, grid, device, *given, *results, saved, **options)
         if "key" in found:
             options = self.options("relative_bwd_keys")
             grid = grid_of(decoded(self.sizes.keys), options["BLOCK_N"], self.planes)
@@ -168,7 +182,8 @@ class Stream:
             launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
         if "table" in wanted and not atomic:
             options = self.options("relative_bwd_table")
-            grid = grid_of(decoded(self.table.rows), options["BLOCK_N"], self.tables * self.heads)
+            rows = decoded(self.table.rows) + self.rows_before()
+            grid = grid_of(rows, options["BLOCK_N"], self.tables * self.heads)
             launch(bwd_table, grid, device, *given, saved, found["table"], **options)
         if "query" in wanted:
             found["query"] = self.unsorted(dquery)

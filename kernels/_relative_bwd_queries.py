@@ -22,14 +22,15 @@ from ._attention import (
 )
 from ._products import add_product, row_products
 from ._relative_scores import (
+    classes,
     end_of_keys,
     first_table_row,
     is_other_segment,
+    is_whole,
     load_queries,
     load_vector,
     numbers_before,
     query_lines,
-    some_seen,
     tile_scores,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
@@ -56,7 +57,7 @@ def bwd_queries(
     With a dtable also what they add to the gradient of the table, by atomics.
     """
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
     at = opened(call.sizes, plane)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
@@ -95,7 +96,7 @@ def bwd_queries(
         lse = load_lse(saved, at, row)
         delta, lse_correction = load_delta(saved, at, row)
         if not RELOAD:
-            do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+            do = load_douts(dout, at, first_i, lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
         moved = lines.top - lines.position
         if ROLLED:
             # Of the tile before: products with the upper block of its band, and its gradients that belong there.
@@ -107,8 +108,9 @@ def bwd_queries(
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
             live = True
+            whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
             if SPARSE:
-                live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
+                live, whole = classes(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                 place = number(call.table.offset) + first_j - lines.top
@@ -123,11 +125,11 @@ def bwd_queries(
                         queries.position, band, place, moved, lines.top - lines.bottom,
                         IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION, PIECES)
+                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION, PIECES)
                 p = weights_of(s, lse[:, None], lse_correction[:, None])
                 v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 if RELOAD:
-                    do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+                    do = load_douts(dout, at, first_i, lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
                 dp = row_products(do, v, None, PRECISION, PIECES)
                 if call.dropout.seed is not None:
                     keep = kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N)

@@ -18,12 +18,13 @@ from ._attention import (
     typed,
 )
 from ._relative_scores import (
+    classes,
     end_of_keys,
     first_table_row,
+    is_whole,
     load_queries,
     numbers_before,
     query_lines,
-    some_seen,
     tile_scores,
 )
 from ._skew import Matrix, load_seen, products, rolled, skewed
@@ -44,7 +45,7 @@ def fwd(
 ):
     """out and lse of BLOCK_M queries."""
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
     at = opened(call.sizes, plane)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
@@ -67,15 +68,17 @@ def fwd(
         moved = lines.top - lines.position
         if ROLLED:
             # The products with the upper block of a tile's band are those with the lower one of the next.
-            lower = products(
-                queries.position, band, number(call.table.offset) - lines.top, PRECISION, D, BLOCK_D, BLOCK_N
-            )
+            row = number(call.table.offset) - lines.top
+            lower = products(queries.position, band, row, PRECISION, D, BLOCK_D, BLOCK_N)
             lower_at = 0
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
             live = True
+            whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
             if SPARSE:
-                live = some_seen(call, at, lines, first_j, j, largest > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
+                live, whole = classes(
+                    call, at, lines, first_j, j, largest > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N
+                )
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
                 row = number(call.table.offset) + first_j - lines.top
@@ -91,7 +94,7 @@ def fwd(
                         queries.position, band, row, moved, lines.top - lines.bottom,
                         IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION)
+                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION)
                 p, less, weight, largest = softmax_step(s, weight, largest)
                 if call.dropout.seed is not None:
                     p = tl.where(kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N), p, 0.0)

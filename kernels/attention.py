@@ -28,6 +28,7 @@ from ._attention import (
     constants_of,
     decoded,
     grid_of,
+    padded,
     precision_of,
     rows_of,
     saved_of,
@@ -88,22 +89,26 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return only_needed((*(x.zero_() for x in gradients), dbias.zero_()), call.needs)
     planes, given = _given(call, ranks_of_mask(call.attention_mask, call.key))
     sizes, device = given.sizes, query.device
-    saved = saved_of(call.lse.contiguous())
+    lse = call.lse.contiguous()
+    saved = saved_of(lse, sizes)
     dout = rows_of(call.dout)
     dquery, dkey, dvalue = (rows_of(x) for x in gradients)
     options = _options("attention_bwd_rows", given, call.causal)
-    grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
-    launch(bwd_rows, grid, device, given, dout, rows_of(call.out), saved, **options)
+    grid = grid_of(padded(decoded(sizes.queries)), options["BLOCK_M"], planes)
+    launch(bwd_rows, grid, device, given, dout, rows_of(call.out), statistics_of(lse), saved, **options)
+    # Rows that see nothing; one of a sequence without keys is in no tile.
+    empty = given.mask.tensor is not None or given.bias.tensor is not None
+    empty = empty or (call.causal and decoded(sizes.queries) > decoded(sizes.keys))
     if for_keys:
-        options = _options("attention_bwd_keys", given, call.causal)
+        options = _options("attention_bwd_keys", given, call.causal, EMPTY=empty)
         grid = grid_of(decoded(sizes.keys), options["BLOCK_N"], planes)
         launch(bwd_keys, grid, device, given, dout, saved, dkey, dvalue, **options)
     if for_query:
-        options = _options("attention_bwd_queries", given, call.causal)
+        options = _options("attention_bwd_queries", given, call.causal, EMPTY=empty)
         grid = grid_of(decoded(sizes.queries), options["BLOCK_M"], planes)
         launch(bwd_queries, grid, device, given, dout, saved, dquery, **options)
     if wanted:
-        options = _options("attention_bwd_bias", given, call.causal)
+        options = _options("attention_bwd_bias", given, call.causal, EMPTY=empty)
         shape = dbias.shape
         across = triton.cdiv(shape[3], options["BLOCK_N"])
         grid = grid_of(shape[2], options["BLOCK_M"], shape[0] * shape[1] * across)
@@ -114,7 +119,8 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _given(call: Any, ranks: Tensor | None) -> tuple[int, Call]:
     """B * H, and a call, forward or backward, as the kernels take it."""
-    batch, sizes = sizes_of(call, call.query)
+    masked = call.attention_mask is not None or call.bias is not None
+    batch, sizes = sizes_of(call, call.query, call.key.shape[-3] if masked else None)
     return batch * sizes.heads, Call(
         *(rows_of(x) for x in (call.query, call.key, call.value)),
         broadcast_of(call.attention_mask),
@@ -126,12 +132,13 @@ def _given(call: Any, ranks: Tensor | None) -> tuple[int, Call]:
     )
 
 
-def _options(kernel: str, given: Call, causal: bool) -> dict[str, Any]:
-    """Compile-time constants, the tile, how it is compiled."""
+def _options(kernel: str, given: Call, causal: bool, **constants: bool) -> dict[str, Any]:
+    """Compile-time constants, those of this kernel alone too, the tile, how it is compiled."""
     query = given.query.tensor
     extras = any(x is not None for x in (given.mask.tensor, given.bias.tensor, given.dropout.seed))
     return {
         "CAUSAL": causal,
+        **constants,
         **constants_of(query.shape[-1], query.dtype),
         **COMPILE_OPTIONS,
         **configuration(kernel, query, extras).constants(),
