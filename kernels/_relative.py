@@ -5,9 +5,10 @@ of the position table, as _skew.py draws it.  Backward has a kernel of its own f
 dkey and dvalue, for dquery, and for the table.  Queries that stand anywhere (`query_positions`) are sorted by position
 first.  Tiles that ranks or a mask empty are left out, after a look at the ranks or the mask.
 
-The gradient of the table has a program per block of its rows, which walks all queries: there the scores are laid out by
-table row, and keys and values are what is skewed.  Nothing is added up by two programs, unless
-`pyxlbert.allow_atomics` lets the kernel of dquery add to the table's gradient on its way.
+The gradient of the table has a program per block of its rows and share of the sequences, which walks all their queries:
+there the scores are laid out by table row, and keys and values are what is skewed.  The shares are added up in order by
+a launch of their own.  Nothing is added up by two programs, unless `pyxlbert.allow_atomics` lets the kernel of dquery
+add to the table's gradient on its way.
 
 Source: Dai et al., "Transformer-XL", https://arxiv.org/abs/1901.02860, appendix B (`rel_shift`); Yang et al., "XLNet",
 https://arxiv.org/abs/1906.08237, section 2.
@@ -19,6 +20,7 @@ from collections.abc import Set
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from pyxlbert import backends
@@ -40,11 +42,16 @@ from ._attention import (
 )
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
+from ._parts import join_parts, partial_of
 from ._philox import dropout_of
 from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
 from ._relative_bwd_queries import bwd_queries
 from ._relative_fwd import fwd
 from ._relative_scores import Biases, Call, Marks, Options, Table
+from ._rows import sum_parts
+
+# The table's gradient is shared out among about so many programs, with at least so many queries each.
+PROGRAMS, QUERIES_OF_PART = 1024, 512
 
 
 class Stream:
@@ -105,6 +112,18 @@ class Stream:
             **tile.constants(),
         }
 
+    def sequences_of_part(self) -> int:
+        """How many sequences a program of the table's gradient walks.
+
+        It follows from the sizes alone: all of them, if there are programs enough or sequences are few and short.
+        """
+        sequences, queries = decoded(self.table.sequences), decoded(self.sizes.queries)
+        programs = self.heads * triton.cdiv(decoded(self.table.rows), 64)
+        if self.tables > 1:
+            return sequences
+        parts = max(1, min(sequences, PROGRAMS // programs))
+        return min(sequences, max(triton.cdiv(sequences, parts), triton.cdiv(QUERIES_OF_PART, queries)))
+
     def rows_before(self) -> int:
         """How many rows before the table the first block of its gradient begins: with dropout so many that blocks begin
         with a key whose number 4 divides, and four are drawn at once.
@@ -119,8 +138,13 @@ class Stream:
         if lse.numel() == 0:
             return out, lse
         options = self.options("relative_fwd")
-        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
-        launch(fwd, grid, out.device, self.call, rows_of(out), statistics_of(lse), **options)
+        partial = partial_of(self.sizes, self.planes, out)
+        parts = 1 if partial is None else decoded(partial.parts)
+        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes * parts)
+        results = rows_of(out), statistics_of(lse)
+        launch(fwd, grid, out.device, self.call, *results, partial, **options)
+        if partial is not None:
+            join_parts(partial, self.sizes, *results, self.call.dropout.keep_scale)
         return self.unsorted(out), self._statistics(lse, back=True)
 
     def _statistics(self, lse: Tensor, back: bool = False) -> Tensor:
@@ -181,15 +205,24 @@ class Stream:
             added = found["table"].zero_() if atomic else None
             launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
         if "table" in wanted and not atomic:
-            options = self.options("relative_bwd_table")
-            rows = decoded(self.table.rows) + self.rows_before()
-            grid = grid_of(rows, options["BLOCK_N"], self.tables * self.heads)
-            launch(bwd_table, grid, device, *given, saved, found["table"], **options)
+            self._sum_table(found["table"], *given, saved)
         if "query" in wanted:
             found["query"] = self.unsorted(dquery)
         if parts is None:
             return found
         return found | _biases(parts.view(-1, self.heads, *parts.shape[1:]).sum((0, 2)))
+
+    def _sum_table(self, table: Tensor, *given: Any) -> None:
+        """The gradient of the table by a kernel of its own, in shares that are added up in order."""
+        options = self.options("relative_bwd_table")
+        each = self.sequences_of_part()
+        parts = triton.cdiv(decoded(self.table.sequences), each)
+        shares = table if parts == 1 else table.new_empty(parts, *table.shape[1:])
+        rows = decoded(self.table.rows) + self.rows_before()
+        grid = grid_of(rows, options["BLOCK_N"], self.tables * self.heads * parts)
+        launch(bwd_table, grid, table.device, *given, shares, each, **options)
+        if parts > 1:
+            sum_parts(shares.view(1, parts, -1), table.view(-1))
 
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:

@@ -173,12 +173,13 @@ def bwd_keys(
         store_rows(dvalue, at, dv, first_j, at.extent, BLOCK_N, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def bwd_table(
     call,
     dout,
     saved,
     dtable,
+    each,
     OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -186,27 +187,33 @@ def bwd_table(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The gradient of BLOCK_N rows of the table, laid out by table row: element (m, n) is of the key at distance n."""
+    """The gradient of BLOCK_N rows of the table, laid out by table row: element (m, n) is of the key at distance n.
+
+    Of the sequences that share the table a program walks `each`, and its share is a part of its own of dtable.
+    """
     call = typed(call)
     # Blocks begin where keys do whose dropout is drawn together: see `rows_before` of `Stream`.
     before = 0
     if call.dropout.seed is not None and call.marks.positions is None:
         before = -number(call.table.offset) & 3
-    block, table_plane = block_and_plane(number(call.table.rows) + before, BLOCK_N)
+    block, share = block_and_plane(number(call.table.rows) + before, BLOCK_N)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     first_p = block * BLOCK_N - before
     sequences = number(call.table.sequences)
-    group = table_plane // call.sizes.heads
-    h = table_plane % call.sizes.heads
+    parts = tl.cdiv(sequences, each)
+    part = share // call.sizes.heads % parts
+    group = share // (call.sizes.heads * parts)
+    h = share % call.sizes.heads
     # Of the first of the sequences that share the table.
     opening = opened(call.sizes, group * sequences * call.sizes.heads + h)
     band = Matrix(first_table_row(call.table, opening), call.table.row, number(call.table.rows), None)
     r = load_seen(band, first_p, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     blocks = tl.cdiv(number(call.sizes.queries), BLOCK_M)
-    for step in range(0, sequences * blocks):
-        at = opened(call.sizes, (group * sequences + step // blocks) * call.sizes.heads + h)
+    first = part * each
+    for step in range(0, (tl.minimum(first + each, sequences) - first) * blocks):
+        at = opened(call.sizes, (group * sequences + first + step // blocks) * call.sizes.heads + h)
         first_i = step % blocks * BLOCK_M
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         first_j = first_p - number(call.table.offset) + lines.bottom
@@ -260,16 +267,16 @@ def bwd_table(
                     # Such a score is a constant.
                     g = tl.where(j <= lines.number[:, None] + at.shift, g, 0.0)
                 dr = tl.dot(tl.trans(g.to(do.dtype)), queries.position, dr, input_precision=PRECISION)
-    store_table_rows(call, dtable, dr, group, h, first_p, BLOCK_N, D, BLOCK_D)
+    store_table_rows(call, dtable, dr, group * parts + part, h, first_p, BLOCK_N, D, BLOCK_D)
 
 
 @triton.jit
 def store_table_rows(
-    call, dtable, dr, group, h, first_p, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    call, dtable, dr, part, h, first_p, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Rows first_p .. of one table and head of float32 `[G, R, H, D]`."""
+    """Rows first_p .. of one part and head of float32 `[G * parts, R, H, D]`."""
     n = first_p + tl.arange(0, BLOCK_N)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    base = dtable + (group.to(tl.int64) * number(call.table.rows) * call.sizes.heads + h) * D
+    base = dtable + (part.to(tl.int64) * number(call.table.rows) * call.sizes.heads + h) * D
     place = base + n.to(tl.int64) * (call.sizes.heads * D) + d
     tl.store(place, dr, mask=(n >= 0) & (n < number(call.table.rows)) & (d < D))

@@ -17,6 +17,7 @@ from ._attention import (
     store_results,
     typed,
 )
+from ._parts import keys_of_part, part_and_plane, store_part
 from ._relative_scores import (
     classes,
     end_of_keys,
@@ -35,6 +36,7 @@ def fwd(
     call,
     out,
     lse,
+    partial,
     OPTIONS: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -43,9 +45,10 @@ def fwd(
     BLOCK_N: tl.constexpr,
     CARRY: tl.constexpr,
 ):
-    """out and lse of BLOCK_M queries."""
+    """out and lse of BLOCK_M queries; with a record of parts what one part of the keys adds to them."""
     call = typed(call)
     block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
+    part, plane = part_and_plane(partial, plane)
     at = opened(call.sizes, plane)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
@@ -66,12 +69,13 @@ def fwd(
         weight = tl.zeros((BLOCK_M,), tl.float32)
         largest = tl.full((BLOCK_M,), -INFINITY, tl.float32)
         moved = lines.top - lines.position
+        low, high = keys_of_part(partial, part, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M))
         if ROLLED:
             # The products with the upper block of a tile's band are those with the lower one of the next.
-            row = number(call.table.offset) - lines.top
+            row = number(call.table.offset) + low - lines.top
             lower = products(queries.position, band, row, PRECISION, D, BLOCK_D, BLOCK_N)
-            lower_at = 0
-        for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
+            lower_at = low
+        for first_j in range(low, high, BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
             live = True
             whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
@@ -100,6 +104,8 @@ def fwd(
                     p = tl.where(kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N), p, 0.0)
                 v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 acc = tl.dot(p.to(v.dtype), v, acc * less[:, None], input_precision=PRECISION)
-        store_results(
-            out, lse, at, first_i, acc, weight, largest, call.dropout.keep_scale, call.sizes, BLOCK_M, D, BLOCK_D
-        )
+        if partial is not None:
+            store_part(partial, at, part, first_i, acc, weight, largest, BLOCK_M, D, BLOCK_D)
+        else:
+            factor = call.dropout.keep_scale
+            store_results(out, lse, at, first_i, acc, weight, largest, factor, call.sizes, BLOCK_M, D, BLOCK_D)

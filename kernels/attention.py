@@ -4,7 +4,7 @@
                                                  q [M, D]  s = q k^T  [M, N]  ->  p  ->  acc += p v  [M, D]
     dkey and dvalue, a program per (BLOCK_N keys, head), walk the queries; dquery, a program per (BLOCK_M queries,
     head), walks the keys again, so that nothing is added up by two programs.  dbias has a program per tile of the
-    bias, which walks everything that the bias is broadcast over.
+    bias, which walks everything that the bias is broadcast over.  Few queries share out long keys, see _parts.py.
 
 Tiles past a sequence's length or above the diagonal are not visited, those that a mask empties are left after a look at
 the mask, and only those on an edge are masked.
@@ -40,6 +40,7 @@ from ._attention_fwd import fwd
 from ._attention_scores import BiasGradient, Call
 from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
 from ._launch import launch
+from ._parts import join_parts, partial_of
 from ._philox import dropout_of
 from ._plan import kind_of, remember, run
 
@@ -67,10 +68,16 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
         return out, lse
     planes, given = _given(call, ranks)
     options = _options("attention_fwd", given, call.causal)
-    grid = grid_of(decoded(given.sizes.queries), options["BLOCK_M"], planes)
-    arguments = (given, rows_of(out), statistics_of(lse))
+    partial = partial_of(given.sizes, planes, query)
+    parts = 1 if partial is None else decoded(partial.parts)
+    grid = grid_of(decoded(given.sizes.queries), options["BLOCK_M"], planes * parts)
+    results = rows_of(out), statistics_of(lse)
+    arguments = (given, *results, partial)
     compiled = launch(fwd, grid, query.device, *arguments, **options)
-    remember(kind, tensors, fwd, compiled, grid, arguments, options)
+    if partial is None:
+        remember(kind, tensors, fwd, compiled, grid, arguments, options)
+    else:
+        join_parts(partial, given.sizes, *results, given.dropout.keep_scale)
     return out, lse
 
 
