@@ -35,10 +35,24 @@ UNSEEN_RANK = tl.constexpr(2**31 - 1)
 UNIFORM_SCORE = tl.constexpr(-1e30)
 
 # A tile has at most 128 rows.
+PADDED_ROWS = 128
+PADDED = tl.constexpr(PADDED_ROWS)
 FAR = 2**31 // 128
 
 
-# What kernels take.  A kernel compiles anew for a field that is None, 1 or a multiple of 16, as for any argument.
+# What kernels take.  A kernel compiles anew for a field that is None, 1 or a multiple of 16, as for any argument: of
+# strides of rows that is wanted, for wide loads, but sizes would make a dozen kernels of a few ragged batches.  Whole
+# arguments can be excepted from it, fields of records cannot; so a size is handed over as a number that is neither.
+
+
+def coded(size: int) -> int:
+    """What stands for a size in a record: odd, and above 1."""
+    return 2 * size + 3
+
+
+def decoded(code: int) -> int:
+    """The size that `coded` was given."""
+    return (code >> 1) - 1
 
 
 class Rows(NamedTuple):
@@ -65,8 +79,9 @@ class Sizes(NamedTuple):
 
     Attributes:
         heads: H.
-        queries, keys: Tq and Tk; of packed sequences the most that one may have.
-        total: rows of packed sequences.
+        queries, keys: Tq and Tk, `coded`; of packed sequences the most that one may have.
+        total: rows of packed sequences, `coded`.
+        unit: 16 beside a mask or bias whose columns it divides, which are then loaded several at once; or None.
         key_lengths: int32 `[B]` or None.
         cu_seqlens: int32 `[B + 1]`, where packed sequences begin and end, or None.
     """
@@ -75,12 +90,13 @@ class Sizes(NamedTuple):
     queries: int
     keys: int
     total: int
+    unit: int | None
     key_lengths: Tensor | None
     cu_seqlens: Tensor | None
 
 
 class Statistics(NamedTuple):
-    """float32 `[B, H, Tq]`, or packed `[H, total]`, as an address with strides over sequence and head."""
+    """float32 `[B, H, Tq]`, or packed `[H, total]`, as an address with strides over sequence and head, `coded`."""
 
     tensor: Tensor
     batch: int
@@ -88,7 +104,10 @@ class Statistics(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward knows of every row, each laid out as lse, with strides over sequence and head.
+    """What backward knows of every row, with strides over sequence and head.
+
+    Every sequence has rows of its own up to a multiple of PADDED, those behind its end as of rows that see nothing, so
+    that a tile's are loaded at once and without a look at where the sequence ends.
 
     Attributes:
         lse: logarithm of the sum of the weights; infinite for a row that sees nothing.
@@ -116,23 +135,38 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, *strides(x))
 
 
-def sizes_of(call: Any, query: Tensor) -> tuple[int, Sizes]:
-    """The number of sequences, and the sizes of a call, or of one of its streams with queries of its own."""
+def sizes_of(call: Any, query: Tensor, columns: int | None) -> tuple[int, Sizes]:
+    """The number of sequences, and the sizes of a call, or of one of its streams with queries of its own.
+
+    `columns` are those of a mask or bias, or None.
+    """
     heads, lengths, offsets = query.shape[-2], int32(call.key_lengths), int32(call.cu_seqlens)
     if offsets is None:
-        return query.shape[0], Sizes(heads, query.shape[1], call.key.shape[1], 0, lengths, None)
-    most = call.max_seqlen
-    return offsets.shape[0] - 1, Sizes(heads, most, most, query.shape[0], lengths, offsets)
+        unit = None if columns is None or columns % 16 != 0 else 16
+        size = Sizes(heads, coded(query.shape[1]), coded(call.key.shape[1]), coded(0), unit, lengths, None)
+        return query.shape[0], size
+    most = coded(call.max_seqlen)
+    return offsets.shape[0] - 1, Sizes(heads, most, most, coded(query.shape[0]), None, lengths, offsets)
 
 
 def statistics_of(lse: Tensor) -> Statistics:
     """Of `[B, H, Tq]` or packed `[H, total]`, contiguous."""
-    return Statistics(lse, *((lse.stride(0), lse.stride(1)) if lse.dim() == 3 else (0, lse.stride(0))))
+    return Statistics(lse, *map(coded, lse.stride()[:2] if lse.dim() == 3 else (0, lse.stride(0))))
 
 
-def saved_of(lse: Tensor) -> Saved:
-    """lse as it is, and room for what else backward wants to know of every row."""
-    return Saved(lse, torch.empty_like(lse), torch.empty_like(lse), *statistics_of(lse)[1:])
+def saved_of(lse: Tensor, sizes: Sizes) -> Saved:
+    """Room for what backward wants to know of every row, given lse `[B, H, Tq]`, or packed `[H, total]`."""
+    rows = padded(lse.shape[-1])
+    if sizes.cu_seqlens is not None:
+        rows += sizes.cu_seqlens.shape[0] * PADDED_ROWS
+    size = (*lse.shape[:-1], rows)
+    parts = (torch.empty(size, dtype=torch.float32, device=lse.device) for _ in range(3))
+    return Saved(*parts, *((lse.shape[1] * rows, rows) if lse.dim() == 3 else (0, rows)))
+
+
+def padded(rows: int) -> int:
+    """How many rows backward saves something of, of so many."""
+    return triton.cdiv(rows, PADDED_ROWS) * PADDED_ROWS
 
 
 def broadcast_of(x: Tensor | None) -> Broadcast:
@@ -179,6 +213,12 @@ setattr(typed, tl.core.TRITON_BUILTIN, True)
 
 
 @triton.jit
+def number(code):
+    """`decoded`, in a kernel."""
+    return (code >> 1) - 1
+
+
+@triton.jit
 def block_and_plane(rows, BLOCK: tl.constexpr):
     """Which block of so many rows, and which plane (a sequence's head), this program is for.
 
@@ -196,6 +236,8 @@ class Plane(NamedTuple):
         number: among all B * H, which dropout's bits depend on.
         b, h: sequence and head.
         start: the row of packed tensors that the sequence begins with, else 0.
+        saved: where the rows of `Saved` begin, which are in front of those of a packed sequence by up to PADDED a
+            sequence, else 0.
         queries, keys: how many the sequence has; keys without those past its length.
         extent: its keys with those past its length.
         shift: query i stands beside key i + shift.
@@ -206,6 +248,7 @@ class Plane(NamedTuple):
     b: Any
     h: Any
     start: Any
+    saved: Any
     queries: Any
     keys: Any
     extent: Any
@@ -219,25 +262,32 @@ def opened(sizes, plane):
     b = (plane // sizes.heads).to(tl.int64)
     h = (plane % sizes.heads).to(tl.int64)
     start = 0
-    queries = sizes.queries
-    keys = sizes.keys
-    extent = sizes.keys
+    saved = 0
+    queries = number(sizes.queries)
+    keys = number(sizes.keys)
+    if sizes.unit is not None:
+        # The same number, of which Triton now knows that 16 divides it.
+        keys = keys // 16 * sizes.unit
+    shift = keys - queries
+    extent = keys
     wrong = False
     if sizes.cu_seqlens is not None:
         first = tl.load(sizes.cu_seqlens + b)
         last = tl.load(sizes.cu_seqlens + b + 1)
-        start = tl.minimum(tl.maximum(first, 0), sizes.total)
-        queries = tl.minimum(tl.maximum(last, start), sizes.total) - start
+        total = number(sizes.total)
+        most = queries
+        start = tl.minimum(tl.maximum(first, 0), total)
+        queries = tl.minimum(tl.maximum(last, start), total) - start
+        saved = (start + b * PADDED) // PADDED * PADDED
         keys = queries
-        wrong = (first < 0) | (last < first) | (last > sizes.total) | (queries > sizes.queries)
+        wrong = (first < 0) | (last < first) | (last > total) | (queries > most)
     if sizes.key_lengths is not None:
         length = tl.load(sizes.key_lengths + b)
         wrong = (length < 0) | (length > keys)
         keys = tl.minimum(tl.maximum(length, 0), keys)
     if sizes.cu_seqlens is not None:
         extent = keys
-    shift = sizes.keys - sizes.queries
-    return Plane(plane, b, h, tl.cast(start, tl.int64), queries, keys, extent, shift, wrong)
+    return Plane(plane, b, h, tl.cast(start, tl.int64), tl.cast(saved, tl.int64), queries, keys, extent, shift, wrong)
 
 
 @triton.jit
@@ -247,9 +297,9 @@ def first_row(rows, at):
 
 
 @triton.jit
-def first_statistic(saved, at):
+def first_statistic(statistics, at):
     """How far from the beginning a plane's first statistic lies."""
-    return at.b * saved.batch + at.h * saved.head + at.start
+    return at.b * number(statistics.batch) + at.h * number(statistics.head) + at.start
 
 
 @triton.jit
@@ -282,24 +332,36 @@ def store_rows(rows, at, x, first, count, BLOCK: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def load_douts(dout, at, first_i, lse, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`load_rows` of dout; a row that sees nothing takes none, which may be anything there."""
+def load_douts(
+    dout, at, first_i, lse, EMPTY: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """`load_rows` of dout; a row that sees nothing takes none, which may be anything there.
+
+    Without EMPTY there is no such row, and what was loaded goes to the products as it is.
+    """
     x = load_rows(dout, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-    return tl.where((lse != INFINITY)[:, None], x, 0.0).to(x.dtype)
+    if EMPTY:
+        x = tl.where((lse != INFINITY)[:, None], x, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def first_saved(saved, at):
+    """How far from the beginning what is saved of a plane's first row lies."""
+    return at.b * saved.batch + at.h * saved.head + at.saved
 
 
 @triton.jit
 def load_lse(saved, at, row):
     """Of rows `[M]` of a plane; those outside see nothing."""
-    return tl.load(saved.lse + (first_statistic(saved, at) + row), mask=row < at.queries, other=INFINITY)
+    return tl.load(saved.lse + (first_saved(saved, at) + row))
 
 
 @triton.jit
 def load_delta(saved, at, row):
     """Of rows `[M]` of a plane: delta, and the correction of lse."""
-    place = first_statistic(saved, at) + row
-    delta = tl.load(saved.delta + place, mask=row < at.queries, other=0.0)
-    return delta, tl.load(saved.lse_correction + place, mask=row < at.queries, other=0.0)
+    place = first_saved(saved, at) + row
+    return tl.load(saved.delta + place), tl.load(saved.lse_correction + place)
 
 
 @triton.jit
@@ -317,20 +379,40 @@ def is_inexact(lse):
 
 
 @triton.jit
-def store_delta(saved, at, row, delta, lse, inexact, weight, top):
-    """delta of rows `[M]`, and from the running softmax of those that are `inexact` the correction of lse."""
-    place = first_statistic(saved, at) + row
-    tl.store(saved.delta + place, delta, mask=row < at.queries)
-    correction = tl.where(inexact, (top - lse) + tl.log2(tl.where(inexact, weight, 1.0)) * LN2, 0.0)
-    tl.store(saved.lse_correction + place, correction, mask=row < at.queries)
+def saved_rows(sizes):
+    """How many rows of each plane have something saved, those behind its last query too."""
+    return tl.cdiv(number(sizes.queries), PADDED) * PADDED
 
 
 @triton.jit
-def load_scores(x, at, i, j):
-    """The tile of a mask or bias at (i, j), zeros outside."""
+def store_saved(saved, at, row, delta, lse, inexact, weight, top):
+    """lse and delta of rows `[M]`, and from the running softmax of those that are `inexact` the correction of lse."""
+    place = first_saved(saved, at) + row
+    tl.store(saved.lse + place, lse)
+    tl.store(saved.delta + place, delta)
+    tl.store(
+        saved.lse_correction + place,
+        tl.where(inexact, (top - lse) + tl.log2(tl.where(inexact, weight, 1.0)) * LN2, 0.0),
+    )
+
+
+@triton.jit
+def load_scores(x, at, i, j, EDGE: tl.constexpr = True):
+    """The tile of a mask or bias at (i, j), zeros outside of the tensor; without EDGE all its keys are there."""
     place = x.tensor + (at.b * x.batch + at.h * x.head)
     place += i.to(tl.int64) * x.row + j.to(tl.int64) * x.column
-    return tl.load(place, mask=(i < at.queries) & (j < at.keys), other=0)
+    inside = i < at.queries
+    if EDGE:
+        inside = inside & (j < at.extent)
+    return tl.load(place, mask=inside, other=0)
+
+
+@triton.jit
+def count(tile):
+    """How many elements of a tile `[M, N]` of booleans are true: of none nothing is computed, and where all are no
+    element is asked.
+    """
+    return tl.sum(tl.sum(tile.to(tl.int32), 1), 0)
 
 
 @triton.jit

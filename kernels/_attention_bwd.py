@@ -7,22 +7,26 @@ import triton.language as tl
 
 from ._attention import (
     INFINITY,
+    PADDED,
     block_and_plane,
     delta_of,
+    first_statistic,
     is_inexact,
     kept,
     load_delta,
     load_douts,
     load_lse,
     load_rows,
+    number,
     opened,
+    saved_rows,
     softmax_step,
-    store_delta,
     store_rows,
+    store_saved,
     typed,
     weights_of,
 )
-from ._attention_scores import end_of_keys, load_keys, some_allowed, tile_scores
+from ._attention_scores import allowed_pairs, end_of_keys, is_edge, load_keys, tile_scores
 from ._philox import ATTENTION
 
 
@@ -31,6 +35,7 @@ def bwd_rows(
     call,
     dout,
     out,
+    statistics,
     saved,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,12 +46,13 @@ def bwd_rows(
 ):
     """What backward needs of every row first: see `Saved`."""
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(saved_rows(call.sizes), BLOCK_M)
     at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
-    if first_i < at.queries:
+    if first_i < tl.cdiv(at.queries, PADDED) * PADDED:
         i = first_i + tl.arange(0, BLOCK_M)
-        lse = load_lse(saved, at, i)
+        place = statistics.tensor + (first_statistic(statistics, at) + i)
+        lse = tl.load(place, mask=i < at.queries, other=INFINITY)
         delta = delta_of(dout, out, at, first_i, lse, BLOCK_M, D, BLOCK_D)
         inexact = is_inexact(lse)
         weight = tl.zeros((BLOCK_M,), tl.float32)
@@ -55,11 +61,12 @@ def bwd_rows(
             q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
             for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
                 j = first_j + tl.arange(0, BLOCK_N)[None, :]
-                if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
-                    k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
-                    s = tile_scores(call, at, q, k, i[:, None], j, CAUSAL, True, PRECISION)
+                pairs = allowed_pairs(call, at, i[:, None], j)
+                if call.mask.tensor is None or pairs > 0:
+                    k = load_keys(call.key, call, at, first_j, True, BLOCK_N, D, BLOCK_D)
+                    s = tile_scores(call, at, q, k, i[:, None], j, pairs, True, True, CAUSAL, PRECISION)
                     _, _, weight, top = softmax_step(s, weight, top)
-        store_delta(saved, at, i, delta, lse, inexact, weight, top)
+        store_saved(saved, at, i, delta, lse, inexact, weight, top)
 
 
 @triton.jit
@@ -70,6 +77,7 @@ def bwd_keys(
     dkey,
     dvalue,
     CAUSAL: tl.constexpr,
+    EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,12 +86,12 @@ def bwd_keys(
 ):
     """dkey and dvalue of BLOCK_N keys.  Tiles are transposed, `[BLOCK_N, BLOCK_M]`, so that both products take them."""
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.keys, BLOCK_N)
+    block, plane = block_and_plane(number(call.sizes.keys), BLOCK_N)
     at = opened(call.sizes, plane)
     first_j = block * BLOCK_N
     if first_j < at.extent:
-        k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
-        v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
+        k = load_keys(call.key, call, at, first_j, True, BLOCK_N, D, BLOCK_D)
+        v = load_keys(call.value, call, at, first_j, True, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[:, None]
@@ -92,12 +100,14 @@ def bwd_keys(
             low = tl.maximum(first_j - at.shift, 0) // BLOCK_M * BLOCK_M
         for first_i in range(low, tl.where(first_j < at.keys, at.queries, 0), BLOCK_M):
             i = first_i + tl.arange(0, BLOCK_M)
-            if call.mask.tensor is None or some_allowed(call, at, i[None, :], j):
+            pairs = allowed_pairs(call, at, i[None, :], j)
+            if call.mask.tensor is None or pairs > 0:
                 lse = load_lse(saved, at, i)
                 delta, lse_correction = load_delta(saved, at, i)
                 q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-                do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
-                s = tile_scores(call, at, k, q, i[None, :], j, CAUSAL, True, PRECISION)
+                do = load_douts(dout, at, first_i, lse, EMPTY, BLOCK_M, D, BLOCK_D)
+                edge = is_edge(at, first_i, first_j, CAUSAL, BLOCK_N)
+                s = tile_scores(call, at, k, q, i[None, :], j, pairs, edge, True, CAUSAL, PRECISION)
                 p = weights_of(s, lse[None, :], lse_correction[None, :])
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 dropped = p
@@ -114,15 +124,16 @@ def bwd_keys(
 
 @triton.jit
 def _tile_gradient(
-    call, at, q, do, first_i, first_j, lse, delta, lse_correction,
+    call, at, q, do, first_i, first_j, pairs, lse, delta, lse_correction,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of scores `[BLOCK_M, BLOCK_N]`, and its keys."""
     i = first_i + tl.arange(0, q.shape[0])[:, None]
     j = first_j + tl.arange(0, BLOCK_N)[None, :]
-    k = load_keys(call.key, call, at, first_j, BLOCK_N, D, BLOCK_D)
-    v = load_keys(call.value, call, at, first_j, BLOCK_N, D, BLOCK_D)
-    s = tile_scores(call, at, q, k, i, j, CAUSAL, True, PRECISION)
+    k = load_keys(call.key, call, at, first_j, True, BLOCK_N, D, BLOCK_D)
+    v = load_keys(call.value, call, at, first_j, True, BLOCK_N, D, BLOCK_D)
+    edge = is_edge(at, first_i, first_j, CAUSAL, BLOCK_N)
+    s = tile_scores(call, at, q, k, i, j, pairs, edge, True, CAUSAL, PRECISION)
     p = weights_of(s, lse[:, None], lse_correction[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if call.dropout.seed is not None:
@@ -137,6 +148,7 @@ def bwd_queries(
     saved,
     dquery,
     CAUSAL: tl.constexpr,
+    EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -145,7 +157,7 @@ def bwd_queries(
 ):
     """dquery of BLOCK_M queries."""
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
     at = opened(call.sizes, plane)
     first_i = block * BLOCK_M
     if first_i < at.queries:
@@ -153,27 +165,16 @@ def bwd_queries(
         lse = load_lse(saved, at, i)
         delta, lse_correction = load_delta(saved, at, i)
         q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-        do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+        do = load_douts(dout, at, first_i, lse, EMPTY, BLOCK_M, D, BLOCK_D)
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for first_j in range(0, end_of_keys(at, first_i, CAUSAL, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
-            if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
+            pairs = allowed_pairs(call, at, i[:, None], j)
+            if call.mask.tensor is None or pairs > 0:
                 ds, k = _tile_gradient(
-                    call,
-                    at,
-                    q,
-                    do,
-                    first_i,
-                    first_j,
-                    lse,
-                    delta,
-                    lse_correction,
-                    CAUSAL,
-                    PRECISION,
-                    D,
-                    BLOCK_D,
-                    BLOCK_N,
-                )
+                    call, at, q, do, first_i, first_j, pairs, lse, delta, lse_correction,
+                    CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N,
+                )  # fmt: skip
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         store_rows(dquery, at, dq * call.scale, first_i, at.queries, BLOCK_M, D, BLOCK_D)
 
@@ -185,6 +186,7 @@ def bwd_bias(
     saved,
     dbias,
     CAUSAL: tl.constexpr,
+    EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -194,17 +196,21 @@ def bwd_bias(
     """A tile of dbias: the tiles of ds that it was added to, over sequences, heads, queries and keys, one by one."""
     call = typed(call)
     across = tl.cdiv(dbias.columns, BLOCK_N)
-    down = tl.cdiv(dbias.rows, BLOCK_M)
+    rows = number(dbias.rows)
+    down = tl.cdiv(rows, BLOCK_M)
     at_j = tl.program_id(0) % across * BLOCK_N
     at_i = tl.program_id(0) // across % down * BLOCK_M
     at_plane = tl.program_id(0) // (across * down)
-    at_b = at_plane // dbias.heads
-    at_h = at_plane % dbias.heads
+    heads = number(dbias.heads)
+    at_b = at_plane // heads
+    at_h = at_plane % heads
     # How many of each there are to add up: 1 where the bias has that dimension.
-    sequences = tl.where(dbias.batch == dbias.sequences, 1, dbias.sequences)
-    planes = tl.where(dbias.heads == call.sizes.heads, 1, call.sizes.heads)
-    tiles_i = tl.where(dbias.rows == call.sizes.queries, 1, tl.cdiv(call.sizes.queries, BLOCK_M))
-    tiles_j = tl.where(dbias.columns == call.sizes.keys, 1, tl.cdiv(call.sizes.keys, BLOCK_N))
+    queries = number(call.sizes.queries)
+    keys = number(call.sizes.keys)
+    sequences = tl.where(dbias.batch == dbias.sequences, 1, number(dbias.sequences))
+    planes = tl.where(heads == call.sizes.heads, 1, call.sizes.heads)
+    tiles_i = tl.where(rows == queries, 1, tl.cdiv(queries, BLOCK_M))
+    tiles_j = tl.where(dbias.columns == keys, 1, tl.cdiv(keys, BLOCK_N))
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, sequences * planes * tiles_i * tiles_j):
         first_j = at_j + step % tiles_j * BLOCK_N
@@ -214,29 +220,31 @@ def bwd_bias(
         at = opened(call.sizes, (at_b + left // planes) * call.sizes.heads + at_h + left % planes)
         i = first_i + tl.arange(0, BLOCK_M)
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
-        if call.mask.tensor is None or some_allowed(call, at, i[:, None], j):
+        pairs = allowed_pairs(call, at, i[:, None], j)
+        if call.mask.tensor is None or pairs > 0:
             lse = load_lse(saved, at, i)
             delta, lse_correction = load_delta(saved, at, i)
             q = load_rows(call.query, at, first_i, at.queries, BLOCK_M, D, BLOCK_D)
-            do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+            do = load_douts(dout, at, first_i, lse, EMPTY, BLOCK_M, D, BLOCK_D)
             ds, _k = _tile_gradient(
-                call, at, q, do, first_i, first_j, lse, delta, lse_correction, CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N
-            )
+                call, at, q, do, first_i, first_j, pairs, lse, delta, lse_correction,
+                CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
             sum += ds
-    base = dbias.tensor + (at_plane.to(tl.int64) * dbias.rows) * dbias.columns
+    base = dbias.tensor + (at_plane.to(tl.int64) * rows) * dbias.columns
     i = at_i + tl.arange(0, BLOCK_M)[:, None]
     j = at_j + tl.arange(0, BLOCK_N)[None, :]
     # A dimension of one gets the sum of all tiles' rows or columns, and the other is stored as it is.
     one_row = tl.sum(sum, 0)[None, :]
     one_column = tl.sum(sum, 1)[:, None]
-    if (dbias.rows == call.sizes.queries) & (dbias.columns == call.sizes.keys):
+    if (rows == queries) & (dbias.columns == keys):
         place = base + i.to(tl.int64) * dbias.columns + j
-        inside = (i < dbias.rows) & (j < dbias.columns)
+        inside = (i < rows) & (j < dbias.columns)
         tl.store(place, sum.to(dbias.tensor.dtype.element_ty), mask=inside)
-    elif dbias.columns == call.sizes.keys:
+    elif dbias.columns == keys:
         tl.store(base + j, one_row.to(dbias.tensor.dtype.element_ty), mask=j < dbias.columns)
-    elif dbias.rows == call.sizes.queries:
-        tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < dbias.rows)
+    elif rows == queries:
+        tl.store(base + i.to(tl.int64), one_column.to(dbias.tensor.dtype.element_ty), mask=i < rows)
     else:
         both = tl.sum(one_row, 1)[:, None]
         tl.store(base + tl.zeros((1, 1), tl.int32), both.to(dbias.tensor.dtype.element_ty))

@@ -144,6 +144,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_rows", 90, 2, 256, True): Tile(64, 64, 4, 2),
     Key("attention_bwd_rows", 120, 2, 256, True): Tile(32, 64, 8, 1),
     Key("attention_fwd", 80, 4, 64, False): Tile(64, 16, 4, 1),
+    Key("attention_fwd", 90, 4, 64, False): Tile(32, 32, 4, 1),
     Key("attention_fwd", 120, 4, 64, False): Tile(32, 32, 4, 1),
     Key("attention_fwd", 80, 4, 64, True): Tile(32, 32, 8, 1),
     Key("attention_fwd", 80, 4, 128, False): Tile(64, 16, 4, 1),

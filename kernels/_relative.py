@@ -5,9 +5,10 @@ of the position table, as _skew.py draws it.  Backward has a kernel of its own f
 dkey and dvalue, for dquery, and for the table.  Queries that stand anywhere (`query_positions`) are sorted by position
 first.  Tiles that ranks or a mask empty are left out, after a look at the ranks or the mask.
 
-The gradient of the table has a program per block of its rows, which walks all queries: there the scores are laid out by
-table row, and keys and values are what is skewed.  Nothing is added up by two programs, unless
-`pyxlbert.allow_atomics` lets the kernel of dquery add to the table's gradient on its way.
+The gradient of the table has a program per block of its rows and share of the sequences, which walks all their queries:
+there the scores are laid out by table row, and keys and values are what is skewed.  The shares are added up in order by
+a launch of their own.  Nothing is added up by two programs, unless `pyxlbert.allow_atomics` lets the kernel of dquery
+add to the table's gradient on its way.
 
 Source: Dai et al., "Transformer-XL", https://arxiv.org/abs/1901.02860, appendix B (`rel_shift`); Yang et al., "XLNet",
 https://arxiv.org/abs/1906.08237, section 2.
@@ -19,6 +20,7 @@ from collections.abc import Set
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from pyxlbert import backends
@@ -28,8 +30,11 @@ from pyxlbert.launch.rows import int32
 
 from ._attention import (
     broadcast_of,
+    coded,
     constants_of,
+    decoded,
     grid_of,
+    padded,
     rows_of,
     saved_of,
     sizes_of,
@@ -37,11 +42,16 @@ from ._attention import (
 )
 from ._configurations import COMPILE_OPTIONS, configuration
 from ._launch import launch
+from ._parts import join_parts, partial_of
 from ._philox import dropout_of
 from ._relative_bwd import bwd_keys, bwd_rows, bwd_table
 from ._relative_bwd_queries import bwd_queries
 from ._relative_fwd import fwd
 from ._relative_scores import Biases, Call, Marks, Options, Table
+from ._rows import sum_parts
+
+# The table's gradient is shared out among about so many programs, with at least so many queries each.
+PROGRAMS, QUERIES_OF_PART = 1024, 512
 
 
 class Stream:
@@ -58,12 +68,17 @@ class Stream:
             )
         self.query = self.sorted(query)
         self.heads, self.head_size = query.shape[-2:]
-        batch, self.sizes = sizes_of(shared, query)
+        masked = shared.attention_mask is not None
+        batch, self.sizes = sizes_of(shared, query, shared.key.shape[-3] if masked else None)
         table = shared.table.to(query.dtype)
         tables = table.shape[0] if table.dim() == 4 else 1
-        self.table = Table(*rows_of(table), table.shape[-3], shared.offset, max(1, batch // tables))
+        self.table = Table(*rows_of(table), *map(coded, (table.shape[-3], shared.offset, max(1, batch // tables))))
         self.planes, self.tables = batch * self.heads, tables
         mask, dropout = broadcast_of(shared.attention_mask), dropout_of(shared.dropout_p, shared.seed)
+        causal = shared.options.causal and decoded(self.sizes.queries) > decoded(self.sizes.keys)
+        some = mask.tensor is not None or rank is not None or causal
+        # Rows that see nothing: a row without a place does neither, and one of a sequence without keys is in no tile.
+        self.empty = positions is not None or (some and not shared.uniform_rows)
         self.extras = mask.tensor is not None or dropout.seed is not None or rank is not None
         self.call = Call(
             *(rows_of(x) for x in (self.query, shared.key, shared.value)),
@@ -91,11 +106,29 @@ class Stream:
         shared, stream = self.shared, self.stream
         tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
         return {
-            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options),
+            "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options, self.empty),
             **constants_of(self.head_size, self.query.dtype),
             **COMPILE_OPTIONS,
             **tile.constants(),
         }
+
+    def sequences_of_part(self) -> int:
+        """How many sequences a program of the table's gradient walks.
+
+        It follows from the sizes alone: all of them, if there are programs enough or sequences are few and short.
+        """
+        sequences, queries = decoded(self.table.sequences), decoded(self.sizes.queries)
+        programs = self.heads * triton.cdiv(decoded(self.table.rows), 64)
+        if self.tables > 1:
+            return sequences
+        parts = max(1, min(sequences, PROGRAMS // programs))
+        return min(sequences, max(triton.cdiv(sequences, parts), triton.cdiv(QUERIES_OF_PART, queries)))
+
+    def rows_before(self) -> int:
+        """How many rows before the table the first block of its gradient begins: with dropout so many that blocks begin
+        with a key whose number 4 divides, and four are drawn at once.
+        """
+        return 0 if self.call.dropout.seed is None or self.order is not None else -decoded(self.table.offset) & 3
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out like query and lse `[B, H, T]`, packed `[H, total]`."""
@@ -105,8 +138,13 @@ class Stream:
         if lse.numel() == 0:
             return out, lse
         options = self.options("relative_fwd")
-        grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
-        launch(fwd, grid, out.device, self.call, rows_of(out), statistics_of(lse), **options)
+        partial = partial_of(self.sizes, self.planes, out)
+        parts = 1 if partial is None else decoded(partial.parts)
+        grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes * parts)
+        results = rows_of(out), statistics_of(lse)
+        launch(fwd, grid, out.device, self.call, *results, partial, **options)
+        if partial is not None:
+            join_parts(partial, self.sizes, *results, self.call.dropout.keep_scale)
         return self.unsorted(out), self._statistics(lse, back=True)
 
     def _statistics(self, lse: Tensor, back: bool = False) -> Tensor:
@@ -136,19 +174,21 @@ class Stream:
                 for name, x in (("key", shared.key), ("value", shared.value))
             }
         if "table" in wanted:
-            size = (self.tables, self.table.rows, self.heads, self.head_size)
+            size = (self.tables, decoded(self.table.rows), self.heads, self.head_size)
             found["table"] = torch.empty(size, dtype=torch.float32, device=device)
         if lse.numel() == 0 or shared.key.numel() == 0:
             parts = torch.zeros(self.heads, 5, self.head_size, device=device)
             return {name: x.zero_() for name, x in (found | {"query": dquery}).items()} | _biases(parts)
         given = (self.call, rows_of(self.sorted(dout)))
-        saved = saved_of(self._statistics(lse))
+        lse = self._statistics(lse)
+        saved = saved_of(lse, self.sizes)
         options = self.options("relative_bwd_rows")
-        grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
-        launch(bwd_rows, grid, device, *given, rows_of(self.sorted(out)), saved, **options)
+        grid = grid_of(padded(decoded(self.sizes.queries)), options["BLOCK_M"], self.planes)
+        results = rows_of(self.sorted(out)), statistics_of(lse)
+        launch(bwd_rows, grid, device, *given, *results, saved, **options)
         if "key" in found:
             options = self.options("relative_bwd_keys")
-            grid = grid_of(self.sizes.keys, options["BLOCK_N"], self.planes)
+            grid = grid_of(decoded(self.sizes.keys), options["BLOCK_N"], self.planes)
             launch(bwd_keys, grid, device, *given, saved, rows_of(found["key"]), rows_of(found["value"]), **options)
         # With its gradient added up by atomics the table needs no kernel of its own, which repeats five products.  For
         # that much at once long rows of float32 would not fit a thread's registers.
@@ -158,21 +198,31 @@ class Stream:
         parts = None
         if atomic or summed or "query" in wanted:
             options = self.options("relative_bwd_queries_table" if atomic else "relative_bwd_queries")
-            grid = grid_of(self.sizes.queries, options["BLOCK_M"], self.planes)
+            grid = grid_of(decoded(self.sizes.queries), options["BLOCK_M"], self.planes)
             if summed:
                 size = (self.planes, grid[0] // self.planes, 5, self.head_size)
                 parts = torch.empty(size, dtype=torch.float32, device=device)
             added = found["table"].zero_() if atomic else None
             launch(bwd_queries, grid, device, *given, saved, rows_of(dquery), parts, added, **options)
         if "table" in wanted and not atomic:
-            options = self.options("relative_bwd_table")
-            grid = grid_of(self.table.rows, options["BLOCK_N"], self.tables * self.heads)
-            launch(bwd_table, grid, device, *given, saved, found["table"], **options)
+            self._sum_table(found["table"], *given, saved)
         if "query" in wanted:
             found["query"] = self.unsorted(dquery)
         if parts is None:
             return found
         return found | _biases(parts.view(-1, self.heads, *parts.shape[1:]).sum((0, 2)))
+
+    def _sum_table(self, table: Tensor, *given: Any) -> None:
+        """The gradient of the table by a kernel of its own, in shares that are added up in order."""
+        options = self.options("relative_bwd_table")
+        each = self.sequences_of_part()
+        parts = triton.cdiv(decoded(self.table.sequences), each)
+        shares = table if parts == 1 else table.new_empty(parts, *table.shape[1:])
+        rows = decoded(self.table.rows) + self.rows_before()
+        grid = grid_of(rows, options["BLOCK_N"], self.tables * self.heads * parts)
+        launch(bwd_table, grid, table.device, *given, shares, each, **options)
+        if parts > 1:
+            sum_parts(shares.view(1, parts, -1), table.view(-1))
 
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:

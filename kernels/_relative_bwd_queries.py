@@ -14,6 +14,7 @@ from ._attention import (
     load_douts,
     load_lse,
     load_rows,
+    number,
     opened,
     store_rows,
     typed,
@@ -21,14 +22,15 @@ from ._attention import (
 )
 from ._products import add_product, row_products
 from ._relative_scores import (
+    classes,
     end_of_keys,
     first_table_row,
     is_other_segment,
+    is_whole,
     load_queries,
     load_vector,
     numbers_before,
     query_lines,
-    some_seen,
     tile_scores,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
@@ -55,7 +57,7 @@ def bwd_queries(
     With a dtable also what they add to the gradient of the table, by atomics.
     """
     call = typed(call)
-    block, plane = block_and_plane(call.sizes.queries, BLOCK_M)
+    block, plane = block_and_plane(number(call.sizes.queries), BLOCK_M)
     at = opened(call.sizes, plane)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
@@ -71,11 +73,13 @@ def bwd_queries(
         hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
     keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
     values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
-    band = Matrix(first_table_row(call.table, at), call.table.row, call.table.rows, None)
+    band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
     dband = None
     if dtable is not None:
-        dband = dtable + ((at.b // call.table.sequences) * call.table.rows * (call.sizes.heads * D) + at.h * D)
-    gradient = Matrix(dband, call.sizes.heads * D, call.table.rows, None)
+        dband = dtable + (
+            (at.b // number(call.table.sequences)) * number(call.table.rows) * (call.sizes.heads * D) + at.h * D
+        )
+    gradient = Matrix(dband, call.sizes.heads * D, number(call.table.rows), None)
     first_i = block * BLOCK_M
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -92,21 +96,24 @@ def bwd_queries(
         lse = load_lse(saved, at, row)
         delta, lse_correction = load_delta(saved, at, row)
         if not RELOAD:
-            do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+            do = load_douts(dout, at, first_i, lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
         moved = lines.top - lines.position
         if ROLLED:
             # Of the tile before: products with the upper block of its band, and its gradients that belong there.
-            lower = products(queries.position, band, call.table.offset - lines.top, PRECISION, D, BLOCK_D, BLOCK_N)
+            lower = products(
+                queries.position, band, number(call.table.offset) - lines.top, PRECISION, D, BLOCK_D, BLOCK_N
+            )
             carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             lower_at = 0
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
             j = first_j + tl.arange(0, BLOCK_N)[None, :]
             live = True
+            whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
             if SPARSE:
-                live = some_seen(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
+                live, whole = classes(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
-                place = call.table.offset + first_j - lines.top
+                place = number(call.table.offset) + first_j - lines.top
                 if ROLLED:
                     if SPARSE and lower_at != first_j:
                         lower = products(queries.position, band, place, PRECISION, D, BLOCK_D, BLOCK_N)
@@ -118,11 +125,11 @@ def bwd_queries(
                         queries.position, band, place, moved, lines.top - lines.bottom,
                         IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
-                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, OPTIONS, PRECISION, PIECES)
+                s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION, PIECES)
                 p = weights_of(s, lse[:, None], lse_correction[:, None])
                 v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 if RELOAD:
-                    do = load_douts(dout, at, first_i, lse, BLOCK_M, D, BLOCK_D)
+                    do = load_douts(dout, at, first_i, lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
                 dp = row_products(do, v, None, PRECISION, PIECES)
                 if call.dropout.seed is not None:
                     keep = kept(call.dropout, lines.number[:, None], first_j, at, OPTIONS.tag, BLOCK_N)
@@ -143,7 +150,7 @@ def bwd_queries(
                     if SPARSE and lower_at != first_j:
                         dq_position = add_block(
                             dq_position, carried, queries.position, band, gradient,
-                            call.table.offset + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
+                            number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                         carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     back, inside = unskewed(g, moved, BLOCK_M, BLOCK_N)
@@ -160,8 +167,8 @@ def bwd_queries(
                     )  # fmt: skip
         if ROLLED:
             dq_position = add_block(
-                dq_position, carried, queries.position, band, gradient, call.table.offset + lower_at - lines.top,
-                PRECISION, D, BLOCK_D, BLOCK_N,
+                dq_position, carried, queries.position, band, gradient,
+                number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         if call.marks.key_segments is not None:
             # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a

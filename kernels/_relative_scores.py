@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, load_rows, some
+from ._attention import INFINITY, UNIFORM_SCORE, UNSEEN_RANK, Broadcast, Rows, Sizes, count, load_rows, number, some
 from ._philox import Dropout
 from ._products import row_products
 
@@ -19,9 +19,9 @@ class Table(NamedTuple):
     """The position table `[G, R, H, D]` as an address with strides over table, row and head.
 
     Attributes:
-        rows: R.
-        offset: query i meets key j at row offset + j - i.
-        sequences: how many follow each other with the same table.
+        rows: R, `coded`.
+        offset: query i meets key j at row offset + j - i; `coded`.
+        sequences: how many follow each other with the same table, `coded`.
     """
 
     tensor: Tensor
@@ -79,6 +79,7 @@ class Options(NamedTuple):
 
     Attributes:
         causal, uniform_rows: as in `Shared` of `pyxlbert.launch.relative`, the others as in its `StreamOptions`.
+        empty: whether some row may see nothing and be no average either.
     """
 
     causal: bool
@@ -86,6 +87,7 @@ class Options(NamedTuple):
     see_self: bool
     mask_by_position: bool
     tag: int
+    empty: bool
 
 
 # Records of a tile.
@@ -98,7 +100,7 @@ class Lines(NamedTuple):
         first: the row of the first.
         number, position, there: of each `[M]` its number and position, and whether it is there at all.
         top, bottom: the largest and the smallest position.
-        rank, highest: of each `[M]` its rank, and the largest.
+        rank, highest, lowest: of each `[M]` its rank, and the largest and the smallest.
         mask_row: of each `[M]` the row of the mask.
     """
 
@@ -110,6 +112,7 @@ class Lines(NamedTuple):
     bottom: Any
     rank: Any
     highest: Any
+    lowest: Any
     mask_row: Any
 
 
@@ -131,17 +134,17 @@ class Queries(NamedTuple):
 
 @triton.jit
 def numbers_before(rows, call, at):
-    """How many numbers of `[B, rows]`, or packed, stand before a sequence's."""
+    """How many numbers of `[B, rows]`, the rows `coded`, or packed, stand before a sequence's."""
     if call.sizes.cu_seqlens is not None:
         return at.start
     else:
-        return at.b * rows
+        return at.b * number(rows)
 
 
 @triton.jit
 def first_table_row(table, at):
     """The address of the first row of a plane's table."""
-    return table.tensor + ((at.b // table.sequences) * table.table + at.h * table.head)
+    return table.tensor + ((at.b // number(table.sequences)) * table.table + at.h * table.head)
 
 
 @triton.jit
@@ -178,10 +181,11 @@ def query_lines(call, at, first_i, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr)
     if call.marks.query_rank is not None:
         rank = tl.load(call.marks.query_rank + before + row, mask=inside, other=0)
     highest = tl.max(tl.where(there, rank, -UNSEEN_RANK), 0)
+    lowest = tl.min(rank, 0)
     mask_row = number
     if OPTIONS.mask_by_position:
         mask_row = position
-    return Lines(first_i, number, position, there, top, bottom, rank, highest, mask_row)
+    return Lines(first_i, number, position, there, top, bottom, rank, highest, lowest, mask_row)
 
 
 @triton.jit
@@ -246,48 +250,80 @@ def allowed_of(call, at, lines, j, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def some_seen(
+def is_whole(call, at, lines, first_j, j, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether all of a tile may be attended, ranks and mask apart: its queries and keys are there, before the diagonal.
+
+    j is `[1, N]`, or `[M, N]` where the keys move on by one with every query.  Of queries at places of their own
+    nothing is whole, nor with segments, beside whose terms a branch takes registers that are not there.
+    """
+    if (call.marks.positions is not None) or (call.marks.key_segments is not None):
+        return False
+    else:
+        beyond = first_j + BLOCK_N
+        if j.shape[0] != 1:
+            beyond += BLOCK_M - 1
+        whole = (first_j >= 0) & (beyond <= at.keys) & (lines.first + BLOCK_M <= at.queries)
+        if OPTIONS.causal:
+            whole = whole & (first_j + BLOCK_N - 1 <= lines.first + at.shift)
+        return whole
+
+
+@triton.jit
+def classes(
     call, at, lines, first_j, j, settled, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Whether a tile adds anything, or is left out: see `allowed_of`.
+    """Of a tile with ranks or a mask whether it adds anything, or is left out, and whether nothing of it is masked.
 
-    With `uniform_rows` a tile of which nothing is seen counts for rows that have seen nothing elsewhere, those not
-    `settled`.
+    See `allowed_of`.  With `uniform_rows` a tile of which nothing is seen counts for rows that have seen nothing
+    elsewhere, those not `settled`.
     """
     if call.mask.tensor is None and j.shape[0] == 1:
         # By the ranks of the keys alone, without the tile.
         place = call.marks.key_rank + numbers_before(call.sizes.keys, call, at) + j
         order = tl.load(place, mask=(j >= 0) & (j < at.keys), other=UNSEEN_RANK)
         seen = lines.highest > tl.min(tl.min(order, 1), 0)
+        whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
+        if (call.marks.positions is None) and (call.marks.key_segments is None):
+            whole = whole & (lines.lowest > tl.max(tl.max(order, 1), 0))
         if OPTIONS.see_self:
             first = lines.first + at.shift
             seen = seen | ((first + BLOCK_M > first_j) & (first < first_j + BLOCK_N))
     else:
-        seen = some(allowed_of(call, at, lines, j, OPTIONS))
+        pairs = count(allowed_of(call, at, lines, j, OPTIONS))
+        seen = pairs > 0
+        whole = False
+        if call.marks.key_segments is None:
+            whole = pairs == BLOCK_M * BLOCK_N
     if OPTIONS.uniform_rows:
         seen = seen | some(lines.there[:, None] & (settled == 0)[:, None])
-    return seen
+    return seen, whole
 
 
 @triton.jit
-def mask_scores(call, at, s, queries, lines, j, OPTIONS: tl.constexpr):
-    """Scores of content and position with the term of segments, scaled; masked ones -inf: see `allowed_of`."""
+def mask_scores(call, at, s, queries, lines, j, whole, OPTIONS: tl.constexpr):
+    """Scores of content and position with the term of segments, scaled; masked ones -inf: see `allowed_of`.
+
+    Of a tile that is `whole` none is masked.
+    """
     if call.marks.key_segments is not None:
         other = is_other_segment(call, at, queries, j)
         s += tl.where(other, queries.other[:, None], queries.same[:, None])
     s *= call.scale
-    allowed = allowed_of(call, at, lines, j, OPTIONS)
-    if OPTIONS.uniform_rows:
-        s = tl.where(allowed, s, UNIFORM_SCORE)
-        return tl.where((j >= 0) & (j < at.extent) & lines.there[:, None], s, -INFINITY)
-    else:
-        return tl.where(allowed, s, -INFINITY)
+    if not whole:
+        allowed = allowed_of(call, at, lines, j, OPTIONS)
+        if OPTIONS.uniform_rows:
+            s = tl.where(allowed, s, UNIFORM_SCORE)
+            s = tl.where((j >= 0) & (j < at.extent) & lines.there[:, None], s, -INFINITY)
+        else:
+            s = tl.where(allowed, s, -INFINITY)
+    return s
 
 
 @triton.jit
 def tile_scores(
-    call, at, s, x, y, queries, lines, j, OPTIONS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4
+    call, at, s, x, y, queries, lines, j, whole,
+    OPTIONS: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4,
 ):  # fmt: skip
     """The scores of a tile, one term of which is s already and the other lines of x times rows of y."""
     s = row_products(x, y, s, PRECISION, PIECES)
-    return mask_scores(call, at, s, queries, lines, j, OPTIONS)
+    return mask_scores(call, at, s, queries, lines, j, whole, OPTIONS)

@@ -89,7 +89,7 @@ def sum_parts(partial: Tensor | None, *outs: Tensor) -> None:
     launch(_sum_parts, grid, partial.device, partial, Outs(*outs), parts, columns, **sizes, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_parts(partial, outs, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(columns, BLOCK_N)
     number = tl.program_id(0) // blocks

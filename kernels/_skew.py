@@ -94,6 +94,17 @@ def products(
 
 
 @triton.jit
+def mixed(
+    x, matrix, first, shift, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """`skewed` before it is `rotated`: column n is of row first + n, or of the next block's where n < shift_m."""
+    low = load_seen(matrix, first, BLOCK_N, D, BLOCK_D)
+    high = load_seen(matrix, first + BLOCK_N, BLOCK_N, D, BLOCK_D)
+    left, right = row_products_of_two(x, low, high, PRECISION)
+    return tl.where(tl.arange(0, BLOCK_N)[None, :] >= shift[:, None], left, right)
+
+
+@triton.jit
 def skewed(
     x, matrix, first, shift, spread, TWO: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,13 +113,10 @@ def skewed(
 
     With TWO, spread <= BLOCK_N.
     """
-    n = tl.arange(0, BLOCK_N)[None, :]
     if TWO:
-        low = load_seen(matrix, first, BLOCK_N, D, BLOCK_D)
-        high = load_seen(matrix, first + BLOCK_N, BLOCK_N, D, BLOCK_D)
-        left, right = row_products_of_two(x, low, high, PRECISION)
-        return rotated(tl.where(n >= shift[:, None], left, right), shift, BLOCK_M, BLOCK_N)
+        return rotated(mixed(x, matrix, first, shift, PRECISION, D, BLOCK_D, BLOCK_N), shift, BLOCK_M, BLOCK_N)
     else:
+        n = tl.arange(0, BLOCK_N)[None, :]
         tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         m = tl.arange(0, BLOCK_M)[:, None]
         for start in range(0, spread + BLOCK_N, BLOCK_N):

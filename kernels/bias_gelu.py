@@ -122,7 +122,7 @@ def _gates(z, TANH: tl.constexpr):
     return gate, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fwd(x, bias, y, stride, count, columns, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -133,7 +133,7 @@ def _fwd(x, bias, y, stride, count, columns, TANH: tl.constexpr, BLOCK_M: tl.con
     tl.store(y + place * columns + column[None, :], (z * gate).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "each"])
 def _bwd(
     dy,
     x,

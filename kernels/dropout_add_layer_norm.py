@@ -104,7 +104,7 @@ def dropped(x, row, dropout, tag: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.where(kept, x * dropout.keep_scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fwd(
     x,
     x_bias,
@@ -150,7 +150,7 @@ def _fwd(
         store_statistics(saved, row, count, m, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "each"])
 def _bwd(
     dy,
     dy_copy,

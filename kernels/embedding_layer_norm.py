@@ -211,7 +211,7 @@ def _sums(word, token_type, position, length, token, inside, count, columns, BLO
     return x, good
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "count"])
 def _fwd(
     word,
     token_type,
@@ -248,7 +248,7 @@ def _fwd(
     store_statistics(saved, token, count, m, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "count", "each"])
 def _bwd(
     word,
     token_type,
@@ -305,7 +305,7 @@ def _sorted_row(runs, at, count):
     return tl.where(there, row, tl.where(at < 0, -2, -3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_runs(dx, runs, count, columns, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The runs of a chunk: those within it to the table, the first and last share of longer ones to the shares."""
     chunk = tl.program_id(0)
@@ -337,7 +337,7 @@ def _add_runs(dx, runs, count, columns, CHUNK: tl.constexpr, BLOCK_N: tl.constex
         row = following
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "chunks"])
 def _join(runs, count, columns, chunks, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The run that begins in this chunk and goes on behind it: the sum of all chunks' shares, in order."""
     chunk = tl.program_id(0)

@@ -118,7 +118,7 @@ def input_gradient(dy, xhat, weight, rstd, columns):
     return rstd[:, None] * (g - (tl.sum(g, 1) / columns)[:, None] - xhat * (tl.sum(g * xhat, 1) / columns)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fwd(x, weight, bias, y, mean, rstd, stride, count, columns, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
@@ -135,7 +135,7 @@ def _fwd(x, weight, bias, y, mean, rstd, stride, count, columns, eps, BLOCK_M: t
         tl.store(rstd + row, r, mask=row < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "each"])
 def _bwd(
     dy,
     x,
