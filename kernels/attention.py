@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pyxlbert.launch.attention import lse_of, ranks_of_mask
+from pyxlbert.launch.attention import lse_of, only_needed, ranks_of_mask
 
 from ._attention import (
     broadcast_of,
@@ -72,13 +72,15 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape (empty unless `needs_bias`)."""
+    """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape; each empty where its flag in
+    `needs` is False, and dbias without a bias.
+    """
     query = call.query
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, call.key, call.value))
-    wanted = call.bias is not None and call.needs_bias
+    wanted = call.bias is not None and call.needs[3]
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
-        return *(x.zero_() for x in gradients), dbias.zero_()
+        return only_needed((*(x.zero_() for x in gradients), dbias.zero_()), call.needs)
     planes, given = _given(call, ranks_of_mask(call.attention_mask, call.key))
     sizes, device = given.sizes, query.device
     saved = saved_of(call.lse.contiguous())
@@ -100,7 +102,7 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grid = grid_of(shape[2], options["BLOCK_M"], shape[0] * shape[1] * across)
         gradient = BiasGradient(dbias, *shape, planes // sizes.heads)
         launch(bwd_bias, grid, device, given, dout, saved, gradient, **options)
-    return *gradients, dbias
+    return only_needed((*gradients, dbias), call.needs)
 
 
 def _given(call: Any, ranks: Tensor | None) -> tuple[int, Call]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyxlbert import _C
 from pyxlbert.cpu._attention import in_place, native_call
 from pyxlbert.cpu._tensors import refusal
-from pyxlbert.launch.attention import lse_of, strides
+from pyxlbert.launch.attention import lse_of, only_needed, strides
 from pyxlbert.launch.rows import address
 
 supports = refusal
@@ -38,10 +38,10 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `pyxlbert.reference.attention.attention_bwd`."""
     tensors = (call.query, call.key, call.value)
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-    wanted = call.bias is not None and call.needs_bias
+    wanted = call.bias is not None and call.needs[3]
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else call.query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
-        return *(x.zero_() for x in gradients), dbias.zero_()
+        return only_needed((*(x.zero_() for x in gradients), dbias.zero_()), call.needs)
     inputs, _keep = native_call(call.query, call, call)
     dout, out, lse = in_place(call.dout), call.out.contiguous(), call.lse.contiguous()
     _C.cpu.attention_bwd(
@@ -54,4 +54,4 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         address(dbias if wanted else None),
         tuple(call.bias.shape) if wanted else (0, 0, 0, 0),
     )
-    return *gradients, dbias
+    return only_needed((*gradients, dbias), call.needs)

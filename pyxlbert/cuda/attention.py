@@ -10,7 +10,7 @@ from torch import Tensor
 from pyxlbert import backends
 from pyxlbert.cuda._attention import in_place, native_call, padded, refusal_of_heads, whole_vectors
 from pyxlbert.cuda._launch import launch
-from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, ranks_of_mask, strides
+from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, only_needed, ranks_of_mask, strides
 from pyxlbert.launch.rows import address
 
 supports = refusal_of_heads
@@ -39,10 +39,11 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = whole_vectors(head_size)
     q, k, v, out, dout = (in_place(padded(x, columns)) for x in (*tensors, call.out, call.dout))
     gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    wanted = call.bias is not None and call.needs_bias
+    wanted = call.bias is not None and call.needs[3]
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else call.query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
-        return *(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors), dbias.zero_()
+        zeros = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors)
+        return only_needed((*zeros, dbias.zero_()), call.needs)
     out, lse = out.contiguous(), call.lse.contiguous()
     delta, lse_correction = torch.empty_like(lse), torch.empty_like(lse)
     stream = _stream(call, q, out, lse)
@@ -58,7 +59,7 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch("attention_bwd", call.query.device, native)
     if columns != head_size:
         gradients = tuple(x[..., :head_size].contiguous() for x in gradients)
-    return *gradients, dbias
+    return only_needed((*gradients, dbias), call.needs)
 
 
 def _stream(call: Any, query: Tensor, out: Tensor, lse: Tensor) -> Any:

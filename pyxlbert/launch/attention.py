@@ -82,6 +82,11 @@ def ranks_of_mask(
     return key_rank.to(torch.int32).masked_fill(~seen, UNSEEN_RANK)
 
 
+def only_needed(gradients: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor, ...]:
+    """Gradients as an op returns them, the query's first: empty where its flag in `needs` is False."""
+    return tuple(x if need else gradients[0].new_empty(0) for x, need in zip(gradients, needs, strict=True))
+
+
 def lse_of(query: Tensor) -> Tensor:
     """float32 `[B, H, Tq]` (packed: `[H, total]`), not initialised."""
     *first, rows, heads, _ = query.shape

@@ -34,8 +34,7 @@ def _fwd_fake(call: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _bwd_fake(call: Any) -> tuple[torch.Tensor, ...]:
-    needs = [True, True, True, call.needs_bias]
-    return _attention.gradients(needs, call.query, call.key, call.value, call.bias)
+    return _attention.gradients(call.needs, call.query, call.key, call.value, call.bias)
 
 
 def check_values(call: Any) -> None:
@@ -61,7 +60,7 @@ Forward, _fwd = OP.define(
 # Backward checks values again: a saved tensor's may have changed since forward, by a way that autograd does not see.
 Backward, _bwd = OP.define(
     "bwd",
-    f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool needs_bias, str backend)"
+    f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     check_values,
@@ -93,16 +92,10 @@ class _Attention(OpFunction):
         if dout is None:
             return (None,) * 14
         results, call = kept(ctx, Forward)
-        needs_query, needs_key, needs_value, *_, needs_bias = ctx.needs_input_grad[:8]
-        dquery, dkey, dvalue, dbias = _bwd(Backward(dout, *results, *tuple(call)[:-1], needs_bias, ctx.backend))
-        return (
-            dquery if needs_query else None,
-            dkey if needs_key else None,
-            dvalue if needs_value else None,
-            *(None,) * 4,
-            dbias if needs_bias else None,
-            *(None,) * 6,
-        )
+        needs = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[7]]
+        found = _bwd(Backward(dout, *results, *tuple(call)[:-1], needs, ctx.backend))
+        wanted = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+        return (*wanted[:3], *(None,) * 4, *wanted[3:], *(None,) * 6)
 
 
 class Given(NamedTuple):

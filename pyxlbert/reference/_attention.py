@@ -54,3 +54,13 @@ def unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Padded `[B, length, ...]` to `[total, ...]`."""
     inside = torch.arange(x.shape[1], device=x.device) < cu_seqlens.diff()[:, None]
     return x[inside].reshape(total, *x.shape[2:])
+
+
+def gradients_in_order(
+    gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
+    return tuple(
+        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else tensors[0].new_empty(0)
+        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._attention import drop, hide, of_seen_rows, pad, softmax, unpad, wide
+from pyxlbert.reference._attention import drop, gradients_in_order, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 
@@ -43,7 +43,8 @@ def attention_with_weights(call: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape (empty unless `needs_bias`).
+    """dquery, dkey, dvalue shaped as their tensors, and dbias in bias's shape; each empty where its flag in
+    `needs` is False, and dbias without a bias.
 
     With p and its dropped copy p' = keep * p / (1 - dropout_p) as in forward:
     dvalue = p'^T dout, dp = keep * (dout v^T) / (1 - dropout_p), ds = p * (dp - sum_j(p * dp)),
@@ -59,15 +60,11 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dquery = call.scale * torch.einsum("bhij,bjhd->bihd", ds, k)
     dkey = call.scale * torch.einsum("bhij,bihd->bjhd", ds, q)
-    wanted = call.bias is not None and call.needs_bias
-    dbias = ds.sum_to_size(call.bias.shape).to(call.bias.dtype) if wanted else call.query.new_empty(0)
-    gradients = [
-        gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor in zip((dquery, dkey, dvalue), (call.query, call.key, call.value), strict=True)
-    ]
+    dbias = ds if call.bias is None else ds.sum_to_size(call.bias.shape)
+    gradients = (dquery, dkey, dvalue, dbias)
     if call.cu_seqlens is not None:
-        gradients = [unpad(x, call.cu_seqlens, call.query.shape[0]) for x in gradients]
-    return *gradients, dbias.contiguous()
+        gradients = (*(unpad(x, call.cu_seqlens, call.query.shape[0]) for x in gradients[:3]), dbias)
+    return gradients_in_order(gradients, (call.query, call.key, call.value, call.bias), call.needs)
 
 
 def _padded(call: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyxlbert.reference._attention import drop, hide, of_seen_rows, pad, softmax, unpad, wide
+from pyxlbert.reference._attention import drop, gradients_in_order, hide, of_seen_rows, pad, softmax, unpad, wide
 from pyxlbert.reference.philox import Tag
 
 # A key of this rank is seen by no row, not even by see_self.
@@ -80,16 +80,6 @@ def _scores(call: Any) -> Scores:
         *(Tag.RELATIVE_ATTENTION, call.cu_seqlens, call.max_seqlen, call.causal),
     )
     return Scores(call, stream)
-
-
-def gradients_in_order(
-    gradients: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...], needs: list[bool]
-) -> tuple[Tensor, ...]:
-    """Each gradient in its tensor's dtype, or an empty tensor where nobody needs it or its tensor is absent."""
-    return tuple(
-        gradient.to(tensor.dtype).contiguous() if need and tensor is not None else tensors[0].new_empty(0)
-        for gradient, tensor, need in zip(gradients, tensors, needs, strict=True)
-    )
 
 
 class Scores:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyxlbert.reference._attention import gradients_in_order
 from pyxlbert.reference.philox import Tag
-from pyxlbert.reference.relative_attention import Scores, Stream, gradients_in_order
+from pyxlbert.reference.relative_attention import Scores, Stream
 
 
 def supports(*tensors: Tensor | None) -> None:

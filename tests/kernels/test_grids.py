@@ -30,14 +30,14 @@ def attention(op: Any, batch: int, queries: int, keys: int, heads: int, bias: tu
     q, k = meta(batch, queries, heads, 8), meta(batch, keys, heads, 8)
     given = {"query": q, "key": k, "value": k, "bias": None if bias is None else meta(*bias), "scale": 1.0}
     out, lse = op.attention_fwd(**given)
-    op.attention_bwd(out, out, lse, **given, needs_bias=True)
+    op.attention_bwd(out, out, lse, **given, needs=[True] * 4)
 
 
 def packed_attention(op: Any, batch: int, longest: int, heads: int) -> None:
     q, offsets = meta(batch * 2, heads, 8), meta(batch + 1, dtype=torch.int32)
     given = {"query": q, "key": q, "value": q, "cu_seqlens": offsets, "max_seqlen": longest, "scale": 1.0}
     out, lse = op.attention_fwd(**given)
-    op.attention_bwd(out, out, lse, **given)
+    op.attention_bwd(out, out, lse, **given, needs=[True] * 4)
 
 
 def relative_attention(op: Any, batch: int, length: int, heads: int, tables: int, positions: bool = False) -> None:

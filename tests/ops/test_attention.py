@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -218,12 +219,17 @@ def test_bias_gradient_does_not_depend_on_threads() -> None:
 
 
 def test_gradients_that_nobody_wants_are_not_computed() -> None:
-    q, k, v = (torch.randn(1, 5, 1, 8) for _ in range(3))
-    bias = torch.zeros(1, 1, 5, 5)
+    q, k, v = (torch.randn(1, 5, 1, 8, generator=generator()) for _ in range(3))
+    bias = torch.randn(1, 1, 5, 5, generator=generator())
     for backend in BACKENDS:
         out, lse = Direct(backend).attention_fwd(q, k, v, bias=bias, scale=1.0)
-        *_, dbias = Direct(backend).attention_bwd(out, out, lse, q, k, v, bias=bias, scale=1.0, needs_bias=False)
-        assert dbias.numel() == 0
+        given = (out, out, lse, q, k, v)
+        all_four = Direct(backend).attention_bwd(*given, bias=bias, scale=1.0, needs=[True] * 4)
+        for needs in itertools.product([True, False], repeat=4):
+            found = Direct(backend).attention_bwd(*given, bias=bias, scale=1.0, needs=list(needs))
+            for one, other, need in zip(found, all_four, needs, strict=True):
+                compare.same_bits(f"{backend} {needs}", one, other if need else other.new_empty(0))
+        assert [x.numel() for x in Direct(backend).attention_bwd(*given, scale=1.0, needs=[True] * 4)][3] == 0
 
 
 def test_views_of_one_projection_are_not_copied() -> None:
