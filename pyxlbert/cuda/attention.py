@@ -38,28 +38,34 @@ def attention_bwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors, head_size = (call.query, call.key, call.value), call.query.shape[-1]
     columns = whole_vectors(head_size)
     q, k, v, out, dout = (in_place(padded(x, columns)) for x in (*tensors, call.out, call.dout))
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     wanted = call.bias is not None and call.needs[3]
     dbias = torch.empty_like(call.bias, memory_format=torch.contiguous_format) if wanted else call.query.new_empty(0)
     if call.lse.numel() == 0 or call.key.numel() == 0:
         zeros = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors)
         return only_needed((*zeros, dbias.zero_()), call.needs)
+    # What nobody needs has no address, and kernels that compute nothing else are not launched.
+    needs_query, needs_keys = call.needs[0], call.needs[1] or call.needs[2]
+    if not (needs_query or needs_keys or wanted):
+        return tuple(call.query.new_empty(0) for _ in call.needs)
+    gradients = tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in zip((q, k, v), (needs_query, needs_keys, needs_keys), strict=True)
+    )
     out, lse = out.contiguous(), call.lse.contiguous()
     delta, lse_correction = torch.empty_like(lse), torch.empty_like(lse)
     stream = _stream(call, q, out, lse)
     stream.gradients(
         *(dout.data_ptr(), strides(dout), delta.data_ptr(), lse_correction.data_ptr()),
-        *(gradients[0].data_ptr(), *(0, 0, 0)),
+        *(address(gradients[0]), *(0, 0, 0)),
     )
     ranks = ranks_of_mask(call.attention_mask, k)
     native, _keep = native_call([stream], q.shape, k, v, call, call)
     native.ranks(address(ranks))
     shape = tuple(call.bias.shape) if wanted else (0, 0, 0, 0)
-    native.gradients(gradients[1].data_ptr(), gradients[2].data_ptr(), 0, address(dbias if wanted else None), shape)
+    native.gradients(address(gradients[1]), address(gradients[2]), 0, address(dbias if wanted else None), shape)
     launch("attention_bwd", call.query.device, native)
-    if columns != head_size:
-        gradients = tuple(x[..., :head_size].contiguous() for x in gradients)
-    return only_needed((*gradients, dbias), call.needs)
+    found = (call.query.new_empty(0) if x is None else x[..., :head_size].contiguous() for x in gradients)
+    return only_needed((*found, dbias), call.needs)
 
 
 def _stream(call: Any, query: Tensor, out: Tensor, lse: Tensor) -> Any:
