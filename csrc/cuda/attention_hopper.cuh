@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         [[maybe_unused]] auto ask_table = [&](int block) {
             const int stage = block % C::TABLE_STAGES;
             ask(table_of_block.blocks[stage], &maps.table, &shared.table_full[stage],
-                a.offset - first - C::WINDOW + 1 + block * 64, 64, b / max(1, a.batch / a.tables));
+                a.offset - first - C::WINDOW + 1 + block * 64, 64, b / sequences_of_table(a));
         };
         if constexpr (C::RELATIVE) {
             if (tiles > 0)

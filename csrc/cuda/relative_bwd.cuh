@@ -1,5 +1,6 @@
 // The gradient of the position table: a block per rows of the table and head walks the queries of all sequences that
-// read it, and of both streams.
+// read it, and of both streams.  Where that would be few blocks the launcher names one table several times, each time
+// for a part of the batch, and adds up what comes of them.
 //
 // Row x of the table is met by query i, at position p, where j = x - offset + p. So scores are laid out by rows of the
 // table here, the position's product needs no skew, and keys and values are what is skewed: of 16 queries and BN rows
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
     const int blocks = ceil_div(a.table_rows, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, table_number = plane / a.heads, h = plane % a.heads;
     const int first_x = static_cast<int>(blockIdx.x) % blocks * C::BK;
-    const int each = max(1, a.batch / a.tables), first_b = table_number * each;
+    const int each = sequences_of_table(a), first_b = table_number * each;
     TableSide<C> side(a, h, first_x);
     load_rows<T, C::D, C::BK, C::THREADS>(
         side.rows, static_cast<const T*>(a.table.data) + table_number * a.table.batch + h * a.table.head, a.table.row,
