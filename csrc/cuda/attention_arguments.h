@@ -51,7 +51,8 @@ struct AttentionCall {
     ScoreOptions options;
     Dropout dropout;
     DType dtype;
-    // relative_attention: the table [tables, table_rows, H, D]; the others [H, D] and, the last, [2, H, D].
+    // relative_attention: the table [tables, table_rows, H, D], each for ceil(B / tables) sequences; the others [H, D]
+    // and, the last, [2, H, D].
     Heads table;
     int tables, table_rows, offset;
     Parameter content_bias, position_bias, segment_bias, segment_embedding;

@@ -58,20 +58,19 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
         cp_async_wait<0>();
         __syncthreads();
         const Place &upper = places[row + g], &lower = places[row + g + 8];
-        if (warp_tile_matters<C>(*masks, upper, lower, first_j + column)) {
+        const int from = first_j + column + t2, first[2] = {from, from};
+        std::uint32_t seen;
+        const Tile kind = tile_of<true, false, N>(seen, *masks, upper, lower, first);
+        if (kind != Tile::EMPTY) {
             float c[1][N][4], dp[1][N][4];
             clear(c[0]);
             clear(dp[0]);
             multiply_rows<T, D>(c, queries + row * LD<D>, 0, keys + column * LD<D>);
             multiply_rows<T, D>(dp, douts + row * LD<D>, 0, values + column * LD<D>);
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    c[0][n][e] = score_of<true>(*masks, e < 2 ? upper : lower, first_j + column + n * 8 + t2 + (e & 1),
-                                                c[0][n][e]);
+            scores_of<T, true, false, N>(c[0], kind, seen, *masks, upper, lower, first);
             const bool drops = masks->drops;
-            const std::uint32_t kept = drops ? kept_bits<N>(*masks, upper.number, lower.number, first_j + column) : ~0u;
+            const std::uint32_t kept =
+                drops ? kept_bits<N>(masks->draws, upper.number, lower.number, first_j + column) : ~0u;
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
 #pragma unroll
             for (int n = 0; n < N; ++n)

@@ -4,7 +4,8 @@
 //     keys      a block per (keys, head):      walks all queries, of both streams: dkey, dvalue
 //     queries   a block per (queries, head):   walks the keys: dquery, and the sums over queries that biases' gradients
 //                                              are made of
-//     table     a block per (rows of the table, head):   walks all queries of all sequences that read it: dtable
+//     table     a block per (rows of the table, head, part of the batch):   walks all queries of the part that read
+//                                              these rows: the part's sum for dtable
 //     bias      a block per tile of the bias:  walks whatever the bias is broadcast over
 //
 // Each computes the scores again.  Nothing is added up by two blocks, so that the same bits come out every time.

@@ -4,20 +4,6 @@
 
 namespace pyxlbert::cuda {
 
-// Whether any of a warp's 16 queries may attend any of its keys from first_j on.
-template <class C>
-DEVICE bool warp_tile_matters(const Masks& mask, const Place& upper, const Place& lower, int first_j) {
-    bool some = false;
-    if (C::EXTRAS && mask.uniform_rows) return true;
-#pragma unroll
-    for (int n = 0; n < C::BN / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            some =
-                some || allowed<C::EXTRAS>(mask, e < 2 ? upper : lower, first_j + n * 8 + lane_id() % 4 * 2 + (e & 1));
-    return __any_sync(0xffffffffu, some);
-}
-
 // The keys of a block, and the sums of theirs.
 template <class C>
 struct KeysSide {
@@ -102,7 +88,10 @@ struct KeysSide {
         float c[1][N][4], dp[1][N][4];
         clear(c[0]);
         clear(dp[0]);
-        if (warp_tile_matters<C>(mask, upper, lower, first_j + column)) {
+        const int from = first_j + column + t2, first[2] = {from, from};
+        std::uint32_t seen;
+        const Tile tile = tile_of<C::EXTRAS, false, N>(seen, mask, upper, lower, first);
+        if (tile != Tile::EMPTY) {
             multiply_rows<T, D>(c, contents + buffer * C::QUERIES + row * LD<D>, 0, keys + column * LD<D>);
             if constexpr (C::RELATIVE) {
                 band_products<T, D, (C::BN + 16) / 8>(band, 0, position + row * LD<D>, ring, column + C::BM - 16 - row);
@@ -117,19 +106,13 @@ struct KeysSide {
                             c[0][n][half * 2 + e] += band.read(g + half * 8, n * 8 + t2 + e + shift);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    c[0][n][e] = score_of<C::EXTRAS>(mask, e < 2 ? upper : lower,
-                                                     first_j + column + n * 8 + t2 + (e & 1), c[0][n][e]);
+            scores_of<T, C::EXTRAS, false, N>(c[0], tile, seen, mask, upper, lower, first);
             multiply_rows<T, D>(dp, douts + buffer * C::QUERIES + row * LD<D>, 0, values + column * LD<D>);
             const bool drops = C::EXTRAS && mask.drops;
-            const std::uint32_t kept = drops ? kept_bits<N>(mask, upper.number, lower.number, first_j + column) : ~0u;
+            const std::uint32_t kept =
+                drops ? kept_bits<N>(mask.draws, upper.number, lower.number, first_j + column) : ~0u;
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
-            if constexpr (C::EXTRAS)
-                clear_constants<N>(dp[0], mask, upper.number, lower.number, first_j + column + t2,
-                                   first_j + column + t2);
+            if constexpr (C::EXTRAS) clear_constants<N>(dp[0], mask, upper.number, lower.number, from, from);
         }
         store_scores<C>(weights, c[0]);
         store_scores<C>(gradients, dp[0]);
@@ -145,8 +128,13 @@ struct KeysSide {
     }
 };
 
+// Blocks for which a multiprocessor has registers: plain attention's, which the compiler would give a few too many.
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid_constant__ AttentionCall a) {
+constexpr int KEYS_BLOCKS = !C::EXTRAS && !C::RELATIVE && !C::WIDE && !C::LONG ? 3 : 1;
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, KEYS_BLOCKS<C>)
+    attention_bwd_keys(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     const int blocks = ceil_div(a.keys, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, b = plane / a.heads, h = plane % a.heads;
@@ -169,7 +157,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int j = first_j + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
-        if (j >= s.extent) continue;
+        if (j >= side.masks(0).extent) continue;  // not s: registers are short
         const std::int64_t at = result_row(a, b, h, s.start, a.keys, j) * a.head_size + column + lane_id() % 4 * 2;
 #pragma unroll
         for (int d = 0; d < C::COLUMNS / 8; ++d) {

@@ -92,10 +92,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
                 Ring<T, D, C::RING> next = p.ring;
                 next.move(C::BN);
                 if (t + 1 < tiles) fetch<C>(p, next, t + 1, false);
-                if (tile_matters<C>(lines, t * C::BN, by_number)) {
+                std::uint32_t seen[C::M];
+                const Tile tile = tile_at<C>(seen, lines, t * C::BN, by_number);
+                if (tile != Tile::EMPTY) {
                     float c[C::M][N][4];
                     products_of_tile<C>(c, p, t, bands);
-                    finish<C>(c, lines, t * C::BN, by_number);
+                    finish<C>(c, tile, seen, lines, t * C::BN);
 #pragma unroll
                     for (int m = 0; m < C::M; ++m)
 #pragma unroll
@@ -221,7 +223,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         }
         load_places<T, D, C::ROWS, C::THREADS>(douts, plane_of<T>(stream.dout, w.b, w.h, w.sequence.start),
                                                stream.dout.row, p.places, a.head_size, true);
-        const Lines<C> lines = lines_of<C>(p);
+        Lines<C> lines = lines_of<C>(p);
+        // Sums over rows are made of all of them.
+        if constexpr (C::RELATIVE)
+            lines.gaps = __any_sync(0xffffffffu, lines.line(0, 0).number < 0 || lines.line(0, 1).number < 0);
         const int tiles = ceil_div(w.high, C::BN);
         float content[1][COLUMNS / 8][4], position[1][C::RELATIVE ? COLUMNS / 8 : 2][4];
         clear(content[0]);
@@ -239,15 +244,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             next.move(C::BN);
             if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
-            if (tile_matters<C>(lines, first_j, by_number)) {
+            std::uint32_t seen[1];
+            const Tile tile = tile_at<C>(seen, lines, first_j, by_number);
+            if (tile != Tile::EMPTY) {
                 float c[1][N][4], dp[1][N][4];
                 products_of_tile<C>(c, p, t, bands);
-                finish<C>(c, lines, first_j, by_number);
+                finish<C>(c, tile, seen, lines, first_j);
                 clear(dp[0]);
                 multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
                 const bool drops = C::EXTRAS && p.masks[0].drops;
                 const std::uint32_t kept =
-                    drops ? kept_bits<N>(p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number, first_j) : ~0u;
+                    drops ? kept_bits<N>(p.masks[0].draws, lines.line(0, 0).number, lines.line(0, 1).number, first_j)
+                          : ~0u;
                 gradients_of_scores<N, false>(c[0], dp[0], p.places[row + g], p.places[row + g + 8], kept,
                                               drops ? a.dropout.scale : 1.0f);
                 if (segments)

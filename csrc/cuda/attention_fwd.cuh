@@ -199,6 +199,7 @@ struct Lines {
     const Place* first;  // of the thread's
     const Masks* masks;
     int lowest, highest;  // numbers of the warp's queries without positions: the first, and the last
+    bool gaps = false;    // some of them are not there, and must have no weights: their scores may be NaN
     DEVICE const Place& line(int m, int half) const { return first[m * C::STEP + half * 8]; }
     DEVICE const Masks& of(int m) const { return masks[C::STREAMS == 2 ? m : 0]; }
 };
@@ -214,50 +215,38 @@ DEVICE Lines<C> lines_of(const Pieces<C>& p) {
     return lines;
 }
 
-// Whether a warp has anything to do with the keys from first_j on.
+// What the keys from first_j on are to a warp, and with EXTRAS which of them its queries may attend.
 template <class C>
-DEVICE bool tile_matters(const Lines<C>& lines, int first_j, bool by_number) {
+DEVICE Tile tile_at(std::uint32_t (&bits)[C::M], const Lines<C>& lines, int first_j, bool by_number) {
+    constexpr int N = C::BN / 8;
     const Masks& masks = lines.masks[0];
-    if (!(C::EXTRAS && (masks.uniform_rows || masks.see_self)) && masks.causal && by_number &&
-        first_j > lines.highest + masks.shift)
-        return false;
-    if constexpr (C::EXTRAS) {
-        if (masks.uniform_rows || (masks.mask == nullptr && masks.key_rank == nullptr)) return true;
-        bool some = false;
+    const bool uniform = C::EXTRAS && masks.uniform_rows;
+    if (!uniform && masks.causal && by_number && first_j > lines.highest + masks.shift) return Tile::EMPTY;
 #pragma unroll
-        for (int m = 0; m < C::M; ++m)
+    for (int m = 0; m < C::M; ++m) bits[m] = ALL_SCORES<N>;
+    const bool edge = lines.gaps || first_j + C::BN > masks.keys ||
+                      (masks.causal && (!by_number || first_j + C::BN - 1 > lines.lowest + masks.shift));
+    if (!edge && !hides<C::EXTRAS>(masks)) return Tile::WHOLE;
+    if constexpr (!C::EXTRAS) return Tile::EDGE;
+    const int from = first_j + lane_id() % 4 * 2, first[2] = {from, from};
+    bool some = uniform;
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int n = 0; n < C::BN / 8; ++n)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e)
-                        some = some ||
-                               allowed<true>(lines.of(m), lines.line(m, half), first_j + n * 8 + lane_id() % 4 * 2 + e);
-        return __any_sync(0xffffffffu, some);
+    for (int m = 0; m < C::M; ++m) {
+        bits[m] = attended<C::EXTRAS, false, N>(lines.of(m), lines.line(m, 0), lines.line(m, 1), first);
+        some = some || bits[m] != 0;
     }
-    return true;
+    return __any_sync(0xffffffffu, some) ? Tile::EDGE : Tile::EMPTY;
 }
 
-// Products as scores; -inf where nothing may be attended.  Without EXTRAS whole tiles need a factor only.
+// Products as scores.
 template <class C>
-DEVICE void finish(float (&s)[C::M][C::BN / 8][4], const Lines<C>& lines, int first_j, bool by_number) {
-    const Masks& masks = lines.masks[0];
-    const bool edge = C::EXTRAS || first_j + C::BN > masks.keys ||
-                      (masks.causal && (!by_number || first_j + C::BN - 1 > lines.lowest + masks.shift));
-    auto each = [&](auto f) {
+DEVICE void finish(float (&s)[C::M][C::BN / 8][4], Tile tile, const std::uint32_t (&bits)[C::M], const Lines<C>& lines,
+                   int first_j) {
+    const int from = first_j + lane_id() % 4 * 2, first[2] = {from, from};
 #pragma unroll
-        for (int m = 0; m < C::M; ++m)
-#pragma unroll
-            for (int n = 0; n < C::BN / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) f(m, s[m][n][e], first_j + n * 8 + lane_id() % 4 * 2 + (e & 1), e / 2);
-    };
-    if (edge)
-        each(
-            [&](int m, float& x, int j, int half) { x = score_of<C::EXTRAS>(lines.of(m), lines.line(m, half), j, x); });
-    else
-        each([&](int, float& x, int, int) { x = __fmul_rn(x, masks.scale); });
+    for (int m = 0; m < C::M; ++m)
+        scores_of<typename C::T, C::EXTRAS, false, C::BN / 8>(s[m], tile, bits[m], lines.of(m), lines.line(m, 0),
+                                                              lines.line(m, 1), first);
 }
 
 template <class C>
@@ -323,16 +312,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
             next.move(C::BN);
             if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
-            if (tile_matters<C>(lines, first_j, by_number)) {
+            std::uint32_t seen[M];
+            const Tile tile = tile_at<C>(seen, lines, first_j, by_number);
+            if (tile != Tile::EMPTY) {
                 float c[M][N][4];
                 products_of_tile<C>(c, p, t, bands);
-                finish<C>(c, lines, first_j, by_number);
+                finish<C>(c, tile, seen, lines, first_j);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                     softmax_step(rows[m], c[m], o[m]);
                     if (C::EXTRAS && lines.of(m).drops) {
                         const std::uint32_t bits =
-                            kept_bits<N>(lines.of(m), lines.line(m, 0).number, lines.line(m, 1).number, first_j);
+                            kept_bits<N>(lines.of(m).draws, lines.line(m, 0).number, lines.line(m, 1).number, first_j);
 #pragma unroll
                         for (int n = 0; n < N; ++n)
 #pragma unroll

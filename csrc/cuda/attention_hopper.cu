@@ -11,7 +11,7 @@ template <>
 bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
-        if (has_extras(a) || !is_hopper() || !hopper_takes<false>(a)) return false;
+        if (has_masks(a) || !is_hopper() || !hopper_takes<false>(a)) return false;
         if (a.head_size <= 64)
             launch_attention_fwd_hopper<HopperTile<T, 64, false>>(a, stream);
         else

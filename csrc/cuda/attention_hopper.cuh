@@ -1,5 +1,5 @@
 // The forward kernel of attention and relative_attention on Hopper, for 16-bit elements and scores that need lengths,
-// causality and segments at most.
+// causality, segments and dropout at most.
 //
 //     producer, one thread:        asks the copy engine for tiles of keys and values, STAGES ahead
 //     consumers, two of 4 warps:   64 queries each;  s = q k^T [64, BN],  running softmax,  o += p v [64, D]
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         [[maybe_unused]] auto ask_table = [&](int block) {
             const int stage = block % C::TABLE_STAGES;
             ask(table_of_block.blocks[stage], &maps.table, &shared.table_full[stage],
-                a.offset - first - C::WINDOW + 1 + block * 64, 64, b / max(1, a.batch / a.tables));
+                a.offset - first - C::WINDOW + 1 + block * 64, 64, b / sequences_of_table(a));
         };
         if constexpr (C::RELATIVE) {
             if (tiles > 0)
@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const int t2 = lane_id() % 4 * 2, thread = static_cast<int>(threadIdx.x) % 128;
     // Of this thread: the first of its two rows, the other is 8 behind.
     const int number = first + group * 64 + thread / 32 * 16 + lane_id() / 4;
+    const Draws draws = draws_of(a, stream, b, h);
     float o[D / 8][4];
     clear(o);
     RunningRows rows;
@@ -298,14 +299,29 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                c[n][e] = __fmul_rn(c[n][e], a.options.scale);
-                if (edge) {
-                    const int j = first_j + n * 8 + t2 + (e & 1);
-                    if (j >= s.keys || (a.options.causal && j > number + e / 2 * 8 + s.shift)) c[n][e] = -INFINITY_;
-                }
-            }
+            for (int e = 0; e < 4; ++e) c[n][e] = __fmul_rn(c[n][e], a.options.scale);
+        // A loop of its own: within the other the compiler would mask every tile under a predicate.
+        if (edge) {
+            const int ends[2] = {a.options.causal ? min(s.keys, number + s.shift + 1) : s.keys,
+                                 a.options.causal ? min(s.keys, number + s.shift + 9) : s.keys};
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    if (first_j + n * 8 + t2 + (e & 1) >= ends[e / 2]) c[n][e] = -INFINITY_;
+        }
         softmax_step(rows, c, o);
+        if (a.dropout.seed != nullptr)
+        // Eight columns of eight at a time, as many as there are bits.
+#pragma unroll
+            for (int from = 0; from < N; from += 8) {
+                const std::uint32_t kept = kept_bits<8>(draws, number, number + 8, first_j + from * 8);
+#pragma unroll
+                for (int n = 0; n < 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        if ((kept >> (4 * n + e) & 1) == 0) c[from + n][e] = 0.0f;
+            }
 
         mbarrier_wait(&shared.value_full[stage], turn);
         unsigned char* tile = shared.values[stage];

@@ -188,10 +188,13 @@ DEVICE void segment_products(const AttentionCall& a, const T* plane, std::int64_
     }
 }
 
+// How many neighbouring sequences share a table.
+DEVICE int sequences_of_table(const AttentionCall& a) { return max(1, ceil_div(a.batch, a.tables)); }
+
 // The part of the table that sequence b reads, head h.
 template <class T>
 DEVICE const T* table_of(const AttentionCall& a, int b, int h) {
-    return plane_of<T>(a.table, b / max(1, a.batch / a.tables), h, 0);
+    return plane_of<T>(a.table, b / sequences_of_table(a), h, 0);
 }
 
 // A warp's band [16, BN + KEPT] in shared memory: of so many columns that a tile finds, and BN that it computes.

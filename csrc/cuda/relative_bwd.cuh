@@ -1,5 +1,6 @@
 // The gradient of the position table: a block per rows of the table and head walks the queries of all sequences that
-// read it, and of both streams.
+// read it, and of both streams.  Where that would be few blocks the launcher names one table several times, each time
+// for a part of the batch, and adds up what comes of them.
 //
 // Row x of the table is met by query i, at position p, where j = x - offset + p. So scores are laid out by rows of the
 // table here, the position's product needs no skew, and keys and values are what is skewed: of 16 queries and BN rows
@@ -107,33 +108,20 @@ struct TableSide {
         clear(dp[0]);
         // The keys of this thread's first column.
         const int firsts[2] = {origin() + column + t2 + upper.position, origin() + column + t2 + lower.position};
-        bool some = false;
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int j = firsts[e / 2] + n * 8 + (e & 1);
-                some = some || (C::EXTRAS && mask.uniform_rows) ||
-                       (j >= 0 && allowed<C::EXTRAS>(mask, e < 2 ? upper : lower, j));
-            }
-        if (__any_sync(0xffffffffu, some)) {
+        std::uint32_t seen;
+        const Tile tile = tile_of<C::EXTRAS, true, N>(seen, mask, upper, lower, firsts);
+        if (tile != Tile::EMPTY) {
             multiply_rows<T, D>(c, positions + buffer * C::QUERIES + row * LD<D>, 0, rows + column * LD<D>);
             skewed_products<T, D, N>(c[0], band, content + row * LD<D>, keys, row + column, upper.position & 15,
                                      lower.position & 15);
             skewed_products<T, D, N>(dp[0], band, dout + row * LD<D>, values, row + column, upper.position & 15,
                                      lower.position & 15);
-            std::uint32_t bits = ~0u;
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int j = firsts[e / 2] + n * 8 + (e & 1);
-                    c[0][n][e] = score_of<C::EXTRAS>(mask, e < 2 ? upper : lower, j, c[0][n][e]);
-                    if (C::EXTRAS && mask.drops && !kept(mask, (e < 2 ? upper : lower).number, j))
-                        bits &= ~(1u << (4 * n + e));
-                }
-            gradients_of_scores<N, true>(c[0], dp[0], upper, lower, bits,
-                                         C::EXTRAS && mask.drops ? a.dropout.scale : 1.0f);
+            scores_of<T, C::EXTRAS, true, N>(c[0], tile, seen, mask, upper, lower, firsts);
+            const bool drops = C::EXTRAS && mask.drops;
+            const std::uint32_t kept =
+                drops ? kept_bits_skewed<N>(mask.draws, upper.number, lower.number, firsts[0] - t2, firsts[1] - t2)
+                      : ~0u;
+            gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
             if constexpr (C::EXTRAS) clear_constants<N>(dp[0], mask, upper.number, lower.number, firsts[0], firsts[1]);
         }
         store_scores<C>(gradients, dp[0]);
@@ -152,7 +140,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
     const int blocks = ceil_div(a.table_rows, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, table_number = plane / a.heads, h = plane % a.heads;
     const int first_x = static_cast<int>(blockIdx.x) % blocks * C::BK;
-    const int each = max(1, a.batch / a.tables), first_b = table_number * each;
+    const int each = sequences_of_table(a), first_b = table_number * each;
     TableSide<C> side(a, h, first_x);
     load_rows<T, C::D, C::BK, C::THREADS>(
         side.rows, static_cast<const T*>(a.table.data) + table_number * a.table.batch + h * a.table.head, a.table.row,

@@ -68,6 +68,18 @@ DEVICE const std::int32_t* numbers_of(const AttentionCall& a, const std::int32_t
     return x == nullptr ? nullptr : x + (a.cu_seqlens == nullptr ? static_cast<std::int64_t>(b) * rows : start);
 }
 
+// What decides the dropout bits of one sequence and head, beside a weight's row and column.
+struct Draws {
+    std::uint64_t seed;
+    std::uint32_t threshold, plane;
+    Tag tag;
+};
+
+DEVICE Draws draws_of(const AttentionCall& a, const Stream& stream, int b, int h) {
+    return {a.dropout.seed == nullptr ? 0 : static_cast<std::uint64_t>(*a.dropout.seed), a.dropout.threshold,
+            static_cast<std::uint32_t>(b * a.heads + h), stream.options.tag};
+}
+
 // What every element of a tile is asked for, with the sequence's share of each tensor.
 struct Masks {
     const unsigned char* mask;
@@ -79,11 +91,8 @@ struct Masks {
     bool causal, uniform_rows, see_self;
     int keys, extent, shift;
     float scale;
-    // of dropout
-    std::uint64_t seed;
-    std::uint32_t threshold, plane;
-    Tag tag;
     bool drops;
+    Draws draws;
 };
 
 // They lie in shared memory, since they are the same for all threads and would take thirty registers.
@@ -111,10 +120,7 @@ DEVICE Masks masks_of(const AttentionCall& a, const Stream& stream, const Sequen
     m.shift = s.shift;
     m.scale = a.options.scale;
     m.drops = a.dropout.seed != nullptr;
-    m.seed = m.drops ? static_cast<std::uint64_t>(*a.dropout.seed) : 0;
-    m.threshold = a.dropout.threshold;
-    m.plane = static_cast<std::uint32_t>(b * a.heads + h);
-    m.tag = stream.options.tag;
+    m.draws = draws_of(a, stream, b, h);
     return m;
 }
 
@@ -128,52 +134,192 @@ struct Place {
     float lse, delta, lse_correction;  // in backward
 };
 
-// Whether row i may attend key j, 0 <= j.
+// Of a warp's tile of 16 by 8 N scores a thread has c[n][e], e < 2 of its upper line and the others of its lower one,
+// whose key is first[e / 2] + 8 n + e % 2.  What is asked of each of them is a bit, 4 n + e, and whatever is the same
+// for all of them is asked once.  SKEWED: the two lines have keys of their own.
+template <int N>
+constexpr std::uint32_t ALL_SCORES = 0xffffffffu >> (32 - 4 * N);
+
+enum class Tile {
+    EMPTY,  // nobody may attend anything: it is left out
+    EDGE,   // some may, or where a row without any key averages over all of them
+    WHOLE,  // everybody may attend everything
+};
+
+// Whether more hides keys than lengths and the diagonal.
 template <bool EXTRAS>
-DEVICE bool allowed(const Masks& m, const Place& line, int j) {
-    bool may = j < m.keys && line.number >= 0;
-    if (m.causal) may = may && j <= line.number + m.shift;
-    if constexpr (EXTRAS) {
-        if (m.mask != nullptr && may) may = m.mask[line.mask_row * m.mask_query + j * m.mask_key] != 0;
-        std::int32_t order = 0;
-        if (m.key_rank != nullptr && j < m.keys) {
-            order = m.key_rank[j];
-            may = may && line.rank > order;
-        }
-        if (m.see_self)
-            may = may || (j == line.number + m.shift && j < m.keys && line.number >= 0 && order != UNSEEN_RANK);
-    }
-    return may;
+DEVICE bool hides(const Masks& m) {
+    return EXTRAS && (m.mask != nullptr || m.key_rank != nullptr);
 }
 
-// A product as a score: with the terms of segments and bias, scaled; -inf where j may not be attended.
-template <bool EXTRAS>
-DEVICE float score_of(const Masks& m, const Place& line, int j, float product) {
-    float s = product;
-    if constexpr (EXTRAS) {
-        if (m.key_segments != nullptr && j >= 0 && j < m.extent)
-            s += m.key_segments[j] != line.segment ? line.other : line.same;
+// Keys of a row from 0 on that lengths and the diagonal leave.
+DEVICE int end_of(const Masks& m, const Place& line) {
+    if (line.number < 0) return 0;
+    return m.causal ? max(min(m.keys, line.number + m.shift + 1), 0) : m.keys;
+}
+
+// Which scores are of keys that their rows may attend.
+template <bool EXTRAS, bool SKEWED, int N>
+DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& lower, const int (&first)[2]) {
+    std::uint32_t bits = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const unsigned end = static_cast<unsigned>(end_of(m, half == 0 ? upper : lower));
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                // A key before the first is a large number.
+                if (static_cast<unsigned>(first[half] + n * 8 + e) < end) bits |= 1u << (4 * n + 2 * half + e);
     }
-    s = __fmul_rn(s, m.scale);
-    const bool may = j >= 0 && allowed<EXTRAS>(m, line, j);
     if constexpr (EXTRAS) {
-        if (m.bias != nullptr && may) {
-            float more[1];
-            load_any<1>(m.bias, m.bias_dtype, m.bias_at + line.mask_row * m.bias_query + j * m.bias_key, more);
-            s = __fadd_rn(s, more[0]);
+        if (m.mask != nullptr) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const Place& line = half == 0 ? upper : lower;
+                const unsigned char* row = m.mask + line.mask_row * m.mask_query + first[half] * m.mask_key;
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const std::uint32_t bit = 1u << (4 * n + 2 * half + e);
+                        unsigned char may = 1;
+                        if ((bits & bit) != 0) may = row[(n * 8 + e) * m.mask_key];
+                        if (may == 0) bits &= ~bit;
+                    }
+            }
         }
-        if (m.uniform_rows) {
-            const bool real = j >= 0 && j < m.extent && line.number >= 0;
-            return may ? s : real ? UNIFORM_SCORE : -INFINITY_;
+        if (m.key_rank != nullptr) {
+            const int ranks[2] = {upper.rank, lower.rank};
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (!SKEWED && e >= 2) continue;
+                    // The key of c[n][e], and unskewed of c[n][e + 2] too.
+                    const std::uint32_t bit = 1u << (4 * n + e), both = SKEWED ? bit : bit | bit << 2;
+                    std::int32_t order = UNSEEN_RANK;
+                    if ((bits & both) != 0) order = m.key_rank[first[e / 2] + n * 8 + (e & 1)];
+                    if (ranks[e / 2] <= order) bits &= ~bit;
+                    if (!SKEWED && ranks[1] <= order) bits &= ~(bit << 2);
+                }
+        }
+        if (m.see_self && hides<EXTRAS>(m)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const Place& line = half == 0 ? upper : lower;
+                const int j = line.number + m.shift, at = j - first[half];
+                if (line.number >= 0 && at >= 0 && at < 8 * N && at % 8 < 2 && j >= 0 && j < m.keys &&
+                    (m.key_rank == nullptr || m.key_rank[j] != UNSEEN_RANK))
+                    bits |= 1u << (at / 8 * 4 + 2 * half + at % 8);
+            }
         }
     }
-    return may ? s : -INFINITY_;
+    return bits;
+}
+
+// What a tile is, the same for the whole warp, and with EXTRAS `bits`, what `attended` says.
+template <bool EXTRAS, bool SKEWED, int N>
+DEVICE Tile tile_of(std::uint32_t& bits, const Masks& m, const Place& upper, const Place& lower,
+                    const int (&first)[2]) {
+    // The lines' keys, of which a thread has some.
+    const int begin[2] = {first[0] - lane_id() % 4 * 2, first[1] - lane_id() % 4 * 2};
+    const int end[2] = {end_of(m, upper), end_of(m, lower)};
+    bits = ALL_SCORES<N>;
+    if (!hides<EXTRAS>(m)) {
+        const bool whole = min(begin[0], begin[1]) >= 0 && min(end[0] - begin[0], end[1] - begin[1]) >= 8 * N;
+        if (!__any_sync(0xffffffffu, !whole)) return Tile::WHOLE;
+    }
+    bool some = false;
+    if constexpr (EXTRAS) {
+        bits = attended<EXTRAS, SKEWED, N>(m, upper, lower, first);
+        // A row without any key averages over all of them.
+        some = bits != 0 || m.uniform_rows;
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) some = some || max(begin[half], 0) < min(begin[half] + 8 * N, end[half]);
+    }
+    return __any_sync(0xffffffffu, some) ? Tile::EDGE : Tile::EMPTY;
+}
+
+// Adds the bias, whose elements are of type B, where a key may be attended.
+template <class B, int N>
+DEVICE void add_bias_of_scores(float (&c)[N][4], std::uint32_t bits, const Masks& m, const Place& upper,
+                               const Place& lower, const int (&first)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const B* row = static_cast<const B*>(m.bias) + m.bias_at + (half == 0 ? upper : lower).mask_row * m.bias_query +
+                       first[half] * m.bias_key;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if ((bits >> (4 * n + 2 * half + e) & 1) != 0) {
+                    float& x = c[n][2 * half + e];
+                    x = __fadd_rn(x, to_float(row[(n * 8 + e) * m.bias_key]));
+                }
+    }
+}
+
+// Products as scores: with the terms of segments and bias, scaled; -inf where a key may not be attended.  T: of the
+// query, and of a bias that is not float32.
+template <class T, bool EXTRAS, bool SKEWED, int N>
+DEVICE void scores_of(float (&c)[N][4], Tile tile, std::uint32_t bits, const Masks& m, const Place& upper,
+                      const Place& lower, const int (&first)[2]) {
+    if constexpr (EXTRAS) {
+        if (m.key_segments != nullptr) {
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (!SKEWED && e >= 2) continue;
+                    const int j = first[e / 2] + n * 8 + (e & 1);
+                    std::int32_t segment = 0;
+                    if (static_cast<unsigned>(j) < static_cast<unsigned>(m.extent)) segment = m.key_segments[j];
+                    const Place& line = e < 2 ? upper : lower;
+                    c[n][e] += segment != line.segment ? line.other : line.same;
+                    if (!SKEWED) c[n][e + 2] += segment != lower.segment ? lower.other : lower.same;
+                }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[n][e] = __fmul_rn(c[n][e], m.scale);
+    if constexpr (EXTRAS) {
+        if (m.bias != nullptr) {
+            if (m.bias_dtype == DType::float32)
+                add_bias_of_scores<float, N>(c, bits, m, upper, lower, first);
+            else
+                add_bias_of_scores<T, N>(c, bits, m, upper, lower, first);
+        }
+    }
+    if (tile == Tile::WHOLE) return;
+    // Not kept from before the products, since registers are short.
+    if constexpr (!EXTRAS) bits = attended<EXTRAS, SKEWED, N>(m, upper, lower, first);
+    if (EXTRAS && m.uniform_rows) {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int j = first[e / 2] + n * 8 + (e & 1);
+                const bool real =
+                    static_cast<unsigned>(j) < static_cast<unsigned>(m.extent) && (e < 2 ? upper : lower).number >= 0;
+                if ((bits >> (4 * n + e) & 1) == 0) c[n][e] = real ? UNIFORM_SCORE : -INFINITY_;
+            }
+    } else {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if ((bits >> (4 * n + e) & 1) == 0) c[n][e] = -INFINITY_;
+    }
 }
 
 // Bit 4 n + e: whether weight c[n][e] of a tile survives dropout; lines of rows l / 4 and l / 4 + 8, keys from first_j.
 // A lane draws one of its two rows, and its neighbour the other: each needs two of the four words of both.
 template <int N>
-DEVICE std::uint32_t kept_bits(const Masks& m, int number0, int number1, int first_j) {
+DEVICE std::uint32_t kept_bits(const Draws& d, int number0, int number1, int first_j) {
     static_assert(N <= 8);
     const int t = lane_id() % 4;
     const bool odd = (t & 1) != 0;
@@ -181,25 +327,54 @@ DEVICE std::uint32_t kept_bits(const Masks& m, int number0, int number1, int fir
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const std::uint32_t block = static_cast<std::uint32_t>(first_j / 4 + n * 2 + t / 2);
-        const Words w = philox(m.seed, block, static_cast<std::uint32_t>(odd ? number1 : number0), m.plane, m.tag);
+        const Words w = philox(d.seed, block, static_cast<std::uint32_t>(odd ? number1 : number0), d.plane, d.tag);
         const std::uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? w.word[0] : w.word[2], 1);
         const std::uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? w.word[1] : w.word[3], 1);
         const std::uint32_t mine[4] = {odd ? x : w.word[0], odd ? y : w.word[1], odd ? w.word[2] : x,
                                        odd ? w.word[3] : y};
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-            if (mine[e] >= m.threshold) bits |= 1u << (4 * n + e);
+            if (mine[e] >= d.threshold) bits |= 1u << (4 * n + e);
     }
     return bits;
 }
 
-// Whether one weight survives.
-DEVICE bool kept(const Masks& m, int number, int j) {
-    const Words w =
-        philox(m.seed, static_cast<std::uint32_t>(j / 4), static_cast<std::uint32_t>(number), m.plane, m.tag);
-    const int k = j & 3;
-    const std::uint32_t word = k == 0 ? w.word[0] : k == 1 ? w.word[1] : k == 2 ? w.word[2] : w.word[3];
-    return word >= m.threshold;
+// The same where each of the two lines has keys of its own, from0 and from1 on, the same for the four lanes of a line.
+// They begin anywhere within a block of four, so that 8 N keys lie in 2 N + 1 blocks: the four lanes draw those of both
+// lines, each block once, and put them together.
+template <int N>
+DEVICE std::uint32_t kept_bits_skewed(const Draws& d, int number0, int number1, int from0, int from1) {
+    static_assert(N <= 4);
+    constexpr int BLOCKS = 2 * N + 1, CALLS = (2 * BLOCKS + 3) / 4;
+    const int t = lane_id() % 4;
+    // Of either line, bit k of key from + k.
+    std::uint32_t upper = 0, lower = 0;
+#pragma unroll
+    for (int call = 0; call < CALLS; ++call) {
+        const int block = call * 4 + t;
+        const bool second = block >= BLOCKS;
+        const int at = second ? block - BLOCKS : block, from = second ? from1 : from0;
+        const Words w = philox(d.seed, static_cast<std::uint32_t>((from >> 2) + at),
+                               static_cast<std::uint32_t>(second ? number1 : number0), d.plane, d.tag);
+        std::uint32_t four = 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (w.word[k] >= d.threshold) four |= 1u << k;
+        const std::uint32_t line =
+            static_cast<std::uint32_t>((static_cast<std::uint64_t>(four) << 4 * at) >> (from & 3));
+        if (!second) upper |= line;
+        if (second && at < BLOCKS) lower |= line;
+    }
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+        upper |= __shfl_xor_sync(0xffffffffu, upper, offset);
+        lower |= __shfl_xor_sync(0xffffffffu, lower, offset);
+    }
+    std::uint32_t bits = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        bits |= (upper >> (8 * n + 2 * t) & 3) << (4 * n) | (lower >> (8 * n + 2 * t) & 3) << (4 * n + 2);
+    return bits;
 }
 
 }  // namespace pyxlbert::cuda

@@ -14,6 +14,9 @@ from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.relative import BIASES, SHARED, Shared, Stream
 from pyxlbert.launch.rows import DTYPE, address, int32
 
+# Of 64 rows of the table and a head each: more than any device runs at a time, and about 8 MiB of sums at D = 64.
+TABLE_BLOCKS = 512
+
 
 def _rows(shared: Shared, query: Tensor) -> int:
     """Queries of a sequence; packed: at most."""
@@ -33,13 +36,19 @@ class _Call:
         ]
         self.shared = shared
 
-    def build(self) -> Any:
-        """The native description, with the streams as they are now."""
+    def build(self, parts: int = 1) -> Any:
+        """The native description, with the streams as they are now.
+
+        Args:
+            parts: how often the one table is named, each time for a part of the batch.
+        """
         shared, query = self.shared, self.keep[1][0].query
         shape = (*query.shape[:-1], self.columns)
         call, keep = native_call(self.streams, shape, self.key, self.value, shared, shared.options)
         table = in_place(padded(shared.table.to(query.dtype), self.columns))
-        tables = table.shape[0] if table.dim() == 4 else 1
+        if table.dim() == 4 and table.shape[0] == 1:
+            table = table[0]  # strides() then has none from table to table
+        tables = table.shape[0] if table.dim() == 4 else parts
         biases = [None if x is None else in_place(padded(x, self.columns)).contiguous() for x in shared.biases]
         numbers = [int32(shared.key_rank), int32(shared.key_segments)]
         call.table(
@@ -116,7 +125,7 @@ def backward(
     call = _Call(shared, streams, outs, lses)
     planes = heads * (shared.key.shape[0] if shared.cu_seqlens is None else shared.cu_seqlens.shape[0] - 1)
     summed = not wanted.isdisjoint(BIASES)
-    found, parts = {}, []
+    found, parts, table_parts = {}, [], 1
     for n, (name, stream, (dout, _, _), lse) in enumerate(zip(given, call.streams, results, lses, strict=True)):
         dout = in_place(padded(dout, columns))
         workspace = [torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(outs[n]), torch.empty_like(outs[n])]
@@ -141,14 +150,27 @@ def backward(
         found |= {name: x.new_empty((*x.shape[:-1], columns)) for name, x in zip(SHARED, shared[:2], strict=False)}
     if "table" in wanted:
         tables = shared.table.shape[0] if shared.table.dim() == 4 else 1
-        size = (tables, shared.table.shape[-3], heads, columns)
+        rows, batch = shared.table.shape[-3], planes // heads
+        table_parts = parts_of_table(rows, heads, batch) if tables == 1 else 1
+        size = (tables * table_parts, rows, heads, columns)
         found["table"] = torch.empty(size, dtype=torch.float32, device=device)
-    native = call.build()
+    native = call.build(table_parts)
     native.gradients(*(address(found.get(name)) for name in ("key", "value", "table")), 0, (0, 0, 0, 0))
     launch("relative_attention_bwd", device, native)
+    if table_parts > 1:
+        found["table"] = found["table"].sum(0)
     if summed:
         found |= _biases(sum(part.view(planes // heads, heads, *part.shape[1:]).sum((0, 2)) for part in parts))
     return {name: x if x.shape[-1] == head_size else x[..., :head_size].contiguous() for name, x in found.items()}
+
+
+def parts_of_table(rows: int, heads: int, batch: int) -> int:
+    """Of how many sums over a part of the batch each the gradient of one table is made: so many that there are blocks
+    for every multiprocessor, but no more.  It depends on sizes alone, and so do the bits.
+    """
+    wanted = min(batch, -(-TABLE_BLOCKS // max(1, -(-rows // 64) * heads)))
+    each = max(1, -(-batch // max(1, wanted)))
+    return max(1, -(-batch // each))
 
 
 def _biases(sums: Tensor) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def architectures_of(name: str) -> tuple[str, ...]:
 
 def compiled(name: str) -> dict[str, dict[str, Any]]:
     """By architecture and kernel: registers, stack, spills, shared memory (`static`, and `shared`, what its launch asks
-    for) and how many there are of each of INSTRUCTIONS; PTX comes with sm_100.
+    for) and how many instructions there are, `all` and of each of INSTRUCTIONS; PTX comes with sm_100.
 
     Architectures that take the same options are compiled by one call, whose host code is the same.
 
@@ -195,6 +195,8 @@ def _instructions(target: Path, architecture: str) -> dict[str, dict[str, int]]:
         if match := re.search(r"Function : (\S+)", line):
             counts = found.setdefault(match[1], Counter())
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", line):
+            # What fills up the end of a kernel is no work.
+            counts["all"] += match[1] != "NOP"
             for name in INSTRUCTIONS:
                 if match[1].startswith(name):
                     counts[name] += 1
@@ -237,9 +239,12 @@ def main() -> None:
     for name in units():
         for architecture, kernels in compiled(name).items():
             for kernel, found in kernels.items():
-                entry = budget.setdefault(name, {}).setdefault(kernel, {"shared": 0, "registers": {}})
+                entry = budget.setdefault(name, {}).setdefault(
+                    kernel, {"shared": 0, "registers": {}, "instructions": {}}
+                )
                 entry["shared"] = max(entry["shared"], found["shared"])
                 entry["registers"][architecture] = found["registers"]
+                entry["instructions"][architecture] = found["instructions"]["all"]
                 print(name, architecture, kernel, found, flush=True)
     if "--write" in sys.argv:
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")

@@ -81,6 +81,21 @@ def test_nan_in_unseen_keys_does_not_leak(backend: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_in_rows_of_the_table_that_nobody_meets_does_not_leak(backend: str, dtype: torch.dtype) -> None:
+    """The table begins with more rows than 20 queries reach, but the rest of a block would reach them.  The gradients
+    of query and position bias multiply whole tiles of the table, and are not asked."""
+    a = tensors(2, 20, 80, head_size=16, table=(110,), dtype=dtype)
+    with torch.no_grad():
+        a["position_key"][:11] = float("nan")
+    out = relative_attention(**a, offset=30, backend=backend)
+    gradients = dict(zip(a, torch.autograd.grad(out.float().square().sum(), trained(a)), strict=True))
+    for name in ("key", "value", "position_key", "content_bias"):
+        assert gradients[name].isfinite().all(), name
+    assert out.isfinite().all() and not gradients["position_key"][:11].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fully_masked_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeros, no gradient and lse = +inf; or, asked for, the average over all keys, padding included, with XLNet's
     gradient, that of s - 1e30."""

@@ -313,6 +313,12 @@ SPEC = Spec(
                 ("causal", "by head", 64, {"causal": True}),
                 ("packed", "by head", 64, {"packed": (200, 1, 459)}),
                 ("long heads", "by head", 128, {"lengths": (330, 201), "unseen": True}),
+                (
+                    "dropout",
+                    "by head",
+                    64,
+                    {"lengths": (330, 201), "unseen": True, "dropout_p": 0.3, "seed": 2**33 + 5},
+                ),
                 # Strides of 0, which the copy engine does not know: the other kernel's.
                 ("expanded", "expanded", 64, {}),
             )

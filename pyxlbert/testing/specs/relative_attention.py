@@ -283,6 +283,7 @@ SPEC = Spec(
                 ("causal with memory", 64, {"keys": 400, "causal": True, "offset": 400, "table_rows": 730}),
                 ("packed, segments", 64, {"biases": "uvse", "packed": (200, 1, 459)}),
                 ("short heads", 40, {}),
+                ("segments, dropout", 64, {"biases": "uvse", "causal": True, "dropout_p": 0.3, "seed": 2**33 + 5}),
                 (
                     "segments, expanded",
                     64,
