@@ -41,4 +41,6 @@ def test_the_front_end_takes_every_kind_of_launch(ops: list[str]) -> None:
         # A kernel that no case launches would never be looked at: rows have a forward and a backward, scores more.
         launched = {kernel.rpartition(".")[2] for kernel in found["kinds"]}
         assert {"_fwd", "_bwd"} <= launched or {"fwd", "bwd_rows", "bwd_keys", "bwd_queries"} <= launched
-        assert "attention" not in found["op"] or all(n >= 10 for n in found["kinds"].values()), found["kinds"]
+        # Parts of scores are joined in one way or few.
+        kinds = [number for kernel, number in found["kinds"].items() if not kernel.endswith(".join")]
+        assert "attention" not in found["op"] or min(kinds) >= 8, found["kinds"]

@@ -67,18 +67,19 @@ def _taken(x: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    if any(a[n].numel() == 0 for n in (*_STREAMS, "key")):
+    if any(a[n].numel() == 0 for n in ("content_query", "key")):
         return None
+    # A stream without rows adds nothing.
     found = [
-        stream_terms(dout.double(), rounding=rounding_of(dout), **options)
+        stream_terms(dout.double(), rounding=rounding_of(dout), **options) if dout.numel() else {}
         for options, dout in zip(streams(a), cotangents, strict=True)
     ]
     if name.startswith("out"):
-        return found[int(name.removeprefix("out "))]["out"]
+        return found[int(name.removeprefix("out "))].get("out")
     wanted = name.removeprefix("grad ")
     if wanted in _STREAMS:
-        return found[_STREAMS.index(wanted)]["query"]
-    return found[0][wanted] + found[1][wanted]
+        return found[_STREAMS.index(wanted)].get("query")
+    return sum(terms[wanted] for terms in found if terms)
 
 
 @dataclass(frozen=True)
