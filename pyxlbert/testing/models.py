@@ -68,8 +68,8 @@ def random_cotangents(probe: Results, generator: torch.Generator) -> Results:
     }
 
 
-def within_budget(case: Any, ours: Results, plain: Results, truth: Results) -> None:
-    """Every output and gradient of `ours` is at most `tolerances.FACTOR` times as wrong as `plain`.
+def within_budget(case: Any, ours: Results, plain: Results, truth: Results, factor: float = tolerances.FACTOR) -> None:
+    """Every output and gradient of `ours` is at most `factor` times as wrong as `plain`.
 
     Raises:
         AssertionError: one is not, or one is missing.
@@ -91,7 +91,7 @@ def within_budget(case: Any, ours: Results, plain: Results, truth: Results) -> N
     for name, value in truth.items():
         if name not in few:
             terms = largest if name.startswith("d ") else None
-            compare.within_budget(f"{name} of {case}", ours[name], plain[name], value, terms=terms)
+            compare.within_budget(f"{name} of {case}", ours[name], plain[name], value, terms=terms, factor=factor)
     for kind, relative in (("", tolerances.MODEL_FLOAT32), ("d ", tolerances.MODEL_GRADIENT_FLOAT32)):
         small = [name for name in few if name.startswith("d ") == bool(kind) and name not in zero]
         if small:

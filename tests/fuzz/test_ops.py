@@ -20,8 +20,8 @@ from drawn import Drawn
 import pyxlbert
 from pyxlbert.testing.specs import SPECS, layer_norm
 
-# About a minute.
-CALLS = 4000
+# Some seconds.
+CALLS = 1000
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:

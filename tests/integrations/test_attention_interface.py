@@ -95,7 +95,8 @@ def test_outputs_and_gradients(case: str, monkeypatch) -> None:
     monkeypatch.setattr(interface, "attention", lambda *rows, **named: (masks.append(named), old(*rows, **named))[1])
     model.set_attn_implementation("pyxlbert")
     ours, _ = results(model, given, cotangents)
-    models.within_budget(case, ours, plain, truth)
+    # Of a few rows MKL's products are exact by luck on some processors.
+    models.within_budget(case, ours, plain, truth, tolerances.REPLACEMENT_FACTOR)
     assert masks
     for named in masks:
         mask = named.get("attention_mask")

@@ -76,7 +76,9 @@ def test_debug_checks_watch_the_values_on_a_gpu(direction: str) -> None:
     q = torch.randn(2, 3, 1, 8)
     lengths, rest = torch.tensor([3, 4], dtype=torch.int32), (None, 0, None, None, False, 1.0, 0.0, None)
     out, lse = op.runners["fwd"]["CUDA"](q, q, q, lengths, *rest, "torch")
-    call = {"fwd": (q, q, q, lengths, *rest), "bwd": (q, out, lse, q, q, q, lengths, *rest, [True, True, True, False])}[direction]
+    call = {"fwd": (q, q, q, lengths, *rest), "bwd": (q, out, lse, q, q, q, lengths, *rest, [True, True, True, False])}[
+        direction
+    ]
     op.runners[direction]["CUDA"](*call, "torch")
     with pyxlbert.debug_checks():
         with pyxlbert.debug_checks():
