@@ -95,8 +95,9 @@ def test_outputs_and_gradients(case: str, monkeypatch) -> None:
     monkeypatch.setattr(interface, "attention", lambda *rows, **named: (masks.append(named), old(*rows, **named))[1])
     model.set_attn_implementation("pyxlbert")
     ours, _ = results(model, given, cotangents)
-    # Of a few rows MKL's products are exact by luck on some processors.
-    models.within_budget(case, ours, plain, truth, tolerances.REPLACEMENT_FACTOR)
+    # Of this one's few rows MKL's products are exact by luck on a processor with AVX2 alone.
+    factor = tolerances.REPLACEMENT_FACTOR if case == "mistral, left" else tolerances.FACTOR
+    models.within_budget(case, ours, plain, truth, factor)
     assert masks
     for named in masks:
         mask = named.get("attention_mask")
