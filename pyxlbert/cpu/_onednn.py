@@ -68,7 +68,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | N
         bias: `[N]`; any strides.
         approximate: None for no activation, "none" or "tanh" for that gelu.
     """
-    attribute, algorithm = _EPILOGUES[approximate]
     if bias is not None:
         # Its stride is not looked at.
         bias = bias.contiguous()
@@ -77,8 +76,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | N
         weight = weight.contiguous()
     if not _native(x.dtype):
         wide = None if bias is None else bias.float()
-        return _linear_pointwise(x.float(), weight.float(), wide, attribute, [], algorithm).to(x.dtype)
-    return _linear_pointwise(x, weight, bias, attribute, [], algorithm)
+        return _in_float32(x.float(), weight.float(), wide, approximate).to(x.dtype)
+    return _linear_pointwise(x, weight, bias, *_attributes(approximate))
+
+
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None) -> Tensor:
+    """`product` of tensors that were widened, by the faster library."""
+    if not torch_is_faster(x, weight.shape[0], saves=approximate is not None):
+        return _linear_pointwise(x, weight, bias, *_attributes(approximate))
+    y = F.linear(x, weight, bias)
+    return y if approximate is None else torch.ops.aten.gelu_.default(y, approximate=approximate)
 
 
 def torch_product(x: Tensor, weight: Tensor, bias: None) -> Tensor:
@@ -100,6 +107,11 @@ def few_rows(x: Tensor) -> bool:
     return _few_rows is not None and x.numel() <= _few_rows.max_rows(x.dtype, _native(x.dtype)) * x.shape[-1]
 
 
+def _attributes(approximate: str | None) -> tuple[str, list[object], str]:
+    attribute, algorithm = _EPILOGUES[approximate]
+    return attribute, [], algorithm
+
+
 def _linear_pointwise(*arguments: object) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(*arguments)
 
@@ -112,9 +124,10 @@ def torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
     """Whether torch's own linear beats the private op for x `[..., K]` and N columns out; no dimension is 0.
 
     A rule from measurements (docs/ops/linear.md), not a measurement at run time: a call of the private op costs some
-    30 µs before it multiplies.  In float32 torch calls MKL, which takes a path of half the speed on a processor that
-    is not Intel's; on Intel's it is as fast as oneDNN or faster, unless the private op `saves` a pass (gelu, or the
-    reordering of the weight) and the rows are few.  In low precision torch calls oneDNN itself, with more around it;
+    30 µs before it multiplies.  In float32 torch calls MKL.  On a processor with AVX-512 that is not Intel's, MKL takes
+    a path of half the speed; elsewhere it is as fast as oneDNN or faster.  With AVX-512 the private op wins if it
+    `saves` a pass (gelu, or the reordering of the weight) and the rows are few; with AVX2 its gelu is slow.  In low
+    precision torch calls oneDNN itself, with more around it;
     but it has products of its own for a single row.
     """
     products = x.numel() * n
@@ -122,7 +135,7 @@ def torch_is_faster(x: Tensor, n: int, saves: bool = False) -> bool:
     if x.dtype is torch.float32:
         if not _mkl_at_full_speed():
             return products < 1 << 20
-        return not (saves and 1 < rows < 512 and products > 1 << 22)
+        return not (saves and _has_avx512() and 1 < rows < 512 and products > 1 << 22)
     return rows == 1 and _native(x.dtype) and (x.dtype is torch.float16 or products < 1 << 16)
 
 
@@ -138,13 +151,25 @@ def torch_goes_back(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> bool
 
 @functools.cache
 def _mkl_at_full_speed() -> bool:
+    """Whether MKL takes its best path: on processors that are not Intel's that is the one for AVX2."""
     if not torch.backends.mkl.is_available():
         return False
+    return "GenuineIntel" in _processor() or not _has_avx512()
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return "avx512f" in _processor()
+
+
+@functools.cache
+def _processor() -> frozenset[str]:
+    """The words by which Linux describes the first processor; without any, one with AVX-512 that is not Intel's."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return "GenuineIntel" in file.read(256)
+            return frozenset(file.read(1 << 14).partition("\n\n")[0].split())
     except OSError:
-        return False
+        return frozenset({"avx512f"})
 
 
 def note(*tensors: Tensor | None) -> str | None:
@@ -222,6 +247,11 @@ def _probe(dtype: torch.dtype) -> None:
 
 def _find_fault(dtype: torch.dtype) -> str | None:
     """One sentence about what is wrong with the private op in `dtype`, or None."""
+    if not _native(dtype):
+        # Small products in float32 may be torch's own: the private op is asked as such.
+        fault = _find_fault(torch.float32)
+        if fault is not None:
+            return fault
     try:
         if not torch.backends.mkldnn.is_available():
             return "this torch is built without oneDNN"

@@ -338,6 +338,28 @@ def test_sizes_past_two_to_the_31st_are_counted_right() -> None:
     assert _onednn.torch_is_faster(x, 1 << 14, saves=True) is _onednn._mkl_at_full_speed()
 
 
+@pytest.mark.parametrize(
+    ("processor", "library", "with_gelu"),
+    [
+        ({"GenuineIntel", "avx2", "avx512f"}, "MKL", "oneDNN"),
+        ({"AuthenticAMD", "avx2", "avx512f"}, "oneDNN", "oneDNN"),
+        ({"GenuineIntel", "avx2"}, "MKL", "MKL"),
+        ({"AuthenticAMD", "avx2"}, "MKL", "MKL"),
+        (set(), "MKL", "MKL"),
+    ],
+)
+def test_which_library_multiplies_float32(monkeypatch, processor: set[str], library: str, with_gelu: str) -> None:
+    """MKL is slow where it has AVX-512 and does not take it; oneDNN's gelu is where there is none."""
+    monkeypatch.setattr(_onednn, "_processor", lambda: processor)
+    for cached in (_onednn._mkl_at_full_speed, _onednn._has_avx512):
+        monkeypatch.setattr(_onednn, cached.__name__, cached.__wrapped__)
+    x, weight = torch.empty(128, 768), torch.empty(3072, 768)
+    mkl = torch.backends.mkl.is_available()
+    assert _onednn.torch_is_faster(x, 3072) is (mkl and library == "MKL")
+    assert _onednn.torch_is_faster(x, 3072, saves=True) is (mkl and with_gelu == "MKL")
+    assert _onednn.torch_goes_back(torch.empty(128, 3072), x, weight) is (mkl and library == "MKL")
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
 def test_a_gradient_lies_as_its_weight_does(op, backend: str) -> None:
