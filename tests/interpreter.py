@@ -1,8 +1,10 @@
 """Triton's interpreter, mended: bfloat16 as numbers, not as bits, rounded to nearest even; loops to a run-time bound.
 
 It keeps bfloat16 as uint16.  Its products multiply those bits, its casts truncate, and arithmetic works on the bits too
-(triton 3.6.0 to 3.9.0); with NumPy 2.4 a loop to a run-time number fails (3.6.0).  And half of its time goes by without
-need (3.6.0): every call of a device function patches the whole language again, every tensor makes its shape anew.
+(triton 3.6.0 to 3.9.0); with NumPy 2.4 a loop to a run-time number fails (3.6.0).  And three quarters of its time go by
+without need (3.6.0): every call of a device function patches the whole language again, every tensor makes its shape
+anew and is broadcast to it, sums of integers are made once more to see whether they overflow, and nothing is said if
+they do.
 Private names are patched here, and tests/kernels/test_interpreter.py fails where one of the mends is no longer needed
 or no longer enough.
 """
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -28,8 +31,10 @@ original = {
     "_get_np_dtype": interpreter._get_np_dtype,
     "block_type": tl.block_type.__init__,
     "tensor": tl.tensor.__init__,
+    "broadcast_impl_value": TritonSemantic.broadcast_impl_value,
 }
 _ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.maximum, np.minimum)
+_INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
@@ -121,7 +126,7 @@ def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         original["block_type"](self, element_ty, shape)
         _shapes[key] = self.shape, self.numel, str(self.shape)
     self.shape, self.numel, text = _shapes[key]
-    self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
+    self.element_ty, self.name, self.sizes = element_ty, f"<{text}, {element_ty}>", key
 
 
 def tensor(self: Any, handle: Any, type: Any) -> None:
@@ -140,6 +145,39 @@ def get_np_dtype(dtype: Any) -> np.dtype:
     return _dtypes[scalar.name]
 
 
+def sanitize_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
+    """Raises where a sum, difference or product of integers overflows, except of unsigned ones, which may."""
+    scalar = left.type.scalar
+    if scalar.int_bitwidth >= 64 or scalar.is_int_unsigned():
+        return
+    wide = (x.handle.data.astype(np.int64) for x in (left, right))
+    exact = _INTEGERS[operation.__name__](*wide)
+    if exact.max() > scalar.get_int_max_value() or exact.min() < scalar.get_int_min_value():
+        raise OverflowError(f"int{scalar.int_bitwidth} overflows in {operation.__name__}")
+
+
+#: By pairs of shapes, () for a number: the shape of both together.
+_together: dict[tuple[tuple[int, ...], ...], tuple[int, ...]] = {}
+
+
+def broadcast_impl_value(self: Any, left: Any, right: Any) -> Any:
+    pair = tuple(x.type.sizes if x.type.is_block() else () for x in (left, right))
+    if pair not in _together:
+        both = original["broadcast_impl_value"](self, left, right)
+        _together[pair] = both[0].type.sizes if any(pair) else ()
+        return both
+    wanted = _together[pair]
+    return _spread(self, left, pair[0], wanted), _spread(self, right, pair[1], wanted)
+
+
+def _spread(self: Any, x: Any, sizes: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
+    if sizes == wanted:
+        return x
+    handle = x.handle
+    data = np.broadcast_to(handle.data.reshape((1,) * (len(wanted) - len(sizes)) + sizes), wanted)
+    return self.tensor(Handle(data, handle.dtype.scalar), tl.block_type(x.type.scalar, wanted))
+
+
 def apply() -> None:
     """Mends the interpreter of this process; before the first launch."""
     Builder.create_dot, Builder.cast_impl, Builder.binary_op = create_dot, cast_impl, binary_op
@@ -149,3 +187,5 @@ def apply() -> None:
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    TritonSemantic.binary_op_sanitize_overflow_impl = sanitize_overflow
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value

@@ -150,6 +150,50 @@ tl.tuple.__init__ = init
 """
     + REPEATED
 )
+SPLATS = (
+    """
+from triton.runtime.interpreter import InterpreterBuilder
+calls, before = 0, InterpreterBuilder.create_splat
+
+def create_splat(*arguments):
+    global calls
+    calls += 1
+    return before(*arguments)
+
+InterpreterBuilder.create_splat = create_splat
+"""
+    + REPEATED
+)
+
+OVERFLOW = """
+@triton.jit
+def step(x, y, by: tl.constexpr, unsigned: tl.constexpr):
+    i = tl.arange(0, 16)
+    a = tl.load(x + i)
+    if unsigned:
+        a = a.to(tl.uint32, bitcast=True)
+    if by == 1:
+        a = a + 1
+    elif by == -1:
+        a = a - 3
+    else:
+        a = a * 2
+    tl.store(y + i, a)
+
+def overflows(start, by, unsigned=False):
+    x, y = torch.full((16,), start, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    try:
+        step[(1,)](x, y, by, unsigned)
+    except Exception as error:
+        assert "overflows" in str(error), error
+        return True
+    return False
+
+last, first = 2**31 - 1, -(2**31)
+seen = [overflows(last, 1), overflows(first + 2, -1), overflows(2**30, 2)]
+unseen = [overflows(last - 1, 1), overflows(first + 3, -1), overflows(2**30 - 1, 2), overflows(-1, 1, unsigned=True)]
+print("right" if all(seen) and not any(unseen) else "wrong")
+"""
 
 
 def run(code: str, mended: bool) -> str:
@@ -175,8 +219,8 @@ def _file(program: str) -> str:
 
 @pytest.mark.parametrize(
     "code",
-    [DOT, CAST, LOOP, SUMMATION, PATCHES, SHAPES],
-    ids=["dot", "cast", "loop", "summation", "patches", "shapes"],
+    [DOT, CAST, LOOP, SUMMATION, PATCHES, SHAPES, SPLATS, OVERFLOW],
+    ids=["dot", "cast", "loop", "summation", "patches", "shapes", "splats", "overflow"],
 )
 def test_mended_it_is_right(code: str) -> None:
     assert run(code, mended=True) == "right"
@@ -188,8 +232,8 @@ def test_mended_it_refuses_arithmetic_on_bfloat16() -> None:
 
 @pytest.mark.parametrize(
     "code",
-    [DOT, CAST, LOOP, ARITHMETIC, PATCHES, SHAPES],
-    ids=["dot", "cast", "loop", "arithmetic", "patches", "shapes"],
+    [DOT, CAST, LOOP, ARITHMETIC, PATCHES, SHAPES, SPLATS, OVERFLOW],
+    ids=["dot", "cast", "loop", "arithmetic", "patches", "shapes", "splats", "overflow"],
 )
 def test_each_mend_is_still_needed(code: str) -> None:
     """Where one is not, Triton was mended: take it out of tests/interpreter.py."""
