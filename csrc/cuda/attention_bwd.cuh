@@ -20,16 +20,25 @@
 
 namespace pyxlbert::cuda {
 
+// Shared memory of which two blocks have half of an A100's multiprocessor each, 1 KiB of it being the system's.
+constexpr std::size_t HALF_OF_A100 = (164 / 2 - 1) * 1024;
+// Of 16-bit elements and heads up to 64 two blocks run at a time.
+template <class T, int D, bool SMALL, bool RELATIVE>
+constexpr std::size_t BACKWARD_ROOM = sizeof(T) == 2 && D <= 64                ? HALF_OF_A100
+                                      : TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED
+                                                                               : MIN_SHARED;
+
 template <class T, int D, bool RELATIVE, bool EXTRAS, bool SMALL>
 void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
     using W = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Tile;
+    using R = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Rows;
     using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
-    constexpr std::size_t ROOM = TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED : MIN_SHARED;
+    constexpr std::size_t ROOM = BACKWARD_ROOM<T, D, SMALL, RELATIVE>;
     static_assert(QueriesTile<W>::SHARED <= ROOM && shared_of_keys<S>() <= ROOM);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const AttentionCall& one) {
-        const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch<attention_bwd_rows<W>, W::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
+        const std::int64_t windows = windows_of(one, one.stream[0], R::WINDOW);
+        launch<attention_bwd_rows<R>, R::SHARED>(grid_of(windows * planes), R::THREADS, stream, one);
     });
     // Gradients that nobody needs have no address.
     if (a.dkey != nullptr)
