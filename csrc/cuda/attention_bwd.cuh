@@ -2,6 +2,7 @@
 //
 //     rows      a block per (queries, head):   delta = sum of dout * out; what lse is short of; the queries with biases
 //     keys      a block per (keys, head):      walks all queries, of both streams: dkey, dvalue
+//     key_rows  the same without a table of positions, where the registers have room for it
 //     queries   a block per (queries, head):   walks the keys: dquery, and the sums over queries that biases' gradients
 //                                              are made of
 //     table     a block per (rows of the table, head, part of the batch):   walks all queries of the part that read
@@ -10,31 +11,51 @@
 //
 // Each computes the scores again.  Nothing is added up by two blocks, so that the same bits come out every time.
 //
-// Where the sum runs over queries a warp has 16 of them as everywhere; its part of the weights and of the scores'
-// gradients goes through shared memory, where the warp that has the keys reads it transposed.
+// Where the sum runs over queries a warp of `keys` or `table` has 16 of them as everywhere; its part of the weights and
+// of the scores' gradients goes through shared memory, where the warp that has the keys reads it transposed.  A warp of
+// `key_rows` has scores with a row for each key, and what it adds up never leaves its registers.
 //
 // Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2.
 #pragma once
+#include "cuda/attention_bwd_key_rows.cuh"
 #include "cuda/attention_bwd_keys.cuh"
 #include "cuda/attention_bwd_queries.cuh"
 
 namespace pyxlbert::cuda {
 
+// Shared memory of which two blocks have half of an A100's multiprocessor each, 1 KiB of it being the system's.
+constexpr std::size_t HALF_OF_A100 = (164 / 2 - 1) * 1024;
+// Of 16-bit elements and heads up to 64 two blocks run at a time.
+template <class T, int D, bool SMALL, bool RELATIVE>
+constexpr std::size_t BACKWARD_ROOM = sizeof(T) == 2 && D <= 64                ? HALF_OF_A100
+                                      : TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED
+                                                                               : MIN_SHARED;
+
 template <class T, int D, bool RELATIVE, bool EXTRAS, bool SMALL>
 void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
     using W = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Tile;
-    using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
-    constexpr std::size_t ROOM = TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED : MIN_SHARED;
-    static_assert(QueriesTile<W>::SHARED <= ROOM && shared_of_keys<S>() <= ROOM);
+    using R = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Rows;
+    constexpr std::size_t ROOM = BACKWARD_ROOM<T, D, SMALL, RELATIVE>;
+    static_assert(QueriesTile<W>::SHARED <= ROOM);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const AttentionCall& one) {
-        const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
-        launch<attention_bwd_rows<W>, W::SHARED>(grid_of(windows * planes), W::THREADS, stream, one);
+        const std::int64_t windows = windows_of(one, one.stream[0], R::WINDOW);
+        launch<attention_bwd_rows<R>, R::SHARED>(grid_of(windows * planes), R::THREADS, stream, one);
     });
     // Gradients that nobody needs have no address.
-    if (a.dkey != nullptr)
-        launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS,
-                                                           stream, a);
+    if (a.dkey != nullptr) {
+        if constexpr (!FITS_KEY_ROWS<T, D, RELATIVE>) {
+            using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
+            static_assert(shared_of_keys<S>() <= ROOM);
+            launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS,
+                                                               stream, a);
+        } else {
+            using K = KeyTile<T, D, EXTRAS>;
+            static_assert(K::SHARED <= ROOM);
+            launch<attention_bwd_key_rows<K>, K::SHARED>(grid_of(ceil_div(a.keys, K::BK) * planes), K::THREADS, stream,
+                                                         a);
+        }
+    }
     for_each_stream(a, [&](const AttentionCall& one) {
         if (one.stream[0].dquery == nullptr) return;
         const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);

@@ -1,4 +1,5 @@
-// The backward kernel of attention that walks the queries for a block of keys, attention_bwd.cuh's `keys`.
+// The backward kernel that walks the queries for a block of keys, attention_bwd.cuh's `keys`: of relative attention,
+// and of attention where attention_bwd_key_rows.cuh would not fit the registers.
 #pragma once
 #include "cuda/attention_bwd_walk.cuh"
 
@@ -128,13 +129,8 @@ struct KeysSide {
     }
 };
 
-// Blocks for which a multiprocessor has registers: plain attention's, which the compiler would give a few too many.
 template <class C>
-constexpr int KEYS_BLOCKS = !C::EXTRAS && !C::RELATIVE && !C::WIDE && !C::LONG ? 3 : 1;
-
-template <class C>
-__global__ void __launch_bounds__(C::THREADS, KEYS_BLOCKS<C>)
-    attention_bwd_keys(const __grid_constant__ AttentionCall a) {
+__global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     const int blocks = ceil_div(a.keys, C::BK);
     const int plane = static_cast<int>(blockIdx.x) / blocks, b = plane / a.heads, h = plane % a.heads;

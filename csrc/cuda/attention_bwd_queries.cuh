@@ -8,9 +8,13 @@ namespace pyxlbert::cuda {
 template <class T, int D, bool EXTRAS, bool RELATIVE, bool SMALL>
 struct BackwardTileOf {
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
-    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
+    // Twice 16 queries to a warp where the registers have room for both: what it reads of keys and values serves twice.
+    static constexpr int M = WIDE || LONG || RELATIVE ? 1 : 2;
+    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
     static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
-    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, BN, WARPS>;
+    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, M, BN, WARPS>;
+    // `rows` reads memory and rarely walks: it takes the least room, so that many of its blocks share a multiprocessor.
+    using Rows = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, 16, WARPS>;
 };
 
 template <class C>
@@ -140,9 +144,14 @@ struct QueriesTile {
     // Blocks that compute the same scores, each for a share of the columns: the gradients of whole rows, from content
     // and from position, would not fit the registers.
     static constexpr int SPLIT = C::RELATIVE && C::WIDE && C::D > 64 ? 2 : 1, COLUMNS = C::D / SPLIT;
+    // A warp's rows of dout are the left factor of every tile: short ones stay in registers, and come there by way of
+    // shared memory that is not in use yet, the bands' or the keys' and values'.
+    static constexpr bool HELD = !C::WIDE && C::D <= 64;
     static constexpr std::size_t DOUT = C::ROWS * LD<C::D> * sizeof(T);
+    static_assert(!HELD || (C::RELATIVE ? DOUT <= C::BANDS : C::ROWS <= 4 * C::BN));
+    static_assert(C::M == 1 || !C::RELATIVE);
     static constexpr std::size_t DBAND = C::RELATIVE ? C::WARPS * 16 * BAND_LD * sizeof(T) : 0;
-    static constexpr std::size_t SHARED = C::SHARED + DOUT + DBAND;
+    static constexpr std::size_t SHARED = C::SHARED + (HELD ? 0 : DOUT) + DBAND;
 };
 
 // The sums over all rows of a warp's tile, by column: lanes 0 .. 3 have those of columns 2 (l % 4) and 2 (l % 4) + 1.
@@ -169,12 +178,14 @@ template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     using Q = QueriesTile<C>;
-    constexpr int D = C::D, N = C::BN / 8, COLUMNS = Q::COLUMNS;
+    constexpr int D = C::D, M = C::M, N = C::BN / 8, COLUMNS = Q::COLUMNS;
     const Stream& stream = a.stream[0];
     Pieces<C> p;
-    T* douts = reinterpret_cast<T*>(shared_memory() + C::SHARED);
-    T* dband = reinterpret_cast<T*>(shared_memory() + C::SHARED + Q::DOUT) + warp_id() * 16 * Q::BAND_LD;
-    const int row = warp_id() * 16, g = lane_id() / 4, t2 = lane_id() % 4 * 2;
+    T* douts = !Q::HELD      ? reinterpret_cast<T*>(shared_memory() + C::SHARED)
+               : C::RELATIVE ? reinterpret_cast<T*>(p.bands)
+                             : p.keys;
+    T* dband = reinterpret_cast<T*>(shared_memory() + Q::SHARED - Q::DBAND) + warp_id() * 16 * Q::BAND_LD;
+    const int row = first_row_of_warp<C>(), g = lane_id() / 4, t2 = lane_id() % 4 * 2;
     const bool by_number = stream.positions == nullptr,
                segments = C::EXTRAS && C::RELATIVE && a.key_segments != nullptr;
     const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
@@ -228,15 +239,31 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         if constexpr (C::RELATIVE)
             lines.gaps = __any_sync(0xffffffffu, lines.line(0, 0).number < 0 || lines.line(0, 1).number < 0);
         const int tiles = ceil_div(w.high, C::BN);
-        float content[1][COLUMNS / 8][4], position[1][C::RELATIVE ? COLUMNS / 8 : 2][4];
-        clear(content[0]);
+        float content[M][COLUMNS / 8][4], position[1][C::RELATIVE ? COLUMNS / 8 : 2][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) clear(content[m]);
         clear(position[0]);
         // Of each row: the gradients of scores of keys of the same segment and of the other, the weight of the latter,
         // and the sum of all gradients.
         float same[2] = {}, other[2] = {}, other_weight[2] = {}, total[2] = {};
         Bands<C> bands(p.bands);
         p.ring.base = 0;
-        fetch<C>(p, p.ring, 0);
+        if constexpr (C::RELATIVE || !Q::HELD) fetch<C>(p, p.ring, 0);
+        [[maybe_unused]] typename Mma<T>::Left held[D / Mma<T>::K][M];
+        if constexpr (Q::HELD) {
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < D; k += Mma<T>::K)
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+                    Mma<T>::load_left(held[k / Mma<T>::K][m], douts + (row + m * 16) * LD<D>, LD<D>, k);
+            if constexpr (!C::RELATIVE) {
+                __syncthreads();
+                fetch<C>(p, p.ring, 0);
+            }
+        }
         for (int t = 0; t < tiles; ++t) {
             cp_async_wait<0>();
             __syncthreads();
@@ -244,20 +271,26 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             next.move(C::BN);
             if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
-            std::uint32_t seen[1];
+            std::uint32_t seen[M];
             const Tile tile = tile_at<C>(seen, lines, first_j, by_number);
             if (tile != Tile::EMPTY) {
-                float c[1][N][4], dp[1][N][4];
+                float c[M][N][4], dp[M][N][4];
                 products_of_tile<C>(c, p, t, bands);
                 finish<C>(c, tile, seen, lines, first_j);
-                clear(dp[0]);
-                multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
+#pragma unroll
+                for (int m = 0; m < M; ++m) clear(dp[m]);
+                if constexpr (Q::HELD)
+                    multiply_held_rows<T, D>(dp, held, p.values + t % 2 * C::KEYS);
+                else
+                    multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
                 const bool drops = C::EXTRAS && p.masks[0].drops;
-                const std::uint32_t kept =
-                    drops ? kept_bits<N>(p.masks[0].draws, lines.line(0, 0).number, lines.line(0, 1).number, first_j)
-                          : ~0u;
-                gradients_of_scores<N, false>(c[0], dp[0], p.places[row + g], p.places[row + g + 8], kept,
-                                              drops ? a.dropout.scale : 1.0f);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    const Place &upper = lines.line(m, 0), &lower = lines.line(m, 1);
+                    const std::uint32_t kept =
+                        drops ? kept_bits<N>(p.masks[0].draws, upper.number, lower.number, first_j) : ~0u;
+                    gradients_of_scores<N, false>(c[m], dp[m], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
+                }
                 if (segments)
 #pragma unroll
                     for (int n = 0; n < N; ++n)
@@ -316,9 +349,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
         }
         cp_async_wait<0>();
         __syncthreads();
+        if (segments)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            if (segments) {
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int offset = 1; offset < 4; offset *= 2) {
                     same[half] += __shfl_xor_sync(0xffffffffu, same[half], offset);
@@ -331,7 +364,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 same[half] -= total[half] * (1.0f - other_weight[half]);
                 other[half] -= total[half] * other_weight[half];
             }
-            const int line = lines.line(0, half).number;
+#pragma unroll
+        for (int at = 0; at < 2 * M; ++at) {
+            const int m = at / 2, half = at % 2, line = lines.line(m, half).number;
             T* dquery =
                 like_query<T>(a, stream, stream.dquery, w.b, w.h, w.sequence.start) + line * stride + column() + t2;
 #pragma unroll
@@ -340,14 +375,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 float pair[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    pair[e] = content[0][d][half * 2 + e];
+                    pair[e] = content[m][d][half * 2 + e];
                     if constexpr (C::RELATIVE) pair[e] += position[0][d][half * 2 + e];
                     if (segments) {
                         float e0[1], e1[1];
-                        const std::int64_t at =
+                        const std::int64_t from =
                             static_cast<std::int64_t>(w.h) * a.head_size + column() + d * 8 + t2 + e;
-                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at, e0);
-                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, at + stride, e1);
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, from, e0);
+                        load_any<1>(a.segment_embedding.data, a.segment_embedding.dtype, from + stride, e1);
                         pair[e] += same[half] * e0[0] + other[half] * e1[0];
                     }
                 }

@@ -6,8 +6,8 @@ namespace pyxlbert::cuda {
 
 // exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `lse_correction` is what the rounding
 // left.  No weight is above 1, even where another order of adding left a score of 1e10 a rounding above the largest.
-DEVICE float weight_of(float score, const Place& place) {
-    const float exponent = __fsub_rn(__fsub_rn(score, place.lse), place.lse_correction);
+DEVICE float weight_of(float score, float lse, float lse_correction) {
+    const float exponent = __fsub_rn(__fsub_rn(score, lse), lse_correction);
     return exp2_approx(__fmul_rn(min_or_nan(exponent, 0.0f), LOG2E));
 }
 
@@ -51,6 +51,21 @@ DEVICE void find_statistics(const AttentionCall& a, const Stream& stream, const 
     }
 }
 
+// The same by cp.async: nobody waits here for what global memory has.
+template <int ROWS, int THREADS>
+DEVICE void ask_statistics(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h,
+                           Place* places) {
+    const std::int64_t at = statistics_at(a, b, h, s.start, stream.rows);
+    for (int r = static_cast<int>(threadIdx.x); r < ROWS; r += THREADS) {
+        Place& place = places[r];
+        if (place.number < 0) continue;
+        cp_async4(&place.lse, stream.lse + at + place.number, true);
+        cp_async4(&place.delta, stream.delta + at + place.number, true);
+        cp_async4(&place.lse_correction, stream.lse_correction + at + place.number, true);
+    }
+    cp_async_commit();
+}
+
 // A contiguous tensor like the query, a plane of it.
 template <class T>
 DEVICE T* like_query(const AttentionCall& a, const Stream& stream, void* data, int b, int h, std::int64_t start) {
@@ -67,7 +82,7 @@ DEVICE void gradients_of_scores(float (&c)[N][4], float (&dp)[N][4], const Place
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const Place& place = e < 2 ? upper : lower;
-            const float p = weight_of(c[n][e], place);
+            const float p = weight_of(c[n][e], place.lse, place.lse_correction);
             const float factor = (kept >> (4 * n + e) & 1) != 0 ? scale : 0.0f;
             c[n][e] = DROPPED ? p * factor : p;
             dp[n][e] = p * (dp[n][e] * factor - place.delta);

@@ -2,7 +2,8 @@
 // `table`.
 //
 // A step is up to BM queries of a stream at BM neighbouring positions.  While one is multiplied the next one's places
-// are found; what it needs is asked for once nobody reads the buffers any more, and comes under the sums.
+// are found and their statistics come; what else it needs is asked for once nobody reads the buffers any more, and
+// comes under the sums.
 #pragma once
 #include "cuda/attention_bwd_scores.cuh"
 
@@ -101,14 +102,14 @@ struct QueryWalk {
         return step;
     }
 
-    // Finds a step's queries; whether more stand at its positions.
+    // Finds a step's queries, and asks for their statistics; whether more stand at its positions.
     DEVICE bool find(const Step& step, int buffer) const {
         const Stream& stream = a.stream[step.stream];
         const Sequence s = side.sequence(step);
         Place* found = places + buffer * C::BM;
-        const bool more = find_places<C::RELATIVE, C::BM, C::THREADS>(a, stream, s, step.sequence, step.window * C::BM,
-                                                                      step.pass, found);
-        find_statistics<C::BM, C::THREADS>(a, stream, s, step.sequence, h, found);
+        const bool more = find_places<C::RELATIVE, C::BM, C::THREADS, true>(a, stream, s, step.sequence,
+                                                                            step.window * C::BM, step.pass, found);
+        ask_statistics<C::BM, C::THREADS>(a, stream, s, step.sequence, h, found);
         return more;
     }
 
@@ -120,7 +121,9 @@ struct QueryWalk {
         bool more = false;
         int buffer = 0;
         if (!step.done) {
-            more = __syncthreads_or(find(step, 0));
+            more = find(step, 0);
+            cp_async_wait<0>();
+            more = __syncthreads_or(more);
             side.enter(step);
             side.fetch(step, places, 0, true);
         }
@@ -146,6 +149,8 @@ struct QueryWalk {
             bool next_more = false;
             if (!next.done) next_more = find(next, 1 - buffer);
             side.multiply(step, here, buffer);
+            // The next step's statistics, which have had the time of the products to come.
+            cp_async_wait<0>();
             // From here on nobody reads rings, masks, these places, or tiles of which there is one.
             next_more = __syncthreads_or(next_more);
             if (!next.done) {

@@ -39,8 +39,8 @@ DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
 
 // The queries at positions first .. first + WINDOW - 1, 16 of each 16 positions in each pass; whether this thread knows
 // of more.  Without positions of their own there is one query at each.  RELATIVE: there may be positions, ranks and
-// segments.
-template <bool RELATIVE, int WINDOW, int THREADS>
+// segments.  ASKED: the statistics of queries that are there are asked for (ask_statistics), and left to that.
+template <bool RELATIVE, int WINDOW, int THREADS, bool ASKED = false>
 DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int first, int pass,
                         Place* places) {
     const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
@@ -65,7 +65,16 @@ DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequ
             if (rank != nullptr) place.rank = rank[place.number];
             if (segments != nullptr) place.segment = segments[place.number];
         }
-        places[r] = place;
+        if (!ASKED || place.number < 0) {
+            places[r] = place;
+        } else {
+            Place& to = places[r];
+            to.number = place.number;
+            to.position = place.position;
+            to.mask_row = place.mask_row;
+            to.rank = place.rank;
+            to.segment = place.segment;
+        }
     }
     return more;
 }

@@ -73,6 +73,12 @@ DEVICE void cp_async16(void* shared, const void* global, bool there) {
                  "r"(there ? 16 : 0)
                  : "memory");
 }
+// The same of 4 bytes.
+DEVICE void cp_async4(void* shared, const void* global, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(there ? 4 : 0)
+                 : "memory");
+}
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of this thread's committed groups are under way.
 template <int N>

@@ -173,7 +173,7 @@ void launch_relative_bwd_of(const AttentionCall& a, CudaStream stream) {
     launch_attention_bwd_of<T, D, true, EXTRAS, SMALL>(a, stream);
     if (a.dtable == nullptr) return;
     using S = SumTile<T, D, EXTRAS, true, SMALL>;
-    static_assert(shared_of_table<S>() <= (TILES_DIFFER<T, D, true> && !SMALL ? MAX_SHARED : MIN_SHARED));
+    static_assert(shared_of_table<S>() <= BACKWARD_ROOM<T, D, SMALL, true>);
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
     launch<attention_bwd_table<S>, shared_of_table<S>()>(grid_of(blocks * a.tables * a.heads), S::THREADS, stream, a);
 }

@@ -194,6 +194,21 @@ DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T*
     }
 }
 
+// The same where the left factor lies in registers, all its steps.
+template <class T, int D, int M, int N>
+DEVICE void multiply_held_rows(float (&c)[M][N][4], const typename Mma<T>::Left (&left)[D / Mma<T>::K][M],
+                               const T* right) {
+#pragma unroll
+    for (int k = 0; k < D; k += Mma<T>::K)
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            typename Mma<T>::Right b;
+            Mma<T>::load_rows(b, right + n * 8 * LD<D>, LD<D>, k);
+#pragma unroll
+            for (int m = 0; m < M; ++m) Mma<T>::multiply(c[m][n], c[m][n + 1], left[k / Mma<T>::K][m], b);
+        }
+}
+
 // out [M][16, 8 K] += c [M][16, 8 N], rounded to T, times the 8 N rows of `tile` [8 N, 8 K].
 template <class T, int D, int M, int K, int N>
 DEVICE void multiply_scores(float (&out)[M][K][4], const float (&c)[M][N][4], const T* tile) {

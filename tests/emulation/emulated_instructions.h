@@ -20,14 +20,17 @@ inline void in_shared_memory(const void* p, std::size_t bytes, const char* what)
         emulation::fail(what);
 }
 
-inline void cp_async16(void* shared, const void* global, bool there) {
-    in_shared_memory(shared, 16, "cp.async outside of shared memory");
-    if ((reinterpret_cast<std::uintptr_t>(shared) | (there ? reinterpret_cast<std::uintptr_t>(global) : 0)) % 16 != 0)
-        emulation::fail("cp.async at an address that is no multiple of 16");
-    std::memset(shared, 0xff, 16);
+inline void cp_async_of(void* shared, const void* global, bool there, std::uint32_t bytes) {
+    in_shared_memory(shared, bytes, "cp.async outside of shared memory");
+    if ((reinterpret_cast<std::uintptr_t>(shared) | (there ? reinterpret_cast<std::uintptr_t>(global) : 0)) % bytes !=
+        0)
+        emulation::fail("cp.async at an address that is no multiple of its bytes, 16 or 4");
+    std::memset(shared, 0xff, bytes);
     emulation::block->current->open.push_back(
-        {static_cast<unsigned char*>(shared), there ? static_cast<const unsigned char*>(global) : nullptr});
+        {static_cast<unsigned char*>(shared), there ? static_cast<const unsigned char*>(global) : nullptr, bytes});
 }
+inline void cp_async16(void* shared, const void* global, bool there) { cp_async_of(shared, global, there, 16); }
+inline void cp_async4(void* shared, const void* global, bool there) { cp_async_of(shared, global, there, 4); }
 inline void cp_async_commit() {
     emulation::Fiber& fiber = *emulation::block->current;
     fiber.groups.push_back(std::move(fiber.open));
@@ -39,9 +42,9 @@ void cp_async_wait() {
     while (static_cast<int>(groups.size()) > N) {
         for (const emulation::Copy& copy : groups.front()) {
             if (copy.from != nullptr)
-                std::memcpy(copy.to, copy.from, 16);
+                std::memcpy(copy.to, copy.from, copy.bytes);
             else
-                std::memset(copy.to, 0, 16);
+                std::memset(copy.to, 0, copy.bytes);
         }
         groups.erase(groups.begin());
     }

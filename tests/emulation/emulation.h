@@ -59,6 +59,7 @@ struct Meeting {
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
+    std::uint32_t bytes;
 };
 
 struct Fiber {
