@@ -22,8 +22,8 @@ struct Scores {
 struct Stream {
     Heads query;
     int rows;  // of a sequence; packed: at most
-    // int32 [B, rows]: positions in order, and the numbers of their rows; null: row i is at position i.  Rows of
-    // position -1 are left alone.
+    // int32 [B, rows]: positions in order, at most `offset`, and the numbers of their rows; null: row i is at position
+    // i.  Rows of position -1 are left alone.
     const std::int32_t *positions, *numbers;
     // int32 [B, rows] or packed, by number; or null.
     const std::int32_t *rank, *segments;

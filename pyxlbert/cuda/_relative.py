@@ -63,6 +63,8 @@ class _Call:
         query = in_place(padded(stream.query, self.columns))
         positions, numbers = int32(stream.positions), None
         if positions is not None:
+            # Those that the table does not reach are left alone: on a GPU nobody has refused them.
+            positions = positions.masked_fill(positions > shared.offset, -1)
             positions, numbers = positions.sort(dim=1, stable=True)
             numbers = int32(numbers)
         rank, segments = int32(stream.rank), int32(stream.segments)
