@@ -13,9 +13,10 @@ pytestmark = pytest.mark.skipif(backends.unavailable("cuda") is not None, reason
 DEVICE = "cpu" if backends.cuda_is_emulated else "cuda"
 
 
-def test_a_row_past_the_table_is_nan() -> None:
+# Of the last the keys are split.
+@pytest.mark.parametrize("keys", [40, 1100])
+def test_a_row_past_the_table_is_nan(keys: int) -> None:
     """Right past it too, where other rows of the same block are; those keep their bits."""
-    keys = 40
     generator = torch.Generator().manual_seed(0)
     q, k, v, table = (
         torch.randn(*shape, 1, 16, generator=generator).to(DEVICE)
