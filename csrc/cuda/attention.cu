@@ -7,11 +7,19 @@
 namespace pyxlbert::cuda {
 
 template <>
+void Kernels<PYXLBERT_ELEMENT>::attention_fwd_join(const AttentionCall& a, CudaStream stream) {
+    const std::int64_t rows = static_cast<std::int64_t>(a.batch) * a.heads * a.stream[0].rows;
+    launch<join_parts<PYXLBERT_ELEMENT>, 0>(grid_of(ceil_div<std::int64_t>(rows, JOIN_WARPS)), 32 * JOIN_WARPS, stream,
+                                            a);
+}
+
+template <>
 void Kernels<PYXLBERT_ELEMENT>::attention_fwd(const AttentionCall& a, CudaStream stream) {
     if (attention_fwd_hopper(a, stream)) return;
     with_head_size<true>(a.head_size, [&](auto size) {
         launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, false, 1, false>(a, has_extras(a), stream);
     });
+    if (a.partial != nullptr) attention_fwd_join(a, stream);
 }
 
 }  // namespace pyxlbert::cuda

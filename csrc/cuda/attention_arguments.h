@@ -22,8 +22,8 @@ struct Scores {
 struct Stream {
     Heads query;
     int rows;  // of a sequence; packed: at most
-    // int32 [B, rows]: positions in order, and the numbers of their rows; null: row i is at position i.  Rows of
-    // position -1 are left alone.
+    // int32 [B, rows]: positions in order, at most `offset`, and the numbers of their rows; null: row i is at position
+    // i.  Rows of position -1 are left alone.
     const std::int32_t *positions, *numbers;
     // int32 [B, rows] or packed, by number; or null.
     const std::int32_t *rank, *segments;
@@ -60,12 +60,17 @@ struct AttentionCall {
     RelativeOptions relative;
     int streams;
     Stream stream[2];
+    // Forward: what the parts of the keys have found, see attention_parts.cuh; null: keys are not split.
+    float* partial;
     // Backward.
     void *dkey, *dvalue;  // contiguous; both null: nobody needs them
     float* dtable;        // [tables, table_rows, H, D], or null
     void* dbias;          // in bias's dtype, contiguous, or null
     std::int64_t dbias_shape[4];
 };
+
+// Where keys are split: for so few queries, from so many keys on, into parts of so many.  All tiles divide a part.
+constexpr int FEW_QUERIES = 64, MANY_KEYS = 1024, KEYS_OF_PART = 512;
 
 // A call with one of its streams alone.
 inline AttentionCall alone(const AttentionCall& a, int stream) {

@@ -41,19 +41,27 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
         const T* dout = plane_of<T>(stream.dout, b, h, s.start);
         const T* out = like_query<T>(a, stream, stream.out, b, h, s.start);
         bool inexact = false;
-        for (int r = warp_id(); r < C::ROWS; r += C::WARPS) {
+        // LANES lanes have a row, 16 bytes each.
+        constexpr int EACH = 16 / sizeof(T), LANES = D > 16 * EACH ? 32 : D > 8 * EACH ? 16 : D > 4 * EACH ? 8 : 4;
+        static_assert(LANES * EACH >= D && C::ROWS % (C::WARPS * 32 / LANES) == 0);
+        const int c = lane_id() % LANES * EACH;
+#pragma unroll 2
+        for (int r = static_cast<int>(threadIdx.x) / LANES; r < C::ROWS; r += C::THREADS / LANES) {
             const int number = p.places[r].number;
-            if (number < 0) continue;
-            const float lse = stream.lse[statistics + number];
+            const float lse = number < 0 ? INFINITY_ : stream.lse[statistics + number];
             float sum = 0.0f;
             // A row that sees nothing takes no dout, which may be anything there.
-            if (lse != INFINITY_)
-                for (int c = lane_id(); c < a.head_size; c += 32)
-                    sum += to_float(dout[number * stream.dout.row + c]) * to_float(out[number * stride + c]);
+            if (lse != INFINITY_ && c < a.head_size) {
+                float x[EACH], y[EACH];
+                load<EACH>(dout + number * stream.dout.row + c, x);
+                load<EACH>(out + number * stride + c, y);
 #pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+                for (int e = 0; e < EACH; ++e) sum += x[e] * y[e];
+            }
+#pragma unroll
+            for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
             inexact = inexact || (lse != INFINITY_ && fabsf(lse) >= INEXACT_LSE);
-            if (lane_id() == 0) {
+            if (number >= 0 && lane_id() % LANES == 0) {
                 stream.delta[statistics + number] = sum;
                 stream.lse_correction[statistics + number] = 0.0f;
                 p.places[r].lse = lse;

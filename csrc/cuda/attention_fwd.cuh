@@ -3,13 +3,16 @@
 //     a block per (window of queries, head)          keys  j0 --> BN at a time
 //                                    q [M, D]   s = q k^T [M, N]  ->  p  ->  o += p v  [M, D]
 //
+// Few queries would be too few blocks for a device: if they meet many keys, a block has a part of these, and
+// attention_parts.cuh joins what the parts have found.
+//
 // Keys and values come by cp.async, a tile ahead.  A warp has M times 16 queries: of one stream, so that what it reads
 // of keys and values serves twice; or, of two streams, 16 of each at the same positions.
 //
 // Source: Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 1; attention_lines.cuh for positions.
 #pragma once
 #include "cuda/attention_lines.cuh"
-#include "cuda/softmax.cuh"
+#include "cuda/attention_parts.cuh"
 
 namespace pyxlbert::cuda {
 
@@ -19,6 +22,7 @@ struct Walk {
     std::int64_t key_stride, value_stride, table_stride;
     int head_size, readable, table_rows, high;
     int table_first;  // the table's row for row 0 of the ring at the first key
+    int begin;        // the first tile, where a block has a part of the keys
     const std::int32_t* hidden;
     Sequence sequence;  // and which it is, which head, and the first position of the window
     int b, h, first;
@@ -34,7 +38,7 @@ template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_, 
 struct WalkTile {
     using T = T_;
     static constexpr int D = D_, STREAMS = STREAMS_;
-    static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
+    static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_, SPLIT = false;
     static constexpr bool WIDE = sizeof(T) == 4;
     static constexpr int WARPS = WARPS_;
     static constexpr int M = M_;
@@ -50,6 +54,13 @@ struct WalkTile {
     static constexpr std::size_t BANDS = RELATIVE ? WARPS * M * Band<BN>::FLOATS * sizeof(float) : 0;
     static constexpr std::size_t SHARED =
         PLACES + BANDS + (QUERIES + 4 * KEYS + (RELATIVE ? RING * LD<D> : 0)) * sizeof(T);
+};
+
+// The same where a block has a part of the keys.
+template <class Tile>
+struct SplitTile : Tile {
+    static constexpr bool SPLIT = true;
+    static_assert(KEYS_OF_PART % Tile::BN == 0 && Tile::M == 1);
 };
 
 // Whether tiles of these are smaller where shared memory is MIN_SHARED.
@@ -102,8 +113,7 @@ DEVICE Walk walk_of(const AttentionCall& a, const Sequence& s, const Masks& mask
     w.key_stride = a.key.row;
     w.value_stride = a.value.row;
     w.head_size = a.head_size;
-    // Where a row without any key averages over all of them, all of them are read.
-    w.readable = C::EXTRAS && a.relative.uniform_rows ? s.extent : s.keys;
+    w.readable = C::EXTRAS ? keys_read(a, s) : s.keys;
     w.hidden = C::EXTRAS && !a.relative.uniform_rows ? masks.key_rank : nullptr;
     w.high = w.readable;
     if (a.options.causal && by_number && !(C::EXTRAS && (a.relative.uniform_rows || masks.see_self)))
@@ -131,9 +141,9 @@ DEVICE void fetch(const Pieces<C>& p, const Ring<typename C::T, C::D, C::RING>& 
                                               w.value_stride, first_j, w.readable, w.head_size, w.hidden);
     if constexpr (C::RELATIVE) {
         const T* table = static_cast<const T*>(w.table);
-        if (t == 0)
-            load_ring<T, C::D, C::WINDOW, C::THREADS>(ring, 0, table, w.table_stride, w.table_first, w.table_rows,
-                                                      w.head_size, nullptr);
+        if (t == (C::SPLIT ? w.begin : 0))
+            load_ring<T, C::D, C::WINDOW, C::THREADS>(ring, 0, table, w.table_stride, w.table_first + first_j,
+                                                      w.table_rows, w.head_size, nullptr);
         load_ring<T, C::D, C::BN, C::THREADS>(ring, C::WINDOW, table, w.table_stride,
                                               w.table_first + first_j + C::WINDOW, w.table_rows, w.head_size, nullptr);
     }
@@ -249,6 +259,23 @@ DEVICE void finish(float (&s)[C::M][C::BN / 8][4], Tile tile, const std::uint32_
                                                               lines.line(m, 1), first);
 }
 
+// How many windows there are; split: where queries have positions of their own, as many as queries.
+template <class C>
+HOST_DEVICE int windows_of_block(const AttentionCall& a, const Stream& stream) {
+    if (C::SPLIT && stream.positions != nullptr) return stream.rows;
+    return windows_of(a, stream, C::WINDOW);
+}
+
+// The first position of the window of query n in the order of positions; below 0 where the query has none, or one
+// before it has the same window.
+template <class C>
+DEVICE int window_of_query(const Stream& stream, int b, int n) {
+    const std::int32_t* positions = stream.positions + static_cast<std::int64_t>(b) * stream.rows;
+    if (positions[n] < 0) return -1;
+    const int first = positions[n] / C::WINDOW * C::WINDOW;
+    return n > 0 && positions[n - 1] >= first ? -1 : first;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
@@ -256,19 +283,34 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
     Pieces<C> p;
     int windows = 1;
 #pragma unroll
-    for (int n = 0; n < C::STREAMS; ++n) windows = max(windows, windows_of(a, a.stream[n], C::WINDOW));
-    const int plane = static_cast<int>(blockIdx.x) / windows, b = plane / a.heads, h = plane % a.heads;
+    for (int n = 0; n < C::STREAMS; ++n) windows = max(windows, windows_of_block<C>(a, a.stream[n]));
+    const int parts = C::SPLIT ? parts_of_call(a) : 1, part = static_cast<int>(blockIdx.x) % parts;
+    const int block = static_cast<int>(blockIdx.x) / parts;
+    const int plane = block / windows, b = plane / a.heads, h = plane % a.heads;
     // Causal: the windows with the most keys first.
-    const int window = static_cast<int>(blockIdx.x) % windows,
-              first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
+    const int window = block % windows;
+    int first = (a.options.causal ? windows - 1 - window : window) * C::WINDOW;
     const Sequence s = sequence_of(a, b);
+    if constexpr (C::SPLIT) {
+        if (part >= parts_of(a, s)) return;
+        if (C::RELATIVE && a.stream[0].positions != nullptr) {
+            first = window_of_query<C>(a.stream[0], b, window);
+            if (first < 0) return;
+        }
+    }
     bool empty = true;
 #pragma unroll
     for (int n = 0; n < C::STREAMS; ++n) empty = empty && is_empty<C::RELATIVE, C::WINDOW>(a.stream[n], s, b, first);
     if (empty) return;
     const bool by_number = a.stream[0].positions == nullptr;
     if (threadIdx.x < C::STREAMS) p.masks[threadIdx.x] = masks_of(a, a.stream[threadIdx.x], s, b, h);
-    if (threadIdx.x == 0) *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+    if (threadIdx.x == 0) {
+        *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
+        if constexpr (C::SPLIT) {
+            p.walk->begin = part * (KEYS_OF_PART / C::BN);
+            if (is_split(a, s)) p.walk->high = min(p.walk->high, (part + 1) * KEYS_OF_PART);
+        }
+    }
     for (int pass = 0;; ++pass) {
         bool more = false;
 #pragma unroll
@@ -297,15 +339,17 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         }
         __syncthreads();
         const Lines<C> lines = lines_of<C>(p);
-        const int tiles = ceil_div(p.walk->high, C::BN);
+        const int begin = C::SPLIT ? p.walk->begin : 0, tiles = ceil_div(p.walk->high, C::BN);
+        // Few queries leave warps without any, which have but their share of the copies to do.
+        const bool idle = C::SPLIT && p.places[first_row_of_warp<C>()].number < 0;
         float o[M][D / 8][4];
         RunningRows rows[M];
 #pragma unroll
         for (int m = 0; m < M; ++m) clear(o[m]);
         Bands<C> bands(p.bands);
         p.ring.base = 0;
-        fetch<C>(p, p.ring, 0);
-        for (int t = 0; t < tiles; ++t) {
+        fetch<C>(p, p.ring, begin);
+        for (int t = begin; t < tiles; ++t) {
             cp_async_wait<0>();
             __syncthreads();
             Ring<T, D, C::RING> next = p.ring;
@@ -313,7 +357,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
             if (t + 1 < tiles) fetch<C>(p, next, t + 1);
             const int first_j = t * C::BN;
             std::uint32_t seen[M];
-            const Tile tile = tile_at<C>(seen, lines, first_j, by_number);
+            const Tile tile = idle ? Tile::EMPTY : tile_at<C>(seen, lines, first_j, by_number);
             if (tile != Tile::EMPTY) {
                 float c[M][N][4];
                 products_of_tile<C>(c, p, t, bands);
@@ -342,8 +386,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         for (int m = 0; m < M; ++m) {
             const Stream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                store_row<T>(a, stream, p.walk->sequence, b, h, lines.line(m, half).number, half, rows[m], o[m]);
+            for (int half = 0; half < 2; ++half) {
+                const int number = lines.line(m, half).number;
+                if (C::SPLIT && is_split(a, p.walk->sequence))
+                    store_part(a, p.walk->b * a.heads + p.walk->h, p.walk->begin * C::BN / KEYS_OF_PART, number, half,
+                               rows[m], o[m]);
+                else
+                    store_row<T>(a, stream, p.walk->sequence, b, h, number, half, rows[m], o[m]);
+            }
         }
         if (!C::RELATIVE || !more) return;
         __syncthreads();
@@ -365,19 +415,25 @@ struct ForwardTileOf {
 // Starts the kernel for head sizes up to D.
 template <class T, int D, bool RELATIVE, int STREAMS, bool SMALL>
 void launch_attention_fwd_of(const AttentionCall& a, bool extras, CudaStream stream) {
-    auto run = [&](auto extra) {
-        using C = typename ForwardTileOf<T, D, decltype(extra)::value, RELATIVE, STREAMS, SMALL>::Tile;
+    auto run = [&](auto tile) {
+        using C = decltype(tile);
         std::int64_t windows = 1;
         for (int n = 0; n < STREAMS; ++n) {
-            const std::int64_t more = windows_of(a, a.stream[n], C::WINDOW);
+            const std::int64_t more = windows_of_block<C>(a, a.stream[n]);
             windows = more > windows ? more : windows;
         }
-        launch<attention_fwd<C>, C::SHARED>(grid_of(windows * a.batch * a.heads), C::THREADS, stream, a);
+        const std::int64_t parts = C::SPLIT ? parts_of_call(a) : 1;
+        launch<attention_fwd<C>, C::SHARED>(grid_of(windows * a.batch * a.heads * parts), C::THREADS, stream, a);
     };
+    using Plain = typename ForwardTileOf<T, D, false, RELATIVE, STREAMS, SMALL>::Tile;
+    using Extras = typename ForwardTileOf<T, D, true, RELATIVE, STREAMS, SMALL>::Tile;
+    if constexpr (STREAMS == 1)
+        // What is bound by memory has time for the extras' questions.
+        if (a.partial != nullptr) return run(SplitTile<Extras>());
     if (extras)
-        run(std::true_type());
+        run(Extras());
     else
-        run(std::false_type());
+        run(Plain());
 }
 
 }  // namespace pyxlbert::cuda

@@ -368,6 +368,9 @@ template <bool RELATIVE>
 bool hopper_takes(const AttentionCall& a) {
     const Stream& stream = a.stream[0];
     const int batch = a.cu_seqlens == nullptr ? a.batch : 1;
+    // Keys are split where queries are few, of which most of a block of 128 would have nothing to do; and what is bound
+    // by memory gains nothing from faster products.
+    if (a.partial != nullptr) return false;
     // With few queries half of a block would have nothing to do.
     if (stream.rows < fewest_queries() || a.keys == 0 || !can_be_mapped(a.key, batch, a.keys, a.heads) ||
         !can_be_mapped(a.value, batch, a.keys, a.heads))

@@ -306,6 +306,9 @@ void attention_table(AttentionCall& a, Address table, const Strides3& strides, i
 // Of attention itself, whose queries have the rank 0: keys of UNSEEN_RANK are not read.
 void attention_ranks(AttentionCall& a, Address key_rank) { a.key_rank = pointer<const std::int32_t>(key_rank); }
 
+// Forward with the keys split: room for what the parts find.
+void attention_parts(AttentionCall& a, Address partial) { a.partial = pointer<float>(partial); }
+
 void attention_gradients(AttentionCall& a, Address dkey, Address dvalue, Address dtable, Address dbias,
                          const Strides4& dbias_shape) {
     a.dkey = pointer(dkey);
@@ -342,6 +345,9 @@ void bind(py::module_& m) {
     m.def("embedding_layer_norm_bwd", &embedding_layer_norm_bwd);
     m.def("scatter", &scatter);
     m.attr("MAX_HEAD_SIZE") = MAX_HEAD_SIZE;
+    m.attr("FEW_QUERIES") = FEW_QUERIES;
+    m.attr("MANY_KEYS") = MANY_KEYS;
+    m.attr("KEYS_OF_PART") = KEYS_OF_PART;
     py::class_<Stream>(m, "Stream", py::module_local())
         .def(py::init(&query_stream))
         .def("gradients", &stream_gradients);
@@ -349,6 +355,7 @@ void bind(py::module_& m) {
         .def(py::init(&attention_call))
         .def("table", &attention_table)
         .def("ranks", &attention_ranks)
+        .def("parts", &attention_parts)
         .def("gradients", &attention_gradients);
     m.def("attention_fwd", &launch_attention<launch_attention_fwd>);
     m.def("attention_bwd", &launch_attention<launch_attention_bwd>);

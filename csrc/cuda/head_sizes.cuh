@@ -13,6 +13,8 @@ struct Kernels {
     static void attention_fwd(const AttentionCall& a, CudaStream stream);
     // False where the call or the device is not for it, and nothing has been started.
     static bool attention_fwd_hopper(const AttentionCall& a, CudaStream stream);
+    // out and lse from what the parts of the keys have found.
+    static void attention_fwd_join(const AttentionCall& a, CudaStream stream);
     static void attention_bwd(const AttentionCall& a, CudaStream stream);
     static void relative_attention_fwd(const AttentionCall& a, CudaStream stream);
     static bool relative_attention_fwd_hopper(const AttentionCall& a, CudaStream stream);

@@ -16,6 +16,7 @@ void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const AttentionCall& a, C
             launch_attention_fwd_of<T, D, true, 1, decltype(small)::value>(a, has_relative_extras(a), stream);
         });
     });
+    if (a.partial != nullptr) attention_fwd_join(a, stream);
 }
 
 }  // namespace pyxlbert::cuda

@@ -44,6 +44,25 @@ DEVICE void softmax_step(RunningRows& rows, float (&c)[N][4], float (&o)[K][4]) 
     }
 }
 
+// What becomes of a row whose weights, against the largest score, have this sum.
+struct RowEnd {
+    float factor;  // of the sums of weighted values
+    bool some;     // else zeros, and not what a masked row's zeros times infinity would be
+    float lse;
+};
+
+DEVICE RowEnd end_of_row(const AttentionCall& a, const Sequence& s, float top, float sum) {
+    // A NaN among the scores is one in the weights.
+    const bool bad = s.wrong || sum != sum, some = sum > 0.0f;
+    return {bad    ? NAN_
+            : some ? a.dropout.scale / sum
+                   : 0.0f,
+            bad || some,
+            sum != sum ? sum
+            : some     ? top + logf(sum)
+                       : INFINITY_};
+}
+
 // Writes out and lse of one of a thread's two rows, query `number`; below 0 there is none.  A whole warp calls it.
 template <class T, int K>
 DEVICE void store_row(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h, int number,
@@ -52,22 +71,16 @@ DEVICE void store_row(const AttentionCall& a, const Stream& stream, const Sequen
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (number < 0) return;
-    // A NaN among the scores is one in the weights.
-    const bool bad = s.wrong || sum != sum, some = sum > 0.0f;
-    const float factor = bad ? NAN_ : some ? a.dropout.scale / sum : 0.0f;
+    const RowEnd end = end_of_row(a, s, rows.top[half], sum);
     T* out = static_cast<T*>(stream.out) + result_row(a, b, h, s.start, stream.rows, number) * a.head_size +
              lane_id() % 4 * 2;
 #pragma unroll
     for (int d = 0; d < K; ++d) {
         if (d * 8 >= a.head_size) break;
-        // Zeros, and not what a masked row's zeros times infinity would be.
-        store_pair(out + d * 8, bad || some ? o[d][half * 2] * factor : 0.0f,
-                   bad || some ? o[d][half * 2 + 1] * factor : 0.0f);
+        store_pair(out + d * 8, end.some ? o[d][half * 2] * end.factor : 0.0f,
+                   end.some ? o[d][half * 2 + 1] * end.factor : 0.0f);
     }
-    if (lane_id() % 4 == 0)
-        stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = sum != sum ? sum
-                                                                            : some     ? rows.top[half] + logf(sum)
-                                                                                       : INFINITY_;
+    if (lane_id() % 4 == 0) stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = end.lse;
 }
 
 }  // namespace pyxlbert::cuda

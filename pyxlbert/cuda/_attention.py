@@ -43,6 +43,33 @@ def whole_vectors(head_size: int) -> int:
     return -(-head_size // 8) * 8
 
 
+def parts_of_keys(queries: int, keys: int) -> int:
+    """How many parts so many keys of every head are split into, which depends on the sequence alone: a row has the same
+    bits in any batch. Packed sequences, with as many queries as keys, are never split.
+    """
+    native = backends.cuda_kernels
+    split = queries <= native.FEW_QUERIES and keys >= native.MANY_KEYS
+    return -(-keys // native.KEYS_OF_PART) if split else 1
+
+
+def split_keys(native: Any, query: Tensor, keys: int) -> Tensor | None:
+    """Has the keys of a forward call split where queries are few; what must live as long as the call.
+
+    Args:
+        native: as `native_call` describes the call.
+        query: padded, `[B, Tq, H, D]` or packed.
+        keys: Tk.
+    """
+    if query.dim() == 3 or parts_of_keys(query.shape[1], keys) == 1:
+        return None
+    batch, queries, heads, columns = query.shape
+    # Of each row and part a sum of weighted values, the largest score and the sum of the weights.
+    rows = batch * heads * queries * parts_of_keys(queries, keys)
+    partial = torch.empty(rows * (columns + 2), dtype=torch.float32, device=query.device)
+    native.parts(partial.data_ptr())
+    return partial
+
+
 def native_call(
     streams: list[Any], shape: tuple[int, ...], key: Tensor, value: Tensor, call: Any, options: Any
 ) -> tuple[Any, list[Tensor | None]]:

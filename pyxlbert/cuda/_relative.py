@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import in_place, native_call, padded, whole_vectors
+from pyxlbert.cuda._attention import in_place, native_call, padded, split_keys, whole_vectors
 from pyxlbert.cuda._launch import dtype_of, launch, shared_memory
 from pyxlbert.launch.attention import lse_of, strides
 from pyxlbert.launch.relative import BIASES, SHARED, Shared, Stream
@@ -63,6 +63,8 @@ class _Call:
         query = in_place(padded(stream.query, self.columns))
         positions, numbers = int32(stream.positions), None
         if positions is not None:
+            # Those that the table does not reach are left alone: on a GPU nobody has refused them.
+            positions = positions.masked_fill(positions > shared.offset, -1)
             positions, numbers = positions.sort(dim=1, stable=True)
             numbers = int32(numbers)
         rank, segments = int32(stream.rank), int32(stream.segments)
@@ -78,7 +80,10 @@ def forward(op: str, shared: Shared, streams: list[Stream]) -> list[tuple[Tensor
     found = [_results(shared, stream) for stream in streams]
     if any(lse.numel() for _, lse in found):
         call = _Call(shared, streams, *map(list, zip(*found, strict=True)))
-        launch(f"{op}_fwd", shared.key.device, call.build())
+        native = call.build()
+        # A block that has queries of two streams has all keys.
+        _partial = split_keys(native, found[0][0], shared.key.shape[-3]) if len(streams) == 1 else None
+        launch(f"{op}_fwd", shared.key.device, native)
     return [
         (out if out.shape == stream.query.shape else out[..., : stream.query.shape[-1]].contiguous(), lse)
         for stream, (out, lse) in zip(streams, found, strict=True)

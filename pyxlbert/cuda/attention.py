@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import backends
-from pyxlbert.cuda._attention import in_place, native_call, padded, refusal_of_heads, whole_vectors
+from pyxlbert.cuda._attention import in_place, native_call, padded, refusal_of_heads, split_keys, whole_vectors
 from pyxlbert.cuda._launch import launch
 from pyxlbert.launch.attention import ATTENTION, StreamOptions, lse_of, only_needed, ranks_of_mask, strides
 from pyxlbert.launch.rows import address
@@ -29,6 +29,7 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
         ranks = ranks_of_mask(call.attention_mask, k)
         native, _keep = native_call([_stream(call, q, out, lse)], q.shape, k, v, call, call)
         native.ranks(address(ranks))
+        _partial = split_keys(native, q, k.shape[-3])
         launch("attention_fwd", query.device, native)
     return out if columns == head_size else out[..., :head_size].contiguous(), lse
 

@@ -211,7 +211,7 @@ def _readable(names: list[str]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    name = re.sub(r"pyxlbert::cuda::|\(anonymous namespace\)::|^void ", "", name).replace("> >", ">>")
+    name = re.sub(r"pyxlbert::cuda::|\(anonymous namespace\)::|^void | (?=>)", "", name)
     return re.sub(r"\(pyxlbert.*|\((const )?[A-Z]\w+.*\)$|\(float const\*.*", "", name)
 
 

@@ -202,6 +202,7 @@ inline std::uint32_t to_tf32(float x) {
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float min_or_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 
 }  // namespace pyxlbert::cuda

@@ -305,6 +305,12 @@ SPEC = Spec(
             ),
             {Use.EMULATION: HALF},
         ),
+        # Three parts of 512 keys, and a sequence that is too short to be split.
+        Case(
+            "emulated, split keys",
+            Inputs(5, 1100, head_size=64, layout="apart", lengths=(1100, 700), unseen=True, dropout_p=0.2, seed=5),
+            {Use.EMULATION: HALF},
+        ),
         # Three tiles of 128 keys, three windows of 128 queries, the last of each a part.
         *(
             Case(f"Hopper, {id}", Inputs(330, layout=layout, head_size=size, **options), {Use.HOPPER: HALF})

@@ -275,6 +275,11 @@ SPEC = Spec(
             ),
             {Use.EMULATION: HALF},
         ),
+        Case(
+            "emulated, split keys",
+            Inputs(5, 1100, head_size=64, layout="apart", biases="uv", lengths=(1100, 700), unseen=True, offset=5),
+            {Use.EMULATION: HALF},
+        ),
         # Three windows of 128 queries and six tiles of 64 keys, more than the table's blocks that are kept.
         *(
             Case(f"Hopper, {id}", Inputs(330, layout="by head", head_size=size, **options), {Use.HOPPER: HALF})
