@@ -6,10 +6,8 @@ In a process of its own: a process that interprets kernels (TRITON_INTERPRET=1) 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import importlib
-import json
-import os
 import re
 import subprocess
 import tempfile
@@ -19,6 +17,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from pyxlbert.backends.presence import BACKENDS
 
@@ -26,7 +25,11 @@ from pyxlbert.backends.presence import BACKENDS
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 ARCHITECTURES = tuple(SHARED)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+# Instructions of PTX, by what is counted of them: products of tiles, and loads of 16 bytes and more.
+MATRIX = {"mma": r"\bmma\.sync\b", "wgmma": r"\bwgmma\.mma_async\b", "tcgen05": r"\btcgen05\.mma\b"}
+WIDE_LOADS = (
+    r"\bld\.global[\w.:]*\.v[48]\.b32\b|\bld\.global[\w.:]*\.v[24]\.b64\b|\bcp\.async\.c[ag]\.[^;]*, (?:16|0x10)\b"
+)
 
 
 class Driver:
@@ -49,6 +52,9 @@ class Driver:
 def compile_for(architecture: int) -> None:
     """From here on `warmup` of a kernel compiles for this architecture (compute capability times ten)."""
     triton.runtime.driver.set_active(Driver(architecture))
+    # A function's source is parsed once, and not for every kernel that calls it.
+    if not hasattr(JITFunction.parse, "cache_info"):
+        JITFunction.parse = functools.cache(JITFunction.parse)
 
 
 @contextlib.contextmanager
@@ -77,39 +83,26 @@ def launching(launch: Callable[..., Any], architecture: int) -> Iterator[None]:
 
 
 def report(kernel: Any) -> dict[str, Any]:
-    """Registers, stack and instructions of a compiled kernel; kept in the folder TRITON_CACHE_DIR, if that is set."""
-    cubin = kernel.asm["cubin"]
-    kept = os.environ.get("TRITON_CACHE_DIR")
-    path = Path(kept) / "reports" / f"{hashlib.sha256(cubin).hexdigest()}.json" if kept else None
-    if path is not None and path.exists():
-        return json.loads(path.read_text())
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
-    found = {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "matrix": {name: n for name in MATRIX if (n := len(re.findall(rf"\b{name}\b", code)))},
-        "wide_loads": len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E\.ENL2\.256\b|\bLDGSTS\.E\.[\w.]*128\b", code)),
+    """Registers and stack of a compiled kernel, and what its PTX multiplies and loads with.
+
+    A kernel without stack and local memory spills nothing.
+    """
+    usage, code = _usage(kernel), kernel.asm["ptx"]
+    words = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+    return {name: int(re.search(rf"{word}:(\d+)", usage)[1]) for name, word in words.items()} | {
+        "matrix": {name: n for name, instruction in MATRIX.items() if (n := len(re.findall(instruction, code)))},
+        "wide_loads": len(re.findall(WIDE_LOADS, code)),
     }
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found))
-        part.replace(path)
-    return found
 
 
 def stack(kernel: Any) -> int:
     """Bytes of stack of a compiled kernel: the quick part of `report`."""
+    return int(re.search(r"STACK:(\d+)", _usage(kernel))[1])
+
+
+def _usage(kernel: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return int(re.search(r"STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))[1])
-
-
-def _tool(name: str, *options: str) -> str:
-    return subprocess.run([TOOLS / name, *options], capture_output=True, text=True, check=True).stdout
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

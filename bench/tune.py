@@ -5,10 +5,10 @@
     python -m pyxlbert.bench.tune --compile 90 --mend [--write ...]         only for those whose tile spills
     python -m pyxlbert.bench.tune --compile 90 --check                      says which those are
 
-The table has a row per kernel, architecture, dtype's size, head size, and whether tiles have masks or dropout (`Key`).
-Rows of other architectures stay as they are; a row that says what an older architecture's does is left out.  Every row
-is written as it is found.  What compiling has shown is kept in a file beside the build, so that a run that was ended
-goes on where it was, and a later one compiles only what has changed since.
+The table has a row per kernel, architecture, dtype's size, head size, and whether tiles have masks, dropout or segments
+(`Key`).  Rows of other architectures stay as they are; a row that says what would be found without it is left out.
+Every row is written as it is found.  What compiling has shown is kept in a file beside the build, so that a run that
+was ended goes on where it was, and a later one compiles only what has changed since.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ CANDIDATES: dict[tuple[str, int], list[Tile]] = {
         (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1), (32, 16, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1),
         (16, 16, 8, 1),
     ),
+    # What FlexAttention begins with: the rows that stay are many, and what walks past them is used more often.
+    ("attention_bwd_keys", 2): _tiles((64, 128, 8, 3), (64, 128, 8, 2)),
+    ("attention_bwd_queries", 2): _tiles((128, 64, 8, 3), (128, 64, 8, 2)),
     ("relative_fwd", 2): _tiles(
         (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 1), (32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1),
         (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1),
@@ -97,7 +100,8 @@ CANDIDATES: dict[tuple[str, int], list[Tile]] = {
 def candidates(kernel: str, size: int) -> list[Tile]:
     """The tiles to try for a kernel and an element of `size` bytes."""
     if kernel.startswith("attention"):
-        return CANDIDATES["attention_fwd" if kernel == "attention_fwd" else "attention_bwd", size]
+        usual = CANDIDATES["attention_fwd" if kernel == "attention_fwd" else "attention_bwd", size]
+        return usual if kernel == "attention_fwd" else CANDIDATES.get((kernel, size), []) + usual
     carries: tuple[bool | None, ...] = (None,)
     if kernel in configurations.CARRYING:
         carries = (False,) if kernel.endswith("_positions") else (True, False)
@@ -108,7 +112,7 @@ def candidates(kernel: str, size: int) -> list[Tile]:
     else:
         forward = kernel in ("relative_fwd", "relative_bwd_rows")
         found = CANDIDATES["relative_fwd" if forward else "relative_bwd", 2]
-    registers = (255, None) if size == 4 else (255,)
+    registers = (255, None) if size == 4 or kernel == "relative_bwd_table" else (255,)
     return [tile._replace(CARRY=carry, maxnreg=most) for tile in found for carry in carries for most in registers]
 
 
@@ -196,13 +200,13 @@ class Search:
                 for module, configuration, launch in before:
                     module.configuration, module.launch = configuration, launch
 
-    def _configuration(self, kernel: str, query: Tensor, extras: bool) -> Tile:
+    def _configuration(self, kernel: str, query: Tensor, extras: bool, segments: bool = False) -> Tile:
         size, head_size = query.element_size(), query.shape[-1]
         padded = next(most for most in configurations.HEAD_SIZES if head_size <= most)
-        self.now = Key(kernel, self.architecture, size, padded, extras)
+        self.now = Key(kernel, self.architecture, size, padded, extras, segments)
         if self.now == self.wanted and self.candidate is not None:
             return self.candidate
-        return configurations.row_for(kernel, _card(self.architecture), size, head_size, extras)
+        return configurations.row_for(kernel, _card(self.architecture), size, head_size, extras, segments)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
@@ -310,18 +314,23 @@ def write_table(path: Path, table: dict[Key, Tile]) -> None:
     Raises:
         ValueError: there is no such table in the file.
     """
+    kept: dict[Key, Tile] = {}
     rows = []
-    for key in sorted(table, key=lambda key: (key.kernel, -key.bytes, key.head_size, key.extras, key.architecture)):
-        older = [other for other in table if other[2:] == key[2:] and other.kernel == key.kernel]
-        older = [other for other in older if other.architecture < key.architecture]
-        older = [other for other in older if configurations.holds_for(other.architecture, _card(key.architecture))]
-        if older and table[max(older, key=lambda other: other.architecture)] == table[key]:
-            continue
-        name, *numbers = key
+    # Those with segments first: they are for calls without, too.
+    order = sorted(table, key=lambda key: (key.kernel, -key.bytes, key.head_size, key.extras, not key.segments, key[1]))
+    for key in order:
+        others = [other for other in kept if other.head_size == key.head_size]
+        # The first of its kind is the best of none.
+        with contextlib.suppress(ValueError):
+            if kept[configurations.best_of(others, key.kernel, _card(key.architecture), *key[2:])] == table[key]:
+                continue
+        kept[key] = table[key]
+        name, *numbers, segments = key
         *numbers_of_tile, maxnreg = table[key]
         tile = ", ".join(str(value) for value in numbers_of_tile if value is not None)
         if maxnreg != Tile._field_defaults["maxnreg"]:
             tile += f", maxnreg={maxnreg}"
+        numbers += [True] if segments else []
         rows.append(f'    Key("{name}", {", ".join(str(n) for n in numbers)}): Tile({tile}),\n')
     text = path.read_text(encoding="utf-8")
     new, count = _TABLE.subn(lambda found: found[1] + "".join(rows) + found[3], text)
@@ -456,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _before(search: Search, key: Key) -> Tile:
-    return configurations.row_for(key.kernel, _card(search.architecture), key.bytes, key.head_size, key.extras)
+    return configurations.row_for(key.kernel, _card(search.architecture), *key[2:])
 
 
 def _holds(search: Search, key: Key, asked: Asked, options: argparse.Namespace) -> bool:

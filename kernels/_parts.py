@@ -32,6 +32,7 @@ from ._attention import (
 )
 from ._configurations import COMPILE_OPTIONS
 from ._launch import launch
+from ._plan import Launch
 
 # Where keys are split: for so few queries, from so many keys on, into parts of at least so many, until there are about
 # so many programs with blocks of 64 queries.
@@ -78,13 +79,15 @@ def partial_of(sizes: Sizes, planes: int, query: Tensor) -> Partial | None:
     return Partial(acc, weight, top, coded(parts), coded(each))
 
 
-def join_parts(partial: Partial, sizes: Sizes, out: Rows, lse: Statistics, keep_scale: float) -> None:
-    """out and lse, from what the parts have found."""
+def join_parts(partial: Partial, sizes: Sizes, out: Rows, lse: Statistics, keep_scale: float) -> Launch:
+    """out and lse, from what the parts have found; the launch."""
     planes, _, queries, head_size = partial.acc.shape
     padded = max(16, triton.next_power_of_2(head_size))
     grid = grid_of(queries, JOINED_ROWS, planes)
     options: dict[str, Any] = {"D": head_size, "BLOCK_D": padded, "BLOCK_M": JOINED_ROWS, "num_warps": 4}
-    launch(join, grid, partial.acc.device, partial, sizes, out, lse, keep_scale, **options, **COMPILE_OPTIONS)
+    options |= COMPILE_OPTIONS
+    arguments = (partial, sizes, out, lse, keep_scale)
+    return Launch(join, launch(join, grid, partial.acc.device, *arguments, **options), grid, arguments, options)
 
 
 @triton.jit

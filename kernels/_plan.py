@@ -8,7 +8,7 @@ the compiled kernel and its numbers are kept, and the next call puts its tensors
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,22 @@ POSSIBLE = (
 )
 MOST = 4096
 
-_plans: dict[Hashable, Plan] = {}
+_plans: dict[Hashable, Plans] = {}
+
+
+class Launch(NamedTuple):
+    """A launch as it was made: the kernel, what came of it, its grid, its arguments, its constants and options."""
+
+    kernel: Any
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def given(self) -> list[Any]:
+        """All that the kernel was given, in the order of its signature, constants too."""
+        names = self.kernel.arg_names[len(self.arguments) :]
+        return [*self.arguments, *(self.constants[name] for name in names)]
 
 
 class Plan:
@@ -47,6 +62,20 @@ class Plan:
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         self.compiled[self.grid](*self.filled(tensors))
+
+
+class Plans(NamedTuple):
+    """The launches of a call, one after the other, and the shapes of what they leave to each other in float32."""
+
+    launches: tuple[Plan, ...]
+    scratch: tuple[torch.Size, ...]
+
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if self.scratch:
+            first = tensors[0]
+            tensors += tuple(first.new_empty(shape, dtype=torch.float32) for shape in self.scratch)
+        for launch in self.launches:
+            launch(tensors)
 
 
 def _source(argument: Any, tensors: dict[int, int], constants: dict[str, Any]) -> str:
@@ -92,24 +121,26 @@ def run(kind: Hashable, device: int, tensors: tuple[Tensor | None, ...]) -> bool
 
 
 def remember(
-    kind: Hashable,
-    tensors: tuple[Tensor | None, ...],
-    kernel: Any,
-    compiled: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
+    kind: Hashable, tensors: tuple[Tensor | None, ...], *launches: Launch, scratch: tuple[Tensor, ...] = ()
 ) -> None:
-    """Keeps a launch for `run`, if all that it took are these tensors as they are, each once, and numbers.
+    """Keeps a call's launches for `run`, if all that they took are its tensors as they are, each once, and numbers.
 
     They may stand in records, and in records of these.
+
+    Args:
+        kind: of the call.
+        tensors: the call's, the first of which is none that may be missing.
+        launches: in their order.
+        scratch: float32, contiguous, what one launch leaves to the next: made anew for every call.
     """
-    given = {id(x): place for place, x in enumerate(tensors) if x is not None}
-    if compiled is None or not POSSIBLE or len(given) != sum(x is not None for x in tensors):
+    everything = (*tensors, *scratch)
+    given = {id(x): place for place, x in enumerate(everything) if x is not None}
+    if not POSSIBLE or len(given) != sum(x is not None for x in everything):
         return
-    filled = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-    if any(id(x) not in given for x in tensors_in(tuple(filled))):
-        return
+    for launch in launches:
+        if launch.compiled is None or any(id(x) not in given for x in tensors_in(tuple(launch.given()))):
+            return
     if len(_plans) >= MOST:
         _plans.clear()
-    _plans[kind] = Plan(compiled, grid, filled, given)
+    plans = tuple(Plan(launch.compiled, launch.grid, launch.given(), given) for launch in launches)
+    _plans[kind] = Plans(plans, tuple(x.shape for x in scratch))

@@ -104,7 +104,8 @@ class Stream:
     def options(self, kernel: str) -> dict[str, Any]:
         """Compile-time constants, the tile, how it is compiled."""
         shared, stream = self.shared, self.stream
-        tile = configuration(kernel if self.order is None else f"{kernel}_positions", self.query, self.extras)
+        name = kernel if self.order is None else f"{kernel}_positions"
+        tile = configuration(name, self.query, self.extras, self.call.marks.key_segments is not None)
         return {
             "OPTIONS": Options(shared.options.causal, shared.uniform_rows, *stream.options, self.empty),
             **constants_of(self.head_size, self.query.dtype),

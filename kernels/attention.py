@@ -42,7 +42,7 @@ from ._configurations import COMPILE_OPTIONS, configuration, refusal_of_heads
 from ._launch import launch
 from ._parts import join_parts, partial_of
 from ._philox import dropout_of
-from ._plan import kind_of, remember, run
+from ._plan import Launch, kind_of, remember, run
 
 
 def supports(*tensors: Tensor | None) -> str | None:
@@ -74,10 +74,12 @@ def attention_fwd(call: Any) -> tuple[Tensor, Tensor]:
     results = rows_of(out), statistics_of(lse)
     arguments = (given, *results, partial)
     compiled = launch(fwd, grid, query.device, *arguments, **options)
+    launched = Launch(fwd, compiled, grid, arguments, options)
     if partial is None:
-        remember(kind, tensors, fwd, compiled, grid, arguments, options)
+        remember(kind, tensors, launched)
     else:
-        join_parts(partial, given.sizes, *results, given.dropout.keep_scale)
+        joined = join_parts(partial, given.sizes, *results, given.dropout.keep_scale)
+        remember(kind, tensors, launched, joined, scratch=(partial.acc, partial.weight, partial.top))
     return out, lse
 
 

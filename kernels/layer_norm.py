@@ -17,7 +17,7 @@ from torch import Tensor
 from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
 
 from ._launch import launch, refusal_of_rows
-from ._plan import kind_of, remember, run
+from ._plan import Launch, kind_of, remember, run
 from ._rows import partial_sums, parts_of, sum_parts, tile_of
 
 supports = refusal_of_rows
@@ -53,7 +53,7 @@ def layer_norm_fwd(call: Any) -> list[Tensor]:
     )
     options = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "num_warps": tile.warps}
     compiled = launch(_fwd, grid, call.x.device, *arguments, **options)
-    remember(kind, tensors, _fwd, compiled, grid, arguments, options)
+    remember(kind, tensors, Launch(_fwd, compiled, grid, arguments, options))
     return [y, *saved]
 
 

@@ -25,6 +25,11 @@ TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 GROUPS = [[op] for op in TRITON_OPS if "attention" in op] + [[op for op in TRITON_OPS if "attention" not in op]]
 # What a complaint says of a kernel.
 NAMED = ("op", "architecture", "kernel", "case", "BLOCK_M", "BLOCK_N", "num_warps")
+# Of calls without segments, mask and dropout, with heads of 64, whose products on Hopper are all of a whole warp group.
+WARP_GROUPS = {
+    "attention": {"fwd", "bwd_keys", "bwd_queries"},
+    "relative_attention": {"fwd", "bwd_keys", "bwd_table"},
+}
 ROW_OPS = {"layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"}
 
 
@@ -34,11 +39,13 @@ def test_every_op_of_triton_is_compiled() -> None:
     for op in TRITON_OPS:
         cases = {case for case, _ in compile_ahead.calls(SPECS[op], every=False)}
         assert cases and set(compile_ahead.COVERING[op]) <= cases, op
+        assert all(compile_ahead.COVERING[op].values()), op
 
 
 def architectures(op: str) -> set[int]:
     """Those that a run without --all compiles the op for."""
-    return {compile_ahead.FULL, *(n for others in compile_ahead.COVERING[op].values() for n in others)}
+    cases = {case for case, _ in compile_ahead.calls(SPECS[op], every=False)}
+    return {n for case in cases for n in compile_ahead.COVERING[op].get(case, (compile_ahead.USUAL,))}
 
 
 def test_the_covering_set_meets_every_architecture() -> None:
@@ -61,19 +68,22 @@ def test_kernels_compile(ops: list[str]) -> None:
         own = [line for line in lines if line["op"] == op]
         assert {line["architecture"] for line in own} == (set(SHARED) if ALL else architectures(op)), op
         assert any(line["half"] for line in own), op
-    wrong = []
+    wrong, grouped = [], set()
     for line in lines:
         op, architecture = line["op"], line["architecture"]
-        named = {
-            name: line.get(name) for name in ("op", "architecture", "kernel", "case", "BLOCK_M", "BLOCK_N", "num_warps")
-        }
-        if line["stack"] or line["local"] or line["local_accesses"]:
+        named = {name: line.get(name) for name in NAMED}
+        if line["stack"] or line["local"]:
             wrong.append(f"spills: {line['stack']} bytes in {named}")
         if line["shared"] > SHARED[architecture]:
             wrong.append(f"shared memory: {line['shared']} bytes in {named}")
         # On sums of rows and on segments alone nothing is multiplied.
         if op not in ROW_OPS and line["half"] and "float32" not in line["case"] and not line["matrix"]:
             wrong.append(f"no matrix instructions in {named}")
+        if architecture == 90 and line["case"] == "D=64 plain torch.bfloat16" and line["kernel"] in WARP_GROUPS[op]:
+            grouped.add((op, line["kernel"]))
+            if set(line["matrix"]) != {"wgmma"}:
+                wrong.append(f"{line['matrix']} and not wgmma alone in {named}")
         if op in ROW_OPS and line["kernel"] in ("_fwd", "_bwd") and not line["wide_loads"]:
             wrong.append(f"no loads of 16 bytes in {named}")
     assert not wrong, "\n".join(wrong)
+    assert grouped == {(op, kernel) for op in ops for kernel in WARP_GROUPS.get(op, ())}

@@ -25,9 +25,11 @@ def test_every_call_has_a_tile() -> None:
                 most = 64
             for head_size in (1, 16, 32, 64, 80, 96, 128, 256):
                 for extras in (False, True) if kernel != "attention_bwd_bias" else (True,):
-                    for card in CARDS:
-                        if head_size <= most:
-                            assert configurations.row_for(kernel, card, size, head_size, extras) in TABLE.values()
+                    for segments in (False, True) if kernel.startswith("relative") else (False,):
+                        for card in CARDS:
+                            if head_size <= most:
+                                tile = configurations.row_for(kernel, card, size, head_size, extras, segments)
+                                assert tile in TABLE.values()
 
 
 def test_a_row_holds_until_the_next_architecture() -> None:
@@ -40,6 +42,29 @@ def test_a_row_holds_until_the_next_architecture() -> None:
             between = [other.architecture for other in between if configurations.holds_for(other.architecture, newer)]
             if configurations.holds_for(key.architecture, newer) and key.architecture == max(between):
                 assert configurations.row_for(key.kernel, newer, *key[2:]) == tile
+
+
+def test_calls_without_segments_take_rows_of_their_own_where_there_are_some() -> None:
+    rows = [
+        Key("fwd", 80, 2, 64, False, True),
+        Key("fwd", 90, 2, 64, False, False),
+        Key("fwd", 100, 2, 64, False, True),
+        Key("fwd", 80, 2, 128, False, True),
+    ]
+
+    def found(architecture: int, head_size: int, segments: bool) -> int:
+        card = Card(architecture, ahead.SHARED[architecture])
+        return rows.index(configurations.best_of(rows, "fwd", card, 2, head_size, False, segments))
+
+    assert [found(n, 64, False) for n in (80, 90, 100)] == [0, 1, 1]
+    assert [found(n, 64, True) for n in (80, 90, 100)] == [0, 0, 2]
+    assert found(90, 96, False) == 3
+    # Attention has no segments, and of relative kernels every row for calls without them stands beside one with.
+    for key in TABLE:
+        assert not (key.segments and key.kernel.startswith("attention"))
+        if key.kernel.startswith("relative") and not key.segments:
+            card = Card(key.architecture, ahead.SHARED[key.architecture])
+            assert configurations.best_of(TABLE, key.kernel, card, *key[2:5], True).head_size == key.head_size
 
 
 def test_small_cards_take_no_rows_of_large_ones() -> None:

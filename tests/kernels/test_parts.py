@@ -29,6 +29,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def split_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MANY_KEYS", 2 * PART), ("KEYS_OF_PART", PART), ("WIDEST_TILE", PART)):
         monkeypatch.setattr(parts, name, value)
+    # Launches that were remembered with other numbers.
+    monkeypatch.setattr(importlib.import_module("pyxlbert.kernels._plan"), "_plans", {})
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -63,19 +63,22 @@ def main() -> None:
         found = [x for x in arguments if isinstance(x, torch.Tensor)]
         return found + [x for record in arguments if isinstance(record, tuple) for x in tensors_in(record)]
 
-    def twice(call, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Triton's launch, then a remembered one on other tensors of the same kind."""
+    def twice(call, *tensors: torch.Tensor, launches: int = 1) -> list[torch.Tensor]:
+        """Triton's launches, then remembered ones on other tensors of the same kind."""
         launched.clear()
         before = len(plan._plans)
         call(*tensors)
         assert len(plan._plans) == before + 1
         others = [x.clone(memory_format=torch.preserve_format) for x in tensors]
         results = call(*others)
-        assert len(launched) == 2 and len(plan._plans) == before + 1
-        same(*launched)
-        given = [id(x) for x in tensors_in(launched[1])]
-        assert {id(x) for x in others} <= set(given) and not {id(x) for x in tensors} & set(given)
-        assert {id(x) for x in results} <= set(given)
+        assert len(launched) == 2 * launches and len(plan._plans) == before + 1
+        first, again = launched[:launches], launched[launches:]
+        for one, other in zip(first, again, strict=True):
+            same(one, other)
+        given = {id(x) for launch in again for x in tensors_in(launch)}
+        assert {id(x) for x in others} <= given and {id(x) for x in results} <= given
+        # What a launch leaves to the next is new, and the same for both.
+        assert not {id(x) for launch in first for x in tensors_in(launch)} & given
         return others
 
     def attend(q, k, v, lengths, *rest):
@@ -87,6 +90,11 @@ def main() -> None:
     lengths, bias = torch.tensor([3, 20], dtype=torch.int32), torch.randn(1, 3, 20, 20).bfloat16()
     twice(attend, q, k, v, lengths)
     twice(attend, q, k, v, lengths, bias, torch.tensor([7]))
+    # Few queries against long keys: the keys are split, and what the parts have found is joined.
+    few, keys, values = (torch.randn(2, rows, 3, 64).bfloat16() for rows in (2, 1088, 1088))
+    twice(attend, few, keys, values, torch.tensor([1000, 1088], dtype=torch.int32), launches=2)
+    for left, found in zip(tensors_in(launched[2])[-3:], tensors_in(launched[3])[:3], strict=True):
+        assert left is found and left.dtype is torch.float32
     x, w, b = torch.randn(5, 7, 96), torch.randn(96), torch.randn(96)
     for save in (False, True):
         twice(lambda x, w, b, save=save: triton.layer_norm_fwd(x, w, b, 1e-5, save), x, w, b)

@@ -114,7 +114,7 @@ TILES = {
 
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: configurations.Tile, carry: bool) -> None:
-    def configuration(kernel: str, query: Tensor, extras: bool) -> configurations.Tile:
+    def configuration(kernel: str, query: Tensor, extras: bool, segments: bool = False) -> configurations.Tile:
         return tile._replace(CARRY=carry if kernel in configurations.CARRYING else None)
 
     for module in (relative, attention):
