@@ -286,7 +286,7 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
         TypeError: model is not a module.
         ValueError: model is in training mode, where the copies would not be used, or holds no layer of this package;
             dtype is another word, or "int8" for a model that has no layers for it, or not in a dtype that is multiplied
-            by the processor.
+            by the processor, or with a layer of more than 66,311 inputs, whose sums 32-bit integers would not hold.
     """
     _check_module("pack", model)
     if dtype not in (None, "int8"):
