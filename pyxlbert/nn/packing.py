@@ -242,6 +242,7 @@ class _Copy:
     def of(
         cls, layers: Layers, parameters: list[Tensor], integers: Callable[[], list[Integers]] | None
     ) -> _Copy | None:
+        _packed.require_memory(parameters)
         weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # What tells of writes is read before the values: one in between is then seen.
