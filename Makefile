@@ -99,7 +99,7 @@ test-install: $(VENV)/ready
 	cd $(INSTALL)/empty && ../venv/bin/pyxlbert info && ../venv/bin/pyxlbert parity --quick
 
 # Each reader in a process of its own, which libFuzzer ends where a file is answered wrongly; then all in turn, as many
-# together; then random calls of the ops.  On one core minutes, minutes, and for a million calls four hours.
+# together; then random calls of the ops.  On one core minutes, minutes, and for a million calls an hour and a half.
 FUZZ_RUNS ?= 4000
 FUZZ_IN_TURN ?= 100000
 FUZZ_CALLS ?= 1000000

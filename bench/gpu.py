@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -409,6 +410,14 @@ def carry_out(stages: Sequence[tuple[str, ...]], out: Path) -> dict[str, str]:
     return results
 
 
+def _files() -> ModuleType:
+    """pyxlbert/files.py, which imports nothing of the package."""
+    spec = importlib.util.spec_from_file_location("files", ROOT / "pyxlbert" / "files.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def write(path: Path, content: object) -> None:
     """JSON, whole or not at all."""
     part = path.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}")
@@ -429,8 +438,10 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out: got {str(options.out)!r}, wanted a folder, or a name for one: {error.strerror}")
-    if not os.access(out, os.W_OK):
-        parser.error(f"--out: {str(options.out)!r} is not writable")
+    try:
+        _files().check_inside("--out", out)
+    except OSError as error:
+        parser.error(str(error))
     reason = missing()
     if reason is not None:
         print(f"gpu: nothing was run: {reason}", file=sys.stderr)

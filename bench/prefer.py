@@ -143,6 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="the JSON file whose rows are replaced")
     parser.add_argument("--seconds", type=float, default=60.0, help="begin no race after so long")
     options = parser.parse_args(arguments)
+    if options.write is not None:
+        try:
+            files.check_writable("--write", str(options.write), files.real_path("--write", str(options.write)))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     for name in measured.USUAL:
         reason = backends.unavailable(name)
         if reason is not None or backends.cuda_is_emulated or not torch.cuda.is_available():

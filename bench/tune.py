@@ -413,7 +413,10 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         if not options.write.is_file():
             parser.error(f"--write: got {options.write}, which is no file, wanted the one whose table is rewritten")
         try:
+            files.check_writable("--write", str(options.write), options.write.resolve())
             read_table(options.write)
+        except OSError as error:
+            parser.error(str(error))
         except ValueError as error:
             parser.error(f"--write: {error}")
     if options.compile is None and not torch.cuda.is_available():
@@ -421,7 +424,11 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     if options.compile is not None and options.state is None:
         options.state = Path("build", "tiles", f"{options.compile}.json")
     try:
+        if options.state is not None:
+            files.check_parents("--state", options.state.resolve())
         options.kept = Kept(options.state)
+    except OSError as error:
+        parser.error(str(error))
     except ValueError as error:
         parser.error(f"--state: {error}")
     options.end = time.monotonic() + options.seconds

@@ -16,6 +16,15 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def short_storage(x: torch.Tensor) -> str | None:
+    """What is wrong with a tensor whose memory was given back or shrunk; None if all of it is there."""
+    if x.numel() == 0:
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    wanted, held = (x.storage_offset() + last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    return None if held >= wanted else f"got {describe(x)} whose storage holds {held} bytes, wanted at least {wanted}"
+
+
 def describe(value: object) -> str:
     """A tensor's dtype and shape, or the type of anything else."""
     if isinstance(value, torch.Tensor):

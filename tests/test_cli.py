@@ -429,6 +429,7 @@ OUTPUTS = {
     "finetune": ("finetune", "text-classification", "--train", "none", "--model", "none", "--out", "OUT"),
     "predict": ("predict", "none.txt", "--model", "none", "--out", "OUT.tsv"),
     "pretrain": ("pretrain", "bert", "in.txt", "--out", "OUT"),
+    "convert": ("convert", "none", "OUT"),
     "export": ("export", "--onnx", "none", "OUT.onnx"),
     **{f"parity {name}": ("parity", f"--{name}", "OUT") for name in ("json", "html")},
     **{

@@ -94,5 +94,11 @@ def test_the_tool_keeps_rows_of_other_devices(tmp_path: Path, capsys: pytest.Cap
         assert "nothing was timed" in capsys.readouterr().err
 
 
+def test_the_tool_tries_its_output_before_any_race(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prefer.main(["--write", "/proc/measured.json"])
+    assert "--write: the directory of '/proc/measured.json' is not writable" in capsys.readouterr().err
+
+
 def test_explain_says_it_for_tensors_on_the_cpu_too() -> None:
     assert "cpu: taken\n" in pyxlbert.backends.explain("layer_norm", torch.ones(2, 8)) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyxlbert.files import model_directory, whole_file
 from pyxlbert.models.checkpoints import save
-from pyxlbert.ops._integers import MOST, Integers
+from pyxlbert.ops._integers import MOST, Integers, check_inputs
 
 FILE = "int8.safetensors"
 _SCALES = ".scales"
@@ -110,6 +110,7 @@ def _checked(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Integers:
         raise ValueError(
             f"{path}: {name}: got {weight.dtype} {list(weight.shape)}, wanted int8 [N, K] from -{MOST} to {MOST}"
         )
+    check_inputs(f"{path}: {name}", weight)
     if scales.dtype is not torch.float32 or scales.shape != weight.shape[:1]:
         raise ValueError(
             f"{path}: {name}{_SCALES}: got {scales.dtype} {list(scales.shape)}, wanted float32 [{weight.shape[0]}]"

@@ -15,6 +15,7 @@ from pyxlbert.nn.packing import Packable
 from pyxlbert.nn.relative_attention import RelativeLayout
 from pyxlbert.nn.watch import Unusual, Watch, usual_call
 from pyxlbert.ops import _encoder_stack as stack
+from pyxlbert.ops import _packed
 
 
 class LayerParts(NamedTuple):
@@ -166,7 +167,8 @@ class _Found:
                 module.packed.users.add(user)
 
     def _check(self, layer: Any) -> None:
-        """Raises Unusual unless a layer's parameters are of the sizes and the dtype of the others."""
+        """Raises Unusual unless a layer's parameters are of the sizes and the dtype of the others, ValueError if one's
+        memory is gone."""
         width, hidden, wide = self.heads * self.head_size, self.hidden, layer.up.columns
         products = (*layer.projections, layer.out, layer.up, layer.down)
         sizes = [
@@ -181,8 +183,10 @@ class _Found:
         shapes = [(tuple(one.shape), (hidden,)) for norm in (layer.attention_norm, layer.norm) for one in norm[:2]]
         terms = [(self.heads, self.head_size)] * 3 + [(2, self.heads, self.head_size)]
         shapes += [(tuple(one.shape), shape) for one, shape in zip(layer.terms, terms, strict=True) if one is not None]
-        dtypes = [one.dtype for norm in (layer.attention_norm, layer.norm) for one in norm[:2]]
-        dtypes += [one.dtype for one in layer.terms if one is not None]
+        copied = [one for norm in (layer.attention_norm, layer.norm) for one in norm[:2]]
+        copied += [one for one in layer.terms if one is not None]
+        _packed.require_memory(copied)
+        dtypes = [one.dtype for one in copied]
         if (
             any(got != wanted for got, wanted in (*sizes, *shapes))
             or any(stack.dtype_of(one) is not self.dtype for one in products)

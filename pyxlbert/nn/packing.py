@@ -242,6 +242,7 @@ class _Copy:
     def of(
         cls, layers: Layers, parameters: list[Tensor], integers: Callable[[], list[Integers]] | None
     ) -> _Copy | None:
+        _packed.require_memory(parameters)
         weights = [layer.weight.detach() for layer in layers]
         biases = [one.detach() for one in parameters if one.dim() == 1]
         # What tells of writes is read before the values: one in between is then seen.
@@ -286,7 +287,7 @@ def pack(model: torch.nn.Module, dtype: str | None = None) -> torch.nn.Module:
         TypeError: model is not a module.
         ValueError: model is in training mode, where the copies would not be used, or holds no layer of this package;
             dtype is another word, or "int8" for a model that has no layers for it, or not in a dtype that is multiplied
-            by the processor.
+            by the processor, or with a layer of more than 66,311 inputs, whose sums 32-bit integers would not hold.
     """
     _check_module("pack", model)
     if dtype not in (None, "int8"):

@@ -242,12 +242,7 @@ def _misfit(call: Any, found: int, wanted: Shapes, tensors: tuple[int, ...]) -> 
     place, shape = divmod(found, 2)
     name, x = call._fields[place], call[place]
     if not shape:
-        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        bytes_wanted = (x.storage_offset() + last + 1) * x.element_size()
-        return (
-            f"{name}: got {checks.describe(x)} whose storage holds {x.untyped_storage().nbytes()} bytes, "
-            f"wanted at least {bytes_wanted}"
-        )
+        return f"{name}: {checks.short_storage(x)}"
     others = [
         f"{call._fields[n]} {checks.describe(call[n])} ({_letters(wanted[call._fields[n]])})"
         for n in tensors

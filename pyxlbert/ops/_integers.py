@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MOST = 127
+# Rows are integers up to 255, and their products with a weight's are summed in 32 bits.
+MOST_INPUTS = (2**31 - 1) // (255 * MOST)
 
 
 class Integers(NamedTuple):
@@ -29,7 +31,11 @@ def quantise(weight: Tensor) -> Integers:
 
     Args:
         weight: floating `[N, K]`; any strides.
+
+    Raises:
+        ValueError: K is over MOST_INPUTS.
     """
+    check_inputs("int8: weight", weight)
     x = weight.detach().float()
     most = x.abs().amax(1)
     finite = most.isfinite()
@@ -38,3 +44,16 @@ def quantise(weight: Tensor) -> Integers:
     scaled = x.where(finite[:, None], 0.0) * inverse[:, None]
     integers = (scaled + scaled.sign() * 0.5).trunc().clamp(-MOST, MOST).to(torch.int8)
     return Integers(integers.contiguous(), (most * (1 / MOST)).where(finite, torch.nan))
+
+
+def check_inputs(name: str, weight: Tensor) -> None:
+    """That sums of products with the weight `[N, K]` fit the integers that they are summed in.
+
+    Raises:
+        ValueError: they may not; `name` says whose.
+    """
+    if weight.shape[1] > MOST_INPUTS:
+        raise ValueError(
+            f"{name}: got {list(weight.shape)}, wanted at most {MOST_INPUTS} columns: "
+            "products of integers are summed in 32 bits"
+        )

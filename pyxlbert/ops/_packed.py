@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyxlbert import checks
 from pyxlbert.ops._integers import Integers
 from pyxlbert.ops._torch import watched
 
@@ -15,6 +16,18 @@ try:
     from pyxlbert.cpu import _packed
 except ImportError:  # backend "cpu" is not here
     _packed = None  # type: ignore[assignment]
+
+
+def require_memory(tensors: Sequence[Tensor]) -> None:
+    """That parameters are there to be copied.
+
+    Raises:
+        ValueError: the memory of one was given back, as FSDP does, or shrunk.
+    """
+    for one in tensors:
+        wrong = checks.short_storage(one)
+        if wrong is not None:
+            raise ValueError(f"pack: parameter: {wrong}")
 
 
 def pack(

@@ -71,6 +71,7 @@ def convert(
     source, output = Path(source), Path(output)
     if not source.parent.is_dir():
         raise FileNotFoundError(f"source: {str(source)!r} does not exist")
+    check_new_directory(output, force)
     saved = _of_fairseq(source)
     if saved is not None:
         if tokenizer or config is not None or vocabulary is not None or tanh_gelu:
@@ -78,7 +79,7 @@ def convert(
                 f"{saved} is a checkpoint of fairseq, whose configuration is in it, and whose dictionary is not read: "
                 "wanted --no-tokenizer, and neither --config nor --tanh-gelu"
             )
-        _check_output(saved.parent, output, force)
+        _check_apart(saved.parent, output)
         return _written(fairseq.read(saved, task), output, None, force)
     prefix = find_checkpoint(source)
     folder = source if prefix is None else prefix.parent
@@ -86,7 +87,7 @@ def convert(
         (folder / f"{name}{end}").is_file() for name in checkpoints.WEIGHTS for end in _INDEX
     ):
         raise FileNotFoundError(f"no checkpoint in {folder}: wanted one's .index and .data files, or pytorch_model.bin")
-    _check_output(folder, output, force)
+    _check_apart(folder, output)
     settings_file = _find_config(folder, config)
     original = read_json(settings_file)
     architecture = _architecture(settings_file, original)
@@ -131,8 +132,7 @@ def _of_fairseq(source: Path) -> Path | None:
     return fairseq.find(source)
 
 
-def _check_output(folder: Path, output: Path, force: bool) -> None:
-    check_new_directory(output, force)
+def _check_apart(folder: Path, output: Path) -> None:
     if folder.resolve() == output.resolve() or output.resolve() in folder.resolve().parents:
         raise ValueError(f"output: {str(output)!r} holds the source, which must stay")
 

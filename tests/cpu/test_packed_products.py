@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import pyxlbert
 from pyxlbert.launch.attention import ScoreOptions
 from pyxlbert.launch.rows import DTYPE
-from pyxlbert.ops._integers import quantise
+from pyxlbert.ops._integers import MOST_INPUTS, quantise
 from pyxlbert.testing import compare, tolerances
 
 cpu = pyxlbert._C.cpu
@@ -90,6 +90,34 @@ def test_a_product_is_within_the_budget(level: str, dtype: torch.dtype, columns:
         off = (product(whole, x).double() - truth).abs()
         output = torch.finfo(dtype).eps * truth.abs()
         assert bool((off <= quantised_bound(x, weight) + output).all()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_of_one_sign(level: str, dtype: torch.dtype) -> None:
+    """As exact as the peer's; of integers as long as those of 32 bits hold the sum of the largest products."""
+
+    def constant(rows: int, inner: int) -> torch.Tensor:
+        x = torch.full((rows, inner), 0.3).to(dtype)
+        x[:, 0] = 0.0  # all others are 255 steps above it
+        return x
+
+    for quantised, inner in ((False, 16384), (True, MOST_INPUTS)):
+        weight = torch.full((33, inner), 0.7).to(dtype)
+        layer = pack(weight, None, quantised)
+        for rows in (1, 20):
+            x, name = constant(rows, inner), f"{level} {dtype} {rows} x {inner}"
+            truth, ours = F.linear(x.double(), weight.double()), product(layer, x)
+            if quantised:
+                bound = quantised_bound(x, weight) + torch.finfo(dtype).eps * truth.abs()
+                assert bool(((ours.double() - truth).abs() <= bound).all()), name
+            else:
+                compare.within_budget(name, ours, F.linear(x, weight), truth)
+
+
+def test_integers_that_their_sums_would_not_fit_are_refused() -> None:
+    words = rf"weight: got \[2, {MOST_INPUTS + 1}\], wanted at most {MOST_INPUTS} columns"
+    with pytest.raises(ValueError, match=words):
+        quantise(torch.ones(2, MOST_INPUTS + 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

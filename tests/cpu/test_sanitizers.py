@@ -2,7 +2,7 @@
 
 Their kernels are compiled once more with the sanitizers; `make sanitize` does it for every level that runs here, and
 for levels avx2_vnni and amx as `test_tiles.py` has them where they do not.  It also watches what is no kernel, gives
-bad inputs, and has ThreadSanitizer look at eight threads.
+bad inputs, has LeakSanitizer look at a thousand calls and ThreadSanitizer at eight threads.
 """
 
 from __future__ import annotations
@@ -111,6 +111,31 @@ def test_bad_inputs(environment, name: str) -> None:
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 20
+
+
+def _leaked(environment: dict[str, str], level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python's own allocator would keep what is lost in its pools."""
+    options = f"{environment['ASAN_OPTIONS']}:detect_leaks=1:leak_check_at_exit=0"
+    changed = {"ASAN_OPTIONS": options, "PYTHONMALLOC": "malloc", "PYXLBERT_ISA": level}
+    command = [sys.executable, f"{variants.ROOT}/tests/cpu/leaked.py", *arguments]
+    return subprocess.run(command, env=environment | changed, capture_output=True, text=True)
+
+
+@needs_all
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_thousand_calls_lose_no_memory(environment, level: str) -> None:
+    done = _leaked(environment, level)
+    assert done.returncode == 0 and "ERROR: LeakSanitizer" not in done.stderr, done.stdout + done.stderr[-6000:]
+    assert done.stdout == f"1000 calls on level {level}, no memory lost\n"
+
+
+@needs_all
+def test_memory_that_is_lost_is_seen(environment) -> None:
+    done = _leaked(environment, "portable", "planted")
+    assert done.stdout == "1000 calls on level portable, some memory lost\n", done.stdout + done.stderr[-6000:]
+    # The last ones may still lie on the stack.
+    found = re.search(r"Direct leak of \d+ byte\(s\) in (\d+) object\(s\)", done.stderr)
+    assert found is not None and 900 < int(found[1]) <= 1000, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -50,39 +49,51 @@ def guarded(x: Tensor, at_end: bool) -> Tensor:
     return found.requires_grad_(x.requires_grad) if x.is_floating_point() else found
 
 
-@contextlib.contextmanager
-def guarded_results(at_end: bool) -> Iterator[None]:
-    """Inside the block what Python asks torch for, as results and copies, lies in such memory, full of NaN."""
+def _makers(at_end: bool) -> list[tuple[Any, str, Callable[..., Tensor]]]:
+    """What stands in for the functions by which Python asks torch for memory: owner, name, function."""
 
-    def guard(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def guard(function: Callable[..., Tensor], zeros: bool) -> Callable[..., Tensor]:
         def make(*arguments: Any, **options: Any) -> Tensor:
             found = function(*arguments, **options)
             if found.device.type != "cpu" or not found.is_contiguous():
                 return found
-            zeros = function.__name__.startswith("zeros")
             if found.is_floating_point() and not zeros:
                 found.fill_(float("nan"))
             return guarded(found, at_end)
 
         return make
 
-    owners = (
-        *((torch, name) for name in ("empty", "empty_like", "zeros", "zeros_like")),
-        *((torch.Tensor, name) for name in ("new_empty", "new_zeros", "contiguous")),
-    )
-    with contextlib.ExitStack() as stack:
-        for owner, name in owners:
-            function = getattr(owner, name)
-            if name == "contiguous":
-                stack.enter_context(mock.patch.object(owner, name, _contiguous(function, at_end)))
-            else:
-                stack.enter_context(mock.patch.object(owner, name, guard(function)))
+    def contiguous(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            found = function(x, *arguments, **options)
+            return found if found.data_ptr() == x.data_ptr() else guarded(found, at_end)
+
+        return make
+
+    names = ((torch, name) for name in ("empty", "empty_like", "zeros", "zeros_like"))
+    methods = ((Tensor, name) for name in ("new_empty", "new_zeros"))
+    return [
+        *((owner, name, guard(getattr(owner, name), "zeros" in name)) for owner, name in (*names, *methods)),
+        (Tensor, "contiguous", contiguous(Tensor.contiguous)),
+    ]
+
+
+_MAKERS = {at_end: _makers(at_end) for at_end in (False, True)}
+
+
+@contextlib.contextmanager
+def guarded_results(at_end: bool) -> Iterator[None]:
+    """Inside the block what Python asks torch for, as results and copies, lies in such memory, full of NaN."""
+    # What the class itself has; its methods of the base class are inherited again when ours are gone.
+    makers, before = _MAKERS[at_end], []
+    try:
+        for owner, name, function in makers:
+            before.append(vars(owner).get(name))
+            setattr(owner, name, function)
         yield
-
-
-def _contiguous(function: Callable[..., Tensor], at_end: bool) -> Callable[..., Tensor]:
-    def make(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        found = function(x, *arguments, **options)
-        return found if found.data_ptr() == x.data_ptr() else guarded(found, at_end)
-
-    return make
+    finally:
+        for (owner, name, _), function in zip(makers, before, strict=False):
+            if function is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)

@@ -20,8 +20,8 @@ from drawn import Drawn
 import pyxlbert
 from pyxlbert.testing.specs import SPECS, layer_norm
 
-# Some seconds.
-CALLS = 1000
+# Less than half a minute of one core.
+CALLS = 5000
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -64,7 +64,7 @@ def test_copies_between_pages_hold_the_same() -> None:
 
 
 def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that is a little off, one that depends on the threads, and one that follows its place in the batch."""
+    """A result that is a little off, depends on the threads, follows its place in the batch; an argument written to."""
     right = pyxlbert.layer_norm
     drawn = Drawn(layer_norm.Inputs((3, 5, 8)), torch.float32, 1, True, False, 1)
     offs = {
@@ -84,5 +84,18 @@ def test_the_check_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(AssertionError, match=words):
                 ops.check("layer_norm", drawn)
             monkeypatch.undo()
+        times = []
+
+        def writing(x, *arguments, **options):
+            found = right(x, *arguments, **options)
+            if not times:
+                x.detach()[0, 0, 0] = 3.0
+            times.append(1)
+            return found
+
+        monkeypatch.setitem(SPECS, "layer_norm", dataclasses.replace(SPECS["layer_norm"], function=writing))
+        monkeypatch.setattr(ops, "LEVELS", ops.LEVELS[:1])
+        with pytest.raises(AssertionError, match="x after the call"):
+            ops.check("layer_norm", drawn)
     finally:
         torch.set_num_threads(before)

@@ -49,6 +49,8 @@ def test_a_part_or_a_folder_that_is_none_is_refused(tmp_path) -> None:
     file.touch()
     done = command("--out", str(file))
     assert done.returncode == 2 and f"--out: got '{file}', wanted a folder" in done.stderr
+    done = command("--out", "/proc")
+    assert done.returncode == 2 and "--out: '/proc' is not writable" in done.stderr
 
 
 def test_all_parts_end_within_nine_minutes() -> None:

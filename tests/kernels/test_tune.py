@@ -213,6 +213,8 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
         (["--compile", "90", "--only", "rows"], "--only: got 'rows', wanted names or patterns of attention_bwd_bias,"),
         (["--compile", "90", "--check", "--write", "x.py"], "--check and --write: got both"),
         (["--compile", "90", "--write", "nowhere/table.py"], "--write: got nowhere/table.py, which is no file"),
+        (["--compile", "90", "--write", "/proc/version"], "--write: the directory of '/proc/version' is not writable"),
+        (["--compile", "90", "--state", "/proc/x/state.json"], "--state: '/proc' is not writable"),
         (["--compile", "91"], "argument --compile: invalid choice: 91"),
     ],
 )

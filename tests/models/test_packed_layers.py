@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import threading
 import weakref
 
@@ -463,6 +464,30 @@ def test_a_changed_model_computes_what_it_says(change) -> None:
         assert not torch.equal(after, before)
         tolerance = 1e-3 if after.dtype is torch.float16 else tolerances.PACKED[torch.float32]
         compare.close("changed", after.float(), by_modules(bert, **inputs).float(), tolerance)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_memory_that_is_given_back_is_an_error(build, kind: str | None) -> None:
+    """As FSDP gives that of its parameters back between calls, and fills it again: whose copy is gone is not read."""
+    one = pyxlbert.pack(build(), kind)
+    with torch.no_grad():
+        before, unread = one(ids(2, 7)).last_hidden_state, set()
+        for name, parameter in one.named_parameters():
+            kept, storage = parameter.detach().clone(), parameter.untyped_storage()
+            size = storage.nbytes()
+            storage.resize_(0)
+            try:
+                one(ids(2, 7))
+            except (ValueError, RuntimeError) as error:  # the second is torch's own of an embedding
+                assert re.search("storage holds 0 bytes, wanted at least|for storage of size 0", str(error)), name
+            else:
+                unread.add(name)
+            storage.resize_(size)
+            parameter.data.copy_(kept)
+        # The embedding of what is masked, which this call has not.
+        assert unread <= {"mask_emb"}
+        compare.same_bits("filled again", one(ids(2, 7)).last_hidden_state, before)
 
 
 def test_a_global_hook_sees_every_module() -> None:

@@ -40,6 +40,26 @@ def test_within_budget_rejects(triple, spoil: str) -> None:
         compare.within_budget(spoil, ours, plain, truth)
 
 
+def test_what_is_clearly_within_budget_is(triple) -> None:
+    """The quick question never says yes where the whole one says no, and says it of most answers."""
+    _, plain, truth = triple
+    peer, yes = compare.Peer.of(plain, truth), 0
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.0, 0.1, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 10.0):
+        ours = (truth + size * (plain - truth) * torch.randn(truth.shape, generator=generator).sign()).float()
+        if peer.clearly(ours, tolerances.FACTOR):
+            yes += 1
+            compare.within_budget(str(size), ours, plain, truth, terms=0.0)
+    assert 4 <= yes < 9
+    assert not peer.clearly(plain.double(), 2.0) and not peer.clearly(plain[:-1], 2.0)
+    for value in (float("nan"), float("inf")):
+        spoilt = plain.clone()
+        spoilt[0, 0] = value
+        assert not peer.clearly(spoilt, 2.0)
+        assert not compare.Peer.of(spoilt, truth).clearly(plain, 2.0)
+        assert not compare.Peer.of(spoilt, truth).clearly(spoilt, 2.0)
+
+
 def test_within_budget_where_plain_overflows(triple) -> None:
     ours, plain, truth = triple
     plain[0, 0] = float("inf")

@@ -153,7 +153,53 @@ CASES: dict[str, tuple[str, Callable[[], Arguments], tuple[str, ...]]] = {
             "query_segments": torch.arange(FEW, dtype=torch.int32).remainder(2).expand(1000, FEW),
             "key_segments": torch.arange(FEW, dtype=torch.int32).remainder(2).expand(1000, FEW),
         },
-        ("grad position_key", "grad content_bias", "grad segment_embedding"),
+        ("grad position_key", "grad content_bias", "grad segment_bias", "grad segment_embedding"),
+    ),
+    "sequences that share a bias of the positions": (
+        "relative_attention",
+        lambda: {
+            "query": sequences(1000, constant(FEW)),
+            "key": sequences(1000, some(1, FEW, 1, SIZE, seed=1)),
+            "value": sequences(1000, some(1, FEW, 1, SIZE, seed=2)),
+            "position_key": some(2 * FEW, 1, SIZE, seed=6),
+            "position_bias": torch.zeros(1, SIZE),
+        },
+        ("grad position_bias",),
+    ),
+    "keys of two streams": (
+        "two_stream_attention",
+        lambda: {
+            "content_query": torch.zeros(1, FEW, 1, SIZE),
+            "query_query": torch.zeros(1, FEW, 1, SIZE),
+            "key": thirds(LONG, signs=True),
+            "value": 1.0 + thirds(LONG, signs=True),
+            "position_key": torch.zeros(FEW + LONG, 1, SIZE),
+            "content_bias": torch.zeros(1, SIZE),
+        },
+        ("out 0", "out 1", "grad content_query", "grad query_query", "grad content_bias"),
+    ),
+    "queries of two streams": (
+        "two_stream_attention",
+        lambda: {
+            "content_query": constant(LONG // 4),
+            "query_query": 0.5 * constant(LONG // 4),
+            "key": torch.zeros(1, FEW, 1, SIZE),
+            "value": 1.0 + thirds(FEW, signs=True),
+            "position_key": torch.zeros(FEW + LONG // 4, 1, SIZE),
+        },
+        ("grad key", "grad value"),
+    ),
+    "sequences of two streams that share a table": (
+        "two_stream_attention",
+        lambda: {
+            "content_query": sequences(1000, constant(FEW)),
+            "query_query": sequences(1000, 0.5 * constant(FEW)),
+            "key": sequences(1000, some(1, FEW, 1, SIZE, seed=1)),
+            "value": sequences(1000, some(1, FEW, 1, SIZE, seed=2)),
+            "position_key": torch.zeros(2 * FEW, 1, SIZE),
+            "content_bias": torch.zeros(1, SIZE),
+        },
+        ("grad position_key", "grad content_bias"),
     ),
     "rows of bias_gelu": ("bias_gelu", lambda: _without(rows(), "weight"), ("grad bias",)),
     "rows of bias_gelu, bfloat16": (
@@ -177,6 +223,33 @@ CASES: dict[str, tuple[str, Callable[[], Arguments], tuple[str, ...]]] = {
         f"a row of {columns}": ("layer_norm", lambda columns=columns: long_row(columns), ("out 0", "grad x"))
         for columns in (5000, 300_007)
     },
+    "a row that is added to": (
+        "dropout_add_layer_norm",
+        lambda: long_row(300_007) | {"residual": long_row(300_007)["x"]},
+        ("out 0", "grad x", "grad residual"),
+    ),
+    "a row of a table": (
+        "embedding_layer_norm",
+        lambda: _of_a_table(long_row(300_007)),
+        ("out 0", "grad word"),
+    ),
+    **{
+        f"rows of {op}": (
+            op,
+            lambda: {
+                "x": torch.linspace(0.1, 0.9, 35).expand(ROWS, 35),
+                "weight": torch.full((20, 35), 0.7),
+                "bias": torch.full((20,), 0.1),
+            },
+            ("grad weight", "grad bias"),
+        )
+        for op in ("linear", "linear_gelu")
+    },
+    "outputs of a product of few rows": (
+        "linear",
+        lambda: {"x": torch.full((4, 20), 0.3), "weight": torch.full((50_000, 20), 0.7)},
+        ("grad x",),
+    ),
     "a product of few rows": (
         "linear",
         lambda: {"x": torch.full((4, 50_000), 0.3), "weight": torch.full((20, 50_000), 0.7)},
@@ -194,6 +267,12 @@ GRID = [
 ]
 
 
+def _of_a_table(row: Arguments) -> Arguments:
+    """The first row of x as that of a table."""
+    tables = {"word": row["x"][:1], "position": None, "token_type": None}
+    return {"input_ids": torch.zeros(1, 1, dtype=torch.long), **tables, "weight": row["weight"], "bias": row["bias"]}
+
+
 def _without(arguments: Arguments, name: str) -> Arguments:
     return {other: value for other, value in arguments.items() if other != name}
 
@@ -202,7 +281,7 @@ def results(function: Callable[..., object], arguments: Arguments, wanted: tuple
     """The wanted ones, where the gradient of every output is 1/3."""
     names = [name.removeprefix("grad ") for name in wanted if name.startswith("grad ")]
     arguments = arguments | {name: arguments[name].detach().requires_grad_() for name in names}
-    outputs = as_tuple(function(**arguments))[:1]
+    outputs = as_tuple(function(**arguments))
     found = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
     if names:
         gradients = [torch.full_like(output, 1 / 3) for output in outputs]
