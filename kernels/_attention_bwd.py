@@ -211,7 +211,9 @@ def bwd_bias(
     planes = tl.where(heads == call.sizes.heads, 1, call.sizes.heads)
     tiles_i = tl.where(rows == queries, 1, tl.cdiv(queries, BLOCK_M))
     tiles_j = tl.where(dbias.columns == keys, 1, tl.cdiv(keys, BLOCK_N))
+    # `lost` is what the sum is too large by: see csrc/cpu/sums.h.
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    lost = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, sequences * planes * tiles_i * tiles_j):
         first_j = at_j + step % tiles_j * BLOCK_N
         left = step // tiles_j
@@ -230,7 +232,11 @@ def bwd_bias(
                 call, at, q, do, first_i, first_j, pairs, lse, delta, lse_correction,
                 CAUSAL, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
-            sum += ds
+            wanted = ds - lost
+            more = sum + wanted
+            excess = (more - sum) - wanted
+            lost = tl.where(tl.abs(excess) < INFINITY, excess, 0.0)
+            sum = more
     base = dbias.tensor + (at_plane.to(tl.int64) * rows) * dbias.columns
     i = at_i + tl.arange(0, BLOCK_M)[:, None]
     j = at_j + tl.arange(0, BLOCK_N)[None, :]

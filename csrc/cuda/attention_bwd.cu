@@ -3,6 +3,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/head_sizes.cuh"
+#include "cuda/sums.cuh"
 
 namespace pyxlbert::cuda {
 namespace {
@@ -33,8 +34,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
     const int tiles_j = size_j == a.keys ? 1 : ceil_div(a.keys, C::BK);
     const int row = warp_id() % C::QW * 16, column = warp_id() / C::QW * C::BN, g = lane_id() / 4,
               t2 = lane_id() % 4 * 2;
-    float sum[N][4];
+    float sum[N][4], lost[N][4];
     clear(sum);
+    clear(lost);
     for (std::int64_t step = 0; step < static_cast<std::int64_t>(sequences) * heads * tiles_i * tiles_j; ++step) {
         const int first_j = at_j + static_cast<int>(step % tiles_j) * C::BK;
         std::int64_t left = step / tiles_j;
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
 #pragma unroll
             for (int n = 0; n < N; ++n)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum[n][e] += dp[0][n][e];
+                for (int e = 0; e < 4; ++e) add_exactly(sum[n][e], lost[n][e], dp[0][n][e]);
         }
         __syncthreads();
     }
@@ -91,9 +93,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
     for (int n = static_cast<int>(threadIdx.x); n < rows * columns; n += C::THREADS) {
         const int i = n / columns, j = n % columns;
         if (at_i + i >= size_i || at_j + j >= size_j) continue;
-        float total[1] = {0.0f};
+        float total[1] = {0.0f}, rest = 0.0f;
         for (int k = i; k < (rows == 1 ? C::BM : i + 1); ++k)
-            for (int l = j; l < (columns == 1 ? C::BK : j + 1); ++l) total[0] += tile[k * TILE_LD + l];
+            for (int l = j; l < (columns == 1 ? C::BK : j + 1); ++l) add_exactly(total[0], rest, tile[k * TILE_LD + l]);
         const std::int64_t at =
             ((static_cast<std::int64_t>(at_b) * size_h + at_h) * size_i + at_i + i) * size_j + at_j + j;
         store_any<1>(a.dbias, a.bias_dtype, at, total);

@@ -230,7 +230,8 @@ struct KeyRows {
         if constexpr (C::HELD)
             multiply_held_rows<T, D>(c, held, content);
         else
-            multiply_rows<T, D>(c, keys + warp_id() * C::ROWS * LD<D>, 16 * LD<D>, content);
+            // Forward had the queries on the left, and where a score is lse its weight is to be 1 to the last bit.
+            multiply_rows<T, D, true>(c, keys + warp_id() * C::ROWS * LD<D>, 16 * LD<D>, content);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll

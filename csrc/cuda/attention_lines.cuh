@@ -60,7 +60,11 @@ DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequ
             if (at < high) place.number = stream.numbers[static_cast<std::int64_t>(b) * stream.rows + at];
             more = more || low + (pass + 1) * 16 < high;
         }
-        place.mask_row = stream.options.mask_by_position ? place.position : place.number;
+        // Scores of what is no query are computed too, and without a table of positions a bias is read for them.
+        if constexpr (RELATIVE)
+            place.mask_row = stream.options.mask_by_position ? place.position : place.number;
+        else
+            place.mask_row = max(place.number, 0);
         if (RELATIVE && place.number >= 0) {
             if (rank != nullptr) place.rank = rank[place.number];
             if (segments != nullptr) place.segment = segments[place.number];

@@ -52,7 +52,8 @@ struct Mma {
         const int lane = lane_id();
         ldmatrix_transposed(b.r, tile + (lane % 16) * ld + lane / 16 * 8);
     }
-    // c, d [16, 8] += a b.
+    // c, d [16, 8] += a b.  TRANSPOSED: with the same bits as the product of the transposed factors, b by a.
+    template <bool TRANSPOSED = false>
     static DEVICE void multiply(float (&c)[4], float (&d)[4], const Left& a, const Right& b) {
         mma16(c, a.r, b.r[0], b.r[1], T());
         mma16(d, a.r, b.r[2], b.r[3], T());
@@ -115,18 +116,21 @@ struct Mma<float> {
         split(column[8], b.high[2], b.low[2]);
         split(column[ld + 8], b.high[3], b.low[3]);
     }
+    template <bool TRANSPOSED = false>
     static DEVICE void multiply(float (&c)[4], float (&d)[4], const Left& a, const Right& b) {
-        add_product(c, a, b.high[0], b.high[1], b.low[0], b.low[1]);
-        add_product(d, a, b.high[2], b.high[3], b.low[2], b.low[3]);
+        add_product<TRANSPOSED>(c, a, b.high[0], b.high[1], b.low[0], b.low[1]);
+        add_product<TRANSPOSED>(d, a, b.high[2], b.high[3], b.low[2], b.low[3]);
     }
     // Tensor cores cut off what an addition leaves behind a float's last bit: a long sum in one accumulator would be
     // too small by its length.  So each step's products start from zero, and are added where additions round to
-    // nearest.
+    // nearest.  The small ones of either factor's rest come in one order, whichever side the factor is on.
+    template <bool TRANSPOSED>
     static DEVICE void add_product(float (&c)[4], const Left& a, std::uint32_t high0, std::uint32_t high1,
                                    std::uint32_t low0, std::uint32_t low1) {
         float x[4] = {};
+        if constexpr (TRANSPOSED) mma8(x, a.high, low0, low1);
         mma8(x, a.low, high0, high1);
-        mma8(x, a.high, low0, low1);
+        if constexpr (!TRANSPOSED) mma8(x, a.high, low0, low1);
         mma8(x, a.high, high0, high1);
 #pragma unroll
         for (int e = 0; e < 4; ++e) c[e] += x[e];
@@ -175,8 +179,8 @@ DEVICE void multiply_columns(float (&c)[M][N][4], const typename Mma<T>::Left (&
 }
 
 // c [M][16, 8 N] += M times 16 rows of `left` [.., D], `step` elements apart, times the 8 N rows of `right`,
-// transposed.
-template <class T, int D, int M, int N>
+// transposed.  TRANSPOSED: with the same bits as where left and right change places.
+template <class T, int D, bool TRANSPOSED = false, int M, int N>
 DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T* right) {
     [[maybe_unused]] constexpr int AT_ONCE = STEPS_AT_ONCE<T, D>;
 #pragma unroll AT_ONCE
@@ -189,7 +193,7 @@ DEVICE void multiply_rows(float (&c)[M][N][4], const T* left, int step, const T*
             typename Mma<T>::Right b;
             Mma<T>::load_rows(b, right + n * 8 * LD<D>, LD<D>, k);
 #pragma unroll
-            for (int m = 0; m < M; ++m) Mma<T>::multiply(c[m][n], c[m][n + 1], a[m], b);
+            for (int m = 0; m < M; ++m) Mma<T>::template multiply<TRANSPOSED>(c[m][n], c[m][n + 1], a[m], b);
         }
     }
 }

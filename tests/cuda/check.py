@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels without a GPU and says what became of them: registers, stack, spills, shared memory,
 instructions.
 
-    python tests/cuda/check.py --write      compiles everything again and rewrites budget.json
+    python tests/cuda/check.py --write              compiles everything again and rewrites budget.json
+    python tests/cuda/check.py --write NAME ...     only these units, such as attention_bwd.float
 
 What is compiled is a choice that has every kernel once and leaves out twins, the head sizes and the element type that
 differ from others in a number only; PYXLBERT_TEST_ALL=1 compiles all.  Results are kept in build/cuda-check by what
@@ -235,8 +236,12 @@ def _binutils(name: str) -> str:
 
 
 def main() -> None:
-    budget: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in units():
+    named = [name for name in sys.argv[1:] if name != "--write"]
+    if unknown := set(named) - set(units()):
+        sys.exit(f"got {', '.join(sorted(unknown))}, wanted some of {', '.join(units())}")
+    budget: dict[str, dict[str, dict[str, Any]]] = json.loads(BUDGET.read_text()) if named else {}
+    for name in named or units():
+        budget.pop(name, None)
         for architecture, kernels in compiled(name).items():
             for kernel, found in kernels.items():
                 entry = budget.setdefault(name, {}).setdefault(
@@ -247,7 +252,8 @@ def main() -> None:
                 entry["instructions"][architecture] = found["instructions"]["all"]
                 print(name, architecture, kernel, found, flush=True)
     if "--write" in sys.argv:
-        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        ordered = {name: budget[name] for name in units() if name in budget}
+        BUDGET.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 if __name__ == "__main__":

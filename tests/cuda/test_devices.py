@@ -3,6 +3,8 @@ anything is started."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,9 +73,14 @@ def test_little_shared_memory(
 ) -> None:
     """Tiles for the 99 KiB of capability 8.6, 8.9 and 12.0; the emulation ends on a launch that asks for more."""
     draw = Draw(torch.Generator().manual_seed(3), dtype, torch.device("cpu"))
-    given = SPECS[op].make(case.inputs.sized(2, 75, head_size), draw)
+    # Keys that are split are as many as they are.
+    split = case.inputs.key_count >= backends.cuda_kernels.MANY_KEYS
+    sized = replace(case.inputs, head_size=head_size) if split else case.inputs.sized(2, 75, head_size)
+    given = SPECS[op].make(sized, draw)
     monkeypatch.setenv("CUDA_EMULATION_SHARED", str(99 * 1024))
-    ours, truth = results_of(op, given, backend="cuda"), results_of(op, to_float64(given))
+    # What nobody may see is NaN to ours alone: plain PyTorch would multiply it by zero.
+    seen = {n: x.nan_to_num() if n == "value" else x for n, x in to_float64(given).items()}
+    ours, truth = results_of(op, given, backend="cuda"), results_of(op, seen)
     for number, (x, wanted) in enumerate(zip(ours, truth, strict=True)):
         error = float((x.double() - wanted).norm() / wanted.norm())
         assert error <= NORM[dtype], f"result {number} is off by {error:.3g}"

@@ -305,6 +305,15 @@ SPEC = Spec(
             ),
             {Use.EMULATION: HALF},
         ),
+        # A bias without a mask: tiles of which nothing is masked, and rows of theirs that are no queries.
+        *(
+            Case(
+                f"emulated, bias of {keys} keys",
+                Inputs(queries, keys, batch=1, head_size=64, layout="apart", bias=(1, 1, WHOLE, WHOLE)),
+                {Use.EMULATION: HALF},
+            )
+            for queries, keys in ((70, 100), (37, 130), (5, 1100))
+        ),
         # Three parts of 512 keys, and a sequence that is too short to be split.
         Case(
             "emulated, split keys",
