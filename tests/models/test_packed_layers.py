@@ -622,9 +622,12 @@ def test_a_loaded_model_need_not_pack_itself(directory, how: str, monkeypatch) -
     assert BertModel.from_pretrained(directory, pack=True).packs == "own"
 
 
-def test_memory_stays_flat_over_new_lengths() -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_memory_stays_flat_over_new_lengths(build, kind: str) -> None:
     """A library keeps something for each number of rows that it meets; a workspace has the largest size there was."""
-    packed, generator = model(torch.bfloat16), torch.Generator().manual_seed(2)
+    packed = pyxlbert.pack(build(), kind) if kind == "int8" else build(getattr(torch, kind))
+    generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, 400, (600,), generator=generator).tolist()
 
     def resident() -> int:
