@@ -32,7 +32,7 @@ ARROWS = {
     "cuda": {"cuda", "backends", "launch"},
     "ops": {"ops", "checks", "backends", "launch", "reference", "cpu", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "backends"},
-    "models": {"models", "nn", "ops", "backends", "files", "hub"},
+    "models": {"checks", "models", "nn", "ops", "backends", "files", "hub"},
     "text": {"text", "models", "nn", "ops", "backends", "files", "hub"},
     "embed": {"embed", "text", "files"},
     "training": {"training", "text", "models", "nn", "ops", "backends", "files", "hub"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from pyxlbert import _C
 
@@ -19,7 +19,8 @@ _ELEMENTS = 256
 class Contents:
     """What tensors held when this was made: a digest of vectors, and of a sample of each matrix.
 
-    A write that leaves no line of a matrix as it was is seen, whoever makes it; so is any to a vector.
+    A write that leaves no line of a matrix as it was is seen, whoever makes it; so is any to a vector, and memory that
+    has become smaller in its place.
 
     Args:
         tensors: in the CPU's memory; kept alive, so that it is theirs at every look.
@@ -28,11 +29,13 @@ class Contents:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # Aliases: what else becomes of the tensors is somebody else's to see, and is to be asked first.
         self.aliases = [one.detach() for one in tensors]
+        self._storages = [one.untyped_storage() for one in self.aliases]
+        self._bytes = list(map(UntypedStorage.nbytes, self._storages))
         self._seen = _C.cpu.Seen([run for one in self.aliases for run in _runs(one)])
 
     def unchanged(self) -> bool:
         """Whether they hold it still; where they lie must have been looked at before, for memory can be given back."""
-        return self._seen.unchanged()
+        return list(map(UntypedStorage.nbytes, self._storages)) == self._bytes and self._seen.unchanged()
 
 
 def digest(values: Tensor) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyxlbert.models.config import MOST_LAYERS, MOST_WIDTH, ModelConfig
+from pyxlbert.models.config import MOST_ANYTHING, MOST_LAYERS, MOST_WIDTH, ModelConfig
 from pyxlbert.models.inputs import IGNORED, check_device, check_ids, check_tensors, check_tokens
 from pyxlbert.models.losses import LOW_PRECISION
 from pyxlbert.models.outputs import BaseModelOutputWithPooling, ModelOutput, PackedModelOutput
@@ -98,6 +98,7 @@ class BertConfig(ModelConfig):
         self._number("layer_norm_eps", 0)
         self._number("initializer_range", 0)
         activation_kind(self.hidden_act, "hidden_act")
+        self._integer("sparse_pred_ignore_index", -MOST_ANYTHING)
         if self.pad_token_id is not None:
             self._integer("pad_token_id", 0)
             if self.pad_token_id >= self.vocab_size:

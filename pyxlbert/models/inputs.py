@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from pyxlbert.nn import has_values
+from pyxlbert import checks
+from pyxlbert.nn import has_values, sizes_are_fixed
 
 IGNORED = -100  # the label that counts for nothing
 
@@ -16,10 +18,29 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def check_tensors(**given: object) -> None:
-    """Raises TypeError for what is neither a tensor nor None."""
+    """Raises TypeError for what is neither a tensor nor None, ValueError for one whose memory was given back."""
+    traced = sizes_are_fixed() or torch.jit.is_tracing()
     for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
+        if not traced:
+            _check_memory(name, value)
+
+
+def _check_memory(name: str, value: Tensor) -> None:
+    if type(value) is not Tensor and type(value) is not Parameter:  # whose memory may lie in other tensors
+        return
+    try:
+        held = value.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # sparse, nested, or inside torch.func: with no storage to ask
+        return
+    # The usual tensor is contiguous, and at its storage's beginning.
+    if held < value.numel() * value.element_size() or not value.is_contiguous() or value.storage_offset():
+        wrong = checks.short_storage(value)
+        if wrong is not None:
+            raise ValueError(f"{name}: {wrong}")
 
 
 def check_zero_one(name: str, mask: Tensor) -> None:

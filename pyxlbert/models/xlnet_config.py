@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pyxlbert.models.config import MOST_LAYERS, MOST_WIDTH, ModelConfig
+from pyxlbert.models.config import MOST_ANYTHING, MOST_LAYERS, MOST_WIDTH, ModelConfig
 from pyxlbert.nn import activation_kind
 
 ATTENTION_TYPES = ("bi", "uni")
@@ -100,6 +100,13 @@ class XLNetConfig(ModelConfig):
         for name in ("mem_len", "reuse_len"):
             if getattr(self, name) is not None:
                 self._integer(name, 0)
+        for name in ("pad_token_id", "bos_token_id"):
+            if getattr(self, name) is not None:
+                self._integer(name, -1)
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if not all(one is None or (type(one) is int and -1 <= one <= MOST_ANYTHING) for one in ends):
+            wanted = f"an integer from -1 to {MOST_ANYTHING}, or a list of some"
+            raise ValueError(f"eos_token_id: got {self.eos_token_id!r}, wanted {wanted}")
         for name in ("dropout", "summary_first_dropout", "summary_last_dropout"):
             self._number(name, 0, 1)
         self._number("layer_norm_eps", 0)

@@ -214,6 +214,7 @@ def _mems(mems: object, config: XLNetConfig, batch: int, device: torch.device) -
     for one in mems:
         if not isinstance(one, Tensor):
             raise TypeError(f"mems: got {type(one).__name__}, wanted a tensor for every layer")
+        check_tensors(mems=one)
         if not one.is_floating_point():
             raise TypeError(f"mems: got {one.dtype}, wanted a floating-point dtype")
         if one.dim() != 3 or one.shape[1:] != (batch, config.d_model) or one.shape[0] != mems[0].shape[0]:

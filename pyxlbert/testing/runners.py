@@ -15,7 +15,7 @@ from pyxlbert.backends import OPS, native
 from pyxlbert.backends.presence import device_type
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Arguments, Case, Spec, as_tuple, to_float64
+from pyxlbert.testing.specs._spec import Arguments, Case, Spec, as_tuple
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -127,7 +127,7 @@ def expected(op: str, case_id: str, dtype: torch.dtype) -> tuple[Results, Result
     spec = SPECS[op]
     case = next(case for case in spec.suite if case.id == case_id)
     arguments = arguments_of(spec, case, dtype)
-    wide = to_float64(arguments)
+    wide = spec.in_float64(arguments)
     plain = run(spec.plain, spec, arguments, case.gradients)
     cotangents = cotangents_of(tuple(plain[k] for k in plain if k.startswith("out")))
     truth = run(spec.plain, spec, wide, case.gradients, cotangents)

@@ -74,10 +74,15 @@ def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub:
     folder = Path((hub or Hub()).folder(directory, text=True))
     path = require_file(folder, FILE)
     saved = read_json(path)
-    if saved.get("task") not in TASKS:
-        raise ValueError(f"{path}: task is {saved.get('task')!r}; wanted one of {', '.join(TASKS)}")
+    name, settings, max_length = saved.get("task"), saved.get("settings", {}), saved.get("max_length")
+    if not isinstance(name, str) or name not in TASKS:
+        raise ValueError(f"{path}: task is {name!r}; wanted one of {', '.join(TASKS)}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: settings is {settings!r}; wanted an object")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ValueError(f"{path}: max_length is {max_length!r}; wanted an integer of at least 1")
     try:
-        task = TASKS[saved["task"]](saved.get("settings", {}))
+        task = TASKS[name](settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     config = encoder_class(folder).config_class.from_pretrained(folder)
@@ -86,7 +91,7 @@ def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub:
     missing = model.loading_info["missing_keys"]
     if missing:
         raise ValueError(f"{folder}: the weights lack {', '.join(missing)}")
-    return Trained(task, model, _tokenizer(folder, model, saved.get("max_length")))
+    return Trained(task, model, _tokenizer(folder, model, max_length))
 
 
 def _read(task: Task, folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PretrainedModel:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pyxlbert.testing import compare, runners, tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Arguments, Case, as_tuple, to_float64
+from pyxlbert.testing.specs._spec import Arguments, Case, as_tuple
 
 FOUND = Path(__file__).parents[2] / "build" / "fuzz"
 # hypothesis remembers what it has tried; a round begins anew.
@@ -61,7 +61,7 @@ class Tried:
         tensors = {n: x for n, x in self.arguments.items() if isinstance(x, Tensor)}
         self.apart = self.arguments | {n: guarded(x, drawn.at_end) for n, x in tensors.items()}
         self.plain = runners.run(self.spec.plain, self.spec, self.arguments, drawn.gradients)
-        self.wide = to_float64(self.arguments)
+        self.wide = self.spec.in_float64(self.arguments)
         # Of plain PyTorch's outputs, in their dtypes.
         self.cotangents = runners.cotangents_of(tuple(x for name, x in self.plain.items() if name.startswith("out")))
         self.truth = runners.run(self.spec.plain, self.spec, self.wide, drawn.gradients, self.cotangents)

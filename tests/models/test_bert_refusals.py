@@ -73,6 +73,27 @@ def test_bad_input_is_named(arguments: dict[str, Any], name: str) -> None:
         build()(**arguments)
 
 
+@pytest.mark.parametrize("left", [0, 4])
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"])
+def test_memory_that_is_gone_is_named(name: str, left: int) -> None:
+    given = {"input_ids": IDS.clone()}
+    if name == "inputs_embeds":
+        given = {name: torch.zeros(5, 7, 24)}
+    elif name != "input_ids":
+        given[name] = torch.ones_like(IDS)
+    given[name].untyped_storage().resize_(left)
+    with pytest.raises(ValueError, match=rf"^{name}: got .* whose storage holds {left} bytes, wanted at least \d+$"):
+        build()(**given)
+
+
+@pytest.mark.parametrize("head", [BertForMaskedLM, BertForTokenClassification, BertForSequenceClassification])
+def test_labels_whose_memory_is_gone_are_named(head: type) -> None:
+    labels = torch.zeros(5, dtype=torch.long) if head is BertForSequenceClassification else IDS * 0
+    labels.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^labels: got .* whose storage holds 0 bytes"):
+        build(head)(IDS, labels=labels)
+
+
 @pytest.mark.parametrize(
     "head, fields, arguments, name",
     [

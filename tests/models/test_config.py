@@ -145,6 +145,8 @@ HOSTILE = [
     ("max_position_embeddings", 10**400),
     ("type_vocab_size", 10**12),
     ("pad_token_id", 10**20),
+    ("sparse_pred_ignore_index", 10**20),
+    ("sparse_pred_ignore_index", float("nan")),
     ("layer_norm_eps", 10**400),
     ("layer_norm_eps", float("nan")),
     ("hidden_dropout_prob", -(10**400)),
@@ -178,6 +180,13 @@ def test_hostile_values_are_refused_before_anything_is_built(name: str, value, t
 def test_hostile_values_of_xlnet(name: str) -> None:
     with pytest.raises(ValueError, match="got 1000000000000, wanted an integer of at most"):
         XLNetConfig.from_dict({name: 10**12})
+
+
+@pytest.mark.parametrize("value", [10**12, -2, float("nan"), "5", {}, [2, 0.5]], ids=str)
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_tokens_of_xlnet_are_integers(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got .*, wanted an integer"):
+        XLNetConfig.from_dict({name: value})
 
 
 @pytest.mark.parametrize(

@@ -490,6 +490,31 @@ def test_memory_that_is_given_back_is_an_error(build, kind: str | None) -> None:
         compare.same_bits("filled again", one(ids(2, 7)).last_hidden_state, before)
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_memory_that_shrinks_in_its_place_is_an_error(build, kind: str | None) -> None:
+    """The allocator may give a shrunk storage the address of the whole one, by which alone nothing would be seen."""
+    one = pyxlbert.pack(build(), kind)
+    with torch.no_grad():
+        before, in_place = one(ids(2, 7)).last_hidden_state, 0
+        for name, parameter in one.named_parameters():
+            if name in ("mask_emb", "word_embedding.weight"):  # of which torch reads the rows that it is asked for
+                continue
+            kept, storage, address = parameter.detach().clone(), parameter.untyped_storage(), parameter.data_ptr()
+            size = storage.nbytes()
+            for cut in range(1, 25):
+                storage.resize_(size - 4 * (1 + cut % 3))
+                if parameter.data_ptr() == address:
+                    in_place += 1
+                    break
+            with pytest.raises(ValueError, match=r"storage holds \d+ bytes, wanted at least"):
+                one(ids(2, 7))
+            storage.resize_(size)
+            parameter.data.copy_(kept)
+        assert in_place
+        compare.same_bits("filled again", one(ids(2, 7)).last_hidden_state, before)
+
+
 def test_a_global_hook_sees_every_module() -> None:
     bert, seen = model(), []
     with torch.no_grad():
@@ -597,9 +622,12 @@ def test_a_loaded_model_need_not_pack_itself(directory, how: str, monkeypatch) -
     assert BertModel.from_pretrained(directory, pack=True).packs == "own"
 
 
-def test_memory_stays_flat_over_new_lengths() -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("build", [model, xlnet])
+def test_memory_stays_flat_over_new_lengths(build, kind: str) -> None:
     """A library keeps something for each number of rows that it meets; a workspace has the largest size there was."""
-    packed, generator = model(torch.bfloat16), torch.Generator().manual_seed(2)
+    packed = pyxlbert.pack(build(), kind) if kind == "int8" else build(getattr(torch, kind))
+    generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, 400, (600,), generator=generator).tolist()
 
     def resident() -> int:

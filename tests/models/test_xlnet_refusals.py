@@ -92,6 +92,23 @@ BAD += [
 ]
 
 
+_WHOLE = {
+    **{"attention_mask": MASK, "perm_mask": PERM_MASK, "target_mapping": MAPPING, "token_type_ids": IDS * 0},
+    **{"input_mask": 1 - MASK, "target_positions": POSITIONS, "query_rank": RANK, "key_rank": RANK},
+    **{"mems_mask": torch.ones(4, 3), "cu_seqlens": CU, "mems": MEMS, "input_ids": IDS},
+}
+
+
+@pytest.mark.parametrize("name", _WHOLE)
+def test_memory_that_is_gone_is_named(name: str, monkeypatch) -> None:
+    whole, model, calls = _WHOLE[name], build(), Calls(monkeypatch)
+    freed = [one.clone() for one in whole] if name == "mems" else whole.clone()
+    (freed[-1] if name == "mems" else freed).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"^{name}: got .* whose storage holds 0 bytes, wanted at least"):
+        model(**{"input_ids": IDS, name: freed})
+    assert not calls.made
+
+
 @pytest.mark.parametrize("arguments, name", BAD)
 def test_bad_input_is_named_before_anything_runs(arguments: dict[str, Any], name: str, monkeypatch) -> None:
     model, calls = build(), Calls(monkeypatch)

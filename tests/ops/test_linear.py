@@ -17,7 +17,6 @@ from pyxlbert.backends import native
 from pyxlbert.cpu import _few_rows, _onednn
 from pyxlbert.testing import compare
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import to_float64
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = [case for case in SPECS["linear"].suite if case.small]
@@ -185,7 +184,7 @@ def check(case, dtype: torch.dtype) -> None:
         }
 
     ours = run(lambda **a: spec.function(**a, backend="cpu"), given, dy)
-    plain, wide = run(spec.plain, given, dy), to_float64(given)
+    plain, wide = run(spec.plain, given, dy), spec.in_float64(given)
     truth = run(spec.plain, wide, dy.double())
     for name, value in ours.items():
         terms = spec.terms(name, wide, (dy,))

@@ -14,6 +14,7 @@ from small_task import STILL, bert, options, sentences, table, tagged, xlnet
 
 from pyxlbert import cli
 from pyxlbert.testing import compare, tolerances
+from pyxlbert.testing.directories import tiny_bert
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import split_words
 from pyxlbert.training.encoding import TaskTokenizer, windows
@@ -348,3 +349,21 @@ def test_every_task_has_its_commands(capsys: pytest.CaptureFixture[str]) -> None
             with pytest.raises(SystemExit) as end:
                 cli.main([command, name, "--help"])
             assert end.value.code == 0 and "--model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"task": wrong} for wrong in ({}, [], 3, None, "sums")),
+        *({"settings": wrong} for wrong in (3, [], "labels", None)),
+        *({"max_length": wrong} for wrong in ("8", -1, 0, [], True, 1.5, float("nan"))),
+    ],
+    ids=str,
+)
+def test_a_saved_task_that_is_wrong_is_named(tmp_path: Path, changes: dict) -> None:
+    tiny_bert(tmp_path)
+    whole = {"task": "text-classification", "settings": {"labels": ["a", "b"]}, "max_length": 8}
+    (tmp_path / "task.json").write_text(json.dumps(whole | changes))
+    with pytest.raises(ValueError) as caught:
+        read_trained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and f"{next(iter(changes))} is" in str(caught.value)

@@ -153,6 +153,8 @@ class Spec:
         dtypes: what the fast backends take.
         terms: for an output or a gradient ("grad x"), the sum of absolute terms given the arguments in
             float64 and the cotangents; absent: the largest element.
+        rounded: parameters that the op rounds first, each with the argument whose dtype they get: what is right follows
+            from the rounded ones, or who is lucky with theirs would be the measure of all.
         vendor: set where backend "cpu" calls a vendor's library: what the common suite cannot ask of it, in one
             sentence.  Such an op has no instruction-set levels of its own, and the same bits are asked of it for
             the same number of threads only.
@@ -171,6 +173,7 @@ class Spec:
     flops: Callable[[Arguments, bool], float] | None = None
     dtypes: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
     terms: Callable[[str, Arguments, tuple[torch.Tensor, ...]], torch.Tensor | float | None] | None = None
+    rounded: Mapping[str, str] = field(default_factory=dict)
     vendor: str | None = None
     composed: bool = False
     tiles: bool = False
@@ -189,6 +192,14 @@ class Spec:
     ) -> Arguments:
         """What a case calls the op with: see `Draw`."""
         return self.make(case.inputs, Draw(generator, dtype, device))
+
+    def in_float64(self, arguments: Arguments) -> Arguments:
+        """The arguments from which what is right is computed: in float64, after the roundings that the op promises."""
+        given = dict(arguments)
+        for name, like in self.rounded.items():
+            if isinstance(given.get(name), torch.Tensor):
+                given[name] = given[name].to(given[like].dtype)
+        return to_float64(given)
 
     def leaves(self, arguments: Arguments) -> list[str]:
         """The arguments that get a gradient."""

@@ -20,7 +20,10 @@ from pyxlbert.testing.specs._spec import (
     timed,
 )
 
-VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depend on their number"
+VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depends on their number"
+
+# See `Spec.rounded`.
+ROUNDED = {"weight": "x", "bias": "x"}
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -161,6 +164,7 @@ SPEC = Spec(
     ),
     bad=BAD,
     terms=terms,
+    rounded=ROUNDED,
     vendor=VENDOR,
     bytes_moved=bytes_moved,
     flops=flops,

@@ -88,6 +88,7 @@ SPEC = Spec(
         ),
     ),
     terms=_terms,
+    rounded=linear.ROUNDED,
     vendor=linear.VENDOR,
     bytes_moved=linear.bytes_moved,
     flops=linear.flops,

@@ -411,6 +411,7 @@ SPEC = Spec(
         ),
         Bad("max_seqlen small", _pack(max_seqlen=lambda a: 3), ValueError, ("max_seqlen", "3", "at least 4")),
     ),
+    rounded={"position_key": "query"},
     tiles=True,
     terms=terms_of,
     # Three products forward; backward repeats two and makes six more.

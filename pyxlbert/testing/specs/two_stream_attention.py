@@ -299,6 +299,7 @@ SPEC = Spec(
         Bad("targets negative", _targets(of=lambda t: t - 1), ValueError, ("target_positions", "-2", "[-1, 6]")),
         *SHARED_BAD,
     ),
+    rounded={"position_key": "content_query"},
     tiles=True,
     terms=_terms,
     flops=_flops,
