@@ -20,7 +20,7 @@ from pyxlbert.testing.specs._spec import (
     timed,
 )
 
-VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depends on their number"
+VENDOR = "oneDNN and MKL divide a long sum among threads as they see fit, so its last bits depend on their number"
 
 # See `Spec.rounded`.
 ROUNDED = {"weight": "x", "bias": "x"}
