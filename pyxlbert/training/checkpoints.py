@@ -17,6 +17,8 @@ from pyxlbert.files import whole_directory
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.pt"
+# What every checkpoint has, whatever is trained.
+_FIELDS = {"model": dict, "optimiser": dict, "progress": dict, "chance": list}
 
 
 def folder(directory: Path, step: int) -> Path:
@@ -121,13 +123,21 @@ def read(directory: Path, step: int) -> dict[str, Any]:
     """The state of a checkpoint.
 
     Raises:
-        ValueError: the file is not whole.
+        ValueError: the file is not whole, or is something else.
     """
     path = folder(directory, step) / _STATE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise whatever unpickling meets on its way
-        raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a whole checkpoint: {(str(error).splitlines() or [error])[0]}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a whole checkpoint: it holds a {type(state).__name__}, wanted a dict")
+    for name, kind in _FIELDS.items():
+        value = state.get(name)
+        if not isinstance(value, kind) or not value:  # nothing would be put back of an empty one, without a word
+            got = "missing" if name not in state else f"a {type(value).__name__}" if value else "empty"
+            raise ValueError(f"{path} is not a whole checkpoint: {name} is {got}, wanted a {kind.__name__}")
+    return state
 
 
 def last_whole(directory: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:

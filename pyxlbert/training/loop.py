@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +109,26 @@ class _Progress:
     finished: bool = False
     loss: float = 0.0  # of all processes, summed since the last point of the curves
     summed: int = 0  # steps that it is summed over
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> _Progress:
+        """What was saved.
+
+        Raises:
+            ValueError: a field is missing, unknown or not of its kind.
+        """
+        names = {one.name for one in fields(cls)}
+        if saved.keys() != names:
+            raise ValueError(f"progress: got {', '.join(map(str, saved))}, wanted {', '.join(sorted(names))}")
+        counts = [saved[name] for name in ("step", "without_gain", "summed")]
+        counts += [] if saved["best_step"] is None else [saved["best_step"]]
+        loss, scores = saved["loss"], saved["best_scores"]
+        right = all(type(one) is int and one >= 0 for one in counts) and type(saved["finished"]) is bool
+        right = right and isinstance(loss, int | float) and math.isfinite(loss) and isinstance(scores, dict)
+        # A score may be NaN: a correlation with predictions that are all the same is.
+        if not right or not all(isinstance(one, int | float) for one in scores.values()):
+            raise ValueError(f"progress: got {saved}, wanted counts of steps, a finite loss and numbers for scores")
+        return cls(**saved)
 
 
 def accelerator() -> Any:
@@ -219,7 +239,7 @@ class Loop:
         """Goes on after the last checkpoint that is whole, if there is any.
 
         Raises:
-            ValueError: there are checkpoints, and none of them is whole.
+            ValueError: there are checkpoints, and none of them is whole, or the last whole one is not of this run.
         """
         state, broken = checkpoints.last_whole(self._directory)
         self._accelerator.wait_for_everyone()  # all have looked
@@ -229,7 +249,16 @@ class Loop:
                 shutil.rmtree(checkpoints.folder(self._directory, step))
         if state is None:
             return
-        self._progress = _Progress(**state["progress"])
+        try:
+            self._take(state)
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            where = checkpoints.folder(self._directory, checkpoints.steps(self._directory)[-1])
+            words = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"{where} does not fit this run: {type(error).__name__}: {words}") from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state."""
+        self._progress = _Progress.of(state["progress"])
         step = self._progress.step
         if self._accelerator.is_main_process:
             self._loss += self._progress.loss

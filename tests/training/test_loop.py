@@ -166,6 +166,35 @@ def test_the_last_checkpoint_that_is_whole_is_gone_on_with(files: Path, tmp_path
         train(files, tmp_path / "a", resume=True, **given)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda state: 3, "is not a whole checkpoint: it holds a int, wanted a dict"),
+        (lambda state: {}, "is not a whole checkpoint: model is missing, wanted a dict"),
+        (lambda state: state | {"chance": {"a": 1}}, "is not a whole checkpoint: chance is a dict, wanted a list"),
+        (lambda state: state | {"progress": {}}, "is not a whole checkpoint: progress is empty, wanted a dict"),
+        (lambda state: state | {"progress": {"a": 1}}, "does not fit this run: ValueError: progress: got a, wanted b"),
+        (lambda state: state | {"progress": state["progress"] | {"step": "4"}}, "wanted counts of steps"),
+        (lambda state: state | {"progress": state["progress"] | {"loss": float("nan")}}, "a finite loss"),
+        (lambda state: state | {"chance": [{}]}, "does not fit this run: KeyError: 'torch'"),
+        (lambda state: state | {"chance": [3]}, "does not fit this run: TypeError"),
+        (lambda state: state | {"model": {}}, "is not a whole checkpoint: model is empty, wanted a dict"),
+        (lambda state: state | {"model": {"a": torch.ones(2)}}, "does not fit this run: RuntimeError"),
+        (lambda state: state | {"optimiser": {"a": 1}}, "does not fit this run: KeyError"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_named_and_stays(files: Path, tmp_path: Path, spoil, words: str) -> None:
+    given = {"max_steps": 4, "checkpoint_every": 4}
+    train(files, tmp_path / "a", **given)
+    path = checkpoints.folder(tmp_path / "a", 4) / "state.pt"
+    torch.save(spoil(checkpoints.read(tmp_path / "a", 4)), path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError) as caught:
+        train(files, tmp_path / "a", resume=True, **given)
+    assert str(path.parent) in str(caught.value) and words in str(caught.value)
+    assert path.read_bytes() == before
+
+
 def test_what_cannot_be_sharded_is_said(files: Path, tmp_path: Path, monkeypatch) -> None:
     """`accelerate` passes over FSDP where there are no GPUs."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
