@@ -149,17 +149,21 @@ struct KeyRows {
     typename Mma<T>::Left held[C::HELD ? D / Mma<T>::K : 1][M];
     float dkey[M][D / 8][4], dvalue[M][D / 8][4];
 
+    DEVICE void begin() {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            clear(dkey[m]);
+            clear(dvalue[m]);
+        }
+    }
+
     DEVICE KeyRows(int first_j, float scale) : first_j(first_j), scale(scale) {
         statistics = reinterpret_cast<float*>(shared_memory() + MASKS_SIZE + QUERIES_SIZE);
         values = reinterpret_cast<T*>(statistics + 3 * C::STATISTICS);
         contents = values + C::KEYS;
         douts = contents + 2 * C::QUERIES;
         keys = C::HELD ? contents : contents + C::STEPS;
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            clear(dkey[m]);
-            clear(dvalue[m]);
-        }
+        begin();
     }
 
     DEVICE const Masks& masks() const { return *reinterpret_cast<const Masks*>(shared_memory()); }
@@ -278,6 +282,26 @@ struct KeyRows {
         multiply_scores<T, D>(dvalue, c, dout);
         multiply_scores<T, D>(dkey, dp, content);
     }
+
+    // Gives the sums to the results, which have `more` already or not.
+    DEVICE void give(const AttentionCall& a, int b, int h, std::int64_t start, bool more) const {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int j = first_j + m * 16 + lane_id() / 4 + half * 8;
+                if (j >= masks().extent) continue;  // not the sequence's: registers are short
+                const std::int64_t to = result_row(a, b, h, start, a.keys, j) * a.head_size + lane_id() % 4 * 2;
+#pragma unroll
+                for (int d = 0; d < D / 8; ++d) {
+                    if (d * 8 >= a.head_size) break;
+                    give_pair(static_cast<T*>(a.dkey) + to + d * 8, dkey[m][d][half * 2] * a.options.scale,
+                              dkey[m][d][half * 2 + 1] * a.options.scale, more);
+                    give_pair(static_cast<T*>(a.dvalue) + to + d * 8, dvalue[m][d][half * 2],
+                              dvalue[m][d][half * 2 + 1], more);
+                }
+            }
+    }
 };
 
 template <class C>
@@ -314,6 +338,7 @@ __global__ void __launch_bounds__(C::THREADS, 2) attention_bwd_key_rows(const __
         side.ask((first + 1) * C::BM, (first + 1) % 3);
         cp_async_commit();
     }
+    bool more = false;
 #pragma unroll 1
     for (int step = first; step < steps; ++step) {
         cp_async_wait<0>();
@@ -328,23 +353,14 @@ __global__ void __launch_bounds__(C::THREADS, 2) attention_bwd_key_rows(const __
             const int row = step % 2 * C::QUERIES + k * LD<D>;
             side.multiply(step * C::BM + k, side.contents + row, side.douts + row, side.statistics_of(step % 3) + k);
         }
-    }
-#pragma unroll
-    for (int m = 0; m < C::M; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int j = side.first_j + m * 16 + lane_id() / 4 + half * 8;
-            if (j >= side.masks().extent) continue;  // not s: registers are short
-            const std::int64_t to = result_row(a, b, h, s.start, a.keys, j) * a.head_size + lane_id() % 4 * 2;
-#pragma unroll
-            for (int d = 0; d < D / 8; ++d) {
-                if (d * 8 >= a.head_size) break;
-                store_pair(static_cast<T*>(a.dkey) + to + d * 8, side.dkey[m][d][half * 2] * a.options.scale,
-                           side.dkey[m][d][half * 2 + 1] * a.options.scale);
-                store_pair(static_cast<T*>(a.dvalue) + to + d * 8, side.dvalue[m][d][half * 2],
-                           side.dvalue[m][d][half * 2 + 1]);
+        if constexpr (C::WIDE)
+            if ((step + 1 - first) % (QUERIES_OF_A_SUM / C::BM) == 0) {
+                side.give(a, b, h, s.start, more);
+                side.begin();
+                more = true;
             }
-        }
+    }
+    side.give(a, b, h, s.start, more);
 }
 
 }  // namespace pyxlbert::cuda

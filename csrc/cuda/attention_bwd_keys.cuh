@@ -17,6 +17,7 @@ struct KeysSide {
     Ring<T, D, C::RING> ring;
     Band<C::BN> band;
     float dkey[1][C::COLUMNS / 8][4], dvalue[1][C::COLUMNS / 8][4];
+    int steps = 0;  // that are in the results and the sums
 
     DEVICE KeysSide(const AttentionCall& a, const Sequence& s, int b, int h, int first_j)
         : a(a), s(s), b(b), h(h), first_j(first_j) {
@@ -126,6 +127,34 @@ struct KeysSide {
             add_step<C>(dvalue, weights, douts + buffer * C::QUERIES, k);
             add_step<C>(dkey, gradients, contents + buffer * C::QUERIES, k);
         }
+        if constexpr (C::GIVES)
+            if (++steps % EACH == 0) {
+                give(steps > EACH);
+                clear(dkey[0]);
+                clear(dvalue[0]);
+            }
+    }
+
+    static constexpr int EACH = QUERIES_OF_A_SUM / C::BM;
+
+    DEVICE void give_all() const { give(C::GIVES && steps >= EACH); }
+
+    // Gives the sums to the results, which have `more` already or not.
+    DEVICE void give(bool more) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int j = first_j + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
+            if (j >= masks(0).extent) continue;  // not s: registers are short
+            const std::int64_t at = result_row(a, b, h, s.start, a.keys, j) * a.head_size + column + lane_id() % 4 * 2;
+#pragma unroll
+            for (int d = 0; d < C::COLUMNS / 8; ++d) {
+                if (column + d * 8 >= a.head_size) break;
+                give_pair(static_cast<T*>(a.dkey) + at + d * 8, dkey[0][d][half * 2] * a.options.scale,
+                          dkey[0][d][half * 2 + 1] * a.options.scale, more);
+                give_pair(static_cast<T*>(a.dvalue) + at + d * 8, dvalue[0][d][half * 2], dvalue[0][d][half * 2 + 1],
+                          more);
+            }
+        }
     }
 };
 
@@ -150,20 +179,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
                                           readable, a.head_size, hidden);
     Place* places = reinterpret_cast<Place*>(shared_memory() + 2 * MASKS_SIZE);
     QueryWalk<C, KeysSide<C>>{a, side, places, h, b, b + 1}.run();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int j = first_j + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
-        if (j >= side.masks(0).extent) continue;  // not s: registers are short
-        const std::int64_t at = result_row(a, b, h, s.start, a.keys, j) * a.head_size + column + lane_id() % 4 * 2;
-#pragma unroll
-        for (int d = 0; d < C::COLUMNS / 8; ++d) {
-            if (column + d * 8 >= a.head_size) break;
-            store_pair(static_cast<T*>(a.dkey) + at + d * 8, side.dkey[0][d][half * 2] * a.options.scale,
-                       side.dkey[0][d][half * 2 + 1] * a.options.scale);
-            store_pair(static_cast<T*>(a.dvalue) + at + d * 8, side.dvalue[0][d][half * 2],
-                       side.dvalue[0][d][half * 2 + 1]);
-        }
-    }
+    side.give_all();
 }
 
 template <class C>

@@ -17,6 +17,8 @@ struct SumTile {
     static constexpr int D = D_;
     static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    // Whether what is summed is given to the result after QUERIES_OF_A_SUM; else registers are short.
+    static constexpr bool GIVES = WIDE && !(LONG && SMALL && EXTRAS);
     static constexpr int QW = WIDE && (LONG || SMALL) ? 1 : 2;
     static constexpr int KW = (RELATIVE && LONG && !WIDE ? 4 : 2) / (SMALL && LONG ? 2 : 1);
     static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;

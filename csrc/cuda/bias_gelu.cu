@@ -10,6 +10,7 @@
 #include "cuda/bias_gelu.h"
 
 #include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace pyxlbert::cuda {
 namespace {
@@ -104,10 +105,10 @@ template <class T, int VEC, bool TANH>
 __global__ void __launch_bounds__(THREADS) bias_gelu_bwd(const BiasGeluBwd a) {
     const int column = static_cast<int>(blockIdx.y * THREADS + threadIdx.x) * VEC;
     if (column >= a.columns) return;
-    float bias[VEC], dbias[VEC];
+    float bias[VEC], dbias[VEC], lost[VEC];
     load_bias<VEC>(a.bias, column, bias);
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) dbias[e] = 0.0f;
+    for (int e = 0; e < VEC; ++e) dbias[e] = lost[e] = 0.0f;
     const std::int64_t first = blockIdx.x * a.each, end = first + a.each < a.rows ? first + a.each : a.rows;
 #pragma unroll 4
     for (std::int64_t row = first; row < end; ++row) {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(THREADS) bias_gelu_bwd(const BiasGeluBwd a) {
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
             g[e] *= gelu_slope<TANH>(x[e] + bias[e]);
-            dbias[e] += g[e];
+            add_exactly(dbias[e], lost[e], g[e]);
         }
         store<VEC>(static_cast<T*>(a.dx) + row * a.columns + column, g);
     }

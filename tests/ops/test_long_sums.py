@@ -267,7 +267,11 @@ QUICK: dict[str, tuple[str, ...]] = {
         "keys, for two queries",
         "keys of the sign of their weights' gradients",
         "keys and a table",
+        "queries",
+        "queries and a table",
+        "queries of two streams",
         "rows of a bias (1, 2, 1, 16)",
+        "rows of bias_gelu",
     ),
 }
 GRID = [
