@@ -45,13 +45,7 @@ def plain(
     copy_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same by torch.nn.functional, one call after the other."""
-    total = F.embedding(input_ids, word, padding_idx)
-    if position is not None:
-        places = torch.arange(input_ids.shape[-1], device=input_ids.device) if position_ids is None else position_ids
-        total = total + F.embedding(places.expand(input_ids.shape), position)
-    if token_type is not None:
-        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        total = total + F.embedding(kinds.expand(input_ids.shape), token_type)
+    total = _sums(input_ids, word, token_type, position, token_type_ids, position_ids, padding_idx)
     wide = word.dtype is torch.float64
     if out_dtype is not None and not wide:
         total = total.to(out_dtype)
@@ -62,6 +56,26 @@ def plain(
     if copy_dtype is None:
         return y
     return y, y.clone() if wide else y.to(copy_dtype)
+
+
+def _sums(
+    input_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor | None,
+    position: Tensor | None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """What LayerNorm takes."""
+    total = F.embedding(input_ids, word, padding_idx)
+    if position is not None:
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device) if position_ids is None else position_ids
+        total = total + F.embedding(places.expand(input_ids.shape), position)
+    if token_type is not None:
+        kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        total = total + F.embedding(kinds.expand(input_ids.shape), token_type)
+    return total
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,6 @@ def _terms(name: str, a: Arguments, cotangents: tuple[Tensor, ...]) -> Tensor | 
     """As layer_norm's; a table row sums the gradients of all its tokens."""
     if a["input_ids"].numel() == 0:
         return None
-    tables = [t for t in (a["word"], a["position"], a["token_type"]) if t is not None]
-    largest = float(sum(t.abs().max() for t in tables))
     plain_arguments = {k: v for k, v in a.items() if k not in ("dropout_p", "seed", "copy_dtype", "out_dtype")}
     y = plain(**plain_arguments | {"weight": torch.ones_like(a["weight"]), "bias": torch.zeros_like(a["bias"])})
     spread = float(y.abs().max())
@@ -156,8 +168,15 @@ def _terms(name: str, a: Arguments, cotangents: tuple[Tensor, ...]) -> Tensor | 
     count = float(a["input_ids"].numel())
     if name in ("grad weight", "grad bias"):
         return count * dy * max(spread, 1.0)
-    rstd = max(spread / largest, 1.0)
-    return count * dy * rstd * float(a["weight"].abs().max()) * (1 + spread)
+    given = ("input_ids", "word", "token_type", "position", "token_type_ids", "position_ids")
+    x = _sums(**{key: a[key] for key in given if key in a})
+    rstd = (x.var(-1, correction=0) + a.get("eps", 1e-12)).rsqrt()
+    # Of each token; as in layer_norm the rounding of x itself is scaled by rstd.
+    each = dy * float(a["weight"].abs().max()) * rstd * (1 + rstd * x.abs().amax(-1))
+    if name != "grad word":
+        return float(each.sum())
+    word = torch.zeros(len(a["word"]), dtype=each.dtype, device=each.device)
+    return word.index_add(0, a["input_ids"].flatten().long(), each.flatten())[:, None]
 
 
 def _bytes_moved(a: Arguments, backward: bool) -> int:

@@ -23,6 +23,13 @@ ACTIVATIONS = {
 
 def plain(x: torch.Tensor, *, num_heads: int, activation: str = "gelu", eps: float = 1e-12, **a: Any) -> torch.Tensor:
     """The layer by torch.nn.functional in x's dtype, parameters in x's dtype too."""
+    return _stages(x, num_heads=num_heads, activation=activation, eps=eps, **a)[-1]
+
+
+def _stages(
+    x: torch.Tensor, *, num_heads: int, activation: str = "gelu", eps: float = 1e-12, **a: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What either LayerNorm takes, and the result."""
 
     def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
         return F.linear(rows, a[f"{name}_weight"], a.get(f"{name}_bias"))
@@ -34,8 +41,22 @@ def plain(x: torch.Tensor, *, num_heads: int, activation: str = "gelu", eps: flo
     query, key, value = linear(x, "qkv").unflatten(-1, (3, num_heads, -1)).unbind(-3)
     masks = ("key_lengths", "cu_seqlens", "max_seqlen", "attention_mask", "bias")
     mixed = attention.plain(query, key, value, **{name: a[name] for name in masks if name in a}).flatten(-2)
-    h = normalise(x + linear(mixed, "out"), "attention_norm")
-    return normalise(h + linear(ACTIVATIONS[activation](linear(h, "up")), "down"), "norm")
+    first = x + linear(mixed, "out")
+    h = normalise(first, "attention_norm")
+    second = h + linear(ACTIVATIONS[activation](linear(h, "up")), "down")
+    return first, second, normalise(second, "norm")
+
+
+def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> torch.Tensor | float | None:
+    """What either LayerNorm takes is rounded, and its rstd scales that; the second one scales the first one's too."""
+    if name != "out 0" or a["x"].numel() == 0:
+        return None
+    first, second, _ = _stages(**a)
+    eps = a.get("eps", 1e-12)
+    scales = [(x.var(-1, correction=0, keepdim=True) + eps).rsqrt() for x in (first, second)]
+    reach = [scale * x.abs().amax(-1, keepdim=True) for scale, x in zip(scales, (first, second), strict=True)]
+    before = a["attention_norm_weight"].abs().max() * reach[0] + a["attention_norm_bias"].abs().max()
+    return a["norm_weight"].abs() * (reach[1] + scales[1] * before) + a["norm_bias"].abs()
 
 
 @dataclass(frozen=True)
@@ -187,6 +208,7 @@ SPEC = Spec(
     function=encoder_layer,
     plain=plain,
     make=make,
+    terms=_terms,
     differentiable=("x", "qkv_weight", "out_weight", "up_weight", "down_weight", "norm_weight", "norm_bias"),
     cases=(
         *CASES,
