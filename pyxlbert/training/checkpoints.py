@@ -131,7 +131,7 @@ def read(directory: Path, step: int) -> dict[str, Any]:
     except Exception as error:  # a broken file can raise whatever unpickling meets on its way
         raise ValueError(f"{path} is not a whole checkpoint: {(str(error).splitlines() or [error])[0]}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a whole checkpoint: it holds a {type(state).__name__}, wanted a dict")
+        raise ValueError(f"{path} is not a whole checkpoint: it holds {type(state).__name__}, wanted a dict")
     for name, kind in _FIELDS.items():
         value = state.get(name)
         if not isinstance(value, kind) or not value:  # nothing would be put back of an empty one, without a word

@@ -252,7 +252,9 @@ class Loop:
         try:
             self._take(state)
         except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            where = checkpoints.folder(self._directory, checkpoints.steps(self._directory)[-1])
+            # Another process may not have removed the broken ones yet.
+            last = max(step for step in checkpoints.steps(self._directory) if step not in broken)
+            where = checkpoints.folder(self._directory, last)
             words = (str(error).splitlines() or [""])[0]
             raise ValueError(f"{where} does not fit this run: {type(error).__name__}: {words}") from error
 

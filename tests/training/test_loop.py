@@ -169,7 +169,7 @@ def test_the_last_checkpoint_that_is_whole_is_gone_on_with(files: Path, tmp_path
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda state: 3, "is not a whole checkpoint: it holds a int, wanted a dict"),
+        (lambda state: 3, "is not a whole checkpoint: it holds int, wanted a dict"),
         (lambda state: {}, "is not a whole checkpoint: model is missing, wanted a dict"),
         (lambda state: state | {"chance": {"a": 1}}, "is not a whole checkpoint: chance is a dict, wanted a list"),
         (lambda state: state | {"progress": {}}, "is not a whole checkpoint: progress is empty, wanted a dict"),
