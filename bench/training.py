@@ -118,9 +118,9 @@ class TrainingRace:
             }
             timings, failed = contest([calls], check, timer)
         tokens = sum(self.lengths)
-        matrices = sum(one.weight.numel() for one in theirs.modules() if isinstance(one, nn.Linear))
+        targets = counts["tokens"] if "pretrains" in self.name else 0
         dtype = str(self.dtype).removeprefix("torch.")
-        limit = 6 * tokens * matrices / limits.gemm_rate(self.dtype) if "classifies" in self.name else None
+        limit = _flops(theirs, tokens, targets) / limits.gemm_rate(self.dtype)
         full = tokens / (len(self.lengths) * max(self.lengths))
         note = (
             f"{theirs.config.num_hidden_layers} layers of base size, {len(self.lengths)} paragraphs of {tokens} tokens"
@@ -182,6 +182,36 @@ class TrainingRace:
         loop = Loop(job, options, folder, accelerator())
         module.train()
         return lambda: (loop.step(passes), None)[1]
+
+
+def _flops(model: nn.Module, tokens: int, targets: int) -> int:
+    """What a step's products with weights take at least.
+
+    A linear of the layers multiplies each token, and of XLNet's each target, whose content stream ends at the last
+    layer's keys and values.  A pair of tokens of one sequence is at one of twice as many distances as it has tokens,
+    which dropout makes the sequence's own, and whose embeddings are not learned: they need no gradient.  What the heads
+    multiply of a sequence's summary is left out.
+
+    Args:
+        model: transformers'.
+        tokens: of the batch, without padding.
+        targets: of the query stream, all of which the output layer multiplies; 0 for none.
+    """
+    if not hasattr(model, "transformer"):
+        return (
+            6 * tokens * sum(one.weight.numel() for one in model.bert.encoder.modules() if isinstance(one, nn.Linear))
+        )
+    products = distances = 0
+    for place, layer in enumerate(model.transformer.layer):
+        attention = layer.rel_attn
+        keys, queries = attention.k.numel() + attention.v.numel(), attention.q.numel() + attention.o.numel()
+        queries += layer.ff.layer_1.weight.numel() + layer.ff.layer_2.weight.numel()
+        content = 0 if targets and place == len(model.transformer.layer) - 1 else tokens
+        products += tokens * keys + (content + targets) * queries
+        distances += 2 * tokens * attention.r.numel()
+    if targets:
+        products += targets * model.lm_loss.weight.numel()
+    return 6 * products + 4 * distances
 
 
 def _gradient(

@@ -111,6 +111,14 @@ def test_both_are_trained_by_one_loop(name: str, monkeypatch) -> None:
     row = training.TrainingRace(name, lengths, torch.float32).run(MOMENT)
     assert set(row.timings) == {"pyxlbert", "transformers"} and not row.failed
     assert "1 layers" in row.note and ("full: less work" in row.note) == ("classifies" in name)
+    # The products with weights of a step, counted by hand; the rate is 10^12 a second.
+    four, two = 4 * 32 * 32, 2 * 32 * 48  # weights of attention and of the feed-forward network
+    flops = {
+        "BERT classifies": 6 * 26 * (four + two),
+        "XLNet classifies": 6 * 26 * (four + two) + 4 * 52 * 32 * 32,
+        "XLNet pretrains": 6 * (24 * four // 2 + 4 * (four // 2 + two + 40 * 32)) + 4 * 48 * 32 * 32,
+    }
+    assert row.limit == flops[name] / 1e12
     # A loss or a gradient that is another is a reason, and has no time.
     monkeypatch.setattr(training, "_gradient", lambda module, *given: (torch.rand(()), torch.rand(3)))
     assert set(training.TrainingRace(name, lengths, torch.float32).run(MOMENT).failed) == {"pyxlbert", "transformers"}
