@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 
+from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs._spec import BOTH, HALF, SINGLE, Arguments, Draw, Dtypes, Use
 
 # Of a mask's or a bias's shape: the size that it is broadcast to.
@@ -29,6 +30,25 @@ def compiled(head_size: int, usual: Dtypes | None = None) -> dict[Use, Dtypes]:
     if usual is not None:
         first, more = usual, tuple(dtype for dtype in first + more if dtype not in usual)
     return {Use.AHEAD: first, Use.AHEAD_ALL: more}
+
+
+def rounding_of_lse(p: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """What a backward that takes its weights from a float32 lse changes of a row's, in the unit of terms.
+
+    A row's lse is the score of its largest weight less the logarithm of that weight; half an eps of it is the change.
+
+    Args:
+        p: weights `[..., Tk]`.
+        reach: of their scores, the sum of absolute terms.
+
+    Returns:
+        `[..., 1]`; 0 of a row without weights.
+    """
+    if p.shape[-1] == 0:  # an empty sequence
+        return p.new_zeros(*p.shape[:-1], 1)
+    largest, place = p.max(-1, keepdim=True)
+    lse = reach.gather(-1, place) - largest.log()
+    return torch.where(largest > 0, lse, 0.0) / (2 * tolerances.TERMS)
 
 
 @dataclass(frozen=True)

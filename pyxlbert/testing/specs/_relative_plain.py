@@ -9,6 +9,7 @@ import torch
 
 from pyxlbert.reference.philox import Tag, keep_scores
 from pyxlbert.testing import tolerances
+from pyxlbert.testing.specs._attention import rounding_of_lse
 from pyxlbert.testing.specs._relative import UNSEEN_RANK
 from pyxlbert.testing.specs._spec import Arguments
 
@@ -200,7 +201,8 @@ def stream_terms(dout: torch.Tensor, rounding: float, **arguments: Any) -> dict[
     delta = dout . out from the rounded out: `rounding` is the eps of that, in float32's.
 
     A score is itself a sum of terms.  Once their rounding (of query + bias in the tested dtype, of the products in
-    float32) is a change of the score, and a weight changes by as much and by the mean of its row.
+    float32) is a change of the score, and a weight changes by as much and by the mean of its row.  Weights of backward
+    carry the rounding of lse too.
     """
     call = Padded(**arguments)
     scale, position_key = call.factor, call.position_key
@@ -208,12 +210,13 @@ def stream_terms(dout: torch.Tensor, rounding: float, **arguments: Any) -> dict[
         tensors, p, factor, constant = _parts(call)
         v, g = (x.abs().transpose(1, 2) for x in (call.value, dout))
         *leaves, band, differs = tensors
-        size = abs(scale) * products(*(None if x is None else x.abs() for x in leaves), band, differs)
+        reach = abs(scale) * products(*(None if x is None else x.abs() for x in leaves), band, differs)
         biased = call.content_bias is not None or call.position_bias is not None
-        size = size * (max(1.0, rounding) if biased else 1.0) / tolerances.TERMS
+        size = reach * (max(1.0, rounding) if biased else 1.0) / tolerances.TERMS
         change = 1.0 + size + (p * size).sum(-1, keepdim=True)
+        found = {"out": torch.matmul(p * factor * change, v).transpose(1, 2)}
+        change = change + rounding_of_lse(p, reach)
         kept = p * factor * change
-        found = {"out": torch.matmul(kept, v).transpose(1, 2)}
         found["value"] = torch.matmul(kept.transpose(-1, -2), g).transpose(1, 2)
         dp = torch.matmul(g, v.transpose(-1, -2)) * factor
         ds = p * (dp + max(1.0, rounding) * (p * dp).sum(-1, keepdim=True))

@@ -21,6 +21,7 @@ from pyxlbert.testing.specs._attention import (
     mask_of,
     packing,
     query_key_value,
+    rounding_of_lse,
 )
 from pyxlbert.testing.specs._spec import (
     BOTH,
@@ -155,7 +156,8 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
     Where a row's keys fill more than one block, a backward that saves only out and lse takes delta = dout . out from
     the rounded out, so that rounding, in float32's eps, counts as a term.  A score is itself a sum of terms: once their
     rounding is a change of the score, and a weight changes by as much and by the mean of its row.  Plain PyTorch's
-    scores of few queries say nothing of it: MKL sums those in another order, half as wrong.
+    scores of few queries say nothing of it: MKL sums those in another order, half as wrong.  Weights of backward carry
+    the rounding of lse too.
     """
     rounding = torch.finfo(cotangents[0].dtype).eps / torch.finfo(torch.float32).eps
     options = {n: v for n, v in a.items() if n not in ("query", "key", "value")}
@@ -164,11 +166,16 @@ def _terms(name: str, a: Arguments, cotangents: tuple[torch.Tensor, ...]) -> tor
     def of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dout: torch.Tensor, **options: Any) -> Any:
         p, factor = _weights(query, key, **options)
         q, k, v, g = (x.abs().transpose(1, 2) for x in (query, key, value, dout))
-        size = abs(scale) * torch.matmul(q, k.transpose(-1, -2)) / tolerances.TERMS
+        reach = abs(scale) * torch.matmul(q, k.transpose(-1, -2))
+        size = reach / tolerances.TERMS
         change = 1.0 + size + (p * size).sum(-1, keepdim=True)
-        kept = p * factor * change
         if name == "out 0":
-            return torch.matmul(kept, v).transpose(1, 2)
+            return torch.matmul(p * factor * change, v).transpose(1, 2)
+        if options.get("bias") is not None:
+            bias = options["bias"].abs()
+            reach = reach + bias.masked_fill(bias.isinf(), 0.0)
+        change = change + rounding_of_lse(p, reach)
+        kept = p * factor * change
         if name == "grad value":
             return torch.matmul(kept.transpose(-1, -2), g).transpose(1, 2)
         dp = torch.matmul(g, v.transpose(-1, -2)) * factor
