@@ -1,49 +1,22 @@
 #include "encoder.h"
 
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "cpu/encoder_layer.h"
+#include "distance_tables.h"
+#include "memory.h"
 #include "run.h"
 
 namespace py = pybind11;
 
 namespace pyxlbert {
 namespace {
-
-// Memory that lives as long as its owner.  A large weight lies on huge pages if the system has them: a product reads it
-// from end to end, and every 4 KiB would cost a look at the page table.
-class Memory {
-  public:
-    explicit Memory(std::size_t bytes) {
-        constexpr std::size_t huge = 2 << 20, line = 64;
-        const std::size_t alignment = bytes >= huge ? huge : line;
-        const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
-        data_ = std::aligned_alloc(alignment, size < line ? line : size);
-        if (data_ == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-        if (alignment == huge) madvise(data_, size, MADV_HUGEPAGE);
-#endif
-    }
-    ~Memory() { std::free(data_); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-
-    void* data() const { return data_; }
-
-  private:
-    void* data_;
-};
 
 // A copy of n floats with zeros behind them; of none if the address is 0.
 std::unique_ptr<Memory> floats(Address source, std::int64_t n, std::int64_t padded) {
@@ -149,6 +122,32 @@ class EncoderLayers {
         return true;
     }
 
+    // Calls whose distances were multiplied, the others' being at hand.
+    std::int64_t multiplied() const { return multiplied_; }
+
+    // The products of a call's embeddings of distances with the layers, made at the first call that is longer than
+    // those before; null where the layers make them themselves.  The caller holds the GIL, which is given up for the
+    // products alone, and keeps what it receives as long as the layers run.
+    std::shared_ptr<const DistanceTables> tables_of(const RelativeCall& relative, DType dtype, const void* positions) {
+        const std::int64_t bytes = hidden_ * (dtype == DType::float32 ? 4 : 2);
+        std::shared_ptr<const DistanceTables> found = tables_;
+        if (found != nullptr && found->holds(relative, dtype, positions)) return found;
+        ++multiplied_;
+        if (!DistanceTables::worth(relative) || (found != nullptr && !found->shorter(relative))) return nullptr;
+        auto made = std::make_shared<DistanceTables>(relative, dtype, positions, bytes);
+        for (const EncoderLayer& layer : layers_) {
+            std::int64_t row_bytes = 0;
+            DistanceTable product{&layer,  positions, relative.table_rows, hidden_, dtype, relative.in.threads,
+                                  nullptr, &row_bytes};
+            PYXLBERT_RUN_PACKED(distance_table, product);
+            product.table = made->add(row_bytes);
+            PYXLBERT_RUN_PACKED(distance_table, product);
+        }
+        // Another thread may have met longer sequences meanwhile.
+        if (tables_ == nullptr || tables_->shorter(relative)) tables_ = made;
+        return made;
+    }
+
   private:
     const float* keep(Address source, std::int64_t n) {
         memory_.push_back(floats(source, n, n));
@@ -162,14 +161,20 @@ class EncoderLayers {
     std::vector<EncoderLayer> layers_;
     std::vector<std::shared_ptr<OwnedLinear>> linears_;
     std::vector<std::unique_ptr<Memory>> memory_;
+    std::shared_ptr<const DistanceTables> tables_;
+    std::int64_t multiplied_ = 0;
 };
 
 // Layers first .. first + count - 1.
-void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::int64_t count, Address x,
-                        Address residual, Address y, Address y_stream, std::int64_t rows,
-                        const std::array<int, 2>& dtypes, const AttentionCall& attention, Address positions,
-                        const RelativeCall* relative, const Stream* relative_stream) {
+void encoder_layers_fwd(EncoderLayers& layers, std::int64_t first, std::int64_t count, Address x, Address residual,
+                        Address y, Address y_stream, std::int64_t rows, const std::array<int, 2>& dtypes,
+                        const AttentionCall& attention, Address positions, const RelativeCall* relative,
+                        const Stream* relative_stream) {
     if (!layers.readable()) throw std::invalid_argument("layers packed for another instruction-set level");
+    std::shared_ptr<const DistanceTables> kept;
+    std::vector<const void*> tables;
+    if (relative != nullptr) kept = layers.tables_of(*relative, DType(dtypes[0]), pointer(positions));
+    if (kept != nullptr) tables = kept->of(*relative, first, count);
     const EncoderLayersFwd arguments{layers.layers() + first,
                                      static_cast<int>(count),
                                      pointer(x),
@@ -183,7 +188,8 @@ void encoder_layers_fwd(const EncoderLayers& layers, std::int64_t first, std::in
                                      attention,
                                      pointer(positions),
                                      relative == nullptr ? RelativeCall{} : *relative,
-                                     relative_stream == nullptr ? Stream{} : *relative_stream};
+                                     relative_stream == nullptr ? Stream{} : *relative_stream,
+                                     kept == nullptr ? nullptr : tables.data()};
     PYXLBERT_RUN_PACKED(encoder_layers_fwd, arguments);
 }
 
@@ -202,6 +208,7 @@ void bind_encoder(py::module_& cpu) {
     py::class_<EncoderLayers>(cpu, "EncoderLayers")
         .def(py::init<std::int64_t>())
         .def("add", &EncoderLayers::add)
+        .def_property_readonly("multiplied", &EncoderLayers::multiplied)
         .def("__len__", &EncoderLayers::count);
     cpu.def("encoder_layers_fwd", &encoder_layers_fwd);
 }

@@ -26,6 +26,51 @@ struct Arena {
     }
 };
 
+template <class From, class To>
+PYXLBERT_INLINE void convert(const From* from, To* to, std::int64_t n, std::int64_t padded) {
+    for (std::int64_t j = 0; j < padded; j += W) {
+        const std::int64_t left = n - j;
+        store(to + j, left >= W ? load(from + j) : left > 0 ? load(from + j, static_cast<int>(left)) : zero());
+    }
+}
+
+template <class T>
+void multiply_distances(const DistanceTable& a) {
+    using U = typename Packed<T>::Unit;
+    using E = typename Packed<T>::Element;
+    const PackedLinear& linear = a.layer->position;
+    const std::int64_t width = linear.weight.columns;
+    *a.row_bytes = width * static_cast<std::int64_t>(sizeof(E));
+    if (a.table == nullptr) return;
+    const int threads = product_team(a.threads, a.rows * a.hidden * width);
+    const std::int64_t step = round_to((a.rows + threads - 1) / threads, STRIP);
+    const std::int64_t stride = round_to(a.hidden, sizeof(E) == 2 ? 2 * W : W);
+    const std::int64_t scratch_floats = ProductScratch::floats(step, a.hidden);
+    E* rows = nullptr;
+    float* scratch = nullptr;
+    const auto take_memory = [&](Arena arena) {
+        rows = arena.take<E>(a.rows * stride);
+        scratch = arena.take<float>(threads * scratch_floats);
+        return arena.used;
+    };
+    const std::int64_t size = take_memory({nullptr, 0});
+    take_memory({static_cast<char*>(workspace(Slot::shared, static_cast<std::size_t>(size))), 0});
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (std::int64_t r = 0; r < a.rows; ++r)
+            convert(static_cast<const T*>(a.embeddings) + r * a.hidden, rows + r * stride, a.hidden, stride);
+#pragma omp for schedule(static)
+        for (std::int64_t row = 0; row < a.rows; row += step) {
+            const ProductScratch mine{scratch + omp_get_thread_num() * scratch_floats, step, a.hidden};
+            multiply_rows<U>(
+                rows + row * stride, stride, a.rows - row < step ? a.rows - row : step, linear.weight, 0,
+                panels_of(linear.weight), mine,
+                StoreRows<E>{static_cast<E*>(a.table) + row * width, width, linear.bias, Activation::none});
+        }
+    }
+}
+
 template <class T>
 class Encoder {
     using U = typename Packed<T>::Unit;
@@ -33,13 +78,13 @@ class Encoder {
     static constexpr bool COPIED = sizeof(E) == 2;  // products read a copy of the stream and not the stream
 
     const EncoderLayersFwd& a;
-    const std::int64_t width, inner, table_rows;  // H D, F, rows of all tables
+    const std::int64_t width, inner, table_rows;  // H D, F, rows of all tables that are made here
     // Strides between rows, in elements.
     const std::int64_t stream_stride, row_stride, hidden_stride;
     const int threads;
     const Division cut;
     float* stream;
-    E *rows, *qkv, *mixed, *hidden, *positions, *table;
+    E *rows, *qkv, *mixed, *hidden, *table;
     float *lse, *scratch, *chunk_sums;
     std::int32_t* offsets;
 
@@ -50,10 +95,7 @@ class Encoder {
         return most;
     }
     PYXLBERT_INLINE std::int64_t hidden_rows() const { return cut.column_tasks > 1 ? a.rows : threads * cut.row_step; }
-    PYXLBERT_INLINE std::int64_t scratch_floats() const { return ProductScratch::floats(scratch_rows(), deepest()); }
-    PYXLBERT_INLINE std::int64_t scratch_rows() const {
-        return cut.row_step > table_step() ? cut.row_step : table_step();
-    }
+    PYXLBERT_INLINE std::int64_t scratch_floats() const { return ProductScratch::floats(cut.row_step, deepest()); }
     // Where the feed-forward network works in chunks its inner columns never come together.
     static PYXLBERT_INLINE const PackedMatrix& deepest_weight(const EncoderLayer& layer) {
         return layer.down.weight.quantised ? layer.down.weight : layer.projections[0].weight;
@@ -62,7 +104,6 @@ class Encoder {
         const std::int64_t most = inner > width ? inner : width;
         return most > a.hidden ? most : a.hidden;
     }
-    PYXLBERT_INLINE std::int64_t table_step() const { return round_to((table_rows + threads - 1) / threads, STRIP); }
 
     // Of the sums of one thread's feed-forward network in chunks.
     PYXLBERT_INLINE std::int64_t chunk_floats() const {
@@ -76,7 +117,6 @@ class Encoder {
         qkv = arena.take<E>(a.rows * 3 * width);
         mixed = arena.take<E>(a.rows * width);
         hidden = arena.take<E>(hidden_rows() * hidden_stride);
-        positions = arena.take<E>(table_rows * row_stride);
         table = arena.take<E>(table_rows * width);
         lse = arena.take<float>(a.rows * a.attention.heads);
         scratch = arena.take<float>(threads * scratch_floats());
@@ -88,7 +128,7 @@ class Encoder {
     std::int64_t size;
 
     PYXLBERT_INLINE ProductScratch my_scratch() const {
-        return {scratch + omp_get_thread_num() * scratch_floats(), scratch_rows(), deepest()};
+        return {scratch + omp_get_thread_num() * scratch_floats(), cut.row_step, deepest()};
     }
 
     // Products of `count` rows from `row` on with panels first .. last - 1 of a layer's weights.
@@ -223,7 +263,16 @@ class Encoder {
                          [&](std::int64_t first, std::int64_t last) { project(layer, i, 0, a.rows, first, last); });
     }
 
-    void attend(const EncoderLayer& layer) const {
+    // A layer's product of the positions.
+    const void* table_of(int l) const {
+        if (a.tables != nullptr) return a.tables[l];
+        std::int64_t row_bytes;
+        multiply_distances<T>({&a.layers[l], a.positions, table_rows, a.hidden, a.dtype, threads, table, &row_bytes});
+        return table;
+    }
+
+    void attend(int l) const {
+        const EncoderLayer& layer = a.layers[l];
         AttentionCall in = a.attention;
         in.dtype = COPIED ? DType::bfloat16 : DType::float32;
         if (in.cu_seqlens == nullptr && offsets[0] == 0) {
@@ -233,21 +282,13 @@ class Encoder {
         const std::int64_t stride = 3 * width, batch = in.queries * stride;
         AttentionTensor* const tensors[] = {&in.query, &in.key, &in.value};
         for (int i = 0; i < 3; ++i) *tensors[i] = {qkv + i * width, batch, stride, in.head_size};
-        if (table_rows == 0) {
+        if (a.positions == nullptr) {
             attention_fwd({in, mixed, lse});
             return;
         }
-        const std::int64_t step = table_step();
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (std::int64_t row = 0; row < table_rows; row += step) {
-            const std::int64_t count = table_rows - row < step ? table_rows - row : step;
-            const StoreRows<E> epilogue{table + row * width, width, layer.position.bias, Activation::none};
-            multiply_rows<U>(positions + row * row_stride, row_stride, count, layer.position.weight, 0,
-                             panels_of(layer.position.weight), my_scratch(), epilogue);
-        }
         RelativeAttentionFwd relative{a.relative, {a.relative_stream, {}}};
         relative.in.in = in;
-        relative.in.table = {table, a.relative.table_rows * width, width, in.head_size};
+        relative.in.table = {table_of(l), a.relative.table_rows * width, width, in.head_size};
         relative.in.content_bias = layer.content_bias;
         relative.in.position_bias = layer.position_bias;
         if (relative.in.key_segments != nullptr) {
@@ -267,14 +308,6 @@ class Encoder {
                in.bias.data == nullptr;
     }
 
-    template <class From, class To>
-    static PYXLBERT_INLINE void convert(const From* from, To* to, std::int64_t n, std::int64_t padded) {
-        for (std::int64_t j = 0; j < padded; j += W) {
-            const std::int64_t left = n - j;
-            store(to + j, left >= W ? load(from + j) : left > 0 ? load(from + j, static_cast<int>(left)) : zero());
-        }
-    }
-
     void read() const {
         const std::int64_t n = a.hidden;
 #pragma omp parallel num_threads(threads)
@@ -287,9 +320,6 @@ class Encoder {
                 });
                 if constexpr (COPIED) convert(static_cast<const T*>(a.x) + r * n, rows + r * row_stride, n, row_stride);
             }
-#pragma omp for schedule(static)
-            for (std::int64_t r = 0; r < table_rows; ++r)
-                convert(static_cast<const T*>(a.positions) + r * n, positions + r * row_stride, n, row_stride);
         }
         offsets[0] = plain() ? 0 : -1;
         for (std::int64_t b = 1; b <= a.attention.batch; ++b)
@@ -312,7 +342,9 @@ class Encoder {
         : a(given),
           width(given.attention.heads * given.attention.head_size),
           inner(widest(given)),
-          table_rows(given.positions == nullptr ? 0 : given.relative.tables * given.relative.table_rows),
+          table_rows(given.positions == nullptr || given.tables != nullptr
+                         ? 0
+                         : given.relative.tables * given.relative.table_rows),
           stream_stride(round_to(given.hidden, W)),
           row_stride(COPIED ? round_to(given.hidden, 2 * W) : stream_stride),
           hidden_stride(round_to(inner, 2 * W)),
@@ -332,7 +364,7 @@ class Encoder {
             over_rows([&](std::int64_t row, std::int64_t count) { project(a.layers[0], row, count); });
         }
         for (int l = 0; l < a.count; ++l) {
-            attend(a.layers[l]);
+            attend(l);
             if (by_columns)
                 finish_by_columns(l);
             else
@@ -396,6 +428,10 @@ void run(const EncoderLayersFwd& a) {
 }
 
 }  // namespace
+
+void distance_table(const DistanceTable& a) {
+    with_type(a.dtype, [&](auto type) { multiply_distances<decltype(type)>(a); });
+}
 
 void encoder_layers_fwd(const EncoderLayersFwd& a) {
     const AttentionCall& in = a.attention;

@@ -40,12 +40,29 @@ struct EncoderLayersFwd {
     const void* positions;
     RelativeCall relative;
     Stream relative_stream;
+    // Of each layer what `distance_table` makes of the positions; or null: it is made here.
+    const void* const* tables;
+};
+
+// The product of embeddings of distances with one layer's projection of them.
+struct DistanceTable {
+    const EncoderLayer* layer;
+    const void* embeddings;  // [R, E] in dtype, contiguous
+    std::int64_t rows, hidden;
+    DType dtype;
+    int threads;
+    // [R, H D], contiguous, in the element that the level stores, at most a float; or null: only its size is wanted.
+    void* table;
+    std::int64_t* row_bytes;  // receives the size of a row of the table
 };
 
 PYXLBERT_DECLARE_LEVELS(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_DECLARE_LEVELS(distance_table, DistanceTable)
 PYXLBERT_DECLARE_VNNI(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_DECLARE_VNNI(distance_table, DistanceTable)
 PYXLBERT_VNNI_TAKES(attention_fwd)
 PYXLBERT_VNNI_TAKES(relative_attention_fwd)
 PYXLBERT_DECLARE_AMX(encoder_layers_fwd, EncoderLayersFwd)
+PYXLBERT_DECLARE_AMX(distance_table, DistanceTable)
 
 }  // namespace pyxlbert
