@@ -21,7 +21,7 @@ from ._launch import launch
 _TILE = 4096  # elements
 _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to read again
 _FEWEST_PARTS = 64  # of so many rows each that a program's sums stay short, however many blocks of columns there are
-_SUMMED_COLUMNS = 32  # of a program, which is a row of 128 bytes: few, so that there are programs for every processor
+_SUMMED_COLUMNS = 16  # of a program, 64 bytes of a part: few, so that there are programs for every processor
 
 
 class Tile(NamedTuple):
@@ -88,7 +88,7 @@ def sum_parts(partial: Tensor | None, *outs: Tensor) -> None:
         return
     sums, parts, columns = partial.shape
     grid = (sums * triton.cdiv(columns, _SUMMED_COLUMNS),)
-    sizes = {"BLOCK_P": 64, "BLOCK_N": _SUMMED_COLUMNS}
+    sizes = {"BLOCK_P": 128, "BLOCK_N": _SUMMED_COLUMNS}
     launch(_sum_parts, grid, partial.device, partial, Outs(*outs), parts, columns, **sizes, num_warps=4)
 
 

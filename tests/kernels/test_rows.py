@@ -119,7 +119,7 @@ def test_all_sums_of_a_call_are_one_launch(sums: int, monkeypatch) -> None:
 
     monkeypatch.setattr(rows, "launch", watched)
     rows.sum_parts(partial, *outs)
-    assert grids == [(4 * sums,)]
+    assert grids == [(7 * sums,)]
     for out, wanted in zip(outs, partial.double().sum(1), strict=True):
         compare.close("sum", out, wanted, max(torch.finfo(out.dtype).eps, tolerances.SUMMATION_ORDER))
 
