@@ -70,10 +70,10 @@ def launching(launch: Callable[..., Any], architecture: int) -> Iterator[None]:
     """
     folder = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
     modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(folder.glob("*.py"))]
-    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    cards, configurations = (importlib.import_module(f"pyxlbert.kernels.{x}") for x in ("_cards", "_configurations"))
     patches = [(module, "launch", launch) for module in modules if hasattr(module, "launch")]
     patches += [(module, "supports", lambda *tensors: None) for module in modules if hasattr(module, "supports")]
-    card = configurations.Card(architecture, SHARED.get(architecture, configurations.LARGE_SHARED))
+    card = cards.Card(architecture, SHARED.get(architecture, cards.LARGE_SHARED))
     patches.append((configurations, "card", lambda device: card))
     here = BACKENDS["triton"]
     with contextlib.ExitStack() as undo:
