@@ -71,6 +71,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_bias", 80, 4, 256, True): Tile(32, 32, 8, 1),
     Key("attention_bwd_bias", 86, 4, 256, True): Tile(32, 16, 4, 1),
     Key("attention_bwd_bias", 90, 4, 256, True): Tile(32, 16, 8, 1),
+    Key("attention_bwd_bias", 120, 4, 256, True): Tile(32, 16, 8, 1),
     Key("attention_bwd_bias", 80, 2, 64, True): Tile(32, 64, 4, 1),
     Key("attention_bwd_bias", 90, 2, 64, True): Tile(64, 64, 8, 2),
     Key("attention_bwd_bias", 80, 2, 128, True): Tile(32, 32, 8, 1),
