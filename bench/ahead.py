@@ -31,6 +31,9 @@ WIDE_LOADS = (
     r"\bld\.global[\w.:]*\.v[48]\.b32\b|\bld\.global[\w.:]*\.v[24]\.b64\b|\bcp\.async\.c[ag]\.[^;]*, (?:16|0x10)\b"
 )
 
+# A line of what the disassembler prints; NOP fills up the end of a kernel.
+INSTRUCTION = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?!NOP)[A-Z]"
+
 
 class Driver:
     """What the JIT asks of a device before it compiles."""
@@ -67,10 +70,10 @@ def launching(launch: Callable[..., Any], architecture: int) -> Iterator[None]:
     """
     folder = Path(importlib.import_module("pyxlbert.kernels").__path__[0])
     modules = [importlib.import_module(f"pyxlbert.kernels.{path.stem}") for path in sorted(folder.glob("*.py"))]
-    configurations = importlib.import_module("pyxlbert.kernels._configurations")
+    cards, configurations = (importlib.import_module(f"pyxlbert.kernels.{x}") for x in ("_cards", "_configurations"))
     patches = [(module, "launch", launch) for module in modules if hasattr(module, "launch")]
     patches += [(module, "supports", lambda *tensors: None) for module in modules if hasattr(module, "supports")]
-    card = configurations.Card(architecture, SHARED.get(architecture, configurations.LARGE_SHARED))
+    card = cards.Card(architecture, SHARED.get(architecture, cards.LARGE_SHARED))
     patches.append((configurations, "card", lambda device: card))
     here = BACKENDS["triton"]
     with contextlib.ExitStack() as undo:
@@ -100,9 +103,17 @@ def stack(kernel: Any) -> int:
     return int(re.search(r"STACK:(\d+)", _usage(kernel))[1])
 
 
+def instructions(kernel: Any) -> int:
+    """How many a compiled kernel has, but for what fills up its end."""
+    return len(re.findall(INSTRUCTION, _asked("nvdisasm", "-c", kernel), re.MULTILINE))
+
+
 def _usage(kernel: Any) -> str:
+    return _asked("cuobjdump", "-res-usage", kernel)
+
+
+def _asked(tool: str, option: str, kernel: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout

@@ -41,6 +41,7 @@ from pyxlbert import backends, files
 from pyxlbert.testing.specs import SPECS
 from pyxlbert.testing.specs._spec import Arguments, Draw, Spec, Use
 
+cards = importlib.import_module("pyxlbert.kernels._cards")
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 attention = importlib.import_module("pyxlbert.kernels.attention")
 relative = importlib.import_module("pyxlbert.kernels._relative")
@@ -244,7 +245,7 @@ class Search:
 
 def _card(architecture: int) -> Any:
     """The usual card of an architecture: those that are not known have the shared memory of the first."""
-    return configurations.Card(architecture, ahead.SHARED.get(architecture, configurations.LARGE_SHARED))
+    return cards.Card(architecture, ahead.SHARED.get(architecture, cards.LARGE_SHARED))
 
 
 def compiled(architecture: int) -> Callable[..., float | None]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._cards import SMALL_SHARED, Card, card, holds_for
 from ._launch import INTERPRETED, refusal
 
 
@@ -66,8 +67,11 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 TABLE: dict[Key, Tile] = {
     Key("attention_bwd_bias", 80, 4, 64, True): Tile(32, 32, 4, 1),
     Key("attention_bwd_bias", 80, 4, 128, True): Tile(32, 32, 4, 1),
+    Key("attention_bwd_bias", 86, 4, 128, True): Tile(32, 32, 8, 1),
     Key("attention_bwd_bias", 80, 4, 256, True): Tile(32, 32, 8, 1),
+    Key("attention_bwd_bias", 86, 4, 256, True): Tile(32, 16, 4, 1),
     Key("attention_bwd_bias", 90, 4, 256, True): Tile(32, 16, 8, 1),
+    Key("attention_bwd_bias", 120, 4, 256, True): Tile(32, 16, 8, 1),
     Key("attention_bwd_bias", 80, 2, 64, True): Tile(32, 64, 4, 1),
     Key("attention_bwd_bias", 90, 2, 64, True): Tile(64, 64, 8, 2),
     Key("attention_bwd_bias", 80, 2, 128, True): Tile(32, 32, 8, 1),
@@ -195,9 +199,9 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_keys", 100, 2, 64, False, True): Tile(64, 64, 8, 1),
     Key("relative_bwd_keys", 90, 2, 64, False): Tile(64, 64, 8, 1),
     Key("relative_bwd_keys", 80, 2, 64, True, True): Tile(32, 32, 8, 1),
+    Key("relative_bwd_keys", 86, 2, 64, True, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys", 90, 2, 64, True, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys", 100, 2, 64, True, True): Tile(64, 64, 8, 1),
-    Key("relative_bwd_keys", 120, 2, 64, True, True): Tile(16, 32, 8, 1),
     Key("relative_bwd_keys", 80, 2, 128, False, True): Tile(16, 64, 8, 1),
     Key("relative_bwd_keys", 90, 2, 128, False, True): Tile(32, 64, 8, 1),
     Key("relative_bwd_keys", 80, 2, 128, True, True): Tile(16, 16, 8, 1),
@@ -258,6 +262,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table", 86, 2, 64, False, True): Tile(32, 32, 4, 1, False),
     Key("relative_bwd_queries_table", 90, 2, 64, False, True): Tile(32, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, False, True): Tile(64, 64, 8, 1, False),
+    Key("relative_bwd_queries_table", 86, 2, 64, False): Tile(32, 32, 4, 1, True),
     Key("relative_bwd_queries_table", 80, 2, 64, True, True): Tile(32, 32, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, True, True): Tile(32, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 80, 2, 128, False, True): Tile(16, 32, 4, 1, False),
@@ -395,30 +400,6 @@ def configuration(kernel: str, query: Tensor, extras: bool, segments: bool = Fal
     return row_for(kernel, card(query.device), query.element_size(), query.shape[-1], extras, segments)
 
 
-class Card(NamedTuple):
-    """What rows are chosen by.
-
-    Attributes:
-        architecture: compute capability times ten.
-        shared: bytes of shared memory that a block can have.
-    """
-
-    architecture: int
-    shared: int
-
-
-# What tiles of the rows of SMALL may take, and of all others; and the oldest architecture, whose rows are for both
-# where the small cards have none of their own.
-SMALL_SHARED, LARGE_SHARED = 99 * 1024, 163 * 1024
-SMALL, OLDEST = (86, 89, 120), 80
-
-
-def holds_for(architecture: int, card: Card) -> bool:
-    """Whether rows of an architecture are for such a card: it is not older, and its tiles fit."""
-    small = card.shared < LARGE_SHARED
-    return architecture <= card.architecture and (architecture == OLDEST or (architecture in SMALL) == small)
-
-
 @functools.cache
 def row_for(kernel: str, card: Card, size: int, head_size: int, extras: bool, segments: bool = False) -> Tile:
     """The tile of the best of the rows that are for such a call; see `best_of`."""
@@ -440,17 +421,6 @@ def best_of(
         and segments <= key.segments
     )
     return min(found, key=lambda key: (key.head_size, key.segments, -key.architecture))
-
-
-@functools.cache
-def card(device: torch.device) -> Card:
-    """The card that a device is; AMD's take the first rows."""
-    if torch.version.hip is not None:
-        return Card(OLDEST, LARGE_SHARED)
-    properties = torch.cuda.get_device_properties(device)
-    architecture = 10 * properties.major + properties.minor
-    known = SMALL_SHARED if architecture in SMALL else LARGE_SHARED
-    return Card(architecture, getattr(properties, "shared_memory_per_block_optin", known))
 
 
 def refusal_of_heads(kernel: str, *tensors: Tensor | None) -> str | None:

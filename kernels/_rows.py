@@ -20,7 +20,8 @@ from ._launch import launch
 
 _TILE = 4096  # elements
 _MOST_PARTS = 512  # partial sums over rows, each of them a row to write and to read again
-_SUMMED_COLUMNS = 32  # of a program, which is a row of 128 bytes: few, so that there are programs for every processor
+_FEWEST_PARTS = 64  # of so many rows each that a program's sums stay short, however many blocks of columns there are
+_SUMMED_COLUMNS = 16  # of a program, 64 bytes of a part: few, so that there are programs for every processor
 
 
 class Tile(NamedTuple):
@@ -57,12 +58,14 @@ def tile_of(columns: int, each: int = 32) -> Tile:
     return Tile(height, width, max(1, min(16, height * width // (32 * each))))
 
 
-def parts_of(rows: int, tile: Tile) -> tuple[int, int]:
+def parts_of(rows: int, tile: Tile, blocks: int = 1) -> tuple[int, int]:
     """How many programs sum over rows, and how many rows each of them takes, a multiple of the tile's.
 
-    Both follow from the sizes alone, so that a sum has the same order on every device.
+    With columns in several blocks there are as many programs for each of these.  Both numbers follow from the sizes
+    alone, so that a sum has the same order on every device.
     """
-    each = max(1, -(-rows // (_MOST_PARTS * tile.rows))) * tile.rows
+    most = max(_FEWEST_PARTS, _MOST_PARTS // blocks)
+    each = max(1, -(-rows // (most * tile.rows))) * tile.rows
     return -(-rows // each), each
 
 
@@ -85,7 +88,7 @@ def sum_parts(partial: Tensor | None, *outs: Tensor) -> None:
         return
     sums, parts, columns = partial.shape
     grid = (sums * triton.cdiv(columns, _SUMMED_COLUMNS),)
-    sizes = {"BLOCK_P": 64, "BLOCK_N": _SUMMED_COLUMNS}
+    sizes = {"BLOCK_P": 128, "BLOCK_N": _SUMMED_COLUMNS}
     launch(_sum_parts, grid, partial.device, partial, Outs(*outs), parts, columns, **sizes, num_warps=4)
 
 

@@ -13,6 +13,7 @@ from pyxlbert.testing.direct import Direct
 from pyxlbert.testing.memory import far
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+bias_gelu = importlib.import_module("pyxlbert.kernels.bias_gelu")
 rows = importlib.import_module("pyxlbert.kernels._rows")
 TRITON = Direct("triton")
 
@@ -80,11 +81,28 @@ def test_sums_over_more_rows_than_programs() -> None:
     for count in (1, 15, 16, 17, 16 * 512, 16 * 512 + 1, 10**6):
         parts, each = rows.parts_of(count, tile)
         assert each % tile.rows == 0 and (parts - 1) * each < count <= parts * each and parts <= 512
+        parts, each = rows.parts_of(count, tile, blocks=16)
+        assert each % tile.rows == 0 and (parts - 1) * each < count <= parts * each and parts <= 64
     x = torch.randn(16 * 512 + 5, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     partial = torch.stack([x[:300].sum(0), x[300:].sum(0)])
     out = torch.empty(4, device=DEVICE)
     rows.sum_parts(partial[None], out)
     compare.close("sum", out, partial.sum(0), tolerances.SUMMATION_ORDER)
+
+
+@pytest.mark.parametrize("columns", [1536, 3072, 4096])
+def test_no_thread_of_bias_gelu_has_columns_behind_the_last(columns: int, monkeypatch) -> None:
+    """Every program has 4,096 elements: of a row as a whole, 3072 columns would be padded to 4096."""
+    grids, launch = {}, bias_gelu.launch
+
+    def watched(kernel, grid, *arguments, **options) -> None:
+        grids[kernel.__name__] = (*grid, options["BLOCK_M"] * options["BLOCK_N"])
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(bias_gelu, "launch", watched)
+    x = torch.zeros(16, columns, device=DEVICE).requires_grad_()
+    pyxlbert.bias_gelu(x, backend="triton").sum().backward()
+    assert grids == dict.fromkeys(("_fwd", "_bwd"), (16 * columns // 4096, 4096))
 
 
 @pytest.mark.parametrize("sums", [1, 2, 3])
@@ -101,7 +119,7 @@ def test_all_sums_of_a_call_are_one_launch(sums: int, monkeypatch) -> None:
 
     monkeypatch.setattr(rows, "launch", watched)
     rows.sum_parts(partial, *outs)
-    assert grids == [(4 * sums,)]
+    assert grids == [(7 * sums,)]
     for out, wanted in zip(outs, partial.double().sum(1), strict=True):
         compare.close("sum", out, wanted, max(torch.finfo(out.dtype).eps, tolerances.SUMMATION_ORDER))
 
