@@ -30,9 +30,11 @@ _WANTED = "wanted a local directory with a model's files"
 
 def said(error: BaseException) -> str:
     """An error as a sentence: of the system's about a file its name first, and no number."""
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     own = error.strerror if error.strerror != os.strerror(error.errno) else None
+    if error.filename is None:  # what is printed, above all
+        return own or _SAID.get(error.errno) or str(error)
     return f"{os.fspath(error.filename)!s}: {own or _SAID.get(error.errno, error.strerror)}"
 
 
