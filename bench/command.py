@@ -194,10 +194,12 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
             shapes.parse(text)
         except ValueError as error:
             fail(f"--shape: {error}")
-    for name, least in (("threads", 1), ("rounds", 3)):
+    for name, least, most in (("threads", 1, 4096), ("rounds", 3, 10**6)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            fail(f"--{name}: got {value}, wanted at least {least}")
+        if value is not None and not least <= value <= most:
+            fail(f"--{name}: got {value}, wanted at {f'least {least}' if value < least else f'most {most}'}")
+    if not options.seconds >= 0:  # NaN is not
+        fail(f"--seconds: got {options.seconds}, wanted at least 0")
     if options.rest is not None and not 0 <= options.rest <= 60:
         fail(f"--rest: got {options.rest}, wanted seconds from 0 to 60")
     for name in ("op", "dtype", "shape", "quick", "memory", "rest", "threads") if device == "cuda" else ():

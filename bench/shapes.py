@@ -14,9 +14,11 @@ def parse(text: str) -> tuple[int, int]:
         ValueError: it is another text.
     """
     batch, _, length = text.partition("x")
-    if not (batch.isdecimal() and length.isdecimal() and int(batch) > 0 and int(length) > 0):
+    # No tensor has more digits than that.
+    sizes = [int(part) if part.isdecimal() and len(part) < 10 else 0 for part in (batch, length)]
+    if 0 in sizes:
         raise ValueError(f"got {text!r}, wanted a batch and a length such as 8x128")
-    return int(batch), int(length)
+    return sizes[0], sizes[1]
 
 
 def sized(case: Case, batch: int, length: int) -> Case:

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
+        _give_up_output()
         return 1
     except KeyboardInterrupt:
         print(f"pyxlbert {options.command}: interrupted", file=sys.stderr)
@@ -78,6 +79,15 @@ def _stop_orderly() -> None:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, leave)
+
+
+def _give_up_output() -> None:
+    """What is printed and cannot be written, on a disk that is full, goes nowhere: Python would try again on exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _left_unread() -> bool:

@@ -30,9 +30,11 @@ _WANTED = "wanted a local directory with a model's files"
 
 def said(error: BaseException) -> str:
     """An error as a sentence: of the system's about a file its name first, and no number."""
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     own = error.strerror if error.strerror != os.strerror(error.errno) else None
+    if error.filename is None:  # what is printed, above all
+        return own or _SAID.get(error.errno) or str(error)
     return f"{os.fspath(error.filename)!s}: {own or _SAID.get(error.errno, error.strerror)}"
 
 
@@ -40,8 +42,10 @@ def real_path(option: str, name: str) -> Path:
     """The path behind a name that a command was given, links followed.
 
     Raises:
-        ValueError: no file can have the name: it holds a zero or half of a character.
+        ValueError: no file can have the name: it is empty, or holds a zero or half of a character.
     """
+    if name == "":  # which stands for the working directory
+        raise ValueError(f"{option}: got '', wanted a name")
     try:
         path = os.path.realpath(name)
         os.fsencode(path)
@@ -181,6 +185,16 @@ def _beside(path: Path, end: str) -> Path:
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.{end}")
 
 
+def named_path(option: str, name: str | Path) -> Path:
+    """A name as a Path, which would take an empty one for the working directory.
+
+    Raises:
+        ValueError: as `real_path`.
+    """
+    real_path(option, os.fspath(name))
+    return Path(name)
+
+
 def check_new_directory(path: Path, force: bool = False) -> None:
     """Whether `whole_directory` may write there.
 
@@ -276,19 +290,27 @@ def _standard_input() -> bytes:
         raise OSError(f"standard input cannot be read: {reason}") from None
 
 
+def parsed_json(place: str, text: str) -> Any:
+    """What a JSON text stands for.
+
+    Raises:
+        ValueError: it is not JSON; the message begins with `place`.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{place} is not JSON that can be read: it is nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits too
+        raise ValueError(f"{place} is not valid JSON: {error}") from None
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file whose outermost value is a `kind`.
 
     Raises:
         ValueError: the file is not JSON, or holds something else than a `kind`.
     """
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deep") from None
-    except ValueError as error:  # a number of thousands of digits too
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    content = parsed_json(str(path), read_text(path))
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; wanted a {kind.__name__}")
     return content

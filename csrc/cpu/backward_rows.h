@@ -220,8 +220,9 @@ PYXLBERT_INLINE void below_top(float* s, std::int64_t n, float top, float scale)
 }
 
 // A row of S and dP to P (dropped) and dS; both zero from n to `end`, a multiple of 2 W.  Where one block holds all
-// keys, delta is summed here from P and dP: dO . O has the rounding of O in it.  i and j0 count dropout's bits;
-// `undropped` is scratch of a row.
+// keys, delta is summed here from P and dP: dO . O has the rounding of O in it.  So is the sum of P, which is 1 but for
+// what lse's own rounding and another order of adding than forward's leave to all weights of the row; it is divided by.
+// i and j0 count dropout's bits; `undropped` is scratch of a row.
 PYXLBERT_INLINE void differentiate(const Exponent& exponent, const Dropout& dropout, std::uint32_t plane, float delta,
                                    float* s, float* g, float* undropped, std::int64_t i, std::int64_t j0,
                                    std::int64_t n, std::int64_t end, bool one_block) {
@@ -237,7 +238,7 @@ PYXLBERT_INLINE void differentiate(const Exponent& exponent, const Dropout& drop
             store(s + j, w);
         }
     } else {
-        Vec sum = zero();
+        Vec sum = zero(), all = zero();
         if (dropout.active) {
             for (std::int64_t j = 0; j < n; j += 4 * W) {
                 VecU words[4];
@@ -248,6 +249,7 @@ PYXLBERT_INLINE void differentiate(const Exponent& exponent, const Dropout& drop
                     if (at >= n) break;
                     const Vec w = weight(at), dropped = visible(at, drop(dropout, words[x], load(g + at)));
                     sum = fma(w, dropped, sum);
+                    all += w;
                     store(g + at, w * (dropped - (one_block ? zero() : row_delta)));
                     store(s + at, drop(dropout, words[x], w));
                     if (one_block) store(undropped + at, w);
@@ -257,14 +259,20 @@ PYXLBERT_INLINE void differentiate(const Exponent& exponent, const Dropout& drop
             for (std::int64_t j = 0; j < n; j += W) {
                 const Vec w = weight(j), product = visible(j, w * load(g + j));
                 sum += product;
+                all += w;
                 store(g + j, product);
                 store(s + j, w);
             }
         }
         if (one_block) {
-            const Vec exact = set1(reduce_add(sum));
-            const float* w = dropout.active ? undropped : s;
-            for (std::int64_t j = 0; j < n; j += W) store(g + j, load(g + j) - load(w + j) * exact);
+            const float total = reduce_add(all);
+            const Vec share = set1(total == 0.0f ? 0.0f : 1.0f / total), exact = set1(reduce_add(sum)) * share;
+            for (std::int64_t j = 0; j < n; j += W) {
+                const Vec dropped = load(s + j) * share;
+                const Vec w = dropout.active ? load(undropped + j) * share : dropped;
+                store(g + j, load(g + j) * share - w * exact);
+                store(s + j, dropped);
+            }
         }
     }
     for (std::int64_t j = round_to(n, W); j < end; j += W) {

@@ -155,7 +155,10 @@ struct RelativeTask {
         }
         const std::int64_t last = place[row + rows - 1], span = last - place[row], width = n + span;
         const std::int64_t first = relative.offset + j0 - last;
-        const std::int64_t present = larger(0, smaller(width, relative.table_rows - first));
+        // Rows that no query meets stay out of the products: 0 times what they hold may be NaN.
+        const std::int64_t met =
+            in.options.causal ? smaller(relative.table_rows, relative.offset + p.diagonal + 1) : relative.table_rows;
+        const std::int64_t present = larger(0, smaller(width, met - first));
         const AttentionTensor& r = relative.table;
         const T* source =
             static_cast<const T*>(r.data) + b * relative.tables / in.batch * r.batch + h * r.head + first * r.row;

@@ -16,14 +16,14 @@ constexpr std::int64_t RUN_LENGTH = 32;
 // total += x; `lost` is what the total is too large by.
 PYXLBERT_INLINE void add_exactly(Vec& total, Vec& lost, Vec x) {
     const Vec wanted = x - lost, sum = total + wanted, excess = (sum - total) - wanted;
-    // Infinite sums have lost nothing that could be given back.
-    lost = excess == excess ? excess : zero();
+    // A sum that is infinite or becomes so has lost nothing that could be given back: only what is finite is 0 * x = 0.
+    lost = excess * zero() == zero() ? excess : zero();
     total = sum;
 }
 
 PYXLBERT_INLINE void add_exactly(float& total, float& lost, float x) {
     const float wanted = x - lost, sum = total + wanted, excess = (sum - total) - wanted;
-    lost = excess == excess ? excess : 0.0f;
+    lost = excess * 0.0f == 0.0f ? excess : 0.0f;
     total = sum;
 }
 

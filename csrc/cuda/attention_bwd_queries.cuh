@@ -182,6 +182,16 @@ DEVICE float* parts_at(const AttentionCall& a, const Stream& stream, int plane, 
     return stream.parts + (static_cast<std::int64_t>(plane) * windows + window) * 5 * a.head_size;
 }
 
+// Rows of the table that no query meets, of those at positions `lowest` of this window to `highest` of all, stay out of
+// the products: 0 times what they hold may be NaN.
+template <class T>
+DEVICE void leave_unmet_rows_out(Walk& w, const AttentionCall& a, int lowest, int highest, bool causal) {
+    const int before = max(a.offset - highest, 0), farthest = w.readable - lowest;
+    w.table_rows = min(a.table_rows, a.offset + (causal ? min(farthest, w.sequence.shift + 1) : farthest)) - before;
+    w.table = static_cast<const T*>(w.table) + before * w.table_stride;
+    w.table_first -= before;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
@@ -215,6 +225,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             p.masks[0] = masks_of(a, stream, s, b, h);
             *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
             p.walk->column = share * COLUMNS;
+            if constexpr (C::RELATIVE) {
+                int lowest = first, highest = min(stream.rows, s.queries) - 1;
+                if (!by_number) {
+                    const std::int32_t* positions = stream.positions + static_cast<std::int64_t>(b) * stream.rows;
+                    lowest = positions[lower_bound(positions, stream.rows, first)];
+                    highest = positions[stream.rows - 1];
+                }
+                leave_unmet_rows_out<T>(*p.walk, a, lowest, highest, a.options.causal && by_number);
+            }
         }
         __syncthreads();
     }

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pyxlbert.training.options import PRECISIONS, SCHEDULES, TrainingOptions
+from pyxlbert.commands.embed import set_threads
+from pyxlbert.training.options import MOST, PRECISIONS, SCHEDULES, TrainingOptions
 
 _DEFAULT = {f.name: f.default for f in fields(TrainingOptions)}
 
@@ -103,7 +104,7 @@ def _table(scores: dict[str, float]) -> str:
 def _inference(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_count, default=64, metavar="N", help="rows a pass (64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
-    parser.add_argument("--threads", type=_count, metavar="N", help="processor threads to use")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on a terminal)")
 
 
@@ -112,16 +113,14 @@ def _count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1 to {MOST}")
     return value
 
 
 def _threads(options: argparse.Namespace) -> None:
     if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
+        set_threads(options.threads)
 
 
 def _files(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +218,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
     add("keep_checkpoints", int, "how many of the last stay, beside the best")
     add("log_every", int, "steps between points of the curves")
     add("workers", int, "processes that make batches")
-    group.add_argument("--threads", type=_count, metavar="N", help="processor threads to use")
+    group.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     group.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on a terminal)")
 
 
@@ -250,7 +249,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     output_path(options.out)
     if options.file != "-" and not Path(options.file).is_file():
-        raise FileNotFoundError(f"{options.file} is not there, or no file")
+        raise FileNotFoundError(f"FILE: got {options.file!r}, which is not there, or no file")
     _threads(options)
     named = ("text_column", "pair_column", "question_column", "choices_column", "header", "long_texts")
     count = predict_file(

@@ -10,7 +10,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, machine
-from pyxlbert.files import check_writable, real_path, whole_file
+from pyxlbert.files import check_writable, real_path, said, whole_file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,8 +44,11 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for name in options.op or ():
         if name not in SPECS:
             parser.error(f"--op: got {name!r}, wanted one of {', '.join(sorted(SPECS))}")
-    if options.model is not None and not Path(options.model).is_dir():
+    # A Path takes an empty name for the working directory.
+    if options.model is not None and not (options.model and Path(options.model).is_dir()):
         parser.error(f"--model: got {options.model!r}, which is no directory")
+    if options.model is not None and not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model: got {options.model!r}, which has no config.json")
     for option in ("json", "html"):
         _check_output(parser, option, getattr(options, option))
     names = list(dict.fromkeys(options.backend or backends.NAMES))
@@ -75,7 +78,7 @@ def _check_output(parser: argparse.ArgumentParser, option: str, name: str | None
     try:
         check_writable(f"--{option}", name, real_path(f"--{option}", name))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(said(error))
 
 
 def _machine() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pyxlbert.commands.embed import set_threads
 from pyxlbert.training.options import PRECISIONS, SCHEDULES, TrainingOptions
 from pyxlbert.training.pretraining.documents import LAYOUTS
 from pyxlbert.training.pretraining.pairs import PairOptions
@@ -146,14 +147,10 @@ def _training(group: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
     from pyxlbert.training.pretraining.run import Pretraining, pretrain
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: got {options.threads}, wanted at least 1")
-        torch.set_num_threads(options.threads)
+        set_threads(options.threads)
     given = vars(options)
     kind = SegmentOptions if options.kind == "xlnet" else PairOptions
     of_kind = {"swapped": True} if options.kind == "albert" else {}

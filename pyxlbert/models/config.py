@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+
 from pyxlbert.files import read_json, require_file, whole_file
 from pyxlbert.hub import Hub
 
@@ -24,6 +26,17 @@ def _labels(given: object) -> dict[int, str]:
         return {int(index): label for index, label in given.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"id2label: got {given!r}, wanted an object of numbers and their labels") from None
+
+
+def _dtype(given: object) -> str:
+    """The name of a dtype that weights may have."""
+    name = str(given).removeprefix("torch.") if isinstance(given, str | torch.dtype) else ""
+    found = getattr(torch, name, None) if name.isidentifier() else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype: got {given!r}, wanted the name of a floating-point dtype of torch, such as 'bfloat16'"
+        )
+    return name
 
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -64,7 +77,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
-            self.dtype = str(self.dtype).removeprefix("torch.")
+            self.dtype = _dtype(self.dtype)
         if self.id2label is not None:
             self.id2label = _labels(self.id2label)
             # As in transformers, the map wins over a count that disagrees with it.
@@ -87,6 +100,8 @@ class ModelConfig:
         Raises:
             ValueError: a value cannot be honoured; the message names the field, what it is and what was wanted.
         """
+        if not isinstance(self.extra, dict):
+            raise ValueError(f"extra: got {self.extra!r}, wanted an object of fields that are none of this model's")
         for name, harmless in self.unsupported.items():
             value = getattr(self, name) if hasattr(self, name) else self.extra.get(name, harmless[0])
             if value not in harmless:
@@ -157,8 +172,13 @@ class ModelConfig:
 
         Raises:
             ValueError: a field cannot be honoured, or the file is another model's.
-            TypeError: an override is no field.
+            TypeError: an override is no field, or `values` are no dict whose keys are strings.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"values: got {type(values).__name__}, wanted a dict of fields")
+        for name in values:
+            if not isinstance(name, str):
+                raise TypeError(f"values: got the key {name!r}, wanted a field's name")
         values = dict(values)
         if "torch_dtype" in overrides:
             overrides["dtype"] = overrides.pop("torch_dtype")

@@ -125,6 +125,8 @@ class XLNetConfig(ModelConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> XLNetConfig:
         def renamed(named: dict[str, Any]) -> dict[str, Any]:
+            if not isinstance(named, dict):
+                return named  # which is refused
             return {cls.aliases.get(name, name): value for name, value in named.items()}
 
         return super().from_dict(renamed(values), **renamed(overrides))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import models
-from pyxlbert.files import check_new_directory, read_json, whole_directory
+from pyxlbert.files import check_new_directory, named_path, read_json, whole_directory
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.pretrained import PretrainedModel
@@ -68,7 +68,7 @@ def convert(
         FileExistsError: the output is not empty.
         ValueError: a file is truncated, changed or another model's, or does not fit the configuration.
     """
-    source, output = Path(source), Path(output)
+    source, output = named_path("source", source), named_path("output", output)
     if not source.parent.is_dir():
         raise FileNotFoundError(f"source: {str(source)!r} does not exist")
     check_new_directory(output, force)

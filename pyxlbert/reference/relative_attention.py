@@ -154,8 +154,10 @@ class Scores:
         # The products of every backend take one element type.
         table = wide(call.position_key.to(query.dtype)).reshape(self.tables, 1, *call.position_key.shape[-3:])
         table = table.expand(-1, batch // self.tables, -1, -1, -1)
-        self.r = table.reshape(batch, *call.position_key.shape[-3:])
         place = i if stream.positions is None else stream.positions[:, :, None]
+        self.r = table.reshape(batch, *call.position_key.shape[-3:])
+        self.place, self.key_lengths = place, None if call.uniform_rows else call.key_lengths
+        self.offset, self.causal = call.offset, stream.causal
         band = (call.offset + j - place).clamp(0, max(self.r.shape[1] - 1, 0)).long()
         self.band = band.expand(batch, queries, keys)[:, None].expand(batch, heads, queries, keys)
 
@@ -164,6 +166,27 @@ class Scores:
             self.e = wide(call.segment_embedding)
             self.q_segment = q if call.segment_bias is None else q + call.segment_bias
             self.differs = (query_segments[:, :, None] != key_segments[:, None, :])[:, None]
+
+    def _hide_unmet_rows(self) -> None:
+        """Before gradients are taken: zeros in rows of the table that no query meets by its place, whatever masks and
+        ranks hide, since 0 times what they hold may be NaN.
+        """
+        queries, keys = self.masked.shape[2:]
+        if queries == 0:
+            return
+        there = self.place >= 0
+        last, first = self.place.amax(-2), self.place.masked_fill(~there, 2**31 - 1).amin(-2)  # [1] or [B, 1]
+        end = torch.full_like(last, keys)
+        if self.key_lengths is not None:
+            end = torch.minimum(end, self.key_lengths[:, None])
+        if self.cu_seqlens is not None:
+            lengths = self.cu_seqlens.diff()[:, None]
+            last, end = torch.minimum(last, lengths - 1), torch.minimum(end, lengths)
+        row = torch.arange(self.r.shape[1], device=self.r.device)
+        met = (row >= self.offset - last) & (row < self.offset + end - first)  # [R] or [B, R]
+        if self.causal:
+            met = met & (row <= self.offset + keys - queries)
+        self.r = hide(self.r, met.expand(self.r.shape[:2]))
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Softmax weights `[B, H, Tq, Tk]`, zero in rows that may see nothing, and lse `[B, H, Tq]`."""
@@ -186,6 +209,7 @@ class Scores:
 
     def with_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """out, packed if the call is, and the weights after dropout `[B, H, Tq, Tk]`, both in `dtype`."""
+        self._hide_unmet_rows()
         out, kept, _ = self._mixed()
         if self.cu_seqlens is not None:
             # Keys behind a sequence are absent, rows behind it are nobody's.
@@ -209,6 +233,7 @@ class Scores:
         dq_content = g k, dq_position = g_r r, dq_segment = g_e e, and dquery is their sum, each bias's gradient the
         sum of its part over all rows; dkey = g^T (q + u), dr = g_r^T (q + v), de = g_e^T (q + s).
         """
+        self._hide_unmet_rows()
         p, lse = self.weights()
         do = of_seen_rows(wide(self._padded(dout)), lse)
         dvalue = torch.einsum("bhij,bihd->bjhd", self._dropped(p), do)

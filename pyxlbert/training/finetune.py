@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyxlbert.files import named_path
 from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
 from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
@@ -61,7 +62,7 @@ def finetune(
         raise ValueError(f"task: got {task!r}, wanted one of {', '.join(TASKS)}")
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
-    folder = Path(output)
+    folder = named_path("output", output)
     if work.is_main_process:
         check_run(folder, resume)
     chosen = TASKS[task](settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -70,20 +69,29 @@ class TrainingOptions:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, least in _INTEGERS.items():
+        for name, (least, most) in _INTEGERS.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
+            if value > most:
+                raise ValueError(f"{name}: got {value}, wanted a whole number of at most {most}")
         for name, (least, most) in _NUMBERS.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or not least <= value <= most:
-                wanted = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-                raise ValueError(f"{name}: got {value!r}, wanted a number {wanted}")
+            # NaN is in no range.
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+            if not good:
+                raise ValueError(f"{name}: got {value!r}, wanted a number from {least:g} to {most:g}")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}: got 1, wanted less: the first gradient would be all that is ever seen")
+        for name in ("recompute", "progress"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "progress"):
+                raise ValueError(f"{name}: got {value!r}, wanted True or False")
         if self.epochs == 0 and self.max_steps is None:
             raise ValueError("epochs: got 0, wanted more")
         for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -95,14 +103,19 @@ class TrainingOptions:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _INDIFFERENT}
 
 
+#: What counts rows or steps, and processes, may be at most; generators of random numbers take no larger seed.
+MOST, MOST_WORKERS, MOST_SEED = 2**31 - 1, 4096, 2**63 - 1
+# No parameter holds more; and so many epochs of any text are a number of steps.
+_LARGEST, _MOST_EPOCHS = 1e38, 1e9
 _INTEGERS = {
-    **{"batch_size": 1, "micro_batch_size": 1, "evaluation_batch_size": 1, "max_steps": 1, "seed": 0},
-    **{"evaluate_every": 1, "patience": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1, "workers": 0},
+    **{name: (1, MOST) for name in ("batch_size", "micro_batch_size", "evaluation_batch_size", "max_steps")},
+    **{name: (1, MOST) for name in ("evaluate_every", "patience", "checkpoint_every", "keep_checkpoints", "log_every")},
+    **{"seed": (0, MOST_SEED), "workers": (0, MOST_WORKERS)},
 }
 _NUMBERS = {
-    **{"epochs": (0, math.inf), "learning_rate": (0, math.inf), "head_learning_rate": (0, math.inf)},
-    **{"layer_decay": (0, 1), "weight_decay": (0, math.inf), "beta1": (0, 1), "beta2": (0, 1)},
-    **{"epsilon": (0, math.inf), "warmup": (0, math.inf), "max_gradient_norm": (0, math.inf)},
+    **{"epochs": (0, _MOST_EPOCHS), "learning_rate": (0, _LARGEST), "head_learning_rate": (0, _LARGEST)},
+    **{"layer_decay": (0, 1), "weight_decay": (0, _LARGEST), "beta1": (0, 1), "beta2": (0, 1)},
+    **{"epsilon": (0, _LARGEST), "warmup": (0, MOST), "max_gradient_norm": (0, _LARGEST)},
 }
 _OPTIONAL = {"micro_batch_size", "max_steps", "head_learning_rate", "evaluate_every", "patience", "checkpoint_every"}
 # What changes neither the steps nor when they are evaluated.

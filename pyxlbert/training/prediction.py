@@ -88,6 +88,7 @@ def _examples(trained: Trained, source: str | Path, columns: dict[str, Any], wor
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]}: {task.name} has no such column")
     task.settings.update(columns)
+    task.check_settings()
     if words:
         if not isinstance(task, Tagging):
             raise ValueError(f"words: the model is trained for {task.name}, wanted a tagger")

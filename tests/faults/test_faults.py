@@ -171,6 +171,15 @@ def test_a_pipe_that_nobody_reads() -> None:
     assert done.returncode == 128 + signal.SIGPIPE and done.stderr == "", done
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no device that is always full")
+def test_a_full_disk_for_what_is_printed() -> None:
+    """One line, on exit too, where Python would write again what is left."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pyxlbert", "info"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "pyxlbert info: error: the disk is full\n")
+
+
 def test_errors_that_nobody_reads(embed: list[str], tmp_path: Path) -> None:
     """The vectors were whole before their number was said."""
 

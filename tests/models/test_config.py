@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+import torch
 import transformers
 
 from pyxlbert.models import BertConfig, BertForQuestionAnswering, BertModel, XLNetConfig
@@ -174,6 +175,28 @@ def test_hostile_values_are_refused_before_anything_is_built(name: str, value, t
         BertModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value) and name in str(caught.value)
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("kind", [BertConfig, XLNetConfig])
+@pytest.mark.parametrize(
+    "value", [3, "", "float33", "int64", "nn", "Tensor", "bfloat16 ", [], {}, ["float32"], True, torch.int64], ids=str
+)
+def test_a_dtype_is_one_that_weights_may_have(kind: type, value: object) -> None:
+    for name in ("dtype", "torch_dtype"):
+        with pytest.raises(ValueError, match=r"^dtype: got .*, wanted the name of a floating-point dtype of torch"):
+            kind.from_dict({name: value})
+    assert kind.from_dict({"dtype": torch.bfloat16}).dtype == kind(dtype="torch.bfloat16").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", [BertConfig, XLNetConfig])
+def test_fields_come_as_a_dict(kind: type) -> None:
+    for values in ([], "{}", None, 3):
+        with pytest.raises(TypeError, match=r"^values: got .*, wanted a dict of fields"):
+            kind.from_dict(values)
+    with pytest.raises(TypeError, match=r"^values: got the key 3, wanted a field's name"):
+        kind.from_dict({3: "vocab_size"})
+    with pytest.raises(ValueError, match=r"^extra: got 3, wanted an object"):
+        kind(extra=3)
 
 
 @pytest.mark.parametrize("name", ["n_layer", "num_hidden_layers", "d_model", "d_inner", "vocab_size", "mem_len"])

@@ -293,16 +293,20 @@ def _without(arguments: Arguments, name: str) -> Arguments:
 
 
 def results(
-    function: Callable[..., object], arguments: Arguments, wanted: tuple[str, ...], device: torch.device = CPU
+    function: Callable[..., object],
+    arguments: Arguments,
+    wanted: tuple[str, ...],
+    device: torch.device = CPU,
+    gradient: float = 1 / 3,
 ) -> dict[str, torch.Tensor]:
-    """The wanted ones, on the CPU, where the gradient of every output is 1/3."""
+    """The wanted ones, on the CPU, where the gradient of every output is `gradient` throughout."""
     arguments = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
     names = [name.removeprefix("grad ") for name in wanted if name.startswith("grad ")]
     arguments = arguments | {name: arguments[name].detach().requires_grad_() for name in names}
     outputs = as_tuple(function(**arguments))
     found = {f"out {i}": output.detach() for i, output in enumerate(outputs)}
     if names:
-        gradients = [torch.full_like(output, 1 / 3) for output in outputs]
+        gradients = [torch.full_like(output, gradient) for output in outputs]
         given = torch.autograd.grad(outputs, [arguments[name] for name in names], gradients)
         found |= dict(zip((f"grad {name}" for name in names), given, strict=True))
     return {name: found[name].cpu() for name in wanted}
@@ -330,3 +334,77 @@ def test_long_sums_of_one_sign_are_as_exact_as_the_peers(case: str, runner: str)
         ours = results(functools.partial(SPECS[op].function, backend=backend), arguments, wanted, device)
     for name in wanted:
         compare.within_budget(f"{op} {case} {name}", ours[name], plain[name], truth[name])
+
+
+# What is called with terms whose sum is beyond the largest number, long before the last of them, and the gradient of
+# its outputs.
+OVERFLOWS: dict[str, tuple[str, Callable[[], Arguments], tuple[str, ...], float]] = {
+    "rows of bias_gelu": ("bias_gelu", lambda: _first(rows(), 640, "bias"), ("grad bias",), 1e38),
+    "rows of layer_norm": ("layer_norm", lambda: _first(rows(), 640), ("grad bias",), 1e38),
+    "rows of dropout_add_layer_norm": (
+        "dropout_add_layer_norm",
+        lambda: _first(rows(), 640) | {"residual": rows()["x"][:640]},
+        ("grad bias",),
+        1e38,
+    ),
+    "rows of a table": (
+        "embedding_layer_norm",
+        lambda: {n: x[:, :640] if x is not None and n.endswith("ids") else x for n, x in embedding().items()},
+        ("grad bias", "grad word"),
+        1e37,
+    ),
+    "rows of a bias": (
+        "attention",
+        lambda: {
+            "query": torch.zeros(4, 300, 2, SIZE),
+            "key": torch.zeros(4, FEW, 2, SIZE),
+            "value": (1.0 + thirds(FEW, signs=True)).expand(4, FEW, 2, SIZE),
+            "bias": torch.zeros(1, 2, 1, FEW),
+        },
+        ("grad bias",),
+        1e36,
+    ),
+    "sequences that share a bias": (
+        "relative_attention",
+        lambda: {
+            n: x
+            for n, x in CASES["sequences that share a table"][1]().items()
+            if n in ("query", "key", "value", "position_key", "content_bias")
+        },
+        ("grad content_bias",),
+        1e36,
+    ),
+    "a product of few rows": (
+        "linear",
+        lambda: {"x": torch.full((4, 5000), 1e20), "weight": torch.full((20, 5000), 1e17)},
+        ("out 0",),
+        1.0,
+    ),
+}
+
+
+def _first(arguments: Arguments, count: int, *names: str) -> Arguments:
+    """With the first rows of x, and of the parameters those that are named, or all."""
+    return {n: x[:count] if n == "x" else x for n, x in arguments.items() if n == "x" or not names or n in names}
+
+
+@pytest.mark.parametrize(
+    ("case", "runner"),
+    [
+        (case, runner)
+        for case, (op, *_) in OVERFLOWS.items()
+        for runner in runners_of(SPECS[op])
+        if runner not in SLOW or case in ("rows of bias_gelu", "rows of a bias")
+    ],
+)
+def test_a_sum_that_overflows_is_infinite(case: str, runner: str) -> None:
+    """What an addition rounds off is given back; of one that overflows that would make a NaN of the sum."""
+    op, make, wanted, gradient = OVERFLOWS[case]
+    plain = results(SPECS[op].plain, make(), wanted, gradient=gradient)
+    with running(runner) as backend:
+        function = functools.partial(SPECS[op].function, backend=backend)
+        ours = results(function, make(), wanted, device_of(runner), gradient)
+    for name in wanted:
+        at = plain[name].isinf()
+        assert at.any(), f"{name}: nothing overflows"
+        assert torch.equal(ours[name][at], plain[name][at]), name

@@ -114,3 +114,48 @@ def test_a_wide_table_is_rounded(backend: str) -> None:
     compare.same_bits("position_key", wide.pop("position_key").bfloat16(), rounded.pop("position_key"))
     for name, value in wide.items():
         compare.same_bits(name, value, rounded[name])
+
+
+TABLE_ROWS = QUERIES + 4 + KEYS + 9
+PLACES = torch.full((BATCH, QUERIES), -1, dtype=torch.int32)
+PLACES[:, 2:5] = torch.tensor([[3, 11, 22], [4, 9, 20]], dtype=torch.int32)
+
+
+def met_rows(options: dict[str, Any]) -> torch.Tensor:
+    """bool `[TABLE_ROWS]`: those between some query's place and a key's that lengths and causality leave."""
+    place = options.get("query_positions", torch.arange(QUERIES).expand(BATCH, QUERIES))[:, :, None]
+    j = torch.arange(KEYS)
+    seen = (place >= 0) & (j < options.get("key_lengths", torch.tensor([KEYS] * BATCH))[:, None, None])
+    if options.get("causal"):
+        seen = seen & (j <= place + KEYS - QUERIES)
+    met = torch.zeros(TABLE_ROWS, dtype=torch.bool)
+    met[(options["offset"] + j - place)[seen]] = True
+    return met
+
+
+@pytest.mark.parametrize("backend", OPS["relative_attention"].backends)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offset": QUERIES + 4},
+        {"offset": QUERIES + 4, "key_lengths": torch.tensor([20, 11])},
+        {"offset": QUERIES + 4, "causal": True},
+        {"offset": QUERIES + 8, "query_positions": PLACES},
+    ],
+    ids=["all", "lengths", "causal", "positions"],
+)
+def test_nan_in_rows_of_the_table_that_no_query_meets(options: dict[str, Any], backend: str) -> None:
+    """The bits of a call without, in whatever is not the gradient of such a row."""
+    hidden = ~met_rows(options)[:, None, None]
+    assert hidden.any() and not hidden.all()
+    for dtype in (torch.float32, torch.bfloat16) if backend in ("torch", "cpu") else (torch.float32,):
+        arguments, _ = draw("relative_attention", dtype, SHAPES[0])
+        del arguments["attention_mask"], arguments["query_segments"], arguments["key_segments"]
+        del arguments["segment_embedding"]
+        table = torch.randn(TABLE_ROWS, HEADS, HEAD_SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+        arguments |= {"position_bias": torch.ones(HEADS, HEAD_SIZE, dtype=dtype), "position_key": table}
+        poisoned = {"position_key": table.masked_fill(hidden, float("nan"))}
+        wanted, found = (run("relative_attention", arguments | x, backend, **options) for x in ({}, poisoned))
+        for name, value in found.items():
+            compare.same_bits(f"{dtype} {name}", value, wanted[name])
+        assert not found["position_key"][hidden.expand_as(table)].any()

@@ -169,6 +169,8 @@ def test_a_page_with_hostile_names_is_inert() -> None:
         (["--backend", "tpu"], "invalid choice: 'tpu'"),
         (["--dtype", "float64"], "invalid choice: 'float64'"),
         (["--model", "no/such/folder"], "--model: got 'no/such/folder', which is no directory"),
+        (["--model", ""], "--model: got '', which is no directory"),
+        (["--model", "tests"], "--model: got 'tests', which has no config.json"),
         (["--json", "no/such/folder/x.json"], "--json: the directory of 'no/such/folder/x.json' does not exist"),
         (["--html", "."], "--html: '.' is a directory"),
     ],

@@ -347,6 +347,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(files: Path, tmp_path: Path) -> 
         ({"schedule": "cubic"}, "schedule: got 'cubic'"),
         ({"workers": -1}, "workers: got -1"),
         ({"patience": True}, "patience: got True"),
+        ({"batch_size": 10**30}, f"batch_size: got {10**30}, wanted a whole number of at most"),
+        ({"workers": 10**5}, "workers: got 100000, wanted a whole number of at most 4096"),
+        ({"seed": 2**63}, f"seed: got {2**63}, wanted a whole number of at most"),
+        ({"epochs": 10**400}, "epochs: got 1000.*, wanted a number from 0 to"),
+        ({"epochs": 1e300}, "epochs: got 1e.300, wanted a number from 0 to"),
+        ({"warmup": float("inf")}, "warmup: got inf"),
+        ({"learning_rate": "1"}, "learning_rate: got '1'"),
+        ({"beta1": 1}, "beta1: got 1, wanted less"),
+        ({"recompute": None}, "recompute: got None, wanted True or False"),
     ],
 )
 def test_options_are_checked(given: dict, message: str) -> None:

@@ -385,6 +385,11 @@ def test_a_corpus_smaller_than_a_batch_is_refused(made) -> None:
         ({"max_gram": 0}, ValueError, "max_gram: got 0, wanted at least 1"),
         ({"max_gram": True}, TypeError, "max_gram: got True, wanted an integer"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"seed": 2**63}, ValueError, "seed: got 9223372036854775808, wanted at most"),
+        ({"max_length": 2**31 - 1}, ValueError, "max_length: got 2147483647, wanted at most 1048576"),
+        ({"max_gram": 10**30}, ValueError, "max_gram: got 1000.*, wanted at most"),
+        ({"short_share": 10**400}, ValueError, "short_share: got 1000.*, wanted a number from 0 to 1"),
+        ({"mask_share": float("nan")}, ValueError, "mask_share: got nan, wanted a number from 0 to 1"),
     ],
 )
 def test_bad_options(options, error, words: str) -> None:

@@ -141,12 +141,24 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
         ("albert", ("--max-gram", "0"), "max_gram: got 0"),
         ("albert", ("--config", "nowhere", "--dropout", "0"), "dropout: given together with config"),
         ("bert", ("--threads", "0"), "--threads: got 0"),
+        ("bert", ("--threads", "2147483648"), "--threads: got 2147483648, wanted at most 4096"),
         ("bert", ("--learning-rate", "-1"), "learning_rate: got -1"),
+        # The library that trains it takes memory for so many at once, and ends the process.
+        ("bert", ("--vocab-size", "2147483647"), "vocab_size: got 2147483647, wanted at most"),
+        ("bert", ("--max-length", "2147483647"), "max_length: got 2147483647, wanted at most"),
+        ("xlnet", ("--mem-len", "2147483647"), "mem_len: got 2147483647, wanted at most"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(files: Path, kind: str, options, words: str, capsys) -> None:
     assert cli.main(command(files, kind, *options)) == 1
     assert words in capsys.readouterr().err
+    assert not (files / "out").exists()
+
+
+def test_a_model_that_cannot_be_made_leaves_nothing(files: Path, monkeypatch) -> None:
+    """Where its memory is not there, above all."""
+    monkeypatch.setitem(MODELS, "bert", lambda config: torch.empty(2**60))
+    assert cli.main(command(files, "bert")) == 1
     assert not (files / "out").exists()
 
 

@@ -208,7 +208,7 @@ def test_trained_vocabularies(kind: str, train, tmp_path) -> None:
         assert (vocabulary.cls_id, vocabulary.sep_id, vocabulary.pad_id, vocabulary.end_id) == (3, 4, 5, 7)
     with pytest.raises(ValueError, match="vocab_size: got 20"):
         train([path], tmp_path / "small", vocab_size=20)
-    with pytest.raises(ValueError, match="vocab_size: got 4, wanted a whole number of at least 16"):
+    with pytest.raises(ValueError, match="vocab_size: got 4, wanted a whole number from 16 to"):
         train([path], tmp_path / "small", vocab_size=4)
     assert not (tmp_path / "small").exists()
 

@@ -63,7 +63,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("a.tsv", "text\tlabel\na\tb\n", {"label": "kind"}, True, "no column 'kind'; its header has 'text', 'label'"),
         ("a.tsv", "text\tlabel\n", {"text": 1}, True, "holds no rows"),
         ("a.tsv", "text\n", {"text": 2}, True, "has 1 columns, wanted a column 2"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', {"text": 1}, True, r"a\.jsonl: line 2 is not JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', {"text": 1}, True, r"a\.jsonl: line 2 is not valid JSON"),
         ("a.jsonl", '{"text": "a"}\n[]\n', {"text": 1}, True, "line 2 is a JSON list, wanted an object"),
         ("a.jsonl", '{"text": "a"}\n', {"label": 2}, True, "line 1 has no 'label'; it has 'text'"),
         ("a.txt", "a\n", {"label": 2}, True, "plain text has one column"),
@@ -349,6 +349,53 @@ def test_every_task_has_its_commands(capsys: pytest.CaptureFixture[str]) -> None
             with pytest.raises(SystemExit) as end:
                 cli.main([command, name, "--help"])
             assert end.value.code == 0 and "--model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "words"),
+    [
+        ("text-classification", {"regression": "yes"}, "regression: got 'yes', wanted True or False"),
+        ("text-classification", {"header": 1}, "header: got 1, wanted True or False"),
+        ("text-classification", {"text_column": 0}, "text_column: got 0, wanted a column's name or its number from 1"),
+        ("text-classification", {"text_column": ""}, "text_column: got ''"),
+        ("text-classification", {"text_column": None}, "text_column: got None"),
+        ("text-classification", {"pair_column": []}, "pair_column: got []"),
+        ("text-classification", {"stride": -1}, "stride: got -1, wanted a whole number from 0 to"),
+        ("token-classification", {"stride": True}, "stride: got True, wanted a whole number from 0 to"),
+        ("token-classification", {"pieces": 3}, "pieces: got 3, wanted a string"),
+        ("token-classification", {"lstm": 10**6}, "lstm: got 1000000, wanted a width of at most 65536"),
+        ("token-classification", {"crf": None}, "crf: got None, wanted True or False"),
+        ("question-answering", {"null_threshold": float("nan")}, "null_threshold: got nan, wanted a number from"),
+        ("question-answering", {"null_threshold": "0"}, "null_threshold: got '0', wanted a number from"),
+        ("question-answering", {"max_answer": 0}, "max_answer: got 0, wanted a whole number of at least 1"),
+        ("question-answering", {"max_question": 10**30}, "max_question: got 1000"),
+        ("multiple-choice", {"choices_column": {}}, "choices_column: got {}"),
+    ],
+)
+def test_a_setting_is_of_its_kind(task: str, settings: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        TASKS[task](settings)
+    assert str(caught.value).startswith(words)
+    tiny_bert(tmp_path)
+    (tmp_path / "task.json").write_text(json.dumps({"task": task, "settings": settings}))
+    with pytest.raises(ValueError) as caught:
+        read_trained(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'task.json'}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not JSON that can be read: it is nested too deep"),
+        ('{"text": ' + "9" * 5000 + "}", "is not valid JSON: Exceeds the limit"),
+    ],
+    ids=["deep", "digits"],
+)
+def test_a_line_that_no_reader_of_json_takes(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(ValueError) as caught:
+        read_table(tmp_path / "a.jsonl", {"text": "text"})
+    assert str(caught.value).startswith(f"{tmp_path / 'a.jsonl'}: line 2 {words}")
 
 
 @pytest.mark.parametrize(

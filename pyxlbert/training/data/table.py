@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyxlbert.files import read_lines
+from pyxlbert.files import parsed_json, read_lines
 
 #: Endings of the files that are read, in the words of an error.
 FORMATS = (".tsv", ".csv", ".txt", ".jsonl")
@@ -84,10 +83,7 @@ def _json_rows(path: str, lines: list[str], columns: Mapping[str, str | int]) ->
     rows = []
     for number, line in enumerate(_without_end(lines), start=1):
         place = Place(path, number)
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error}") from None
+        found = parsed_json(str(place), line)
         if not isinstance(found, dict):
             raise ValueError(f"{place} is a JSON {type(found).__name__}, wanted an object")
         values = {}
@@ -120,7 +116,7 @@ def _column(path: str, column: str | int, names: list[str] | None) -> int:
     """The column's index from 0."""
     if names and column in names:
         return names.index(str(column))
-    if str(column).isdecimal() and int(column) >= 1:
+    if str(column).isdecimal() and len(str(column)) < 10 and int(column) >= 1:
         if names and int(column) > len(names):
             raise ValueError(f"{path}: has {len(names)} columns, wanted a column {column}")
         return int(column) - 1

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyxlbert.training.options import MOST_SEED
 from pyxlbert.training.pretraining.masking import NO_LABEL, choose, mask
-from pyxlbert.training.pretraining.rules import require_integer, require_share
+from pyxlbert.training.pretraining.rules import MOST_LENGTH, require_integer, require_share
 from pyxlbert.training.pretraining.store import TokenStore
 from pyxlbert.training.pretraining.vocabularies import Vocabulary
 
@@ -76,8 +77,8 @@ class PairOptions:
         if self.max_gram is None:
             object.__setattr__(self, "max_gram", 3 if self.swapped else 1)
         require_integer("max_gram", self.max_gram, 1)
-        require_integer("max_length", self.max_length, 5)
-        require_integer("seed", self.seed, 0)
+        require_integer("max_length", self.max_length, 5, MOST_LENGTH)
+        require_integer("seed", self.seed, 0, MOST_SEED)
         if self.max_predictions is not None:
             require_integer("max_predictions", self.max_predictions, 1)
         require_share("short_share", self.short_share)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyxlbert.files import whole_directory, whole_file
+from pyxlbert.files import named_path, whole_directory, whole_file
 from pyxlbert.models.albert import AlbertConfig, AlbertForPreTraining
 from pyxlbert.models.bert import BertConfig
 from pyxlbert.models.bert_heads import BertForPreTraining
@@ -25,7 +25,7 @@ from pyxlbert.training.pretraining.documents import check_files, check_layout, n
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
-from pyxlbert.training.pretraining.rules import require_integer, require_share
+from pyxlbert.training.pretraining.rules import MOST_LENGTH, MOST_PIECES, require_integer, require_share
 from pyxlbert.training.pretraining.scores import METRIC, HeldOut
 from pyxlbert.training.pretraining.segments import SegmentOptions, Segments
 from pyxlbert.training.pretraining.sizes import albert_config, bert_config, xlnet_config
@@ -86,13 +86,13 @@ class Pretraining:
         for path in check_files(self.evaluate) if self.evaluate else ():
             if path.resolve() in [one.resolve() for one in paths]:
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
-        require_integer("vocab_size", self.vocab_size, 16)
+        require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
         if self.dropout is not None:
             require_share("dropout", self.dropout)
             if self.config is not None:
                 raise ValueError("dropout: given together with config, which says it")
         if self.mem_len is not None:
-            require_integer("mem_len", self.mem_len, 0)
+            require_integer("mem_len", self.mem_len, 0, MOST_LENGTH)
             if self.config is not None:
                 raise ValueError("mem_len: given together with config, which says it")
             if self.kind != "xlnet":
@@ -158,7 +158,7 @@ def pretrain(
     what.check()
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
-    folder = Path(output)
+    folder = named_path("output", output)
     if work.is_main_process:
         check_run(folder, resume)
     identity = {**what.identity(), "options": options.decisive()}
@@ -170,8 +170,8 @@ def pretrain(
         config = what.model_config(vocabulary.size, vocabulary.pad_id)
         source = _source(what, config, vocabulary, stores[0], options, work.num_processes)
         held_out = HeldOut(stores[1], vocabulary, what.data, options.evaluation_batch_size) if what.evaluate else None
-    checkpoints.seed_chance(options.seed)
-    model = MODELS[what.kind](config)
+        checkpoints.seed_chance(options.seed)
+        model = MODELS[what.kind](config)
     size = sum(one.numel() for one in model.parameters())
     tell(f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch")
     if held_out is not None:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyxlbert.training.options import MOST_SEED
 from pyxlbert.training.permutation import PermutationBatch, PermutationLanguageModeling
-from pyxlbert.training.pretraining.rules import require_integer
+from pyxlbert.training.pretraining.rules import MOST_LENGTH, require_integer
 from pyxlbert.training.pretraining.store import TokenStore
 from pyxlbert.training.pretraining.vocabularies import Vocabulary
 
@@ -53,7 +54,7 @@ class SegmentOptions:
             if field.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{field.name}: got {value!r}, wanted True or False")
             if field.type != "bool" and not (value is None and "None" in field.type):
-                require_integer(field.name, value, 0)
+                require_integer(field.name, value, 0, MOST_SEED if field.name == "seed" else MOST_LENGTH)
 
     def sampler(self, vocabulary: Vocabulary, batch_size: int) -> PermutationLanguageModeling:
         """What makes the rows.

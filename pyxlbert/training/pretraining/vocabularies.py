@@ -17,6 +17,7 @@ from pyxlbert.files import model_directory, read_optional_json, whole_file
 from pyxlbert.text.tokenizer import UNLIMITED, TextTokenizer, load_tokenizer
 from pyxlbert.text.xlnet_tokenizer import SPECIAL_TOKENS as XLNET_TOKENS
 from pyxlbert.training.pretraining.documents import check_files, check_layout, read_sentences
+from pyxlbert.training.pretraining.rules import MOST_PIECES
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is
     import tokenizers
@@ -152,6 +153,7 @@ def train_wordpiece(
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+    _check_size(vocab_size)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -225,6 +227,7 @@ def _train_pieces(
 ) -> Path:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    _check_size(vocab_size)
     tokenizer = Tokenizer(models.Unigram())
     steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
     steps += [normalizers.NFKD(), normalizers.StripAccents()]
@@ -248,11 +251,15 @@ def _train_pieces(
 TRAINERS = {"bert": train_wordpiece, "albert": train_albert, "xlnet": train_unigram}
 
 
+def _check_size(vocab_size: int) -> None:
+    """Before a trainer takes memory for so many pieces."""
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 16 <= vocab_size <= MOST_PIECES:
+        raise ValueError(f"vocab_size: got {vocab_size!r}, wanted a whole number from 16 to {MOST_PIECES}")
+
+
 def _train(
     tokenizer: tokenizers.Tokenizer, trainer: Any, files: Sequence[str | Path], layout: str, vocab_size: int
 ) -> None:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 16:
-        raise ValueError(f"vocab_size: got {vocab_size!r}, wanted a whole number of at least 16")
     check_layout(layout)
     paths, found = check_files(files), False
 

@@ -71,10 +71,9 @@ class Answers(Task):
 
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(settings)
-        for name, least in (("stride", 0), ("max_question", 1), ("max_answer", 1)):
-            value = self.settings[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least {least}")
+        for name in ("max_question", "max_answer"):
+            if self.settings[name] < 1:
+                raise ValueError(f"{name}: got {self.settings[name]!r}, wanted a whole number of at least 1")
 
     @property
     def metric(self) -> str:

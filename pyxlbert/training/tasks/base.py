@@ -14,6 +14,7 @@ from pyxlbert import models
 from pyxlbert.models.pretrained import PretrainedModel
 from pyxlbert.training.data.table import Place
 from pyxlbert.training.encoding import TaskTokenizer
+from pyxlbert.training.options import MOST
 
 #: The label that counts for nothing.
 IGNORED = -100
@@ -36,6 +37,24 @@ def family(model_type: str) -> str:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type: got {model_type!r}, wanted one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def _wanted(name: str, usual: Any, value: Any) -> str | None:
+    """What a setting is to be whose usual value this is; None if it is."""
+    number, whole = isinstance(value, int | float), isinstance(value, int)
+    if isinstance(value, bool):
+        number = whole = False
+    if name.endswith("_column"):
+        none = usual is None
+        good = (isinstance(value, str) and value) or (whole and 1 <= value <= MOST) or (none and value is None)
+        return None if good else f"a column's name or its number from 1{', or None' if none else ''}"
+    if isinstance(usual, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if isinstance(usual, int):
+        return None if whole and 0 <= value <= MOST else f"a whole number from 0 to {MOST}"
+    if isinstance(usual, float):
+        return None if number and -MOST <= value <= MOST else f"a number from {-MOST} to {MOST}"
+    return None if isinstance(value, str) else "a string"
 
 
 class Task(ABC):
@@ -61,6 +80,18 @@ class Task(ABC):
         if unknown:
             raise ValueError(f"settings: got {', '.join(sorted(unknown))}, wanted {', '.join(sorted(self.defaults))}")
         self.settings = {**self.defaults, **given}
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """That each setting is of its kind.
+
+        Raises:
+            ValueError: one is not; the message names it.
+        """
+        for name, value in self.settings.items():
+            wanted = _wanted(name, self.defaults[name], value)
+            if wanted is not None:
+                raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
 
     # The metric
 

@@ -19,6 +19,9 @@ from pyxlbert.training.encoding import TaskTokenizer, Window, first_pieces, wind
 from pyxlbert.training.taggers import CHAIN, LSTM, TAGGERS
 from pyxlbert.training.tasks.base import IGNORED, Batch, Task, family, model_inputs
 
+#: The largest width of a BiLSTM's direction.
+MOST_LSTM = 2**16
+
 #: The tag of a word's further pieces, with `pieces` "x".
 CONTINUED = "X"
 
@@ -64,8 +67,8 @@ class Tagging(Task):
         self.labels: list[str] = []
         if self.settings["pieces"] not in ("first", "x"):
             raise ValueError(f"pieces: got {self.settings['pieces']!r}, wanted first or x")
-        if not isinstance(self.settings["lstm"], int) or self.settings["lstm"] < 0:
-            raise ValueError(f"lstm: got {self.settings['lstm']!r}, wanted a width, or 0 for none")
+        if self.settings["lstm"] > MOST_LSTM:
+            raise ValueError(f"lstm: got {self.settings['lstm']}, wanted a width of at most {MOST_LSTM}, or 0 for none")
 
     @property
     def metric(self) -> str:
