@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Problem:
     case: Case
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def _deciding(self) -> torch.Tensor:
         """The tensor that decides which backend is taken: the first of a floating dtype, without memory."""
         arguments = self.spec.arguments(self.case, None, self.dtype, torch.device("meta"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections import Counter
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+# What is imported and collected stays to the end: the garbage collector is never to walk through it.
+gc.disable()
 
 
 def _file(name: str) -> ModuleType:
@@ -58,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _quick(item):
             item.add_marker(pytest.mark.quick)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -36,7 +36,8 @@ def pairwise_cases(
     open_pairs = set(_pairs_of(sizes)) - never
     rows: list[dict[str, int]] = []
     while open_pairs if count is None else len(rows) < count:
-        candidates = [_row(sizes, open_pairs, never, rng) for _ in range(CANDIDATES if open_pairs else 1)]
+        in_order = sorted(open_pairs)
+        candidates = [_row(sizes, open_pairs, in_order, never, rng) for _ in range(CANDIDATES if open_pairs else 1)]
         best = max(candidates, key=lambda row: len(open_pairs & set(_pairs(row))))
         open_pairs -= set(_pairs(best))
         rows.append(best)
@@ -79,12 +80,14 @@ def _excluded_pairs(options: Mapping[str, Sequence[Any]], excluded: Excluded | N
     return {(a, i, b, j) for a, i, b, j in _pairs_of(sizes) if excluded({a: options[a][i], b: options[b][j]})}
 
 
-def _row(sizes: Mapping[str, int], open_pairs: set[Pair], never: set[Pair], rng: random.Random) -> dict[str, int]:
+def _row(
+    sizes: Mapping[str, int], open_pairs: set[Pair], in_order: list[Pair], never: set[Pair], rng: random.Random
+) -> dict[str, int]:
     """A row that starts from an open pair and takes, option by option, the value that closes most pairs."""
     while True:
         row: dict[str, int] = {}
         if open_pairs:
-            a, i, b, j = rng.choice(sorted(open_pairs))
+            a, i, b, j = rng.choice(in_order)
             row = {a: i, b: j}
         rest = [name for name in sizes if name not in row]
         rng.shuffle(rest)

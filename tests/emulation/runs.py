@@ -22,7 +22,7 @@ import torch
 from pyxlbert import backends
 from pyxlbert.testing import tolerances
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Arguments, Use, as_tuple, to_float64
+from pyxlbert.testing.specs._spec import Arguments, Case, Spec, Use, as_tuple, to_float64
 
 
 def runs(use: Use) -> list[str]:
@@ -35,7 +35,7 @@ RUNS = runs(Use.EMULATION)
 HOPPER_RUNS = runs(Use.HOPPER)
 
 
-def results_of(spec, function, arguments: Arguments) -> list[torch.Tensor]:
+def results_of(spec: Spec, function, arguments: Arguments) -> list[torch.Tensor]:
     names = spec.leaves(arguments)
     arguments = arguments | {n: arguments[n].detach().requires_grad_() for n in names}
     outputs = as_tuple(function(**arguments))
@@ -45,11 +45,20 @@ def results_of(spec, function, arguments: Arguments) -> list[torch.Tensor]:
     return [x.detach() for x in found]
 
 
-def wrong(run: str) -> str | None:
-    """The first result that is not plain PyTorch's, or None."""
+def case_of(run: str) -> tuple[Spec, Case]:
     op, _, id = run.partition(": ")
     spec = SPECS[op]
-    case = next(case for case in spec.cases if case.id == id)
+    return spec, next(case for case in spec.cases if case.id == id)
+
+
+def head_size(run: str) -> int:
+    """0 of kernels of rows."""
+    return getattr(case_of(run)[1].inputs, "head_size", 0)
+
+
+def wrong(run: str) -> str | None:
+    """The first result that is not plain PyTorch's, or None."""
+    spec, case = case_of(run)
     arguments = spec.arguments(case, torch.Generator().manual_seed(3), torch.bfloat16, torch.device("cpu"))
     ours = results_of(spec, lambda **a: spec.function(**a, backend="cuda"), arguments)
     # What nobody may see is NaN to ours alone: plain PyTorch would multiply it by zero.

@@ -155,6 +155,8 @@ BUGS = (
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.name.replace(" ", "_") for bug in BUGS])
 def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
+    # What is not compiled would be wrong without any bug.
+    assert runs.head_size(bug.run) <= build.HEAD_SIZE
     module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
     said = ""
     for order in ("forwards", "reversed"):

@@ -27,9 +27,7 @@ def _calls() -> Iterator[tuple[Spec, Case]]:
     """Of every op cases that, taken together, give each of its tensors."""
     for spec in SPECS.values():
         seen: set[str] = set()
-        for case in spec.cases:
-            if not case.small:
-                continue
+        for case in (case for case in spec.suite if case.small):
             tensors = _tensors(arguments_of(spec, case, torch.float32))
             if tensors.keys() - seen and all(x.numel() for x in tensors.values()):
                 seen |= tensors.keys()
