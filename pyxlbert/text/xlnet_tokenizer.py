@@ -124,10 +124,9 @@ def from_saved(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer | N
             )
         return None
     # The library has read the file before: what is of another kind than these lines take cannot be here.
-    normalizer = content.get("normalizer") or {}
     replacements = [
         base64.b64decode(step["precompiled_charsmap"])
-        for step in normalizer.get("normalizers", [normalizer])
+        for step in _normalizers(path, content)
         if step.get("type") == "Precompiled"
     ]
     config = path.with_name("tokenizer_config.json")
@@ -151,12 +150,25 @@ def with_accents(path: Path, settings: dict[str, Any]) -> str | None:
     if not setting(path.parent / "tokenizer_config.json", settings, "keep_accents", bool, False):
         return None
     content = read_json(path)
-    normalizer = content.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [])
+    steps = _normalizers(path, content)
     kept = [step for step in steps if step.get("type") not in ("NFKD", "StripAccents")]
     if len(kept) == len(steps):
         return None
-    return json.dumps(content | {"normalizer": {**normalizer, "normalizers": kept}})
+    return json.dumps(content | {"normalizer": {"type": "Sequence", "normalizers": kept}})
+
+
+def _normalizers(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a `tokenizer.json`'s normalizer.
+
+    Raises:
+        ValueError: one is written as a list, which the library reads as the fields of an object in their order.
+    """
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else [normalizer]
+    for step in steps:
+        if not isinstance(step, dict):
+            raise ValueError(f"{path}: normalizer: got a step of type {type(step).__name__}, wanted an object")
+    return steps
 
 
 def special_tokens(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
