@@ -41,7 +41,8 @@ def met_rows(call, at, lines, readable, OPTIONS: tl.constexpr):
     """The row of the table that the last of the queries of `lines` meets first, and of those from there on how many in
     front and how many in all are left to be read.
 
-    What no query meets stays out of the products: 0 times what they hold may be NaN.
+    What no query meets stays out of the products: 0 times what they hold may be NaN.  None is met where no query has a
+    place, or where there are no keys.
     """
     first = number(call.table.offset) - lines.top
     left_out = tl.maximum(-first, 0)
@@ -50,6 +51,9 @@ def met_rows(call, at, lines, readable, OPTIONS: tl.constexpr):
         left_out = tl.maximum(left_out, lines.top + 1 - at.queries)
         if OPTIONS.causal:
             count = tl.minimum(count, at.shift + 1 + lines.top)
+    else:
+        readable = tl.where(tl.max(lines.there.to(tl.int32), 0) > 0, readable, 0)
+    count = tl.where(readable > 0, count, 0)
     return tl.cast(first, tl.int64), left_out, count
 
 

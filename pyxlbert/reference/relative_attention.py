@@ -183,10 +183,13 @@ class Scores:
             lengths = self.cu_seqlens.diff()[:, None]
             last, end = torch.minimum(last, lengths - 1), torch.minimum(end, lengths)
         row = torch.arange(self.r.shape[1], device=self.r.device)
-        met = (row >= self.offset - last) & (row < self.offset + end - first)  # [R] or [B, R]
+        met = (row >= self.offset - last) & (row < self.offset + end - first) & (end > 0)  # [R] or [B, R]
         if self.causal:
             met = met & (row <= self.offset + keys - queries)
-        self.r = hide(self.r, met.expand(self.r.shape[:2]))
+        if met.dim() == 1 and self.tables == 1:  # one table for all stays one
+            self.r = hide(self.r[:1], met[None]).expand_as(self.r)
+        else:
+            self.r = hide(self.r, met.expand(self.r.shape[:2]))
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Softmax weights `[B, H, Tq, Tk]`, zero in rows that may see nothing, and lse `[B, H, Tq]`."""

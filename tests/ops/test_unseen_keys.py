@@ -119,6 +119,8 @@ def test_a_wide_table_is_rounded(backend: str) -> None:
 TABLE_ROWS = QUERIES + 4 + KEYS + 9
 PLACES = torch.full((BATCH, QUERIES), -1, dtype=torch.int32)
 PLACES[:, 2:5] = torch.tensor([[3, 11, 22], [4, 9, 20]], dtype=torch.int32)
+NO_PLACE_IN_ONE = PLACES.clone()
+NO_PLACE_IN_ONE[0] = -1
 
 
 def met_rows(options: dict[str, Any]) -> torch.Tensor:
@@ -140,9 +142,11 @@ def met_rows(options: dict[str, Any]) -> torch.Tensor:
         {"offset": QUERIES + 4},
         {"offset": QUERIES + 4, "key_lengths": torch.tensor([20, 11])},
         {"offset": QUERIES + 4, "causal": True},
+        {"offset": QUERIES + 4, "key_lengths": torch.tensor([0, 11])},
         {"offset": QUERIES + 8, "query_positions": PLACES},
+        {"offset": QUERIES + 8, "query_positions": NO_PLACE_IN_ONE},
     ],
-    ids=["all", "lengths", "causal", "positions"],
+    ids=["all", "lengths", "causal", "no keys in one", "positions", "no positions in one"],
 )
 def test_nan_in_rows_of_the_table_that_no_query_meets(options: dict[str, Any], backend: str) -> None:
     """The bits of a call without, in whatever is not the gradient of such a row."""
