@@ -136,10 +136,12 @@ class EncoderLayers {
         if (!DistanceTables::worth(relative) || (found != nullptr && !found->shorter(relative))) return nullptr;
         auto made = std::make_shared<DistanceTables>(relative, dtype, positions, bytes);
         for (const EncoderLayer& layer : layers_) {
+            // Another thread may have changed the level while the last product was made.
+            if (!readable()) return nullptr;
             std::int64_t row_bytes = 0;
             DistanceTable product{&layer,  positions, relative.table_rows, hidden_, dtype, relative.in.threads,
                                   nullptr, &row_bytes};
-            PYXLBERT_RUN_PACKED(distance_table, product);
+            PYXLBERT_RUN_LEVELS(distance_table, product, avx2_vnni, amx, false);
             product.table = made->add(row_bytes);
             PYXLBERT_RUN_PACKED(distance_table, product);
         }
@@ -174,6 +176,7 @@ void encoder_layers_fwd(EncoderLayers& layers, std::int64_t first, std::int64_t 
     std::shared_ptr<const DistanceTables> kept;
     std::vector<const void*> tables;
     if (relative != nullptr) kept = layers.tables_of(*relative, DType(dtypes[0]), pointer(positions));
+    if (!layers.readable()) throw std::invalid_argument("layers packed for another instruction-set level");
     if (kept != nullptr) tables = kept->of(*relative, first, count);
     const EncoderLayersFwd arguments{layers.layers() + first,
                                      static_cast<int>(count),
