@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from pyxlbert.commands.embed import set_threads
@@ -173,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
         evaluate=options.eval,
     )
     scores = pretrain(
-        *(what, Path(options.out)),
+        *(what, options.out),
         options=training,
         resume=options.resume,
         say=lambda line: print(line, file=sys.stderr),

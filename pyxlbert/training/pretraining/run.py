@@ -211,7 +211,7 @@ def _begun(folder: Path, identity: dict[str, Any], resume: bool, main: bool) -> 
         if main and not before:
             shutil.rmtree(folder, ignore_errors=True)
             if there:
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # the working directory stays as it is
         raise
 
 

@@ -69,8 +69,8 @@ class Answers(Task):
         "null_threshold": 0.0,
     }
 
-    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(settings)
+    def check_settings(self) -> None:
+        super().check_settings()
         for name in ("max_question", "max_answer"):
             if self.settings[name] < 1:
                 raise ValueError(f"{name}: got {self.settings[name]!r}, wanted a whole number of at least 1")

@@ -61,6 +61,9 @@ class TextClassification(Task):
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(settings)
         self.labels: list[str] = []
+
+    def check_settings(self) -> None:
+        super().check_settings()
         if self.settings["long_texts"] not in ("cut", "windows"):
             raise ValueError(f"long_texts: got {self.settings['long_texts']!r}, wanted cut or windows")
 

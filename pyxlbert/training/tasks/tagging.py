@@ -65,6 +65,9 @@ class Tagging(Task):
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(settings)
         self.labels: list[str] = []
+
+    def check_settings(self) -> None:
+        super().check_settings()
         if self.settings["pieces"] not in ("first", "x"):
             raise ValueError(f"pieces: got {self.settings['pieces']!r}, wanted first or x")
         if self.settings["lstm"] > MOST_LSTM:
