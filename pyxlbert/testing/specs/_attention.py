@@ -32,10 +32,15 @@ def compiled(head_size: int, usual: Dtypes | None = None) -> dict[Use, Dtypes]:
     return {Use.AHEAD: first, Use.AHEAD_ALL: more}
 
 
+# From here on no backend takes the weights of backward from lse alone.
+_EXACT_LSE = 64.0
+
+
 def rounding_of_lse(p: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     """What a backward that takes its weights from a float32 lse changes of a row's, in the unit of terms.
 
     A row's lse is the score of its largest weight less the logarithm of that weight; half an eps of it is the change.
+    Backward finds lse anew where it is so large that this would count for much.
 
     Args:
         p: weights `[..., Tk]`.
@@ -48,7 +53,7 @@ def rounding_of_lse(p: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
         return p.new_zeros(*p.shape[:-1], 1)
     largest, place = p.max(-1, keepdim=True)
     lse = reach.gather(-1, place) - largest.log()
-    return torch.where(largest > 0, lse, 0.0) / (2 * tolerances.TERMS)
+    return torch.where(largest > 0, lse.clamp(max=_EXACT_LSE), 0.0) / (2 * tolerances.TERMS)
 
 
 @dataclass(frozen=True)
