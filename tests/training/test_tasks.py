@@ -363,6 +363,7 @@ def test_every_task_has_its_commands(capsys: pytest.CaptureFixture[str]) -> None
         ("text-classification", {"stride": -1}, "stride: got -1, wanted a whole number from 0 to"),
         ("token-classification", {"stride": True}, "stride: got True, wanted a whole number from 0 to"),
         ("token-classification", {"pieces": 3}, "pieces: got 3, wanted a string"),
+        ("text-classification", {"long_texts": "window"}, "long_texts: got 'window', wanted cut or windows"),
         ("token-classification", {"lstm": 10**6}, "lstm: got 1000000, wanted a width of at most 65536"),
         ("token-classification", {"crf": None}, "crf: got None, wanted True or False"),
         ("question-answering", {"null_threshold": float("nan")}, "null_threshold: got nan, wanted a number from"),
@@ -375,6 +376,11 @@ def test_every_task_has_its_commands(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_setting_is_of_its_kind(task: str, settings: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         TASKS[task](settings)
+    assert str(caught.value).startswith(words)
+    given_later = TASKS[task]()
+    given_later.settings.update(settings)
+    with pytest.raises(ValueError) as caught:
+        given_later.check_settings()
     assert str(caught.value).startswith(words)
     tiny_bert(tmp_path)
     (tmp_path / "task.json").write_text(json.dumps({"task": task, "settings": settings}))
