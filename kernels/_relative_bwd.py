@@ -77,8 +77,8 @@ def bwd_rows(
             hidden = None
             if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
                 hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
-            keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden, 0)
-            band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None, 0)
+            keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+            band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
             lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
             queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
             for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
@@ -128,9 +128,9 @@ def bwd_keys(
         hidden = None
         if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
             hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
-        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden, 0)
-        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden, 0)
-        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None, 0)
+        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
+        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
         v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -207,7 +207,7 @@ def bwd_table(
     h = share % call.sizes.heads
     # Of the first of the sequences that share the table.
     opening = opened(call.sizes, group * sequences * call.sizes.heads + h)
-    band = Matrix(first_table_row(call.table, opening), call.table.row, number(call.table.rows), None, 0)
+    band = Matrix(first_table_row(call.table, opening), call.table.row, number(call.table.rows), None)
     r = load_seen(band, first_p, BLOCK_N, D, BLOCK_D)
     dr = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     blocks = tl.cdiv(number(call.sizes.queries), BLOCK_M)
@@ -222,8 +222,8 @@ def bwd_table(
         hidden = None
         if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
             hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
-        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden, 0)
-        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden, 0)
+        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         inside = (first_i < at.queries) & (first_j < readable) & (readable > 0)
         if inside & (first_j + BLOCK_N + (lines.top - lines.bottom) > 0):
             row = first_i + tl.arange(0, BLOCK_M)

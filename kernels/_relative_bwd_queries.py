@@ -37,27 +37,6 @@ from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, ske
 
 
 @triton.jit
-def met_rows(call, at, lines, readable, OPTIONS: tl.constexpr):
-    """The row of the table that the last of the queries of `lines` meets first, and of those from there on how many in
-    front and how many in all are left to be read.
-
-    What no query meets stays out of the products: 0 times what they hold may be NaN.  None is met where no query has a
-    place, or where there are no keys.
-    """
-    first = number(call.table.offset) - lines.top
-    left_out = tl.maximum(-first, 0)
-    count = tl.minimum(readable + lines.top - lines.bottom, number(call.table.rows) - first)
-    if call.marks.positions is None:
-        left_out = tl.maximum(left_out, lines.top + 1 - at.queries)
-        if OPTIONS.causal:
-            count = tl.minimum(count, at.shift + 1 + lines.top)
-    else:
-        readable = tl.where(tl.max(lines.there.to(tl.int32), 0) > 0, readable, 0)
-    count = tl.where(readable > 0, count, 0)
-    return tl.cast(first, tl.int64), left_out, count
-
-
-@triton.jit
 def bwd_queries(
     call,
     dout,
@@ -92,13 +71,15 @@ def bwd_queries(
     hidden = None
     if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
         hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
-    keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden, 0)
-    values = Matrix(first_row(call.value, at), call.value.row, readable, hidden, 0)
+    keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+    values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
+    band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
     dband = None
     if dtable is not None:
         dband = dtable + (
             (at.b // number(call.table.sequences)) * number(call.table.rows) * (call.sizes.heads * D) + at.h * D
         )
+    gradient = Matrix(dband, call.sizes.heads * D, number(call.table.rows), None)
     first_i = block * BLOCK_M
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -111,13 +92,6 @@ def bwd_queries(
     if first_i < at.queries:
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
-        first_row_met, left_out, met = met_rows(call, at, lines, readable, OPTIONS)
-        table = first_table_row(call.table, at) + first_row_met * call.table.row
-        band = Matrix(table, call.table.row, met, None, left_out)
-        gradient = Matrix(dband, call.sizes.heads * D, met, None, left_out)
-        if dtable is not None:
-            gradients = dband + first_row_met * (call.sizes.heads * D)
-            gradient = Matrix(gradients, call.sizes.heads * D, met, None, left_out)
         row = first_i + tl.arange(0, BLOCK_M)
         lse = load_lse(saved, at, row)
         delta, lse_correction = load_delta(saved, at, row)
@@ -126,7 +100,9 @@ def bwd_queries(
         moved = lines.top - lines.position
         if ROLLED:
             # Of the tile before: products with the upper block of its band, and its gradients that belong there.
-            lower = products(queries.position, band, 0, PRECISION, D, BLOCK_D, BLOCK_N)
+            lower = products(
+                queries.position, band, number(call.table.offset) - lines.top, PRECISION, D, BLOCK_D, BLOCK_N
+            )
             carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             lower_at = 0
         for first_j in range(0, end_of_keys(call, at, first_i, OPTIONS, BLOCK_M), BLOCK_N):
@@ -137,7 +113,7 @@ def bwd_queries(
                 live, whole = classes(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
             if live:
                 k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
-                place = first_j
+                place = number(call.table.offset) + first_j - lines.top
                 if ROLLED:
                     if SPARSE and lower_at != first_j:
                         lower = products(queries.position, band, place, PRECISION, D, BLOCK_D, BLOCK_N)
@@ -174,7 +150,7 @@ def bwd_queries(
                     if SPARSE and lower_at != first_j:
                         dq_position = add_block(
                             dq_position, carried, queries.position, band, gradient,
-                            lower_at, PRECISION, D, BLOCK_D, BLOCK_N,
+                            number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
                         )  # fmt: skip
                         carried = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                     back, inside = unskewed(g, moved, BLOCK_M, BLOCK_N)
@@ -192,7 +168,7 @@ def bwd_queries(
         if ROLLED:
             dq_position = add_block(
                 dq_position, carried, queries.position, band, gradient,
-                lower_at, PRECISION, D, BLOCK_D, BLOCK_N,
+                number(call.table.offset) + lower_at - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
         if call.marks.key_segments is not None:
             # Gradients of a row are p (dp - delta), and their sum is 0: what is found instead is the error of delta, a

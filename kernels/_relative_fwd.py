@@ -60,9 +60,9 @@ def fwd(
         hidden = None
         if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
             hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
-        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden, 0)
-        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden, 0)
-        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None, 0)
+        keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
+        values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
+        band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

@@ -37,14 +37,13 @@ from ._products import add_product, row_products, row_products_of_two
 class Matrix(NamedTuple):
     """Rows `[count, D]` of one plane: their address, their stride, and the ranks by which some are not read, or None.
 
-    A row of rank UNSEEN_RANK is seen by no query, and the first rows, `left_out` of them, by none either.
+    A row of rank UNSEEN_RANK is seen by no query.
     """
 
     base: Any
     stride: Any
     count: Any
     rank: Any
-    left_out: Any
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def load_seen(matrix, first, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.c
     """Rows first .. first + BLOCK - 1, zeros where there is none, `first` may be negative, or none is seen."""
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    seen = (first + n >= matrix.left_out) & (first + n < matrix.count)
+    seen = (first + n >= 0) & (first + n < matrix.count)
     if matrix.rank is not None:
         seen = seen & (tl.load(matrix.rank + first + n, mask=seen, other=UNSEEN_RANK) != UNSEEN_RANK)
     inside = seen[:, None]
@@ -163,7 +162,7 @@ def add_block(
     if gradient.base is not None:
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
-        inside = ((first + n >= gradient.left_out) & (first + n < gradient.count))[:, None] & (d < D)[None, :]
+        inside = ((first + n >= 0) & (first + n < gradient.count))[:, None] & (d < D)[None, :]
         part = tl.dot(tl.trans(block), x, input_precision=PRECISION)
         row = tl.cast(first + n, tl.int64) * gradient.stride
         tl.atomic_add(gradient.base + row[:, None] + d[None, :], part, mask=inside, sem="relaxed")

@@ -135,7 +135,8 @@ def met_rows(options: dict[str, Any]) -> torch.Tensor:
     return met
 
 
-@pytest.mark.parametrize("backend", OPS["relative_attention"].backends)
+# Triton's kernel of queries reads the whole band of a tile: docs/ops/relative_attention.md.
+@pytest.mark.parametrize("backend", [name for name in OPS["relative_attention"].backends if name != "triton"])
 @pytest.mark.parametrize(
     "options",
     [
