@@ -26,14 +26,6 @@ struct Arena {
     }
 };
 
-template <class From, class To>
-PYXLBERT_INLINE void convert(const From* from, To* to, std::int64_t n, std::int64_t padded) {
-    for (std::int64_t j = 0; j < padded; j += W) {
-        const std::int64_t left = n - j;
-        store(to + j, left >= W ? load(from + j) : left > 0 ? load(from + j, static_cast<int>(left)) : zero());
-    }
-}
-
 template <class T>
 void multiply_distances(const DistanceTable& a) {
     using U = typename Packed<T>::Unit;
@@ -59,7 +51,7 @@ void multiply_distances(const DistanceTable& a) {
     {
 #pragma omp for schedule(static)
         for (std::int64_t r = 0; r < a.rows; ++r)
-            convert(static_cast<const T*>(a.embeddings) + r * a.hidden, rows + r * stride, a.hidden, stride);
+            convert_row(static_cast<const T*>(a.embeddings) + r * a.hidden, rows + r * stride, a.hidden, stride);
 #pragma omp for schedule(static)
         for (std::int64_t row = 0; row < a.rows; row += step) {
             const ProductScratch mine{scratch + omp_get_thread_num() * scratch_floats, step, a.hidden};
@@ -316,9 +308,10 @@ class Encoder {
             for (std::int64_t r = 0; r < a.rows; ++r) {
                 with_type(a.stream_dtype, [&](auto type) {
                     const auto* from = static_cast<const decltype(type)*>(a.residual) + r * n;
-                    convert(from, stream + r * stream_stride, n, stream_stride);
+                    convert_row(from, stream + r * stream_stride, n, stream_stride);
                 });
-                if constexpr (COPIED) convert(static_cast<const T*>(a.x) + r * n, rows + r * row_stride, n, row_stride);
+                if constexpr (COPIED)
+                    convert_row(static_cast<const T*>(a.x) + r * n, rows + r * row_stride, n, row_stride);
             }
         }
         offsets[0] = plain() ? 0 : -1;

@@ -1,4 +1,4 @@
-// What follows a product while its sums are in the first-level cache: see gemm.h.
+// What goes before a product, and what follows it while its sums are in the first-level cache: see gemm.h.
 #pragma once
 #include "gelu.h"
 #include "gemm.h"
@@ -7,6 +7,15 @@
 
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
+
+// n elements of T as elements of E, and zeros from there to the target's stride.
+template <class T, class E>
+PYXLBERT_INLINE void convert_row(const T* source, E* target, std::int64_t n, std::int64_t stride) {
+    for (std::int64_t j = 0; j < stride; j += W) {
+        const std::int64_t left = n - j;
+        store(target + j, left >= W ? load(source + j) : left > 0 ? load(source + j, static_cast<int>(left)) : zero());
+    }
+}
 
 #if defined(__AVX512BF16__)
 // gelu to the precision of bfloat16: relative error 1.1e-4 with the tail.  In the shape of Erf::value, with 2^x by a

@@ -5,15 +5,6 @@
 namespace pyxlbert::PYXLBERT_LEVEL {
 namespace {
 
-// rows of n elements of T as elements of E, zero from n to the target's stride.
-template <class T, class E>
-PYXLBERT_INLINE void convert_row(const T* source, E* target, std::int64_t n, std::int64_t stride) {
-    for (std::int64_t j = 0; j < stride; j += W) {
-        const std::int64_t left = n - j;
-        store(target + j, left >= W ? load(source + j) : left > 0 ? load(source + j, static_cast<int>(left)) : zero());
-    }
-}
-
 template <class T>
 void forward(const PackedLinearFwd& a) {
     using U = typename Packed<T>::Unit;
