@@ -9,6 +9,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/dropout.h"
 #include "cpu/dropout_add_layer_norm.h"
 #include "cpu/embedding_layer_norm.h"
 #include "cpu/layer_norm.h"
@@ -275,6 +276,11 @@ void linear_fwd(const View& x, const View& weight, const View& bias, const View&
     PYXLBERT_RUN(linear_fwd, arguments);
 }
 
+void dropout(Address x, Address y, std::int64_t n, std::int64_t seed, std::uint32_t limit, int dtype, int threads) {
+    const pyxlbert::DropoutFlat arguments{pointer(x), pointer(y), n, seed, limit, DType(dtype), threads};
+    PYXLBERT_RUN_ROWS(dropout, arguments, n);
+}
+
 #if defined(__x86_64__)
 // strides: of a between rows, of b along K and along N, of c between rows.  sizes: M, N, K.
 void product(Address a, bool transposed, Address b, int b_dtype, Address c, int c_dtype, bool add, Address bias,
@@ -496,6 +502,7 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("embedding_scatter", &embedding_scatter);
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
+    cpu.def("dropout", &dropout);
     cpu.def("linear_fwd", &linear_fwd);
 #if defined(__x86_64__)
     cpu.def("product", &product);
