@@ -140,7 +140,12 @@ void multiply(const Product& p, std::int64_t k, std::int64_t inner, std::int64_t
     const std::int64_t left = p.columns - column, columns = left < count * PANEL ? left : count * PANEL;
     const PackedMatrix w{packed, columns, inner, DType::bfloat16, false, nullptr, nullptr, 0};
     const int threads = product_team(p.threads, p.rows * columns * inner);
-    const Division cut = divide(p.rows, threads, w);
+    Division cut = divide(p.rows, threads, w);
+    if (threads == 1) {
+        // Nobody waits for anybody: all strips but the last may be whole.
+        cut.row_step = round_to(cut.row_step, STRIP);
+        cut.row_tasks = (p.rows + cut.row_step - 1) / cut.row_step;
+    }
     const std::int64_t sums = product_scratch(cut.row_step);
     const std::int64_t own = in_units(p) ? 0 : round_to(cut.row_step, W) * packed_stride(inner);
     const TeamScratch scratch = team_scratch(threads, sums + own);
