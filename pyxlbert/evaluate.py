@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from pyxlbert.commands import finetune
-from pyxlbert.files import said
+from pyxlbert.commands.typed import speaker
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
+from pyxlbert.text.batches import check_count
 
 # Columns of the tab-separated file: genre, file, year, id, score, sentence 1, sentence 2.
 _SCORE, _FIRST, _SECOND = 4, 5, 6
@@ -67,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.evaluate", description="Scores on public benchmarks.")
+    parser.set_defaults(arguments={"directory": "--model"})
     add_tasks(parser)
-    return run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    options.said = speaker(parser, options, sys.argv[1:] if arguments is None else arguments)
+    return run(options)
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return {"stsb": _stsb, "tokens": _tokens}.get(options.task, finetune.evaluate)(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: error: {said(error)}", file=sys.stderr)
+        print(f"pyxlbert evaluate: error: {options.said(error)}", file=sys.stderr)
         return 1
 
 
@@ -140,6 +144,7 @@ def _stsb(options: argparse.Namespace) -> int:
         raise ValueError("--compare: goes with the directory's own layer alone, not with --layers")
     if options.picture and not options.layers:
         raise ValueError("--picture: draws layers; wanted --layers all with it")
+    check_count("batch_size", options.batch_size)
     if options.picture:
         check_picture(options.picture)
     pairs = read_stsb(options.data, options.split)

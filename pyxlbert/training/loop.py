@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ from pyxlbert.training.steps import Passes, StepSource, load
 from pyxlbert.training.tasks.base import Batch
 
 RUN = "run.json"
+# Of a file: SHA-256 as hexadecimal digits.
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Counts(Protocol):
@@ -189,14 +192,23 @@ def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
         saved = read_json(path)
         differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
         if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{name}: got {identity.get(name)!r}, but the run in {directory} was started with {saved.get(name)!r}"
-            )
+            raise ValueError(_differs(differing[0], identity, saved, directory))
         return
     directory.mkdir(exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def _differs(name: str, identity: dict[str, Any], saved: dict[str, Any], directory: Path) -> str:
+    """What a run's identity has otherwise than that which it is to go on with, down to one option."""
+    now, then = identity.get(name), saved.get(name)
+    if isinstance(now, dict) and isinstance(then, dict):
+        inner = next(one for one in {**then, **now} if then.get(one) != now.get(one))
+        return _differs(inner, now, then, directory)
+    if all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (now, then)):
+        return f"{name}: got another content than that with which the run in {directory} was started"
+    name = name.removeprefix("data_")  # of options that say how rows are made
+    return f"{name}: got {now!r}, but the run in {directory} was started with {then!r}"
 
 
 class Loop:

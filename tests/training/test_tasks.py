@@ -324,8 +324,8 @@ def test_long_texts_are_read_in_windows(encoders: dict[str, Path]) -> None:
     [
         ({"--train": "nowhere.tsv"}, "nowhere.tsv"),
         ({"--model": "nowhere"}, "nowhere"),
-        ({"--max-length": "3"}, "max_length: got 3"),
-        ({"--epochs": "0"}, "epochs: got 0"),
+        ({"--max-length": "3"}, "--max-length: got 3"),
+        ({"--epochs": "0"}, "--epochs: got 0"),
         ({"--label-column": "9"}, "has 2 columns, wanted a column 9"),
         ({"--out": "no/out"}, "does not exist"),
     ],

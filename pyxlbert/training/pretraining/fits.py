@@ -43,10 +43,13 @@ def check_segments(config: XLNetConfig, options: SegmentOptions, vocabulary: Voc
         )
     if memory < options.reuse_len:
         raise ValueError(
-            f"mem_len: got {memory}, wanted at least reuse_len, {options.reuse_len}: so many tokens are remembered"
+            f"config: mem_len is {memory}, wanted at least reuse_len, {options.reuse_len}: so many tokens are "
+            "remembered"
         )
 
 
 def _check_vocabulary(size: int, vocabulary: Vocabulary) -> None:
     if vocabulary.size > size:
-        raise ValueError(f"vocab_size: got {size}, wanted at least {vocabulary.size}, the tokens of the tokenizer")
+        raise ValueError(
+            f"config: vocab_size is {size}, wanted at least {vocabulary.size}, the tokens of the tokenizer"
+        )

@@ -83,7 +83,7 @@ class Pretraining:
         """
         check_layout(self.layout)
         paths = check_files(self.files)
-        for path in check_files(self.evaluate) if self.evaluate else ():
+        for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
             if path.resolve() in [one.resolve() for one in paths]:
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
@@ -97,6 +97,14 @@ class Pretraining:
                 raise ValueError("mem_len: given together with config, which says it")
             if self.kind != "xlnet":
                 raise ValueError(f"mem_len: got one for a model of kind {self.kind!r}, which has no memory")
+            if 0 < self.mem_len < self.data.reuse_len:
+                reuse = self.data.reuse_len
+                raise ValueError(
+                    f"mem_len: got {self.mem_len}, wanted at least reuse_len, {reuse}: so many tokens are remembered"
+                )
+        for name, place in (("config", self.config), ("tokenizer", self.tokenizer)):
+            if place is not None and not named_path(name, place).exists():
+                raise FileNotFoundError(f"{name}: {str(place)!r} does not exist")
 
     def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | AlbertConfig | XLNetConfig:
         """The configuration of the model."""
