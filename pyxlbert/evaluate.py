@@ -14,6 +14,7 @@ examples with labels.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,9 +24,12 @@ import numpy as np
 
 from pyxlbert.commands import finetune
 from pyxlbert.commands.typed import speaker
+from pyxlbert.files import require_file
+from pyxlbert.hub import Hub
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
 from pyxlbert.text.batches import check_count
+from pyxlbert.text.pooling import read_modules
 
 # Columns of the tab-separated file: genre, file, year, id, score, sentence 1, sentence 2.
 _SCORE, _FIRST, _SECOND = 4, 5, 6
@@ -147,6 +151,16 @@ def _stsb(options: argparse.Namespace) -> int:
     check_count("batch_size", options.batch_size)
     if options.picture:
         check_picture(options.picture)
+    needed = {"scipy": "pip install scipy"}
+    needed |= {"transformers": "pip install transformers"} if options.compare else {}
+    for package, how in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"evaluate stsb takes {package}: {how}")
+    for model in options.model:  # of several too, before the first is scored
+        modules, folder = read_modules(Hub().folder(model, text=True))
+        require_file(folder, "config.json")
+        if options.compare and (modules.modes != ("mean",) or modules.dense):
+            raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     pairs = read_stsb(options.data, options.split)
     if options.layers:
         return _stsb_layers(options, pairs)
@@ -180,8 +194,6 @@ def _stsb_layers(options: argparse.Namespace, pairs: tuple[list[str], list[str],
 def _stsb_model(options: argparse.Namespace, model: str, pairs: tuple[list[str], list[str], np.ndarray]) -> None:
     first, second, scores = pairs
     encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
-    if options.compare and (encoder.modules.modes != ("mean",) or encoder.modules.dense):
-        raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
     several = f": {_name(model)}" if len(options.model) > 1 else ""
     print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100{several}")

@@ -111,15 +111,17 @@ class SentenceEncoder:
         directory = Hub(revision, cache_dir, token, local_files_only).folder(directory, text=True)
         modules, folder = read_modules(directory)
         settings = SentenceSettings.from_directory(Path(directory))
-        model = _read_model(folder, dtype)
-        modules.check_fits(Path(directory), model.config.hidden_size)
-        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens, original_numbers=original_numbers)
-        if tokenizer.largest_id >= model.config.vocab_size:
+        encoder = encoder_class(folder)
+        config = encoder.config_class.from_pretrained(folder)
+        modules.check_fits(Path(directory), config.hidden_size)
+        longest = encoder.max_tokens_of(config)
+        tokenizer = TextTokenizer.from_directory(folder, longest, original_numbers=original_numbers)
+        if tokenizer.largest_id >= config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
-                f"{model.config.vocab_size}"
+                f"{config.vocab_size}"
             )
-        return cls(model, tokenizer, modules, quantised, settings)
+        return cls(_read_model(folder, dtype), tokenizer, modules, quantised, settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is packed is packed again where the copy is made.

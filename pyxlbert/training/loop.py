@@ -187,16 +187,26 @@ def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
     """
     check_run(directory, resume)
     path = directory / RUN
-    identity = json.loads(json.dumps(identity))  # as it is read back
     if path.is_file():
-        saved = read_json(path)
-        differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
-        if differing:
-            raise ValueError(_differs(differing[0], identity, saved, directory))
+        check_identity(directory, identity)
         return
     directory.mkdir(exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+
+
+def check_identity(directory: Path, identity: dict[str, Any]) -> None:
+    """That the run of a folder, if it has one, is this one.
+
+    Raises:
+        ValueError: it was started with other options, another model or other data.
+    """
+    if not (directory / RUN).is_file():
+        return
+    saved, identity = read_json(directory / RUN), json.loads(json.dumps(identity))  # as it is read back
+    differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+    if differing:
+        raise ValueError(_differs(differing[0], identity, saved, directory))
 
 
 def _differs(name: str, identity: dict[str, Any], saved: dict[str, Any], directory: Path) -> str:

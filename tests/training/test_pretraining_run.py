@@ -139,7 +139,7 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
         ("bert", ("--config", "nowhere"), "nowhere"),
         ("bert", ("--dropout", "2"), "--dropout: got 2"),
         ("albert", ("--max-gram", "0"), "--max-gram: got 0"),
-        ("albert", ("--config", "nowhere", "--dropout", "0"), "--dropout: given together with --config"),
+        ("albert", ("--config", "nowhere", "--dropout", "0"), "--dropout: given together with config"),
         ("bert", ("--threads", "0"), "--threads: got 0"),
         ("bert", ("--threads", "2147483648"), "--threads: got 2147483648, wanted at most 4096"),
         ("bert", ("--learning-rate", "-1"), "--learning-rate: got -1"),

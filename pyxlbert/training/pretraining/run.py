@@ -22,7 +22,7 @@ from pyxlbert.training import checkpoints
 from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named
-from pyxlbert.training.pretraining.fits import check_pairs, check_segments
+from pyxlbert.training.pretraining.fits import check_pairs, check_segments, check_sizes
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
 from pyxlbert.training.pretraining.rules import MOST_LENGTH, MOST_PIECES, require_integer, require_share
@@ -169,6 +169,7 @@ def pretrain(
     folder = named_path("output", output)
     if work.is_main_process:
         check_run(folder, resume)
+    check_sizes(what.model_config(what.vocab_size, 0), what.data, options.batch_size)
     identity = {**what.identity(), "options": options.decisive()}
     with _begun(folder, identity, resume, work.is_main_process):
         if work.is_main_process:
