@@ -243,9 +243,10 @@ def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
             if old.is_dir() and not path.exists():
                 os.replace(old, path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_text(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyxlbert.files import named_path
 from pyxlbert.text.batches import check_count
 from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
-from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, start_run
+from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.saved import Trained, open_new, open_trained, write
 from pyxlbert.training.steps import ShuffledSteps
@@ -121,10 +122,9 @@ def finetune(
         identity=identity,
         title=f"{task}: {Path(train).name}",
     )
-    if work.is_main_process:
-        start_run(folder, job.identity, resume)
-    work.wait_for_everyone()
-    return Loop(job, options, folder, work, tell).run()
+    with started_run(folder, identity, resume) if work.is_main_process else nullcontext():
+        work.wait_for_everyone()
+        return Loop(job, options, folder, work, tell).run()
 
 
 def _fingerprint(path: str | Path) -> str:

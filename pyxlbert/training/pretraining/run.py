@@ -19,7 +19,8 @@ from pyxlbert.models.bert_heads import BertForPreTraining
 from pyxlbert.models.xlnet_config import XLNetConfig
 from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
 from pyxlbert.training import checkpoints
-from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
+from pyxlbert.training.claim import FILE
+from pyxlbert.training.loop import Job, Loop, accelerator, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments, check_sizes
@@ -171,7 +172,7 @@ def pretrain(
         check_run(folder, resume)
     check_sizes(what.model_config(what.vocab_size, 0), what.data, options.batch_size)
     identity = {**what.identity(), "options": options.decisive()}
-    with _begun(folder, identity, resume, work.is_main_process):
+    with _begun(folder, identity, resume, work.is_main_process, tell) as prepared:
         if work.is_main_process:
             _prepare(what, folder, tell)
         work.wait_for_everyone()
@@ -181,47 +182,65 @@ def pretrain(
         held_out = HeldOut(stores[1], vocabulary, what.data, options.evaluation_batch_size) if what.evaluate else None
         checkpoints.seed_chance(options.seed)
         model = MODELS[what.kind](config)
-    size = sum(one.numel() for one in model.parameters())
-    tell(f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch")
-    if held_out is not None:
-        tell(f"held out: {len(stores[1].tokens)} tokens, unigram entropy {held_out.entropy:.4f}")
-    module = PretrainingModel(model)
+        prepared()
+        size = sum(one.numel() for one in model.parameters())
+        tell(
+            f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch"
+        )
+        if held_out is not None:
+            tell(f"held out: {len(stores[1].tokens)} tokens, unigram entropy {held_out.entropy:.4f}")
+        module = PretrainingModel(model)
 
-    def evaluate(trained: nn.Module, work: Any) -> dict[str, float]:
-        with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            return held_out.scores(trained, module, work.device)
+        def evaluate(trained: nn.Module, work: Any) -> dict[str, float]:
+            with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+                return held_out.scores(trained, module, work.device)
 
-    job = Job(
-        module=module,
-        source=source,
-        counts=counts,
-        metric=(METRIC, False),
-        evaluate=None if held_out is None else evaluate,
-        save=lambda state: _save(model, vocabulary, folder, state),
-        identity=identity,
-        title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
-        memory=module,
-    )
-    scores = Loop(job, options, folder, work, tell).run()
-    tell(f"{what.kind}: {output}")
+        job = Job(
+            module=module,
+            source=source,
+            counts=counts,
+            metric=(METRIC, False),
+            evaluate=None if held_out is None else evaluate,
+            save=lambda state: _save(model, vocabulary, folder, state),
+            identity=identity,
+            title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
+            memory=module,
+        )
+        scores = Loop(job, options, folder, work, tell).run()
+        tell(f"{what.kind}: {output}")
     return scores if work.is_main_process else {}
 
 
 @contextmanager
-def _begun(folder: Path, identity: dict[str, Any], resume: bool, main: bool) -> Iterator[None]:
-    """The run's folder is made; if it is new and its preparation fails, it goes again."""
-    before = folder.is_dir() and any(folder.iterdir())
-    there = folder.is_dir()
-    if main:
-        start_run(folder, identity, resume)
-    try:
-        yield
-    except BaseException:
-        if main and not before:
-            shutil.rmtree(folder, ignore_errors=True)
-            if there:
-                folder.mkdir(exist_ok=True)  # the working directory stays as it is
-        raise
+def _begun(
+    folder: Path, identity: dict[str, Any], resume: bool, main: bool, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """The run's folder, until the run ends. If it is new and its preparation is refused, it goes again.
+
+    What a signal or the system breaks off keeps the tokenizer and the tokens that are made: they take longest.
+
+    Yields:
+        What is called when all is prepared.
+    """
+    if not main:
+        yield lambda: None
+        return
+    there, before = folder.is_dir(), folder.is_dir() and any(path.name != FILE for path in folder.iterdir())
+    waiting = [True]
+    with started_run(folder, identity, resume):
+        try:
+            yield waiting.clear
+        except BaseException as error:
+            made = [path for path in (folder / TOKENIZER, *folder.glob(f"{TEXT}/[!.]*")) if path.is_dir()]
+            if not waiting or before:
+                pass
+            elif made and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
+                say(f"{folder} keeps what is prepared; the same command with --resume goes on")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                if there:
+                    folder.mkdir(exist_ok=True)  # the working directory stays as it is
+            raise
 
 
 def _prepare(what: Pretraining, folder: Path, say: Callable[[str], None]) -> tuple[Vocabulary, list[TokenStore]]:
