@@ -85,6 +85,8 @@ def export_onnx(
         _traced(graph, opset).save(path, external_data=size > MOST_INSIDE)
         difference = _checked(path, graph) if check.runtime_is_here() else None
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == output.name)  # the graph last
+        if len(written) > 1:
+            output.unlink(missing_ok=True)  # which would be read with the new one's weights, were this to end between
         for file in written:
             os.replace(file, output.with_name(file.name))
     stale = output.with_name(f"{output.name}.data")
