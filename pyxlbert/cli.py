@@ -23,7 +23,7 @@ from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import bench, convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
 from pyxlbert.commands.typed import speaker
-from pyxlbert.files import check_writable, read_lines, real_path, said, whole_file
+from pyxlbert.files import check_apart, check_writable, read_lines, real_path, said, whole_file
 from pyxlbert.hub import Hub
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
@@ -192,6 +192,7 @@ def _embed(options: argparse.Namespace) -> int:
         return many.run(options)
     # Everything that can be wrong without the model is found before minutes are spent.
     out = _output_path(options.out)
+    check_apart("--out", options.out, out, options.files[0])
     arguments = many.encoding(options)
     if options.threads is not None:
         many.set_threads(options.threads)

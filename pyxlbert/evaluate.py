@@ -24,7 +24,7 @@ import numpy as np
 
 from pyxlbert.commands import finetune
 from pyxlbert.commands.typed import speaker
-from pyxlbert.files import require_file
+from pyxlbert.files import read_text, require_file
 from pyxlbert.hub import Hub
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
@@ -43,11 +43,11 @@ def read_stsb(directory: Path, split: str = "dev") -> tuple[list[str], list[str]
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: a line has too few columns or a score that is no number.
+        ValueError: a line has too few columns or a score that is no number, or the file is not UTF-8.
     """
     path = directory / f"sts-{split}.csv"
     first, second, scores = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line:
             continue
         columns = line.rstrip("\r").split("\t")  # quotation marks mean nothing in this file
@@ -121,7 +121,7 @@ def _tokens(options: argparse.Namespace) -> int:
 
     from pyxlbert.text import TextTokenizer
 
-    lines = options.text.read_text(encoding="utf-8").split("\n")
+    lines = read_text(options.text).split("\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model
         if folder.is_file():

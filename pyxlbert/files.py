@@ -70,6 +70,16 @@ def check_writable(option: str, name: str, path: Path) -> None:
     check_folder(option, name, path.parent)
 
 
+def check_apart(option: str, name: str, path: Path, source: str) -> None:
+    """That an output, at its real path, is not the input, which it would take the place of.
+
+    Raises:
+        ValueError: it is.
+    """
+    if source != "-" and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        raise ValueError(f"{option}: got {name!r}, which is the input; wanted another name")
+
+
 def check_folder(option: str, name: str, folder: Path) -> None:
     """That something can be made in the folder in which a command was told to make it.
 

@@ -34,7 +34,7 @@ _DROPOUT = {"bert": 0.1, "albert": 0.0, "xlnet": 0.1}
 _WARMUP, _RATE, _STEPS = 0.1, 5e-4, 10_000
 # What Python calls otherwise than the options are called, or than they are when a run goes on.
 _ARGUMENTS = {"output": "--out", "max_steps": "--steps", "evaluate_every": "--eval-every", "evaluate": "--eval"}
-_ARGUMENTS |= {"lowercase": "not --cased", "seq_len": "--max-length"}
+_ARGUMENTS |= {"lowercase": "not --cased", "seq_len": "--max-length", "directory": "--tokenizer"}
 
 
 def add(commands: Any) -> None:

@@ -198,7 +198,7 @@ def started_run(directory: Path, identity: dict[str, Any], resume: bool) -> Iter
         ValueError: the run was started with other options, another model or other data.
     """
     check_run(directory, resume)
-    directory.mkdir(exist_ok=True)
+    directory.resolve().mkdir(exist_ok=True)  # a link keeps pointing where it did
     with claimed(directory):
         _check_content(directory, resume)  # another may have begun and ended since
         checkpoints.clean(directory)

@@ -189,6 +189,12 @@ def test_what_is_prepared_stays_when_a_new_run_is_broken_off(files: Path, ended,
     assert not list((files / "out").rglob("*.part"))
 
 
+def test_a_link_as_output_keeps_pointing_where_it_did(files: Path) -> None:
+    (files / "out").symlink_to("elsewhere")
+    assert cli.main(command(files, "bert")) == 0
+    assert (files / "out").is_symlink() and (files / "elsewhere" / "model.safetensors").is_file()
+
+
 def test_a_run_that_is_broken_off_at_once_leaves_nothing(files: Path, monkeypatch) -> None:
     monkeypatch.setitem(TRAINERS, "bert", lambda *given, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(command(files, "bert")) == 130

@@ -30,8 +30,12 @@ def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Pa
     for number, path in enumerate(files):
         if path.is_dir():
             raise IsADirectoryError(f"{argument}: {str(path)!r} is a directory, wanted a text file")
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{argument}: {str(path)!r} does not exist")
+        if not path.is_file():
+            raise ValueError(
+                f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice"
+            )
         if path in files[:number]:
             raise ValueError(f"{argument}: got {str(path)!r} twice, wanted each file once")
     return files

@@ -106,6 +106,8 @@ class Pretraining:
         for name, place in (("config", self.config), ("tokenizer", self.tokenizer)):
             if place is not None and not named_path(name, place).exists():
                 raise FileNotFoundError(f"{name}: {str(place)!r} does not exist")
+            if place is not None and Path(place).is_file() and (name, Path(place).name) != ("config", "config.json"):
+                raise NotADirectoryError(f"{name}: {str(place)!r} is a file, wanted a folder")
 
     def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | AlbertConfig | XLNetConfig:
         """The configuration of the model."""
