@@ -199,8 +199,11 @@ def named_path(option: str, name: str | Path) -> Path:
     """A name as a Path, which would take an empty one for the working directory.
 
     Raises:
+        TypeError: it is no name.
         ValueError: as `real_path`.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"{option}: got {type(name).__name__}, wanted a str or a Path")
     real_path(option, os.fspath(name))
     return Path(name)
 

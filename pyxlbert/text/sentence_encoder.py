@@ -25,7 +25,7 @@ from pyxlbert.nn.packing import pack, packs_by_default
 from .batches import check_count, check_switch, check_texts, longest_first
 from .hidden import HiddenStates, Layers
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
-from .processes import ProcessPool, default_devices
+from .processes import ProcessPool, check_pool, default_devices
 from .quantisation import check_precision, check_ranges, quantise
 from .settings import SentenceSettings, model_dtype
 from .similarities import similarity, similarity_pairwise
@@ -64,6 +64,9 @@ class SentenceEncoder:
         quantised: bool = False,
         settings: SentenceSettings | None = None,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            wanted = "a BertModel, a RobertaModel or an XLNetModel"
+            raise TypeError(f"model: got {type(model).__name__}, wanted {wanted}; from_pretrained reads a folder")
         self.quantised = quantised
         self.settings = SentenceSettings() if settings is None else settings
         self.model = model.eval().requires_grad_(False)
@@ -207,6 +210,7 @@ class SentenceEncoder:
         given |= {"token_vectors": token_vectors, "prompt_name": prompt_name, "prompt": prompt}
         given |= {"truncate_dim": truncate_dim, "precision": precision, "ranges": ranges}
         chosen, put_before, keep = self._own.asked(**given)
+        check_pool(pool)
         if pool is not None and items:
             options = {"batch_size": batch_size, "normalize": normalize, "layers": layers, "pooling": pooling}
             options |= {"token_vectors": token_vectors, "prompt": put_before, "truncate_dim": truncate_dim}

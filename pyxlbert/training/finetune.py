@@ -60,6 +60,8 @@ def finetune(
         ImportError: a package of the extra "train" is missing.
     """
     options = TrainingOptions() if options is None else options
+    if not isinstance(options, TrainingOptions):
+        raise TypeError(f"options: got {type(options).__name__}, wanted TrainingOptions")
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, wanted one of {', '.join(TASKS)}")
     work = accelerator()
@@ -70,8 +72,8 @@ def finetune(
     chosen = TASKS[task](settings)
     if max_length is not None:
         check_count("max_length", max_length)
-    for name, path in (("train", train), ("dev", dev)):
-        if path is not None and not named_path(name, path).is_file():
+    for name, path in (("train", train), *([] if dev is None else [("dev", dev)])):
+        if not named_path(name, path).is_file():
             raise FileNotFoundError(f"{name}: got {str(path)!r}, which is not there, or no file")
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
@@ -157,6 +159,7 @@ def evaluate(
         OSError: a file is missing.
         ValueError: a file or a line is not what it should be, or the model has another task.
     """
+    check_count("batch_size", batch_size)
     saved = open_trained(model)
     if task is not None and saved.task.name != task:
         raise ValueError(f"model: {str(model)!r} is trained for {saved.task.name}, wanted {task}")

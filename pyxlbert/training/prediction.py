@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 
 from pyxlbert.files import check_apart, check_writable, read_lines, real_path, whole_file
+from pyxlbert.text.batches import check_count
 from pyxlbert.training.data.squad import read_squad
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import Sentence
@@ -57,6 +58,9 @@ def predict_file(
         ValueError: a line is not what it should be; the message has the file and the line.
     """
     path = output_path(output)
+    check_count("batch_size", batch_size)
+    if columns is not None and not isinstance(columns, Mapping):
+        raise TypeError(f"columns: got {type(columns).__name__}, wanted a dict of settings")
     check_apart("output", str(output), path, str(source))
     saved = open_trained(model)
     examples = _examples(saved.task, source, dict(columns or {}), words)

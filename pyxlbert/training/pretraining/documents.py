@@ -21,9 +21,12 @@ def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Pa
     """The files as paths; messages begin with the argument's name.
 
     Raises:
-        ValueError: there is none, or one is named twice.
+        TypeError: it is one name.
+        ValueError: there is none, or one is named twice or can be read once alone.
         FileNotFoundError, IsADirectoryError: one is no file.
     """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"{argument}: got {type(paths).__name__}, wanted a list of files")
     files = [Path(path) for path in paths]
     if not files:
         raise ValueError(f"{argument}: got none, wanted at least one text file")
@@ -33,9 +36,7 @@ def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Pa
         if not path.exists():
             raise FileNotFoundError(f"{argument}: {str(path)!r} does not exist")
         if not path.is_file():
-            raise ValueError(
-                f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice"
-            )
+            raise ValueError(f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice")
         if path in files[:number]:
             raise ValueError(f"{argument}: got {str(path)!r} twice, wanted each file once")
     return files

@@ -79,9 +79,12 @@ class Pretraining:
         """What can be known to be wrong before the text is read.
 
         Raises:
+            TypeError: an argument is of another kind.
             ValueError: a value is out of range, or two do not go together.
             OSError: a file is missing.
         """
+        if not isinstance(self.data, (PairOptions, SegmentOptions)):
+            raise TypeError(f"data: got {type(self.data).__name__}, wanted PairOptions or SegmentOptions")
         check_layout(self.layout)
         paths = check_files(self.files)
         for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
@@ -167,6 +170,8 @@ def pretrain(
         ImportError: a package of the extra "train" is missing.
     """
     what.check()
+    if not isinstance(options, TrainingOptions):
+        raise TypeError(f"options: got {type(options).__name__}, wanted TrainingOptions")
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
     folder = named_path("output", output)
