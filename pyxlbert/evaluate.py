@@ -24,7 +24,7 @@ import numpy as np
 
 from pyxlbert.commands import finetune
 from pyxlbert.commands.typed import speaker
-from pyxlbert.files import read_text, require_file
+from pyxlbert.files import read_text
 from pyxlbert.hub import Hub
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
@@ -151,17 +151,16 @@ def _stsb(options: argparse.Namespace) -> int:
     check_count("batch_size", options.batch_size)
     if options.picture:
         check_picture(options.picture)
+    pairs = read_stsb(options.data, options.split)
     needed = {"scipy": "pip install scipy"}
     needed |= {"transformers": "pip install transformers"} if options.compare else {}
     for package, how in needed.items():
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"evaluate stsb takes {package}: {how}")
     for model in options.model:  # of several too, before the first is scored
-        modules, folder = read_modules(Hub().folder(model, text=True))
-        require_file(folder, "config.json")
+        modules, _ = read_modules(Hub().folder(model, text=True))
         if options.compare and (modules.modes != ("mean",) or modules.dense):
             raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
-    pairs = read_stsb(options.data, options.split)
     if options.layers:
         return _stsb_layers(options, pairs)
     for number, model in enumerate(options.model):
