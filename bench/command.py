@@ -134,6 +134,7 @@ def profiled(options: argparse.Namespace, fail: Fail) -> int:
         size = shapes.parse(text)
     except ValueError as error:
         fail(f"--profile: {error}")
+    check_numbers(options, fail)
     for option in ("json", "html", "picture"):
         check_output(f"--{option}", getattr(options, option), fail)
     if options.json is not None and options.json.exists():
@@ -194,14 +195,7 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
             shapes.parse(text)
         except ValueError as error:
             fail(f"--shape: {error}")
-    for name, least, most in (("threads", 1, 4096), ("rounds", 3, 10**6)):
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            fail(f"--{name}: got {value}, wanted at {f'least {least}' if value < least else f'most {most}'}")
-    if not options.seconds >= 0:  # NaN is not
-        fail(f"--seconds: got {options.seconds}, wanted at least 0")
-    if options.rest is not None and not 0 <= options.rest <= 60:
-        fail(f"--rest: got {options.rest}, wanted seconds from 0 to 60")
+    check_numbers(options, fail)
     for name in ("op", "dtype", "shape", "quick", "memory", "rest", "threads") if device == "cuda" else ():
         if getattr(options, name):
             fail(f"--{name}: the races of a GPU are chosen by --only, --peer and --rounds")
@@ -234,6 +228,18 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
         except (OSError, ValueError) as error:
             fail(f"--json: {error}; it is left as it is")
     return suites
+
+
+def check_numbers(options: argparse.Namespace, fail: Fail) -> None:
+    """Whether threads, rounds and times are in bounds."""
+    for name, least, most in (("threads", 1, 4096), ("rounds", 3, 10**6)):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            fail(f"--{name}: got {value}, wanted at {f'least {least}' if value < least else f'most {most}'}")
+    if not options.seconds >= 0:  # NaN is not
+        fail(f"--seconds: got {options.seconds}, wanted at least 0")
+    if options.rest is not None and not 0 <= options.rest <= 60:
+        fail(f"--rest: got {options.rest}, wanted seconds from 0 to 60")
 
 
 def check_output(option: str, path: Path | None, fail: Fail) -> None:

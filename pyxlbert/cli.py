@@ -22,10 +22,12 @@ import pyxlbert
 from pyxlbert import backends, evaluate, machine
 from pyxlbert.commands import bench, convert, export, finetune, parity, pretrain
 from pyxlbert.commands import embed as many
-from pyxlbert.files import check_writable, read_lines, real_path, said, whole_file
+from pyxlbert.commands.typed import speaker
+from pyxlbert.files import check_apart, check_writable, read_lines, real_path, said, whole_file
+from pyxlbert.hub import Hub
 from pyxlbert.text import DTYPES
 from pyxlbert.text.hidden import COMBINATIONS
-from pyxlbert.text.sentence_encoder import quantise_directory
+from pyxlbert.text.sentence_encoder import check_encoding, quantise_directory
 
 # Packages whose versions matter in a report; read from their metadata, so that none is imported.
 _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "transformers", "triton")
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    options.said = speaker(parser, options, sys.argv[1:] if arguments is None else arguments)
     try:
         _stop_orderly()
         if backends.level_error is not None and options.command != "info":
@@ -55,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
             return 1
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
-        print(f"pyxlbert {options.command}: error: {said(error)}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"pyxlbert {options.command}: error: {options.said(error)}", file=sys.stderr)
         _give_up_output()
         return 1
     except KeyboardInterrupt:
@@ -147,11 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--threads", type=int, metavar="N", help="processor threads to use")
     embed.add_argument("--progress", action=argparse.BooleanOptionalAction, help="a progress bar (on long work)")
     many.add_options(embed)
-    embed.set_defaults(run=_embed, refuse=embed.error)
+    embed.set_defaults(run=_embed, refuse=embed.error, arguments={"directory": "--model", "inputs": "FILE"})
 
     evaluation = commands.add_parser("evaluate", help="how good a model is on data that you bring")
     evaluate.add_tasks(evaluation)
-    evaluation.set_defaults(run=evaluate.run)
+    evaluation.set_defaults(run=evaluate.run, arguments={"directory": "--model"})
 
     quantise = commands.add_parser(
         "quantise",
@@ -159,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes int8.safetensors, which --dtype int8 then takes; other files stay as they are.",
     )
     quantise.add_argument("model", metavar="DIR", help="a folder as Hugging Face or sentence-transformers write it")
-    quantise.set_defaults(run=_quantise)
+    quantise.set_defaults(run=_quantise, arguments={"directory": "DIR"})
 
     finetune.add(commands)
     pretrain.add(commands)
@@ -189,13 +192,17 @@ def _embed(options: argparse.Namespace) -> int:
         return many.run(options)
     # Everything that can be wrong without the model is found before minutes are spent.
     out = _output_path(options.out)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size: got {options.batch_size}, wanted at least 1")
+    check_apart("--out", options.out, out, options.files[0])
+    arguments = many.encoding(options)
     if options.threads is not None:
         many.set_threads(options.threads)
     texts = read_lines(options.files[0])
-    encoder = pyxlbert.SentenceEncoder.from_pretrained(options.model, DTYPES[options.dtype])
-    vectors = encoder.encode(texts, show_progress=options.progress, **many.encoding(options))
+    if options.precision in ("int8", "uint8") and options.ranges is None and len(texts) == 1:
+        raise ValueError(f"ranges: got none for precision {options.precision!r} and one text, which has no range")
+    model = Hub().folder(options.model, text=True)
+    check_encoding(model, **arguments)
+    encoder = pyxlbert.SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
+    vectors = encoder.encode(texts, show_progress=options.progress, **arguments)
     with whole_file(out) as path, path.open("xb") as file:
         _WRITERS[out.suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)

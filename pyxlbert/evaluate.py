@@ -14,6 +14,7 @@ examples with labels.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,9 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from pyxlbert.commands import finetune
-from pyxlbert.files import said
+from pyxlbert.commands.typed import speaker
+from pyxlbert.files import read_text
+from pyxlbert.hub import Hub
 from pyxlbert.layer_scores import check_picture, draw_layers, layer_scores, layer_table, spearman
 from pyxlbert.text import DTYPES, SentenceEncoder
+from pyxlbert.text.batches import check_count
+from pyxlbert.text.pooling import read_modules
 
 # Columns of the tab-separated file: genre, file, year, id, score, sentence 1, sentence 2.
 _SCORE, _FIRST, _SECOND = 4, 5, 6
@@ -38,11 +43,11 @@ def read_stsb(directory: Path, split: str = "dev") -> tuple[list[str], list[str]
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: a line has too few columns or a score that is no number.
+        ValueError: a line has too few columns or a score that is no number, or the file is not UTF-8.
     """
     path = directory / f"sts-{split}.csv"
     first, second, scores = [], [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line:
             continue
         columns = line.rstrip("\r").split("\t")  # quotation marks mean nothing in this file
@@ -67,8 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m pyxlbert.evaluate", description="Scores on public benchmarks.")
+    parser.set_defaults(arguments={"directory": "--model"})
     add_tasks(parser)
-    return run(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    options.said = speaker(parser, options, sys.argv[1:] if arguments is None else arguments)
+    return run(options)
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return {"stsb": _stsb, "tokens": _tokens}.get(options.task, finetune.evaluate)(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"evaluate: error: {said(error)}", file=sys.stderr)
+        print(f"pyxlbert evaluate: error: {options.said(error)}", file=sys.stderr)
         return 1
 
 
@@ -113,7 +121,7 @@ def _tokens(options: argparse.Namespace) -> int:
 
     from pyxlbert.text import TextTokenizer
 
-    lines = options.text.read_text(encoding="utf-8").split("\n")
+    lines = read_text(options.text).split("\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model
         if folder.is_file():
@@ -140,9 +148,19 @@ def _stsb(options: argparse.Namespace) -> int:
         raise ValueError("--compare: goes with the directory's own layer alone, not with --layers")
     if options.picture and not options.layers:
         raise ValueError("--picture: draws layers; wanted --layers all with it")
+    check_count("batch_size", options.batch_size)
     if options.picture:
         check_picture(options.picture)
     pairs = read_stsb(options.data, options.split)
+    needed = {"scipy": "pip install scipy"}
+    needed |= {"transformers": "pip install transformers"} if options.compare else {}
+    for package, how in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"evaluate stsb takes {package}: {how}")
+    for model in options.model:  # of several too, before the first is scored
+        modules, _ = read_modules(Hub().folder(model, text=True))
+        if options.compare and (modules.modes != ("mean",) or modules.dense):
+            raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     if options.layers:
         return _stsb_layers(options, pairs)
     for number, model in enumerate(options.model):
@@ -175,8 +193,6 @@ def _stsb_layers(options: argparse.Namespace, pairs: tuple[list[str], list[str],
 def _stsb_model(options: argparse.Namespace, model: str, pairs: tuple[list[str], list[str], np.ndarray]) -> None:
     first, second, scores = pairs
     encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
-    if options.compare and (encoder.modules.modes != ("mean",) or encoder.modules.dense):
-        raise ValueError(f"--compare: {model} does not pool by mean alone, which is all that the peer does here")
     own = spearman(lambda texts: encoder.encode(texts, batch_size=options.batch_size), first, second, scores)
     several = f": {_name(model)}" if len(options.model) > 1 else ""
     print(f"STS-B {options.split}, {len(scores)} pairs, Spearman x 100{several}")

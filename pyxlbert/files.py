@@ -70,6 +70,16 @@ def check_writable(option: str, name: str, path: Path) -> None:
     check_folder(option, name, path.parent)
 
 
+def check_apart(option: str, name: str, path: Path, source: str) -> None:
+    """That an output, at its real path, is not the input, which it would take the place of.
+
+    Raises:
+        ValueError: it is.
+    """
+    if source != "-" and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+        raise ValueError(f"{option}: got {name!r}, which is the input; wanted another name")
+
+
 def check_folder(option: str, name: str, folder: Path) -> None:
     """That something can be made in the folder in which a command was told to make it.
 
@@ -189,8 +199,11 @@ def named_path(option: str, name: str | Path) -> Path:
     """A name as a Path, which would take an empty one for the working directory.
 
     Raises:
+        TypeError: it is no name.
         ValueError: as `real_path`.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(f"{option}: got {type(name).__name__}, wanted a str or a Path")
     real_path(option, os.fspath(name))
     return Path(name)
 
@@ -243,9 +256,10 @@ def whole_directory(path: Path, force: bool = False) -> Iterator[Path]:
             if old.is_dir() and not path.exists():
                 os.replace(old, path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_text(path: Path) -> str:

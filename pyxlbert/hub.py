@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable
@@ -77,7 +78,10 @@ class Hub:
                 why and what to do.
             PermissionError: the model is gated, and the token opens no gate.
             ValueError: the model has no such revision.
+            TypeError: `name` is neither.
         """
+        if not isinstance(name, (str, os.PathLike)):
+            raise TypeError(f"directory: got {type(name).__name__}, wanted a folder, or the name of a model of the hub")
         if name == "":
             raise FileNotFoundError("directory: got '', wanted a folder, or the name of a model of the hub")
         if not isinstance(name, str) or Path(name).exists() or not _NAME.fullmatch(name):

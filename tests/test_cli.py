@@ -135,7 +135,7 @@ def test_dtype_and_threads(tmp_path: Path, model: Path) -> None:
         ({"options": ["--batch-size", "0"]}, "--batch-size: got 0"),
         ({"options": ["--threads", "0"]}, "--threads: got 0"),
         ({"options": ["--threads", "2147483648"]}, "--threads: got 2147483648, wanted at most 4096"),
-        ({"options": ["--layers", "7"]}, "layers: got 7"),
+        ({"options": ["--layers", "7"]}, "--layers: got 7"),
         ({"out": "\ud800.npy"}, "which is no file's name"),
         ({"file": "\ud800"}, "which is no file's name"),
         ({"model": "\ud800"}, "does not exist"),
@@ -174,7 +174,7 @@ def test_quantise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["quantise", str(folder)]) == 0
     assert embed(_lines(tmp_path), folder, tmp_path / "c.npy", "--dtype", "int8") == 0
     assert cli.main(["quantise", str(tmp_path / "none")]) == 1
-    assert "pyxlbert quantise: error: directory: " in capsys.readouterr().err
+    assert "pyxlbert quantise: error: DIR: " in capsys.readouterr().err
 
 
 def _lines(folder: Path) -> Path:
@@ -300,7 +300,7 @@ def test_a_model_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """An empty name is not the working directory."""
     (tmp_path / "in.txt").write_text("a\n")
     assert embed(tmp_path / "in.txt", "", tmp_path / "x.npy") == 1
-    assert "directory: got '', wanted a folder" in capsys.readouterr().err
+    assert "--model: got '', wanted a folder" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="directory: got ''"):
         pyxlbert.SentenceEncoder.from_pretrained("")
 

@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         help="write the activation gelu_new, the original code's formula, where transformers' directories say gelu",
     )
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it is a model's directory")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, arguments={"vocabulary": "--vocab"})
 
 
 def _run(options: argparse.Namespace) -> None:

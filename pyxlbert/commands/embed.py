@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from pyxlbert.embed.plan import NULLS, Options, is_parquet
-from pyxlbert.files import real_path, said
+from pyxlbert.files import real_path
 from pyxlbert.hub import Hub
+from pyxlbert.text.batches import check_count
 from pyxlbert.text.quantisation import PRECISIONS
 
 # Endings of an output that is one file.
@@ -64,11 +65,23 @@ def encoding(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         OSError, ValueError: the file of ranges cannot be read.
     """
+    for name in ("batch_size", "truncate_dim"):
+        if getattr(options, name) is not None:
+            check_count(name, getattr(options, name))
     names = ("batch_size", "normalize", "layers", "pooling", "prompt", "prompt_name", "truncate_dim", "precision")
     arguments = {name: getattr(options, name) for name in names}
     if options.ranges is not None:
-        arguments["ranges"] = np.load(options.ranges, allow_pickle=False)
+        arguments["ranges"] = _read_ranges(options.ranges)
     return arguments
+
+
+def _read_ranges(name: str) -> np.ndarray:
+    path = real_path("ranges", name)
+    with path.open("rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"ranges: {name!r} is no .npy file that can be read: {error}") from None
 
 
 def is_job(options: argparse.Namespace) -> bool:
@@ -124,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"pyxlbert embed: interrupted: {stopped}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"pyxlbert embed: error: {said(error)}", file=sys.stderr)
+        print(f"pyxlbert embed: error: {options.said(error)}", file=sys.stderr)
         return 2
     before = f", of which {report.before} were there" if report.before else ""
     print(f"{report.rows} rows in {report.shards} shards{before}: {options.out}", file=sys.stderr)

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, arguments={"directory": "MODEL_DIR"})
 
 
 def _run(options: argparse.Namespace) -> None:

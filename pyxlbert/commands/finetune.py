@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         _files(task)
         _SETTINGS[name](task.add_argument_group("the task"))
         _training(task)
-        task.set_defaults(run=_finetune)
+        task.set_defaults(run=_finetune, arguments={"output": "--out", "directory": "--model"})
 
     predict = commands.add_parser(
         "predict",
@@ -58,7 +58,8 @@ def add(commands: Any) -> None:
         help="of classes: read the beginning of a text that is too long, or average over windows (cut)",
     )
     _inference(predict)
-    predict.set_defaults(run=_predict)
+    named = {"output": "--out", "source": "FILE", "directory": "--model"}
+    predict.set_defaults(run=_predict, arguments=named)
 
 
 def add_evaluations(tasks: Any) -> None:

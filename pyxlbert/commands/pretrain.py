@@ -32,6 +32,9 @@ steps. With --eval, the loss on text that is held out is told beside the entropy
 model comes to that knows only how frequent each token is; an XLNet's loss also without its memories."""
 _DROPOUT = {"bert": 0.1, "albert": 0.0, "xlnet": 0.1}
 _WARMUP, _RATE, _STEPS = 0.1, 5e-4, 10_000
+# What Python calls otherwise than the options are called, or than they are when a run goes on.
+_ARGUMENTS = {"output": "--out", "max_steps": "--steps", "evaluate_every": "--eval-every", "evaluate": "--eval"}
+_ARGUMENTS |= {"lowercase": "not --cased", "seq_len": "--max-length", "directory": "--tokenizer"}
 
 
 def add(commands: Any) -> None:
@@ -56,7 +59,7 @@ def add(commands: Any) -> None:
         _model(one.add_argument_group("model"), kind)
         _rows(one.add_argument_group("rows"), kind)
         _training(one.add_argument_group("training"))
-        one.set_defaults(run=_run)
+        one.set_defaults(run=_run, arguments=_ARGUMENTS)
 
 
 def _model(group: Any, kind: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pyxlbert.text import DTYPES, SentenceEncoder
+from pyxlbert.text.sentence_encoder import check_encoding
 
 from .folder import MARK, OutputFolder
 from .plan import Options, Plan, Shard
@@ -102,9 +103,8 @@ def load_encoder(model: str | Path, options: Options) -> SentenceEncoder:
         FileNotFoundError: a file of the model is missing.
         ValueError: a file is corrupt, or an option means nothing to this model.
     """
-    encoder = SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
-    encoder.encode([], **encode_arguments(options))
-    return encoder
+    check_encoding(model, **encode_arguments(options))
+    return SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
 
 
 def encode_arguments(options: Options) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def export_onnx(
         _traced(graph, opset).save(path, external_data=size > MOST_INSIDE)
         difference = _checked(path, graph) if check.runtime_is_here() else None
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == output.name)  # the graph last
+        if len(written) > 1:
+            output.unlink(missing_ok=True)  # which would be read with the new one's weights, were this to end between
         for file in written:
             os.replace(file, output.with_name(file.name))
     stale = output.with_name(f"{output.name}.data")
@@ -129,6 +131,8 @@ def _load(directory: str | Path, task: str | None) -> tuple[PretrainedModel, str
         if name == beam and named == simple and simple is not None:
             name = simple  # XLNet has two models for this task, and the directory is of this one
     model_class: type[PretrainedModel] = getattr(models, name)
+    if getattr(model_class.config_class.from_pretrained(directory), "bi_data", False):
+        raise ValueError("bi_data: got True, which halves a batch; wanted False for a graph of any batch")
     options: dict[str, Any] = {"dtype": torch.float32, "pack": False, "output_loading_info": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is missing is an error here, and what is left out does no harm
@@ -149,8 +153,6 @@ class _Graph(torch.nn.Module):
         super().__init__()
         self.model = model
         config = model.config
-        if getattr(config, "bi_data", False):
-            raise ValueError("bi_data: got True, which halves a batch; wanted False for a graph of any batch")
         self.options = {"use_mems": False} if config.model_type == "xlnet" else {}
         self.choices = name.endswith("ForMultipleChoice")
         self.searches = name == "XLNetForQuestionAnswering"

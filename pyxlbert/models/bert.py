@@ -324,10 +324,10 @@ class BertModel(BertPreTrainedModel):
         """The row of the position table that is padding's and receives no gradient, if there is one."""
         return None
 
-    @property
-    def max_tokens(self) -> int:
+    @classmethod
+    def max_tokens_of(cls, config: BertConfig) -> int:
         """The most tokens of a row: what the position table has rows for."""
-        return self.config.max_position_embeddings
+        return config.max_position_embeddings
 
     @classmethod
     def _constructor_options(cls) -> tuple[str, ...]:

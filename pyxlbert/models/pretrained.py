@@ -81,6 +81,11 @@ class PretrainedModel(PacksItself):
     @property
     def max_tokens(self) -> int | None:
         """The most tokens of a row; None where any number is taken."""
+        return self.max_tokens_of(self.config)
+
+    @classmethod
+    def max_tokens_of(cls, config: Any) -> int | None:
+        """`max_tokens` of a model of a configuration, which need not be there."""
         return None
 
     @property

@@ -93,9 +93,9 @@ class RobertaModel(RobertaPreTrainedModel, BertModel):
     def _position_padding(config: BertConfig) -> int | None:
         return config.pad_token_id
 
-    @property
-    def max_tokens(self) -> int:
-        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+    @classmethod
+    def max_tokens_of(cls, config: BertConfig) -> int:
+        return config.max_position_embeddings - config.pad_token_id - 1
 
     def _check_length(self, name: str, given: BertInputs, layout: TokenLayout) -> None:
         longest, most = layout.max_seqlen if layout.length is None else layout.length, self.max_tokens

@@ -18,7 +18,7 @@ from pyxlbert.nn.packing import pack, packs_by_default
 from .batches import check_count, check_switch, check_texts, longest_first
 from .hidden import boundaries
 from .pooling import ACTIVATIONS, module_of
-from .processes import ProcessPool, default_devices
+from .processes import ProcessPool, check_pool, default_devices
 from .settings import FILE, SentenceSettings, model_dtype
 from .tokenizer import TextTokenizer
 
@@ -141,6 +141,7 @@ class CrossEncoder:
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
         put_before = self.settings.prompt(prompt, prompt_name)
+        check_pool(pool)
         if pool is not None and items:
             options = {"batch_size": batch_size, "activation": activation, "apply_softmax": apply_softmax}
             scores = np.concatenate(

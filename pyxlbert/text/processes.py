@@ -26,6 +26,16 @@ _LARGEST_CHUNK = 5000
 _held: Any = None
 
 
+def check_pool(pool: object) -> None:
+    """None, or a pool.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if pool is not None and not isinstance(pool, ProcessPool):
+        raise TypeError(f"pool: got {type(pool).__name__}, wanted what start_multi_process_pool gives")
+
+
 class ProcessPool:
     """Processes that each hold a copy of an encoder. They start with the first work and end with `close`.
 

@@ -65,16 +65,28 @@ def check_precision(precision: object) -> None:
         raise ValueError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
 
 
+def check_ranges(ranges: object, size: int) -> np.ndarray:
+    """The smallest and the largest value of each of `size` columns, as float32 [2, size].
+
+    Raises:
+        ValueError: they are no numbers, of another shape, not finite, or one is larger than its largest.
+    """
+    try:
+        found = np.asarray(ranges, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ranges: got {type(ranges).__name__}, wanted numbers: {error}") from None
+    if found.shape != (2, size):
+        raise ValueError(f"ranges: got shape {found.shape}, wanted (2, {size})")
+    if not np.isfinite(found).all() or (found[1] < found[0]).any():
+        raise ValueError("ranges: wanted finite numbers, none of the second row below that of the first")
+    return found
+
+
 def _ranges(
     vectors: np.ndarray, precision: str, ranges: np.ndarray | None, calibration: np.ndarray | None
 ) -> np.ndarray:
     if ranges is not None:
-        ranges = np.asarray(ranges, dtype=np.float32)
-        if ranges.shape != (2, vectors.shape[-1]):
-            raise ValueError(f"ranges: got shape {ranges.shape}, wanted (2, {vectors.shape[-1]})")
-        if not np.isfinite(ranges).all() or (ranges[1] < ranges[0]).any():
-            raise ValueError("ranges: wanted finite numbers, none of the second row below that of the first")
-        return ranges
+        return check_ranges(ranges, vectors.shape[-1])
     found = vectors if calibration is None else np.asarray(calibration)
     if found.ndim != 2 or len(found) < 2 or found.shape[-1] != vectors.shape[-1]:
         raise ValueError(

@@ -25,8 +25,8 @@ from pyxlbert.nn.packing import pack, packs_by_default
 from .batches import check_count, check_switch, check_texts, longest_first
 from .hidden import HiddenStates, Layers
 from .pooling import POOLINGS, SentenceModules, pool, read_modules
-from .processes import ProcessPool, default_devices
-from .quantisation import check_precision, quantise
+from .processes import ProcessPool, check_pool, default_devices
+from .quantisation import check_precision, check_ranges, quantise
 from .settings import SentenceSettings, model_dtype
 from .similarities import similarity, similarity_pairwise
 from .tokenizer import TextTokenizer
@@ -64,6 +64,9 @@ class SentenceEncoder:
         quantised: bool = False,
         settings: SentenceSettings | None = None,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            wanted = "a BertModel, a RobertaModel or an XLNetModel"
+            raise TypeError(f"model: got {type(model).__name__}, wanted {wanted}; from_pretrained reads a folder")
         self.quantised = quantised
         self.settings = SentenceSettings() if settings is None else settings
         self.model = model.eval().requires_grad_(False)
@@ -111,15 +114,17 @@ class SentenceEncoder:
         directory = Hub(revision, cache_dir, token, local_files_only).folder(directory, text=True)
         modules, folder = read_modules(directory)
         settings = SentenceSettings.from_directory(Path(directory))
-        model = _read_model(folder, dtype)
-        modules.check_fits(Path(directory), model.config.hidden_size)
-        tokenizer = TextTokenizer.from_directory(folder, model.max_tokens, original_numbers=original_numbers)
-        if tokenizer.largest_id >= model.config.vocab_size:
+        encoder = encoder_class(folder)
+        config = encoder.config_class.from_pretrained(folder)
+        modules.check_fits(Path(directory), config.hidden_size)
+        longest = encoder.max_tokens_of(config)
+        tokenizer = TextTokenizer.from_directory(folder, longest, original_numbers=original_numbers)
+        if tokenizer.largest_id >= config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
-                f"{model.config.vocab_size}"
+                f"{config.vocab_size}"
             )
-        return cls(model, tokenizer, modules, quantised, settings)
+        return cls(_read_model(folder, dtype), tokenizer, modules, quantised, settings)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What is packed is packed again where the copy is made.
@@ -127,6 +132,10 @@ class SentenceEncoder:
 
     def _mode(self, mode: str) -> str:
         return self._cls if mode == "cls" else mode
+
+    @property
+    def _own(self) -> _Own:
+        return _Own(self.model.config, self.modules, self.settings)
 
     @property
     def size(self) -> int:
@@ -196,26 +205,12 @@ class SentenceEncoder:
         """
         single = isinstance(texts, str)
         items = [texts] if single else check_texts(texts)
-        check_count("batch_size", batch_size)
-        for name, value in (("normalize", normalize), ("show_progress", show_progress)):
-            check_switch(name, value)
-        chosen = Layers.of(layers, self.model.config.depth)
-        if pooling is not None and pooling not in POOLINGS:
-            raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
-        if not isinstance(token_vectors, bool) and token_vectors != "word":
-            raise ValueError(f"token_vectors: got {token_vectors!r}, wanted True, False or 'word'")
-        check_precision(precision)
-        if ranges is not None and precision not in ("int8", "uint8"):
-            raise ValueError(f"ranges: got some with precision {precision!r}, wanted them with int8 or uint8 alone")
-        if token_vectors:
-            _refuse_with_tokens(pooling=pooling, truncate_dim=truncate_dim, precision=precision)
-        elif chosen.width > 1 and pooling is None and self.modules.dense:
-            raise ValueError(
-                f"layers: got {layers!r}, but the directory's dense layers take {self.model.config.hidden_size} "
-                "numbers a token; wanted one layer, a sum or a mean, or pooling given"
-            )
-        put_before = self.settings.prompt(prompt, prompt_name)
-        keep = None if token_vectors else self._kept(truncate_dim, self._width(chosen, pooling))
+        check_switch("show_progress", show_progress)
+        given = {"batch_size": batch_size, "normalize": normalize, "layers": layers, "pooling": pooling}
+        given |= {"token_vectors": token_vectors, "prompt_name": prompt_name, "prompt": prompt}
+        given |= {"truncate_dim": truncate_dim, "precision": precision, "ranges": ranges}
+        chosen, put_before, keep = self._own.asked(**given)
+        check_pool(pool)
         if pool is not None and items:
             options = {"batch_size": batch_size, "normalize": normalize, "layers": layers, "pooling": pooling}
             options |= {"token_vectors": token_vectors, "prompt": put_before, "truncate_dim": truncate_dim}
@@ -265,19 +260,6 @@ class SentenceEncoder:
         """Ends the processes of a pool."""
         pool.close()
 
-    def _width(self, layers: Layers, pooling: str | None) -> int:
-        hidden = self.model.config.hidden_size * layers.width
-        return self.modules.size(hidden) if pooling is None else hidden
-
-    def _kept(self, truncate_dim: int | None, size: int) -> int:
-        """How many numbers of a vector are kept."""
-        if truncate_dim is None:
-            return size if self.settings.truncate_dim is None else min(size, self.settings.truncate_dim)
-        check_count("truncate_dim", truncate_dim)
-        if truncate_dim > size:
-            raise ValueError(f"truncate_dim: got {truncate_dim}, wanted at most the {size} numbers of a vector")
-        return int(truncate_dim)
-
     def _prompt_rows(self, prompt: str) -> int:
         """How many rows of a text are its prompt's and are to be left out of the pooling."""
         if self.modules.include_prompt or not prompt:
@@ -296,7 +278,7 @@ class SentenceEncoder:
             )
 
     def _sentences(self, texts: list[str], hidden: HiddenStates, wanted: _Wanted) -> np.ndarray:
-        size = self._width(hidden.layers, wanted.pooling)
+        size = self._own.width(hidden.layers, wanted.pooling)
         result = np.empty((len(texts), wanted.keep), dtype=np.float32)
         ids, cut = self.tokenizer.ids_and_cut([wanted.prompt + text for text in texts] if wanted.prompt else texts)
         self._say_cut(cut, len(texts))
@@ -366,6 +348,78 @@ def quantise_directory(directory: str | Path) -> Path:
     model = _read_model(folder, torch.bfloat16 if backends.multiplies_bfloat16() else torch.float32)
     model.save_integers(folder)
     return folder / INTEGERS
+
+
+def check_encoding(directory: str | Path, **arguments: Any) -> None:
+    """That `SentenceEncoder.encode` of a directory takes its arguments, beside the texts: before its weights are read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `SentenceEncoder.from_pretrained`.
+        TypeError, ValueError: as `SentenceEncoder.encode`.
+    """
+    modules, folder = read_modules(directory)
+    config = encoder_class(folder).config_class.from_pretrained(folder)
+    _Own(config, modules, SentenceSettings.from_directory(Path(directory))).asked(**arguments)
+
+
+class _Own(NamedTuple):
+    """What a directory says, which decides what may be asked of its vectors."""
+
+    config: Any
+    modules: SentenceModules
+    settings: SentenceSettings
+
+    def asked(
+        self,
+        *,
+        batch_size: int = 32,
+        normalize: bool | None = None,
+        layers: int | Sequence[Any] | None = None,
+        pooling: str | None = None,
+        token_vectors: bool | str = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+    ) -> tuple[Layers, str, int | None]:
+        """The layers, what is put before a text, and how many numbers of a vector are kept; see `encode`."""
+        check_count("batch_size", batch_size)
+        check_switch("normalize", normalize)
+        chosen = Layers.of(layers, self.config.depth)
+        if pooling is not None and pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {pooling!r}, wanted None or one of {', '.join(POOLINGS)}")
+        if not isinstance(token_vectors, bool) and token_vectors != "word":
+            raise ValueError(f"token_vectors: got {token_vectors!r}, wanted True, False or 'word'")
+        check_precision(precision)
+        if ranges is not None and precision not in ("int8", "uint8"):
+            raise ValueError(f"ranges: got some with precision {precision!r}, wanted them with int8 or uint8 alone")
+        if token_vectors:
+            _refuse_with_tokens(pooling=pooling, truncate_dim=truncate_dim, precision=precision)
+        elif chosen.width > 1 and pooling is None and self.modules.dense:
+            raise ValueError(
+                f"layers: got {layers!r}, but the directory's dense layers take {self.config.hidden_size} "
+                "numbers a token; wanted one layer, a sum or a mean, or pooling given"
+            )
+        put_before = self.settings.prompt(prompt, prompt_name)
+        keep = None if token_vectors else self._kept(truncate_dim, self.width(chosen, pooling))
+        if ranges is not None and keep is not None:
+            check_ranges(ranges, keep)
+        return chosen, put_before, keep
+
+    def width(self, layers: Layers, pooling: str | None) -> int:
+        """How many numbers a vector has before it is cut."""
+        hidden = self.config.hidden_size * layers.width
+        return self.modules.size(hidden) if pooling is None else hidden
+
+    def _kept(self, truncate_dim: int | None, size: int) -> int:
+        """How many numbers of a vector are kept."""
+        if truncate_dim is None:
+            return size if self.settings.truncate_dim is None else min(size, self.settings.truncate_dim)
+        check_count("truncate_dim", truncate_dim)
+        if truncate_dim > size:
+            raise ValueError(f"truncate_dim: got {truncate_dim}, wanted at most the {size} numbers of a vector")
+        return int(truncate_dim)
 
 
 class _Wanted(NamedTuple):

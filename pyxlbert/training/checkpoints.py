@@ -159,9 +159,10 @@ def last_whole(directory: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:
 
 
 def clean(directory: Path) -> None:
-    """Removes what a run that was killed has left half-written."""
-    for path in directory.glob(f"{FOLDER}/.*"):
+    """Removes what a run that was killed has left half-written in its folder, and in the folders there."""
+    for path in (*directory.glob(".*"), *directory.glob("*/.*")):
         if path.name.endswith((".part", ".old")):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob(".*.part"):
-        path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

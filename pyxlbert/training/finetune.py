@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from pyxlbert.files import named_path
+from pyxlbert.text.batches import check_count
 from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
-from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
+from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
-from pyxlbert.training.saved import Trained, read_new, read_trained, write
+from pyxlbert.training.saved import Trained, open_new, open_trained, write
 from pyxlbert.training.steps import ShuffledSteps
 from pyxlbert.training.tasks import TASKS
 
@@ -58,6 +60,8 @@ def finetune(
         ImportError: a package of the extra "train" is missing.
     """
     options = TrainingOptions() if options is None else options
+    if not isinstance(options, TrainingOptions):
+        raise TypeError(f"options: got {type(options).__name__}, wanted TrainingOptions")
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, wanted one of {', '.join(TASKS)}")
     work = accelerator()
@@ -66,25 +70,44 @@ def finetune(
     if work.is_main_process:
         check_run(folder, resume)
     chosen = TASKS[task](settings)
+    if max_length is not None:
+        check_count("max_length", max_length)
+    for name, path in (("train", train), *([] if dev is None else [("dev", dev)])):
+        if not named_path(name, path).is_file():
+            raise FileNotFoundError(f"{name}: got {str(path)!r}, which is not there, or no file")
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
+    unread = open_new(chosen, model, max_length)
+    tokenizer = unread.tokenizer
+    identity = {
+        "task": task,
+        "model": str(model),
+        "fresh": fresh,
+        "max_length": tokenizer.max_length,
+        "train": _fingerprint(train),
+        "dev": None if dev is None else _fingerprint(dev),
+        **chosen.settings,
+        **options.decisive(),
+    }
+    if work.is_main_process:
+        check_identity(folder, identity)
+    rows = chosen.features(tokenizer, examples, training=True)
+    tokenizer.tell_of_cuts(tell, train)
+    tell(f"{len(examples)} examples, {len(rows)} rows of at most {tokenizer.max_length} tokens")
+    dev_rows = None if dev_examples is None else chosen.features(tokenizer, dev_examples)
+    tokenizer.tell_of_cuts(tell, dev)
     checkpoints.seed_chance(options.seed)  # of the weights that are new
-    trained, source, new = read_new(chosen, model, max_length, fresh=fresh)
-    rows = chosen.features(trained.tokenizer, examples, training=True)
-    trained.tokenizer.tell_of_cuts(tell, train)
-    tell(f"{len(examples)} examples, {len(rows)} rows of at most {trained.tokenizer.max_length} tokens")
+    trained, new = unread.new(fresh)
     if fresh or new:
         tell(f"new: {'all weights' if fresh else ', '.join(new)}")
-    dev_rows = None if dev_examples is None else chosen.features(trained.tokenizer, dev_examples)
-    trained.tokenizer.tell_of_cuts(tell, dev)
 
     def collate(features: Any) -> dict[str, torch.Tensor]:
-        return chosen.collate(trained.tokenizer, features)
+        return chosen.collate(tokenizer, features)
 
     def evaluate(module: nn.Module, work: Any) -> dict[str, float]:
         with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             found = predict(
-                *(module, chosen, trained.tokenizer, dev_examples, dev_rows),
+                *(module, chosen, tokenizer, dev_examples, dev_rows),
                 batch_size=options.evaluation_batch_size,
                 accelerator=work,
                 progress=options.progress,
@@ -97,23 +120,13 @@ def finetune(
         counts=chosen.counts,
         metric=(chosen.metric, True),
         evaluate=None if dev_examples is None else evaluate,
-        save=lambda state: write(trained, source, folder, state),
-        identity={
-            "task": task,
-            "model": str(model),
-            "fresh": fresh,
-            "max_length": trained.tokenizer.max_length,
-            "train": _fingerprint(train),
-            "dev": None if dev is None else _fingerprint(dev),
-            **chosen.settings,
-            **options.decisive(),
-        },
+        save=lambda state: write(trained, unread.folder, folder, state),
+        identity=identity,
         title=f"{task}: {Path(train).name}",
     )
-    if work.is_main_process:
-        start_run(folder, job.identity, resume)
-    work.wait_for_everyone()
-    return Loop(job, options, folder, work, tell).run()
+    with started_run(folder, identity, resume) if work.is_main_process else nullcontext():
+        work.wait_for_everyone()
+        return Loop(job, options, folder, work, tell).run()
 
 
 def _fingerprint(path: str | Path) -> str:
@@ -146,10 +159,12 @@ def evaluate(
         OSError: a file is missing.
         ValueError: a file or a line is not what it should be, or the model has another task.
     """
-    trained = read_trained(model, dtype)
-    if task is not None and trained.task.name != task:
-        raise ValueError(f"model: {str(model)!r} is trained for {trained.task.name}, wanted {task}")
-    examples = trained.task.read(data)
+    check_count("batch_size", batch_size)
+    saved = open_trained(model)
+    if task is not None and saved.task.name != task:
+        raise ValueError(f"model: {str(model)!r} is trained for {saved.task.name}, wanted {task}")
+    examples = saved.task.read(data)
+    trained = saved.trained(dtype)
     scores = trained.task.score(examples, predictions(trained, examples, batch_size, progress))
     trained.tokenizer.tell_of_cuts(say, data)
     return scores

@@ -9,9 +9,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from pyxlbert.files import check_folder, check_inside, read_json, whole_file
 from pyxlbert.training import checkpoints
+from pyxlbert.training.claim import FILE, claimed
 from pyxlbert.training.curves import Curves
 from pyxlbert.training.evaluation import on_device
 from pyxlbert.training.options import TrainingOptions
@@ -30,6 +33,8 @@ from pyxlbert.training.steps import Passes, StepSource, load
 from pyxlbert.training.tasks.base import Batch
 
 RUN = "run.json"
+# Of a file: SHA-256 as hexadecimal digits.
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Counts(Protocol):
@@ -159,7 +164,8 @@ def check_run(directory: Path, resume: bool) -> None:
 
     Raises:
         FileExistsError: there is something else, or a run that is not to be resumed.
-        OSError: it is a file, the folder in which to make it is missing, or it cannot be written to.
+        OSError: it is a file, the folder in which to make it is missing, or it cannot be written to; another process
+            trains in it.
     """
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"output: {str(directory)!r} is a file, wanted a directory's name")
@@ -167,36 +173,67 @@ def check_run(directory: Path, resume: bool) -> None:
         check_folder("output", str(directory), directory.resolve().parent)
         return
     check_inside("output", directory)
-    checkpoints.clean(directory)  # of a run that was killed when it had hardly begun
+    if (directory / FILE).exists():
+        with claimed(directory):  # unless another process trains there
+            pass
+    _check_content(directory, resume)
+
+
+def _check_content(directory: Path, resume: bool) -> None:
     there = (directory / RUN).is_file()
     if there and not resume:
         raise FileExistsError(f"output: {str(directory)!r} holds a run; --resume goes on with it")
-    if not there and any(directory.iterdir()):
+    # A run that was killed when it had hardly begun has left nothing but these.
+    left = [path for path in directory.iterdir() if path.name != FILE and not path.match(f".{RUN}.*.part")]
+    if not there and left:
         raise FileExistsError(f"output: {str(directory)!r} is not empty, and holds no run")
 
 
-def start_run(directory: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes a run's folder, or checks that one can go on.
+@contextmanager
+def started_run(directory: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Makes a run's folder, or checks that one can go on, and keeps other processes out of it.
 
     Raises:
-        OSError: as `check_run`.
+        OSError: as `check_run`; another process trains there.
         ValueError: the run was started with other options, another model or other data.
     """
     check_run(directory, resume)
-    path = directory / RUN
-    identity = json.loads(json.dumps(identity))  # as it is read back
-    if path.is_file():
-        saved = read_json(path)
-        differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{name}: got {identity.get(name)!r}, but the run in {directory} was started with {saved.get(name)!r}"
-            )
+    directory.resolve().mkdir(exist_ok=True)  # a link keeps pointing where it did
+    with claimed(directory):
+        _check_content(directory, resume)  # another may have begun and ended since
+        checkpoints.clean(directory)
+        if (directory / RUN).is_file():
+            check_identity(directory, identity)
+        else:
+            with whole_file(directory / RUN) as temporary:
+                temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        yield
+
+
+def check_identity(directory: Path, identity: dict[str, Any]) -> None:
+    """That the run of a folder, if it has one, is this one.
+
+    Raises:
+        ValueError: it was started with other options, another model or other data.
+    """
+    if not (directory / RUN).is_file():
         return
-    directory.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    saved, identity = read_json(directory / RUN), json.loads(json.dumps(identity))  # as it is read back
+    differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+    if differing:
+        raise ValueError(_differs(differing[0], identity, saved, directory))
+
+
+def _differs(name: str, identity: dict[str, Any], saved: dict[str, Any], directory: Path) -> str:
+    """What a run's identity has otherwise than that which it is to go on with, down to one option."""
+    now, then = identity.get(name), saved.get(name)
+    if isinstance(now, dict) and isinstance(then, dict):
+        inner = next(one for one in {**then, **now} if then.get(one) != now.get(one))
+        return _differs(inner, now, then, directory)
+    if all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (now, then)):
+        return f"{name}: got another content than that with which the run in {directory} was started"
+    name = name.removeprefix("data_")  # of options that say how rows are made
+    return f"{name}: got {now!r}, but the run in {directory} was started with {then!r}"
 
 
 class Loop:

@@ -9,13 +9,14 @@ from typing import Any, TextIO
 
 import torch
 
-from pyxlbert.files import check_writable, read_lines, real_path, whole_file
+from pyxlbert.files import check_apart, check_writable, read_lines, real_path, whole_file
+from pyxlbert.text.batches import check_count
 from pyxlbert.training.data.squad import read_squad
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import Sentence
 from pyxlbert.training.finetune import predictions
-from pyxlbert.training.saved import Trained, read_trained
-from pyxlbert.training.tasks import Answers, Tagging
+from pyxlbert.training.saved import Trained, open_trained
+from pyxlbert.training.tasks import Answers, Tagging, Task
 
 # What an input is made of, and so no prediction: left out where a row is a line of cells.
 _INPUT = ("text", "pair", "words", "question", "choices")
@@ -57,8 +58,13 @@ def predict_file(
         ValueError: a line is not what it should be; the message has the file and the line.
     """
     path = output_path(output)
-    trained = read_trained(model, dtype)
-    examples = _examples(trained, source, dict(columns or {}), words)
+    check_count("batch_size", batch_size)
+    if columns is not None and not isinstance(columns, Mapping):
+        raise TypeError(f"columns: got {type(columns).__name__}, wanted a dict of settings")
+    check_apart("output", str(output), path, str(source))
+    saved = open_trained(model)
+    examples = _examples(saved.task, source, dict(columns or {}), words)
+    trained = saved.trained(dtype)
     with whole_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
         write = _WRITERS[path.suffix](file, trained)
         for start in range(0, len(examples), _CHUNK):
@@ -82,8 +88,7 @@ def output_path(name: str | Path) -> Path:
     return path
 
 
-def _examples(trained: Trained, source: str | Path, columns: dict[str, Any], words: bool) -> list[Any]:
-    task = trained.task
+def _examples(task: Task, source: str | Path, columns: dict[str, Any], words: bool) -> list[Any]:
     unknown = columns.keys() - task.settings.keys()
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]}: {task.name} has no such column")

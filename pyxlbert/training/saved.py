@@ -27,6 +27,48 @@ _TOKENIZER = (
 
 
 @dataclass(frozen=True)
+class Unread:
+    """A directory of which all is read but the weights, which take longest.
+
+    Attributes:
+        task: has its labels.
+        folder: of the files.
+        config: the model's.
+        tokenizer: fits the model.
+    """
+
+    task: Task
+    folder: Path
+    config: Any
+    tokenizer: TaskTokenizer
+
+    def trained(self, dtype: torch.dtype = torch.float32) -> Trained:
+        """The model of a directory that `write` has written.
+
+        Raises:
+            OSError, ValueError: a file is missing or corrupt, or lacks a weight.
+        """
+        model = _read(self.task, self.folder, self.config, dtype)
+        missing = model.loading_info["missing_keys"]
+        if missing:
+            raise ValueError(f"{self.folder}: the weights lack {', '.join(missing)}")
+        return Trained(self.task, model, self.tokenizer)
+
+    def new(self, fresh: bool = False) -> tuple[Trained, list[str]]:
+        """A model that is yet to learn the task, and the names of the weights that are new.
+
+        Args:
+            fresh: all weights are new; the directory needs none.
+
+        Raises:
+            OSError, ValueError: as `PretrainedModel.from_pretrained`.
+        """
+        made = self.task.model_class(self.config.model_type)
+        model = made(self.config) if fresh else _read(self.task, self.folder, self.config)
+        return Trained(self.task, model, self.tokenizer), [] if fresh else model.loading_info["missing_keys"]
+
+
+@dataclass(frozen=True)
 class Trained:
     """A model that knows its task."""
 
@@ -35,37 +77,29 @@ class Trained:
     tokenizer: TaskTokenizer
 
 
-def read_new(
-    task: Task, directory: str | Path, max_length: int | None, hub: Hub | None = None, fresh: bool = False
-) -> tuple[Trained, Path, list[str]]:
-    """A model for a task that it is yet to learn.
+def open_new(task: Task, directory: str | Path, max_length: int | None, hub: Hub | None = None) -> Unread:
+    """A model for a task that it is yet to learn, its weights unread.
 
     Args:
         task: has its labels.
         directory: of an encoder, or of any model with one; or a name in the hub.
         max_length: the most places of a row; None: as the directory says.
         hub: how the hub is asked.
-        fresh: all weights are new; the directory needs none.
-
-    Returns:
-        The model, the directory, and the names of the weights that are new.
 
     Raises:
-        OSError, ValueError: as `PretrainedModel.from_pretrained` and `TaskTokenizer`; a model type that is not trained
-            here, or a tokenizer with more tokens than the model.
+        OSError, ValueError: as the configuration's `from_pretrained` and `TaskTokenizer`; a model type that is not
+            trained here, or a tokenizer with more tokens than the model.
     """
     folder = Path((hub or Hub()).folder(directory, text=True))
     fields = task.config_fields()
     extra = fields.pop("extra", {})
     config = encoder_class(folder).config_class.from_pretrained(folder, **fields)
     config.extra.update(extra)
-    model = task.model_class(config.model_type)(config) if fresh else _read(task, folder, config)
-    tokenizer = _tokenizer(folder, model, max_length)
-    return Trained(task, model, tokenizer), folder, [] if fresh else model.loading_info["missing_keys"]
+    return Unread(task, folder, config, _tokenizer(folder, task, config, max_length))
 
 
-def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub: Hub | None = None) -> Trained:
-    """A model as `write` has saved it.
+def open_trained(directory: str | Path, hub: Hub | None = None) -> Unread:
+    """A model as `write` has saved it, its weights unread.
 
     Raises:
         OSError: a file is missing.
@@ -87,11 +121,7 @@ def read_trained(directory: str | Path, dtype: torch.dtype = torch.float32, hub:
         raise ValueError(f"{path}: {error}") from None
     config = encoder_class(folder).config_class.from_pretrained(folder)
     task.adopt(config)
-    model = _read(task, folder, config, dtype)
-    missing = model.loading_info["missing_keys"]
-    if missing:
-        raise ValueError(f"{folder}: the weights lack {', '.join(missing)}")
-    return Trained(task, model, _tokenizer(folder, model, max_length))
+    return Unread(task, folder, config, _tokenizer(folder, task, config, max_length))
 
 
 def _read(task: Task, folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> PretrainedModel:
@@ -100,12 +130,13 @@ def _read(task: Task, folder: Path, config: Any, dtype: torch.dtype = torch.floa
         return task.model_class(config.model_type).from_pretrained(folder, config=config, dtype=dtype)
 
 
-def _tokenizer(folder: Path, model: PretrainedModel, max_length: int | None) -> TaskTokenizer:
-    tokenizer = TaskTokenizer(folder, model.base_model.max_tokens, max_length)
-    if tokenizer.largest_id >= model.config.vocab_size:
+def _tokenizer(folder: Path, task: Task, config: Any, max_length: int | None) -> TaskTokenizer:
+    longest = task.model_class(config.model_type).encoder_class.max_tokens_of(config)
+    tokenizer = TaskTokenizer(folder, longest, max_length)
+    if tokenizer.largest_id >= config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has ids up to {tokenizer.largest_id}, but config.json says vocab_size "
-            f"{model.config.vocab_size}"
+            f"{config.vocab_size}"
         )
     return tokenizer
 

@@ -211,6 +211,20 @@ def test_weights_beside_the_file(bert: Exported, tmp_path: Path, monkeypatch) ->
     compare_with(session, models.BertForPreTraining.from_pretrained(bert.model), inputs(5, 9, 1), real=False)
     export_onnx(bert.model, tmp_path / "x.onnx", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+    replace = os.replace
+
+    def broken_off(source: str | Path, target: str | Path) -> None:
+        if Path(target) == tmp_path / "x.onnx":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "MOST_INSIDE", 0)
+        patch.setattr(exporter.os, "replace", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(bert.model, tmp_path / "x.onnx", force=True)
+    # No graph beside the weights of another.
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx.data"]
 
 
 def test_another_graph_is_not_kept(bert: Exported, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -12,7 +12,7 @@ from small_task import albert, bert, choices, options, squad, table, tagged
 from pyxlbert import cli
 from pyxlbert.testing import tolerances
 from pyxlbert.training.finetune import evaluate, finetune
-from pyxlbert.training.saved import read_trained
+from pyxlbert.training.saved import open_trained
 
 DATA = {
     "text-classification": (table, {}),
@@ -29,7 +29,7 @@ def test_a_task_of_an_albert(tmp_path: Path, task: str) -> None:
     given = options(epochs=1, evaluate_every=100)
     scores = finetune(task, albert(tmp_path / "m"), data, data, tmp_path / "out", settings=settings, options=given)
     assert evaluate(tmp_path / "out", data) == pytest.approx(scores, abs=tolerances.FLOAT64)
-    assert type(read_trained(tmp_path / "out").model).__name__.startswith("Albert")
+    assert type(open_trained(tmp_path / "out").trained().model).__name__.startswith("Albert")
     if not settings.get("crf"):
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         peer = getattr(transformers, config["architectures"][0])

@@ -16,7 +16,7 @@ from pyxlbert.training.data.table import Place
 from pyxlbert.training.evaluation import TaskModel
 from pyxlbert.training.evaluation import predict as run
 from pyxlbert.training.finetune import evaluate, finetune, predictions
-from pyxlbert.training.saved import read_new
+from pyxlbert.training.saved import open_new
 from pyxlbert.training.tasks import Answers, MultipleChoice
 from pyxlbert.training.tasks.answers import overlap, plain
 
@@ -83,7 +83,7 @@ def test_rows_cover_a_long_text_and_lead_back_to_the_answer(
     data.write_text(json.dumps({"data": [{"paragraphs": [{"context": text, "qas": asked}, short]}]}))
     task = Answers({"nulls": True, "stride": 8})
     examples = task.read(data)
-    trained, _, _ = read_new(task, encoders[kind], 32)
+    trained, _ = open_new(task, encoders[kind], 32).new()
     rows = task.features(trained.tokenizer, examples)
     assert max(len(row.window.ids) for row in rows) == 32 and len(rows) > 12
     found = run(_Right(task, trained.model), task, trained.tokenizer, examples, rows, batch_size=3)
@@ -139,7 +139,7 @@ def test_choices_are_learned(encoders: dict[str, Path], tmp_path: Path, kind: st
     assert lines[0] == "label\tchoice\tprobabilities" and len(lines) == 31
     # Who has fewer choices is not changed by his neighbours.
     task = MultipleChoice()
-    trained, _, _ = read_new(task, encoders[kind], None)
+    trained, _ = open_new(task, encoders[kind], None).new()
     examples = task.read(data)[:4]
     together = predictions(trained, examples, 4)
     assert [len(p) for p in together] == [2, 3, 2, 3]
@@ -164,7 +164,7 @@ def test_choices_that_are_wrong(tmp_path: Path, row: dict, message: str) -> None
 
 def test_settings_of_answers(encoders: dict[str, Path]) -> None:
     task = Answers({"max_question": 40})
-    trained, _, _ = read_new(task, encoders["bert"], 24)
+    trained, _ = open_new(task, encoders["bert"], 24).new()
     for question, message in (("hello " * 30, "max_question: got 40, wanted at most 20"), ("hello", "stride: got 128")):
         with pytest.raises(ValueError, match=message):
             task.features(trained.tokenizer, [Question(Place("x", 1), question, "hello " * 30)])

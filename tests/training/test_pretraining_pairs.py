@@ -402,7 +402,7 @@ def test_a_model_that_does_not_fit_is_refused(made) -> None:
     vocabulary, options = source.vocabulary, source.options
     check_pairs(BertConfig(vocab_size=vocabulary.size, max_position_embeddings=32), options, vocabulary)
     for fields, words in (
-        ({"vocab_size": 66}, "vocab_size: got 66, wanted at least 67, the tokens of the tokenizer"),
+        ({"vocab_size": 66}, "config: 'vocab_size' is 66, wanted at least 67, the tokens of the tokenizer"),
         ({"max_position_embeddings": 31}, "max_length: got 32, wanted at most max_position_embeddings, 31"),
         ({"type_vocab_size": 1}, "type_vocab_size: got 1, wanted at least 2"),
     ):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +21,7 @@ from pyxlbert.testing import tolerances
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining import PairOptions, SegmentOptions
 from pyxlbert.training.pretraining.run import MODELS, Pretraining, pretrain
-from pyxlbert.training.pretraining.vocabularies import FILES
+from pyxlbert.training.pretraining.vocabularies import FILES, TRAINERS
 
 BERT = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 XLNET = {"vocab_size": 71, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "mem_len": 24, "reuse_len": 16}
@@ -130,23 +133,23 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("xlnet", ("--reuse-len", "30"), "reuse_len: got 30"),
-        ("xlnet", ("--reuse-len", "16", "--perm-size", "3"), "perm_size: got 3"),
-        ("xlnet", ("--reuse-len", "16", "--mem-len", "8"), "mem_len: got 8"),
-        ("xlnet", ("--reuse-len", "16", "--batch-size", "5", "--micro-batch-size", "2"), "batch_size: got 5"),
-        ("bert", ("--batch-size", "100000"), "batch_size: got 100000, but the text has"),
-        ("bert", ("--max-length", "3"), "max_length: got 3"),
+        ("xlnet", ("--reuse-len", "30"), "--reuse-len: got 30"),
+        ("xlnet", ("--reuse-len", "16", "--perm-size", "3"), "--perm-size: got 3"),
+        ("xlnet", ("--reuse-len", "16", "--mem-len", "8"), "--mem-len: got 8"),
+        ("xlnet", ("--reuse-len", "16", "--batch-size", "5", "--micro-batch-size", "2"), "--batch-size: got 5"),
+        ("bert", ("--batch-size", "100000"), "--batch-size: got 100000, but the text has"),
+        ("bert", ("--max-length", "3"), "--max-length: got 3"),
         ("bert", ("--config", "nowhere"), "nowhere"),
-        ("bert", ("--dropout", "2"), "dropout: got 2"),
-        ("albert", ("--max-gram", "0"), "max_gram: got 0"),
-        ("albert", ("--config", "nowhere", "--dropout", "0"), "dropout: given together with config"),
+        ("bert", ("--dropout", "2"), "--dropout: got 2"),
+        ("albert", ("--max-gram", "0"), "--max-gram: got 0"),
+        ("albert", ("--config", "nowhere", "--dropout", "0"), "--dropout: given together with config"),
         ("bert", ("--threads", "0"), "--threads: got 0"),
         ("bert", ("--threads", "2147483648"), "--threads: got 2147483648, wanted at most 4096"),
-        ("bert", ("--learning-rate", "-1"), "learning_rate: got -1"),
+        ("bert", ("--learning-rate", "-1"), "--learning-rate: got -1"),
         # The library that trains it takes memory for so many at once, and ends the process.
-        ("bert", ("--vocab-size", "2147483647"), "vocab_size: got 2147483647, wanted at most"),
-        ("bert", ("--max-length", "2147483647"), "max_length: got 2147483647, wanted at most"),
-        ("xlnet", ("--mem-len", "2147483647"), "mem_len: got 2147483647, wanted at most"),
+        ("bert", ("--vocab-size", "2147483647"), "--vocab-size: got 2147483647, wanted at most"),
+        ("bert", ("--max-length", "2147483647"), "--max-length: got 2147483647, wanted at most"),
+        ("xlnet", ("--mem-len", "2147483647"), "--mem-len: got 2147483647, wanted at most"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(files: Path, kind: str, options, words: str, capsys) -> None:
@@ -160,6 +163,60 @@ def test_a_model_that_cannot_be_made_leaves_nothing(files: Path, monkeypatch) ->
     monkeypatch.setitem(MODELS, "bert", lambda config: torch.empty(2**60))
     assert cli.main(command(files, "bert")) == 1
     assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt, SystemExit(143), OSError(28, "the disk is full")])
+def test_what_is_prepared_stays_when_a_new_run_is_broken_off(files: Path, ended, capsys, monkeypatch) -> None:
+    """At the moment when a model is built: the tokenizer and the tokens are there, and are not made again."""
+    build = MODELS["bert"]
+
+    def broken_off(config: BertConfig) -> None:
+        raise ended
+
+    broken_off.config_class = build.config_class
+    monkeypatch.setitem(MODELS, "bert", broken_off)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(command(files, "bert")) in (1, 130)
+    assert "keeps what is prepared; the same command with --resume goes on" in capsys.readouterr().err
+    assert not (files / "out" / ".lock").exists()
+    monkeypatch.setitem(MODELS, "bert", build)
+    # What a kill leaves of a tokenizer and of a text that are half made.
+    for name in (".tokenizer.0.part", "text/.0.1.part"):
+        (files / "out" / name).mkdir()
+    assert cli.main(command(files, "bert", "--resume")) == 0
+    told = capsys.readouterr().err
+    assert "trains a tokenizer" not in told and "tokenises" not in told
+    assert not list((files / "out").rglob("*.part"))
+
+
+def test_a_link_as_output_keeps_pointing_where_it_did(files: Path) -> None:
+    (files / "out").symlink_to("elsewhere")
+    assert cli.main(command(files, "bert")) == 0
+    assert (files / "out").is_symlink() and (files / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_a_run_that_is_broken_off_at_once_leaves_nothing(files: Path, monkeypatch) -> None:
+    monkeypatch.setitem(TRAINERS, "bert", lambda *given, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(command(files, "bert")) == 130
+    assert not (files / "out").exists()
+
+
+def test_two_processes_in_one_folder(files: Path, capsys) -> None:
+    """The second one is told before it reads anything, and leaves the first one's files alone."""
+    assert cli.main(command(files, "bert")) == 0
+    code = "import sys; from pathlib import Path; from pyxlbert.training.claim import claimed\n"
+    code += "with claimed(Path(sys.argv[1])):\n    print('mine', flush=True); sys.stdin.read()"
+    ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(files / "out")], **ends) as other:
+        assert other.stdout.readline() == b"mine\n"
+        capsys.readouterr()
+        (files / "out" / "checkpoints" / ".step-00000009.0.part").mkdir()
+        assert cli.main(command(files, "bert", "--resume")) == 1
+        assert "--out: another process trains in" in capsys.readouterr().err
+        assert (files / "out" / "checkpoints" / ".step-00000009.0.part").is_dir()
+        other.kill()
+    assert cli.main(command(files, "bert", "--resume")) == 0
+    assert not (files / "out" / ".lock").exists()
 
 
 def test_text_that_is_trained_on_is_not_held_out(files: Path, capsys) -> None:

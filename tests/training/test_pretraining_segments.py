@@ -178,10 +178,10 @@ def test_sizes_that_do_not_fit(made, options, error, words: str) -> None:
     [
         ({"reuse_len": 8}, "reuse_len: got 16, wanted the configuration's, 8"),
         ({"reuse_len": None}, "reuse_len: got 16, wanted the configuration's, None"),
-        ({"mem_len": 15}, "mem_len: got 15, wanted at least reuse_len, 16"),
+        ({"mem_len": 15}, "config: 'mem_len' is 15, wanted at least reuse_len, 16"),
         ({"bi_data": True}, "bi_data: got False, wanted the configuration's, True"),
         ({"attn_type": "uni"}, "attn_type: got 'uni', wanted 'bi'"),
-        ({"vocab_size": 70}, "vocab_size: got 70, wanted at least 71, the tokens of the tokenizer"),
+        ({"vocab_size": 70}, "config: 'vocab_size' is 70, wanted at least 71, the tokens of the tokenizer"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(made, fields, words: str) -> None:

@@ -147,9 +147,9 @@ def test_unigram_entropy(tmp_path) -> None:
     ("content", "words"),
     [
         (b"w1\nw2\n\xff\xfe\n", r"corpus.txt: line 3 is not UTF-8: invalid start byte at byte 0"),
-        (b"", r"files: .*corpus.txt hold no text"),
-        (b"\n \n\n", r"files: .*corpus.txt hold no text"),
-        ("\u200b\n\n\u00ad".encode(), r"files: .*corpus.txt hold no text"),  # of which the tokenizer leaves nothing
+        (b"", r"files: .*corpus.txt holds no text"),
+        (b"\n \n\n", r"files: .*corpus.txt holds no text"),
+        ("\u200b\n\n\u00ad".encode(), r"files: .*corpus.txt holds no text"),  # of which the tokenizer leaves nothing
     ],
 )
 def test_bad_text_is_refused_and_nothing_written(tmp_path, content: bytes, words: str) -> None:

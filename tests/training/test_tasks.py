@@ -21,7 +21,7 @@ from pyxlbert.training.encoding import TaskTokenizer, windows
 from pyxlbert.training.evaluation import TaskModel
 from pyxlbert.training.evaluation import predict as run
 from pyxlbert.training.finetune import evaluate, finetune, predictions
-from pyxlbert.training.saved import read_new, read_trained
+from pyxlbert.training.saved import open_new, open_trained
 from pyxlbert.training.tasks import TASKS, Tagging, TextClassification
 from pyxlbert.training.tasks.base import IGNORED
 
@@ -139,7 +139,7 @@ def test_every_word_has_its_own_label(encoders: dict[str, Path], tmp_path: Path,
     task = Tagging({"pieces": pieces, "stride": 4})
     examples = task.read(tmp_path / "a.bio", training=True)
     assert examples[0].words == words
-    trained, _, _ = read_new(task, encoders[kind], 24)
+    trained, _ = open_new(task, encoders[kind], 24).new()
     tokenizer = trained.tokenizer
     rows = task.features(tokenizer, examples)
     assert len(rows) > 3 and max(len(row.window.ids) for row in rows) == 24
@@ -180,7 +180,7 @@ def test_words_that_are_dropped_count_as_missed(encoders: dict[str, Path], tmp_p
     (tmp_path / "a.bio").write_text("hello\tB-A\n\u200b\tB-A\nworld\tO\n\n\u200b\tB-A\n")
     task = Tagging()
     examples = task.read(tmp_path / "a.bio", training=True)
-    trained, _, _ = read_new(task, encoders["bert"], None)
+    trained, _ = open_new(task, encoders["bert"], None).new()
     rows = task.features(trained.tokenizer, examples)
     found = run(_Right(task, trained.model), task, trained.tokenizer, examples, rows, batch_size=2)
     assert [tags for tags, _ in found] == [["B-A", "O", "O"], ["O"]]
@@ -215,7 +215,7 @@ def test_it_learns_and_is_read_back(encoders: dict[str, Path], tmp_path: Path, k
     )
     best = evaluate(tmp_path / "out", data)
     assert best["accuracy"] >= max(scores["accuracy"], 0.9)
-    trained = read_trained(tmp_path / "out")
+    trained = open_trained(tmp_path / "out").trained()
     assert type(trained.model).__name__.lower().startswith(kind)
     # transformers reads it and says the same.
     import transformers
@@ -306,7 +306,7 @@ def test_numbers_and_pairs_from_the_command_line(
 def test_long_texts_are_read_in_windows(encoders: dict[str, Path]) -> None:
     task = TextClassification({"long_texts": "windows", "stride": 2})
     task.labels = ["no", "yes"]
-    trained, _, _ = read_new(task, encoders["bert"], 10)
+    trained, _ = open_new(task, encoders["bert"], 10).new()
     texts = ["the hello world a b c a b c a b c", "the", ""]
     examples = task.inputs([{"text": text} for text in texts], [Place("x", n) for n in range(3)])
     rows = task.features(trained.tokenizer, examples)
@@ -324,8 +324,8 @@ def test_long_texts_are_read_in_windows(encoders: dict[str, Path]) -> None:
     [
         ({"--train": "nowhere.tsv"}, "nowhere.tsv"),
         ({"--model": "nowhere"}, "nowhere"),
-        ({"--max-length": "3"}, "max_length: got 3"),
-        ({"--epochs": "0"}, "epochs: got 0"),
+        ({"--max-length": "3"}, "--max-length: got 3"),
+        ({"--epochs": "0"}, "--epochs: got 0"),
         ({"--label-column": "9"}, "has 2 columns, wanted a column 9"),
         ({"--out": "no/out"}, "does not exist"),
     ],
@@ -385,7 +385,7 @@ def test_a_setting_is_of_its_kind(task: str, settings: dict, words: str, tmp_pat
     tiny_bert(tmp_path)
     (tmp_path / "task.json").write_text(json.dumps({"task": task, "settings": settings}))
     with pytest.raises(ValueError) as caught:
-        read_trained(tmp_path)
+        open_trained(tmp_path).trained()
     assert str(caught.value).startswith(f"{tmp_path / 'task.json'}: {words}")
 
 
@@ -418,5 +418,5 @@ def test_a_saved_task_that_is_wrong_is_named(tmp_path: Path, changes: dict) -> N
     whole = {"task": "text-classification", "settings": {"labels": ["a", "b"]}, "max_length": 8}
     (tmp_path / "task.json").write_text(json.dumps(whole | changes))
     with pytest.raises(ValueError) as caught:
-        read_trained(tmp_path)
+        open_trained(tmp_path).trained()
     assert str(tmp_path) in str(caught.value) and f"{next(iter(changes))} is" in str(caught.value)

@@ -17,23 +17,28 @@ _MOST_CHARACTERS = 1 << 16
 _END = re.compile(r"""([.!?…]["'”’)\]]*)\s+(?=["'“‘(\[]*(?:[^\W_a-z]))|([。！？]["”’」』）]*)(?=\S)""")
 
 
-def check_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files as paths.
+def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Path]:
+    """The files as paths; messages begin with the argument's name.
 
     Raises:
-        ValueError: there is none, or one is named twice.
+        TypeError: it is one name.
+        ValueError: there is none, or one is named twice or can be read once alone.
         FileNotFoundError, IsADirectoryError: one is no file.
     """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"{argument}: got {type(paths).__name__}, wanted a list of files")
     files = [Path(path) for path in paths]
     if not files:
-        raise ValueError("files: got none, wanted at least one text file")
+        raise ValueError(f"{argument}: got none, wanted at least one text file")
     for number, path in enumerate(files):
         if path.is_dir():
-            raise IsADirectoryError(f"files: {str(path)!r} is a directory, wanted a text file")
+            raise IsADirectoryError(f"{argument}: {str(path)!r} is a directory, wanted a text file")
+        if not path.exists():
+            raise FileNotFoundError(f"{argument}: {str(path)!r} does not exist")
         if not path.is_file():
-            raise FileNotFoundError(f"files: {str(path)!r} does not exist")
+            raise ValueError(f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice")
         if path in files[:number]:
-            raise ValueError(f"files: got {str(path)!r} twice, wanted each file once")
+            raise ValueError(f"{argument}: got {str(path)!r} twice, wanted each file once")
     return files
 
 

@@ -9,9 +9,29 @@ from pyxlbert.training.pretraining.segments import SegmentOptions
 from pyxlbert.training.pretraining.vocabularies import Vocabulary
 
 
+def check_sizes(config: BertConfig | XLNetConfig, options: PairOptions | SegmentOptions, batch_size: int) -> None:
+    """Raises ValueError where sizes do not fit that are known before any text is read."""
+    if isinstance(options, PairOptions):
+        _check_pair_sizes(config, options)
+        return
+    # Which ids the special tokens have changes no size.
+    options.sampler(sep_id=0, cls_id=0, word_starts=None, batch_size=batch_size)
+    _check_segment_sizes(config, options)
+
+
 def check_pairs(config: BertConfig, options: PairOptions, vocabulary: Vocabulary) -> None:
     """Raises ValueError where a BERT cannot be trained on such pairs."""
     _check_vocabulary(config.vocab_size, vocabulary)
+    _check_pair_sizes(config, options)
+
+
+def check_segments(config: XLNetConfig, options: SegmentOptions, vocabulary: Vocabulary, batch_size: int) -> None:
+    """Raises ValueError where an XLNet cannot be trained on such segments."""
+    _check_vocabulary(config.vocab_size, vocabulary)
+    check_sizes(config, options, batch_size)
+
+
+def _check_pair_sizes(config: BertConfig, options: PairOptions) -> None:
     if options.max_length > config.max_position_embeddings:
         raise ValueError(
             f"max_length: got {options.max_length}, wanted at most max_position_embeddings, "
@@ -21,10 +41,7 @@ def check_pairs(config: BertConfig, options: PairOptions, vocabulary: Vocabulary
         raise ValueError(f"type_vocab_size: got {config.type_vocab_size}, wanted at least 2: a row has two passages")
 
 
-def check_segments(config: XLNetConfig, options: SegmentOptions, vocabulary: Vocabulary, batch_size: int) -> None:
-    """Raises ValueError where an XLNet cannot be trained on such segments."""
-    _check_vocabulary(config.vocab_size, vocabulary)
-    options.sampler(vocabulary, batch_size)
+def _check_segment_sizes(config: XLNetConfig, options: SegmentOptions) -> None:
     if config.attn_type != "bi":
         raise ValueError(f"attn_type: got {config.attn_type!r}, wanted 'bi': the order decides who sees whom")
     if config.bi_data != options.bi_data:
@@ -43,10 +60,13 @@ def check_segments(config: XLNetConfig, options: SegmentOptions, vocabulary: Voc
         )
     if memory < options.reuse_len:
         raise ValueError(
-            f"mem_len: got {memory}, wanted at least reuse_len, {options.reuse_len}: so many tokens are remembered"
+            f"config: 'mem_len' is {memory}, wanted at least reuse_len, {options.reuse_len}: so many tokens are "
+            "remembered"
         )
 
 
 def _check_vocabulary(size: int, vocabulary: Vocabulary) -> None:
     if vocabulary.size > size:
-        raise ValueError(f"vocab_size: got {size}, wanted at least {vocabulary.size}, the tokens of the tokenizer")
+        raise ValueError(
+            f"config: 'vocab_size' is {size}, wanted at least {vocabulary.size}, the tokens of the tokenizer"
+        )

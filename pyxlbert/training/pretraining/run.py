@@ -19,10 +19,11 @@ from pyxlbert.models.bert_heads import BertForPreTraining
 from pyxlbert.models.xlnet_config import XLNetConfig
 from pyxlbert.models.xlnet_heads import XLNetLMHeadModel
 from pyxlbert.training import checkpoints
-from pyxlbert.training.loop import Job, Loop, accelerator, check_run, start_run
+from pyxlbert.training.claim import FILE
+from pyxlbert.training.loop import Job, Loop, accelerator, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named
-from pyxlbert.training.pretraining.fits import check_pairs, check_segments
+from pyxlbert.training.pretraining.fits import check_pairs, check_segments, check_sizes
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
 from pyxlbert.training.pretraining.rules import MOST_LENGTH, MOST_PIECES, require_integer, require_share
@@ -78,12 +79,15 @@ class Pretraining:
         """What can be known to be wrong before the text is read.
 
         Raises:
+            TypeError: an argument is of another kind.
             ValueError: a value is out of range, or two do not go together.
             OSError: a file is missing.
         """
+        if not isinstance(self.data, (PairOptions, SegmentOptions)):
+            raise TypeError(f"data: got {type(self.data).__name__}, wanted PairOptions or SegmentOptions")
         check_layout(self.layout)
         paths = check_files(self.files)
-        for path in check_files(self.evaluate) if self.evaluate else ():
+        for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
             if path.resolve() in [one.resolve() for one in paths]:
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
@@ -97,6 +101,16 @@ class Pretraining:
                 raise ValueError("mem_len: given together with config, which says it")
             if self.kind != "xlnet":
                 raise ValueError(f"mem_len: got one for a model of kind {self.kind!r}, which has no memory")
+            if 0 < self.mem_len < self.data.reuse_len:
+                reuse = self.data.reuse_len
+                raise ValueError(
+                    f"mem_len: got {self.mem_len}, wanted at least reuse_len, {reuse}: so many tokens are remembered"
+                )
+        for name, place in (("config", self.config), ("tokenizer", self.tokenizer)):
+            if place is not None and not named_path(name, place).exists():
+                raise FileNotFoundError(f"{name}: {str(place)!r} does not exist")
+            if place is not None and Path(place).is_file() and (name, Path(place).name) != ("config", "config.json"):
+                raise NotADirectoryError(f"{name}: {str(place)!r} is a file, wanted a folder")
 
     def model_config(self, vocab_size: int, pad_id: int) -> BertConfig | AlbertConfig | XLNetConfig:
         """The configuration of the model."""
@@ -156,13 +170,16 @@ def pretrain(
         ImportError: a package of the extra "train" is missing.
     """
     what.check()
+    if not isinstance(options, TrainingOptions):
+        raise TypeError(f"options: got {type(options).__name__}, wanted TrainingOptions")
     work = accelerator()
     tell = say if work.is_main_process else lambda line: None
     folder = named_path("output", output)
     if work.is_main_process:
         check_run(folder, resume)
+    check_sizes(what.model_config(what.vocab_size, 0), what.data, options.batch_size)
     identity = {**what.identity(), "options": options.decisive()}
-    with _begun(folder, identity, resume, work.is_main_process):
+    with _begun(folder, identity, resume, work.is_main_process, tell) as prepared:
         if work.is_main_process:
             _prepare(what, folder, tell)
         work.wait_for_everyone()
@@ -172,47 +189,65 @@ def pretrain(
         held_out = HeldOut(stores[1], vocabulary, what.data, options.evaluation_batch_size) if what.evaluate else None
         checkpoints.seed_chance(options.seed)
         model = MODELS[what.kind](config)
-    size = sum(one.numel() for one in model.parameters())
-    tell(f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch")
-    if held_out is not None:
-        tell(f"held out: {len(stores[1].tokens)} tokens, unigram entropy {held_out.entropy:.4f}")
-    module = PretrainingModel(model)
+        prepared()
+        size = sum(one.numel() for one in model.parameters())
+        tell(
+            f"{size / 1e6:.1f} million parameters, {len(stores[0].tokens)} tokens, {source.epoch_steps} steps an epoch"
+        )
+        if held_out is not None:
+            tell(f"held out: {len(stores[1].tokens)} tokens, unigram entropy {held_out.entropy:.4f}")
+        module = PretrainingModel(model)
 
-    def evaluate(trained: nn.Module, work: Any) -> dict[str, float]:
-        with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            return held_out.scores(trained, module, work.device)
+        def evaluate(trained: nn.Module, work: Any) -> dict[str, float]:
+            with torch.autocast(work.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+                return held_out.scores(trained, module, work.device)
 
-    job = Job(
-        module=module,
-        source=source,
-        counts=counts,
-        metric=(METRIC, False),
-        evaluate=None if held_out is None else evaluate,
-        save=lambda state: _save(model, vocabulary, folder, state),
-        identity=identity,
-        title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
-        memory=module,
-    )
-    scores = Loop(job, options, folder, work, tell).run()
-    tell(f"{what.kind}: {output}")
+        job = Job(
+            module=module,
+            source=source,
+            counts=counts,
+            metric=(METRIC, False),
+            evaluate=None if held_out is None else evaluate,
+            save=lambda state: _save(model, vocabulary, folder, state),
+            identity=identity,
+            title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
+            memory=module,
+        )
+        scores = Loop(job, options, folder, work, tell).run()
+        tell(f"{what.kind}: {output}")
     return scores if work.is_main_process else {}
 
 
 @contextmanager
-def _begun(folder: Path, identity: dict[str, Any], resume: bool, main: bool) -> Iterator[None]:
-    """The run's folder is made; if it is new and its preparation fails, it goes again."""
-    before = folder.is_dir() and any(folder.iterdir())
-    there = folder.is_dir()
-    if main:
-        start_run(folder, identity, resume)
-    try:
-        yield
-    except BaseException:
-        if main and not before:
-            shutil.rmtree(folder, ignore_errors=True)
-            if there:
-                folder.mkdir(exist_ok=True)  # the working directory stays as it is
-        raise
+def _begun(
+    folder: Path, identity: dict[str, Any], resume: bool, main: bool, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """The run's folder, until the run ends. If it is new and its preparation is refused, it goes again.
+
+    What a signal or the system breaks off keeps the tokenizer and the tokens that are made: they take longest.
+
+    Yields:
+        What is called when all is prepared.
+    """
+    if not main:
+        yield lambda: None
+        return
+    there, before = folder.is_dir(), folder.is_dir() and any(path.name != FILE for path in folder.iterdir())
+    waiting = [True]
+    with started_run(folder, identity, resume):
+        try:
+            yield waiting.clear
+        except BaseException as error:
+            made = [path for path in (folder / TOKENIZER, *folder.glob(f"{TEXT}/[!.]*")) if path.is_dir()]
+            if not waiting or before:
+                pass
+            elif made and isinstance(error, (KeyboardInterrupt, SystemExit, OSError)):
+                say(f"{folder} keeps what is prepared; the same command with --resume goes on")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                if there:
+                    folder.mkdir(exist_ok=True)  # the working directory stays as it is
+            raise
 
 
 def _prepare(what: Pretraining, folder: Path, say: Callable[[str], None]) -> tuple[Vocabulary, list[TokenStore]]:

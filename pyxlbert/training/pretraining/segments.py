@@ -56,22 +56,24 @@ class SegmentOptions:
             if field.type != "bool" and not (value is None and "None" in field.type):
                 require_integer(field.name, value, 0, MOST_SEED if field.name == "seed" else MOST_LENGTH)
 
-    def sampler(self, vocabulary: Vocabulary, batch_size: int) -> PermutationLanguageModeling:
-        """What makes the rows.
+    def sampler(
+        self, *, sep_id: int, cls_id: int, word_starts: np.ndarray | None, batch_size: int
+    ) -> PermutationLanguageModeling:
+        """What makes the rows; see `PermutationLanguageModeling`.
 
         Raises:
             ValueError: the sizes do not fit each other; the message names one.
         """
         return PermutationLanguageModeling(
             batch_size,
-            sep_id=vocabulary.sep_id,
-            cls_id=vocabulary.cls_id,
+            sep_id=sep_id,
+            cls_id=cls_id,
             seq_len=self.max_length,
             reuse_len=self.reuse_len,
             num_predict=max(1, self.max_length // 6) if self.num_predict is None else self.num_predict,
             perm_size=self.perm_size,
             bi_data=self.bi_data,
-            word_starts=vocabulary.word_starts,
+            word_starts=word_starts,
             max_gram=self.max_gram,
             context=self.context,
             whole_words=self.whole_words,
@@ -183,7 +185,12 @@ class Segments:
     def __init__(self, store: TokenStore, vocabulary: Vocabulary, options: SegmentOptions, batch_size: int) -> None:
         require_integer("batch_size", batch_size, 1)
         self.store, self.options, self.batch_size = store, options, batch_size
-        self._sampler = options.sampler(vocabulary, batch_size)
+        self._sampler = options.sampler(
+            sep_id=vocabulary.sep_id,
+            cls_id=vocabulary.cls_id,
+            word_starts=vocabulary.word_starts,
+            batch_size=batch_size,
+        )
         self._streams = batch_size // 2 if options.bi_data else batch_size
         self._length = len(store.tokens) // self._streams
         if self._length < options.max_length:

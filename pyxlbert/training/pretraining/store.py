@@ -161,7 +161,8 @@ def _build(paths: Sequence[Path], vocabulary: Vocabulary, folder: Path, layout: 
                 tokens, sentences = tokens + len(ids), sentences + 1
                 sentence_file.write(array("q", [tokens]).tobytes())
     if not documents:
-        raise ValueError(f"files: {', '.join(map(str, paths))} hold no text")
+        holds = "hold" if len(paths) > 1 else "holds"
+        raise ValueError(f"files: {', '.join(map(str, paths))} {holds} no text")
     return {"tokens": tokens, "sentences": sentences, "documents": documents, "dtype": dtype.name}
 
 

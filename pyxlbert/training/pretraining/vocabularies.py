@@ -275,7 +275,8 @@ def _train(
     for _ in sentences():
         pass
     if not found:
-        raise ValueError(f"files: {', '.join(map(str, paths))} hold no text")
+        holds = "hold" if len(paths) > 1 else "holds"
+        raise ValueError(f"files: {', '.join(map(str, paths))} {holds} no text")
     try:
         tokenizer.train_from_iterator(sentences(), trainer)
     except Exception as error:  # the library raises bare Exception

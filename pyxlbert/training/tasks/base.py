@@ -75,6 +75,8 @@ class Task(ABC):
     defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        if settings is not None and not isinstance(settings, Mapping):
+            raise TypeError(f"settings: got {type(settings).__name__}, wanted a dict")
         given = dict(settings or {})
         unknown = given.keys() - self.defaults.keys()
         if unknown:
