@@ -34,8 +34,9 @@ FULL = "90a"
 ARCHITECTURES = ("80", FULL, "100")
 # Devices whose blocks have 99 KiB of shared memory, with what runs on them: 8.6 and 8.9 take the machine code of sm_80.
 SMALL = {"86": "80", "120": "120"}
-# By their first letters, the longest first.
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDG.E.128", "STG.E.128", "LDL", "STL")
+# By their first letters, the longest first; those of SHARED wait for shared memory.
+SHARED = ("LDSM", "LDS", "STSM", "STS")
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", *SHARED, "LDG.E.128", "STG.E.128", "LDL", "STL")
 
 
 def _file(path: Path) -> ModuleType:
@@ -106,7 +107,9 @@ def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, di
         *(nvcc.find().nvcc, *FLAGS.split(), *options.split(), f"-I{ROOT / 'csrc'}"),
         *(*map(_code, architectures), "-c", str(source)),
     ]
-    key = hashlib.sha256(json.dumps([command, _version(), _headers(), source.read_text()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([command, INSTRUCTIONS, _version(), _headers(), source.read_text()]).encode()
+    ).hexdigest()
     kept = BUILD / f"{name}.{architectures[0]}.json"
     if kept.exists():
         before = json.loads(kept.read_text())
@@ -135,6 +138,11 @@ def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, di
     target.unlink()
     kept.write_text(json.dumps({"key": key, "kernels": kernels}))
     return kernels
+
+
+def shared_accesses(kernel: dict[str, Any]) -> int:
+    """Loads from shared memory and stores to it, of one kernel of `compiled`."""
+    return sum(kernel["instructions"].get(name, 0) for name in SHARED)
 
 
 def _machine(architecture: str) -> str:
@@ -245,11 +253,12 @@ def main() -> None:
         for architecture, kernels in compiled(name).items():
             for kernel, found in kernels.items():
                 entry = budget.setdefault(name, {}).setdefault(
-                    kernel, {"shared": 0, "registers": {}, "instructions": {}}
+                    kernel, {"shared": 0, "registers": {}, "instructions": {}, "shared_accesses": {}}
                 )
                 entry["shared"] = max(entry["shared"], found["shared"])
                 entry["registers"][architecture] = found["registers"]
                 entry["instructions"][architecture] = found["instructions"]["all"]
+                entry["shared_accesses"][architecture] = shared_accesses(found)
                 print(name, architecture, kernel, found, flush=True)
     if "--write" in sys.argv:
         ordered = {name: budget[name] for name in units() if name in budget}

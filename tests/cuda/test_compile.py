@@ -1,5 +1,6 @@
-"""The CUDA kernels compile for every architecture: no spills, no stack, registers, shared memory and the number of
-instructions within budget.json, the instructions that they are written for.  See check.py for what is compiled."""
+"""The CUDA kernels compile for every architecture: no spills, no stack, registers, shared memory, the number of
+instructions and of accesses to shared memory within budget.json, the instructions that they are written for.  See
+check.py for what is compiled."""
 
 from __future__ import annotations
 
@@ -60,6 +61,9 @@ def test_kernels_compile(name: str) -> None:
                 # Most of a kernel is what it does for each score, unrolled: what it asks there too often shows here.
                 if counts["all"] > instructions:
                     wrong.append(f"{where}: {counts['all']} instructions, more than the {instructions} of budget.json")
+                accesses, most = check.shared_accesses(found), budget[kernel]["shared_accesses"][architecture]
+                if accesses > most:
+                    wrong.append(f"{where}: {accesses} accesses to shared memory, more than the {most} of budget.json")
                 if found["shared"] > shared:
                     wrong.append(f"{where}: {found['shared']} bytes of shared memory, budget.json has {shared}")
             if "hopper" in kernel:
