@@ -171,8 +171,10 @@ def _with_wide_weight(
     dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
     dweight = x.new_empty(0)
     for part in _parts(count, words):
-        shape = (part.stop - part.start, words)
-        logits = x.new_empty(shape) if memory is None else memory.empty(shape, x.dtype)
+        # Memory is kept by its size, and the last chunk of a step has any number of rows: the largest serves all.
+        whole = (_rows_at_once(words), words)
+        place = x.new_empty(part.stop - part.start, words) if memory is None else memory.empty(whole, x.dtype)
+        logits = place[: part.stop - part.start]
         _wide.product(x[part], weight, bias, logits)  # [C, V]
         total += _wide.softmax_slope(logits, labels[part], 1 / count)
         if needed[0]:
@@ -181,7 +183,7 @@ def _with_wide_weight(
             dweight = _wide.to_weight(logits, x[part], weight, memory, dweight)
         if needed[2]:
             dbias = _added(dbias, logits.sum(0, dtype=torch.float32), torch.float32)
-        del logits  # before the next chunk's are made
+        del logits, place  # before the next chunk's are made
     return total / count, dx, dweight, dbias
 
 
@@ -244,8 +246,12 @@ def _summed(decoder: nn.Module, rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def _parts(rows: int, words: int) -> list[slice]:
-    size = min(max(_FEWEST, _LOGITS_AT_ONCE // max(1, words)), _MOST)
+    size = _rows_at_once(words)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _rows_at_once(words: int) -> int:
+    return min(max(_FEWEST, _LOGITS_AT_ONCE // max(1, words)), _MOST)
 
 
 def _size(decoder: nn.Module) -> int:

@@ -242,6 +242,19 @@ def test_a_decoder_that_is_the_table_has_one_gradient() -> None:
     assert _memory.memory_of(weight).handed_over(weight.shape, torch.float32) is None  # outside of a backward pass
 
 
+def test_losses_of_any_number_of_rows_keep_memory_for_one() -> None:
+    """Masked words are another number in every step; memory of each number would never go."""
+    from pyxlbert.nn import linear_cross_entropy
+
+    weight, kept = torch.nn.Parameter(random(500, 40)), []
+    for count in (64, 65, 100, 2048, 2048 + 17):
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_cross_entropy(random(count, 40), weight, None, torch.arange(count) % 500).backward()
+        weight.grad = None
+        kept.append({size: len(free) for size, free in _memory.memory_of(weight)._free.items() if free})
+    assert kept[0] and all(one == kept[0] for one in kept)
+
+
 def test_what_is_no_plain_tensor_is_not_taken() -> None:
     x, weight = random(80, 48, dtype=torch.bfloat16), random(32, 48)
     assert _wide.multiplies(x, weight)
