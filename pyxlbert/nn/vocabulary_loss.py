@@ -21,7 +21,7 @@ from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, single_backward
 from pyxlbert.ops._memory import KeptMemory, memory_of
 from pyxlbert.ops._torch import keeps_graph
-from pyxlbert.ops.linear import gradients, linear
+from pyxlbert.ops.linear import gradients, linear, takes_wide_weight
 
 # Logits that exist at a time, and rows: a product of fewer is slower, more gain nothing. The most rows keep a sum over
 # a chunk within float16.
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(OpFunction):
     ) -> tuple[Tensor, ...]:
         """The loss and the gradients; in float16, of the sum, N times those of the mean: none of them is too small."""
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        if any(needed) and _wide.multiplies(x, weight):
+        if any(needed) and takes_wide_weight(x, weight):
             return _with_wide_weight(x, weight, bias, labels, needed, memory)
         if memory is None or weight.dtype is dtype:
             weight = weight.to(dtype)

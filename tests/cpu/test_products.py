@@ -194,6 +194,21 @@ def test_other_calls_go_the_usual_way(monkeypatch) -> None:
         pyxlbert.linear(x, weight).sum().backward()
 
 
+def test_the_loss_of_another_backend_goes_the_usual_way(monkeypatch) -> None:
+    from pyxlbert.nn import linear_cross_entropy
+
+    calls, run = [], _products._product
+    monkeypatch.setattr(_products, "_product", lambda *a, **b: calls.append(1) or run(*a, **b))
+    x, weight, labels = random(80, 48), torch.nn.Parameter(random(100, 48)), torch.arange(80)
+    with torch.autocast("cpu", torch.bfloat16):
+        for names in (("torch", None), ("cpu", "torch")):
+            with pyxlbert.use_backend(names[0], backward=names[1]):
+                linear_cross_entropy(x, weight, None, labels).backward()
+        assert not calls
+        linear_cross_entropy(x, weight, None, labels).backward()
+    assert calls
+
+
 def test_double_backward_is_refused() -> None:
     x, weight = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48))
     for op in (pyxlbert.linear, pyxlbert.linear_gelu):
