@@ -19,7 +19,7 @@ from pyxlbert.nn.layout import has_values
 from pyxlbert.nn.linear import Linear
 from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, single_backward
-from pyxlbert.ops._memory import KeptMemory, memory_of
+from pyxlbert.ops._memory import KeptMemory, is_parameter, memory_of
 from pyxlbert.ops._torch import keeps_graph
 from pyxlbert.ops.linear import gradients, linear, takes_wide_weight
 
@@ -134,6 +134,7 @@ class _LinearCrossEntropy(OpFunction):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.needed, ctx.summed, ctx.memory = inputs[4], inputs[5] is torch.float16, inputs[6]
+        ctx.hands_over = inputs[6] is not None and is_parameter(inputs[1])
         ctx.like = [None if one is None else (one.shape, one.dtype) for one in inputs[:3]]
         ctx.save_for_backward(*output[1:])
 
@@ -152,7 +153,7 @@ class _LinearCrossEntropy(OpFunction):
                 found.append(dloss.new_zeros(shape, dtype=dtype))
             elif one.is_cpu:
                 found.append(_scaled(one, scale, dtype, ctx.memory if len(found) == 1 else None))
-                if len(found) == 2 and ctx.memory is not None:
+                if len(found) == 2 and ctx.hands_over:
                     ctx.memory.hand_over(found[1])
             else:
                 found.append((one.to(dloss.dtype) * scale).to(dtype))

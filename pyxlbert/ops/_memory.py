@@ -44,7 +44,11 @@ class KeptMemory:
         return tensor
 
     def hand_over(self, gradient: Tensor) -> None:
-        """Says that a backward function is about to return `gradient`, if it came from `empty`, for the parameter."""
+        """Says that a backward function is about to return `gradient`, if it came from `empty`, for the parameter.
+
+        Both this and `handed_over` are for functions that were given the parameter itself (`is_parameter`). A view of
+        it has a gradient of its own, which may be asked for, or changed by a hook, before it is the parameter's.
+        """
         self._handed = (backward_pass(), self._lent.get(gradient.data_ptr()))
 
     def handed_over(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
@@ -64,6 +68,11 @@ class KeptMemory:
 def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:
     if len(free) < KeptMemory._MOST:
         free.append(memory)
+
+
+def is_parameter(weight: Tensor) -> bool:
+    """Whether autograd adds a gradient of `weight` to a parameter's without another function between."""
+    return type(weight) is torch.nn.Parameter and weight.is_leaf
 
 
 _kept: dict[int, KeptMemory] = {}

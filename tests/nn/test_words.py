@@ -115,6 +115,34 @@ def test_a_table_that_is_the_decoder_too(autocast: bool) -> None:
         weight.grad = None
 
 
+@pytest.mark.parametrize("which", ["table", "decoder"])
+def test_a_view_has_a_gradient_of_its_own(which: str) -> None:
+    """It is asked for beside the parameter's, or changed by a hook on its way, or belongs to no parameter."""
+    labels = torch.arange(8) % 7
+
+    def run(how: str, look_up, loss) -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 35).view(7, 5))
+        with torch.set_grad_enabled(how != "apart"):
+            view = weight.view(7, 5)
+        if how == "apart":
+            view.requires_grad_()
+        table, decoder = (view, weight) if which == "table" else (weight, view)
+        if how == "hook":
+            view.register_hook(lambda gradient: None if gradient is None else 5 * gradient)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = loss(look_up(IDS, table).flatten(0, 1), decoder, None, labels)
+        return [*torch.autograd.grad(mean, [weight] if how == "hook" else [weight, view], allow_unused=True)]
+
+    def usual(x: torch.Tensor, table: torch.Tensor, bias: None, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, table).float(), labels)
+
+    for how in ("asked", "hook", "apart"):
+        found, wanted = run(how, words_of, linear_cross_entropy), run(how, F.embedding, usual)
+        for one, other in zip(found, wanted, strict=True):
+            assert one is not None and other is not None, how
+            compare.close(how, one, other, compare.tolerances.CONTESTANT[torch.bfloat16])
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
     weight = torch.nn.Parameter(torch.randn(7, 5))
     loss = linear_cross_entropy(torch.randn(4, 5), weight, None, torch.tensor([0, 1, 5, 5]))
