@@ -119,6 +119,11 @@ def is_zerotensor(x: torch.Tensor) -> bool:
     return x._is_zerotensor()
 
 
+def in_memory(x: torch.Tensor) -> torch.Tensor:
+    """x, for whoever reads memory itself: not zeros without memory, and not numbers that lie there negated."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if is_zerotensor(x) else x.resolve_neg()
+
+
 def record_of(overload: Any, name: str) -> tuple[Any, tuple[int, ...]]:
     """A NamedTuple class of an overload's arguments, and the places of its tensors, those that may be None too."""
     arguments = overload._schema.arguments

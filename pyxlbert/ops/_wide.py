@@ -16,7 +16,7 @@ from pyxlbert import checks
 from pyxlbert.launch.rows import lies_transposed
 from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
 from pyxlbert.ops._memory import KeptMemory, memory_of
-from pyxlbert.ops._torch import apply, intercepted, is_zerotensor
+from pyxlbert.ops._torch import apply, in_memory, intercepted, is_zerotensor
 
 try:
     from pyxlbert.cpu import _products
@@ -85,7 +85,7 @@ class _WideLinear(OpFunction):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None
-        _, _, needs_bias = ctx.needs_input_grad
+        dy, (_, _, needs_bias) = in_memory(dy), ctx.needs_input_grad
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         return *_gradients(ctx, dy, *ctx.saved_tensors), dbias
 
@@ -114,7 +114,7 @@ class _WideLinearGelu(OpFunction):
             return None, None, None, None
         _, _, needs_bias, _ = ctx.needs_input_grad
         preactivation, x, weight = ctx.saved_tensors
-        dpreactivation, dbias = gelu_bwd(dy, preactivation, None, ctx.approximate, needs_bias)
+        dpreactivation, dbias = gelu_bwd(in_memory(dy), preactivation, None, ctx.approximate, needs_bias)
         dx, dweight = _gradients(ctx, dpreactivation, x, weight)
         return dx, dweight, dbias.to(ctx.bias_dtype) if needs_bias else None, None
 

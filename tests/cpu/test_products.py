@@ -209,6 +209,18 @@ def test_the_loss_of_another_backend_goes_the_usual_way(monkeypatch) -> None:
     assert calls
 
 
+@pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
+def test_a_gradient_that_lies_negated(op) -> None:
+    x, dy = random(80, 48, dtype=torch.bfloat16), random(80, 32, dtype=torch.bfloat16, seed=2)
+    found = []
+    for gradient in (torch._neg_view(dy), -dy):
+        leaves = [x.clone().requires_grad_(), random(32, 48).requires_grad_(), random(32).requires_grad_()]
+        op(*leaves).backward(gradient)
+        found.append([one.grad for one in leaves])
+    for name, one, other in zip(("x", "weight", "bias"), *found, strict=True):
+        compare.same_bits(name, one, other)
+
+
 def test_double_backward_is_refused() -> None:
     x, weight = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48))
     for op in (pyxlbert.linear, pyxlbert.linear_gelu):
