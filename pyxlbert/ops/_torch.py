@@ -114,6 +114,13 @@ def keeps_graph() -> bool:
     return True if ask is None else ask()
 
 
+def held_by_autograd(x: torch.Tensor) -> bool:
+    """Whether C++ refers to x besides Python. Where torch no longer counts: False."""
+    count = getattr(x, "_use_count", None)
+    # What is handed through C++ belongs to Python, which counts as one, however many of its objects refer to x.
+    return count is not None and x.requires_grad_(False) is x and count() > 1
+
+
 def is_zerotensor(x: torch.Tensor) -> bool:
     """Whether x is zeros without memory, as autograd makes them."""
     return x._is_zerotensor()
