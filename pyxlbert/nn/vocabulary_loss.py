@@ -181,7 +181,7 @@ def _with_wide_weight(
         if needed[0]:
             dx[part] = _wide.to_rows(logits, weight)
         if needed[1]:
-            dweight = _wide.to_weight(logits, x[part], weight, memory, dweight)
+            dweight = _wide.to_weight(logits, x[part], _wide.Layout.of(weight), memory, dweight)
         if needed[2]:
             dbias = _added(dbias, logits.sum(0, dtype=torch.float32), torch.float32)
         del logits, place  # before the next chunk's are made

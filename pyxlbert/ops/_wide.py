@@ -7,7 +7,7 @@ ops, which have one dtype for all that they are given.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,18 +51,30 @@ def to_rows(dy: Tensor, weight: Tensor) -> Tensor:
     return _products.to_rows(dy, weight)
 
 
-def to_weight(dy: Tensor, x: Tensor, weight: Tensor, memory: KeptMemory | None, sum: Tensor) -> Tensor:
+class Layout(NamedTuple):
+    """How a weight lies, which its gradient follows: the weight itself may have changed since."""
+
+    shape: torch.Size
+    transposed: bool
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Layout:
+        return cls(weight.shape, lies_transposed(weight))
+
+
+def to_weight(dy: Tensor, x: Tensor, layout: Layout, memory: KeptMemory | None, sum: Tensor) -> Tensor:
     """dyᵀ x in float32, lying as the weight does.
 
     Args:
+        layout: the weight's.
         memory: where the gradient is to lie; None takes fresh memory.
         sum: what it is added to, or a tensor without elements.
     """
     if sum.numel():
         return _products.to_weight(dy, x, sum, add=True)
-    shape = weight.t().shape if lies_transposed(weight) else weight.shape
-    empty = weight.new_empty(shape) if memory is None else memory.empty(shape, torch.float32)
-    return _products.to_weight(dy, x, empty.t() if lies_transposed(weight) else empty)
+    shape = layout.shape[::-1] if layout.transposed else layout.shape
+    empty = torch.empty(shape) if memory is None else memory.empty(shape, torch.float32)
+    return _products.to_weight(dy, x, empty.t() if layout.transposed else empty)
 
 
 class _WideLinear(OpFunction):
@@ -77,8 +89,8 @@ class _WideLinear(OpFunction):
         x, weight, bias = inputs
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.memory = memory_of(weight)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.memory, ctx.layout = memory_of(weight), Layout.of(weight)
+        ctx.save_for_backward(*_needed(ctx, x, weight))
 
     @staticmethod
     @single_backward("linear")
@@ -104,8 +116,8 @@ class _WideLinearGelu(OpFunction):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.memory = memory_of(weight)
-        ctx.save_for_backward(output[1], x if ctx.needs_input_grad[1] else None, weight)
+        ctx.memory, ctx.layout = memory_of(weight), Layout.of(weight)
+        ctx.save_for_backward(output[1], *_needed(ctx, x, weight))
 
     @staticmethod
     @single_backward("linear_gelu")
@@ -119,10 +131,15 @@ class _WideLinearGelu(OpFunction):
         return dx, dweight, dbias.to(ctx.bias_dtype) if needs_bias else None, None
 
 
-def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight, where they are needed; x is there if dweight is."""
-    dx = to_rows(dy, weight) if ctx.needs_input_grad[0] else None
-    return dx, None if x is None else to_weight(dy, x, weight, ctx.memory, dy.new_empty(0))
+def _needed(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dweight needs x, dx needs weight; a frozen side keeps nothing alive, and may change."""
+    return x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+
+
+def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight, as far as what they need is there."""
+    dx = None if weight is None else to_rows(dy, weight)
+    return dx, None if x is None else to_weight(dy, x, ctx.layout, ctx.memory, dy.new_empty(0))
 
 
 def linear(op: Any, backend: str | None, x: Any, weight: Any, bias: Any) -> Tensor | None:

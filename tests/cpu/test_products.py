@@ -221,6 +221,23 @@ def test_a_gradient_that_lies_negated(op) -> None:
         compare.same_bits(name, one, other)
 
 
+@pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
+def test_a_weight_may_change_before_a_gradient_that_does_not_need_it(op) -> None:
+    x, weight, found = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48)), []
+    for change in (0.0, 1.0):
+        y = op(x, weight).float().sum()
+        with torch.no_grad():
+            weight.add_(change)
+        found.append(torch.autograd.grad(y, weight)[0])
+    compare.same_bits("gradient", *found)
+    leaf = x.clone().requires_grad_()
+    y = op(leaf, weight).float().sum()
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_double_backward_is_refused() -> None:
     x, weight = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48))
     for op in (pyxlbert.linear, pyxlbert.linear_gelu):
