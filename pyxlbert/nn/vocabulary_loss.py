@@ -19,9 +19,9 @@ from pyxlbert.nn.layout import has_values
 from pyxlbert.nn.linear import Linear
 from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, single_backward
-from pyxlbert.ops._memory import KeptMemory, memory_of
+from pyxlbert.ops._memory import KeptMemory, is_parameter, memory_of
 from pyxlbert.ops._torch import keeps_graph
-from pyxlbert.ops.linear import gradients, linear
+from pyxlbert.ops.linear import gradients, linear, takes_wide_weight
 
 # Logits that exist at a time, and rows: a product of fewer is slower, more gain nothing. The most rows keep a sum over
 # a chunk within float16.
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(OpFunction):
     ) -> tuple[Tensor, ...]:
         """The loss and the gradients; in float16, of the sum, N times those of the mean: none of them is too small."""
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        if any(needed) and _wide.multiplies(x, weight):
+        if any(needed) and takes_wide_weight(x, weight):
             return _with_wide_weight(x, weight, bias, labels, needed, memory)
         if memory is None or weight.dtype is dtype:
             weight = weight.to(dtype)
@@ -134,6 +134,7 @@ class _LinearCrossEntropy(OpFunction):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.needed, ctx.summed, ctx.memory = inputs[4], inputs[5] is torch.float16, inputs[6]
+        ctx.hands_over = inputs[6] is not None and is_parameter(inputs[1])
         ctx.like = [None if one is None else (one.shape, one.dtype) for one in inputs[:3]]
         ctx.save_for_backward(*output[1:])
 
@@ -152,7 +153,7 @@ class _LinearCrossEntropy(OpFunction):
                 found.append(dloss.new_zeros(shape, dtype=dtype))
             elif one.is_cpu:
                 found.append(_scaled(one, scale, dtype, ctx.memory if len(found) == 1 else None))
-                if len(found) == 2 and ctx.memory is not None:
+                if len(found) == 2 and ctx.hands_over:
                     ctx.memory.hand_over(found[1])
             else:
                 found.append((one.to(dloss.dtype) * scale).to(dtype))
@@ -171,17 +172,19 @@ def _with_wide_weight(
     dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
     dweight = x.new_empty(0)
     for part in _parts(count, words):
-        shape = (part.stop - part.start, words)
-        logits = x.new_empty(shape) if memory is None else memory.empty(shape, x.dtype)
+        # Memory is kept by its size, and the last chunk of a step has any number of rows: the largest serves all.
+        whole = (_rows_at_once(words), words)
+        place = x.new_empty(part.stop - part.start, words) if memory is None else memory.empty(whole, x.dtype)
+        logits = place[: part.stop - part.start]
         _wide.product(x[part], weight, bias, logits)  # [C, V]
         total += _wide.softmax_slope(logits, labels[part], 1 / count)
         if needed[0]:
             dx[part] = _wide.to_rows(logits, weight)
         if needed[1]:
-            dweight = _wide.to_weight(logits, x[part], weight, memory, dweight)
+            dweight = _wide.to_weight(logits, x[part], _wide.Layout.of(weight), memory, dweight)
         if needed[2]:
             dbias = _added(dbias, logits.sum(0, dtype=torch.float32), torch.float32)
-        del logits  # before the next chunk's are made
+        del logits, place  # before the next chunk's are made
     return total / count, dx, dweight, dbias
 
 
@@ -244,8 +247,12 @@ def _summed(decoder: nn.Module, rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def _parts(rows: int, words: int) -> list[slice]:
-    size = min(max(_FEWEST, _LOGITS_AT_ONCE // max(1, words)), _MOST)
+    size = _rows_at_once(words)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _rows_at_once(words: int) -> int:
+    return min(max(_FEWEST, _LOGITS_AT_ONCE // max(1, words)), _MOST)
 
 
 def _size(decoder: nn.Module) -> int:

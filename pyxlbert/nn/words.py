@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxlbert.ops._autograd import OpFunction, single_backward
-from pyxlbert.ops._memory import KeptMemory, memory_of
+from pyxlbert.ops._memory import KeptMemory, is_parameter, memory_of
 from pyxlbert.ops._torch import apply
 
 
@@ -23,7 +23,7 @@ class _Words(OpFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, ids, ctx.memory = inputs
-        ctx.shape = weight.shape
+        ctx.shape, ctx.adds = weight.shape, is_parameter(weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids)
 
@@ -36,7 +36,7 @@ class _Words(OpFunction):
         found = (ids.reshape(-1), dy.reshape(-1, ctx.shape[1]))
         # Of a table that is the decoder too, the decoder's gradient is there already, and autograd would add the two in
         # fresh memory.
-        other = ctx.memory.handed_over(ctx.shape, dy.dtype)
+        other = ctx.memory.handed_over(ctx.shape, dy.dtype) if ctx.adds else None
         if other is not None:
             other.index_add_(0, *found)
             return None, None, None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxlbert import checks
 from pyxlbert.ops._autograd import OpFunction
-from pyxlbert.ops._torch import apply, intercepted
+from pyxlbert.ops._torch import apply, in_memory, intercepted
 
 try:
     from pyxlbert.cpu import _dropout
@@ -24,7 +24,7 @@ class _Dropped(OpFunction):
 
     @staticmethod
     def forward(x: Tensor, limit: int, seed: int) -> Tensor:
-        return _dropout.dropout(x, limit, seed)
+        return _dropout.dropout(in_memory(x), limit, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

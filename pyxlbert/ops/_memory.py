@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyxlbert.ops._torch import backward_pass, transformed
+from pyxlbert.ops._torch import backward_pass, held_by_autograd, transformed
 
 
 class KeptMemory:
@@ -27,7 +27,7 @@ class KeptMemory:
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
         self._lent: dict[int, weakref.ref[np.ndarray]] = {}
-        self._handed: tuple[int, weakref.ref[np.ndarray] | None] = (-1, None)
+        self._handed: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # of a backward pass
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, with anything in it."""
@@ -44,26 +44,38 @@ class KeptMemory:
         return tensor
 
     def hand_over(self, gradient: Tensor) -> None:
-        """Says that a backward function is about to return `gradient`, if it came from `empty`, for the parameter."""
-        self._handed = (backward_pass(), self._lent.get(gradient.data_ptr()))
+        """Says that a backward function is about to return `gradient`, if it came from `empty`, for the parameter.
+
+        Both this and `handed_over` are for functions that were given the parameter itself (`is_parameter`). A view of
+        it has a gradient of its own, which may be asked for, or changed by a hook, before it is the parameter's.
+        """
+        lent = self._lent.get(gradient.data_ptr())
+        if lent is not None and lent() is not None and backward_pass() >= 0:
+            self._handed[backward_pass()] = gradient
+        else:
+            self._handed.pop(backward_pass(), None)
 
     def handed_over(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """The gradient that was handed over in the backward pass that runs, while autograd waits for the rest of it.
 
         Autograd adds up what it gets for a parameter in a tensor of its own, unless there is one summand alone.  So
-        whoever finds the first one here adds to it and returns nothing.  It is gone, and None, if autograd has added
-        another to it before.
+        whoever finds the first one here adds to it and returns nothing.  It is None if autograd has added another to it
+        before, into a third tensor; the first is then gone, or a hook of its function keeps it.
         """
-        (backward, reference), now = self._handed, backward_pass()
-        lent = reference() if reference is not None and now >= 0 and backward == now else None
-        if lent is None or lent.nbytes != math.prod(shape) * dtype.itemsize:
+        gradient = self._handed.get(backward_pass())
+        if gradient is None or gradient.shape != shape or gradient.dtype is not dtype or not held_by_autograd(gradient):
             return None
-        return torch.from_numpy(lent).view(dtype).view(*shape)
+        return gradient.detach()
 
 
 def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:
     if len(free) < KeptMemory._MOST:
         free.append(memory)
+
+
+def is_parameter(weight: Tensor) -> bool:
+    """Whether autograd adds a gradient of `weight` to a parameter's without another function between."""
+    return type(weight) is torch.nn.Parameter and weight.is_leaf
 
 
 _kept: dict[int, KeptMemory] = {}

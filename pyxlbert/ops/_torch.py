@@ -114,9 +114,21 @@ def keeps_graph() -> bool:
     return True if ask is None else ask()
 
 
+def held_by_autograd(x: torch.Tensor) -> bool:
+    """Whether C++ refers to x besides Python. Where torch no longer counts: False."""
+    count = getattr(x, "_use_count", None)
+    # What is handed through C++ belongs to Python, which counts as one, however many of its objects refer to x.
+    return count is not None and x.requires_grad_(False) is x and count() > 1
+
+
 def is_zerotensor(x: torch.Tensor) -> bool:
     """Whether x is zeros without memory, as autograd makes them."""
     return x._is_zerotensor()
+
+
+def in_memory(x: torch.Tensor) -> torch.Tensor:
+    """x, for whoever reads memory itself: not zeros without memory, and not numbers that lie there negated."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if is_zerotensor(x) else x.resolve_neg()
 
 
 def record_of(overload: Any, name: str) -> tuple[Any, tuple[int, ...]]:

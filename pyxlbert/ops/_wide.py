@@ -7,7 +7,7 @@ ops, which have one dtype for all that they are given.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pyxlbert import checks
 from pyxlbert.launch.rows import lies_transposed
 from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
 from pyxlbert.ops._memory import KeptMemory, memory_of
-from pyxlbert.ops._torch import apply, intercepted, is_zerotensor
+from pyxlbert.ops._torch import apply, in_memory, intercepted, is_zerotensor
 
 try:
     from pyxlbert.cpu import _products
@@ -51,18 +51,30 @@ def to_rows(dy: Tensor, weight: Tensor) -> Tensor:
     return _products.to_rows(dy, weight)
 
 
-def to_weight(dy: Tensor, x: Tensor, weight: Tensor, memory: KeptMemory | None, sum: Tensor) -> Tensor:
+class Layout(NamedTuple):
+    """How a weight lies, which its gradient follows: the weight itself may have changed since."""
+
+    shape: torch.Size
+    transposed: bool
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Layout:
+        return cls(weight.shape, lies_transposed(weight))
+
+
+def to_weight(dy: Tensor, x: Tensor, layout: Layout, memory: KeptMemory | None, sum: Tensor) -> Tensor:
     """dyᵀ x in float32, lying as the weight does.
 
     Args:
+        layout: the weight's.
         memory: where the gradient is to lie; None takes fresh memory.
         sum: what it is added to, or a tensor without elements.
     """
     if sum.numel():
         return _products.to_weight(dy, x, sum, add=True)
-    shape = weight.t().shape if lies_transposed(weight) else weight.shape
-    empty = weight.new_empty(shape) if memory is None else memory.empty(shape, torch.float32)
-    return _products.to_weight(dy, x, empty.t() if lies_transposed(weight) else empty)
+    shape = layout.shape[::-1] if layout.transposed else layout.shape
+    empty = torch.empty(shape) if memory is None else memory.empty(shape, torch.float32)
+    return _products.to_weight(dy, x, empty.t() if layout.transposed else empty)
 
 
 class _WideLinear(OpFunction):
@@ -77,15 +89,15 @@ class _WideLinear(OpFunction):
         x, weight, bias = inputs
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.memory = memory_of(weight)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.memory, ctx.layout = memory_of(weight), Layout.of(weight)
+        ctx.save_for_backward(*_needed(ctx, x, weight))
 
     @staticmethod
     @single_backward("linear")
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None
-        _, _, needs_bias = ctx.needs_input_grad
+        dy, (_, _, needs_bias) = in_memory(dy), ctx.needs_input_grad
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
         return *_gradients(ctx, dy, *ctx.saved_tensors), dbias
 
@@ -104,8 +116,8 @@ class _WideLinearGelu(OpFunction):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.memory = memory_of(weight)
-        ctx.save_for_backward(output[1], x if ctx.needs_input_grad[1] else None, weight)
+        ctx.memory, ctx.layout = memory_of(weight), Layout.of(weight)
+        ctx.save_for_backward(output[1], *_needed(ctx, x, weight))
 
     @staticmethod
     @single_backward("linear_gelu")
@@ -114,15 +126,20 @@ class _WideLinearGelu(OpFunction):
             return None, None, None, None
         _, _, needs_bias, _ = ctx.needs_input_grad
         preactivation, x, weight = ctx.saved_tensors
-        dpreactivation, dbias = gelu_bwd(dy, preactivation, None, ctx.approximate, needs_bias)
+        dpreactivation, dbias = gelu_bwd(in_memory(dy), preactivation, None, ctx.approximate, needs_bias)
         dx, dweight = _gradients(ctx, dpreactivation, x, weight)
         return dx, dweight, dbias.to(ctx.bias_dtype) if needs_bias else None, None
 
 
-def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight, where they are needed; x is there if dweight is."""
-    dx = to_rows(dy, weight) if ctx.needs_input_grad[0] else None
-    return dx, None if x is None else to_weight(dy, x, weight, ctx.memory, dy.new_empty(0))
+def _needed(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dweight needs x, dx needs weight; a frozen side keeps nothing alive, and may change."""
+    return x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+
+
+def _gradients(ctx: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight, as far as what they need is there."""
+    dx = None if weight is None else to_rows(dy, weight)
+    return dx, None if x is None else to_weight(dy, x, ctx.layout, ctx.memory, dy.new_empty(0))
 
 
 def linear(op: Any, backend: str | None, x: Any, weight: Any, bias: Any) -> Tensor | None:

@@ -92,6 +92,11 @@ def gradients(
     return _bwd(Backward(dy, x, weight, False, backward_backend(OP.resolve(None, dy))))
 
 
+def takes_wide_weight(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product in training of x, bfloat16, and a weight in float32 is one of `pyxlbert.ops._wide`."""
+    return _wide.multiplies(x, weight) and OP.resolve(None, x) == "cpu" and backward_backend("cpu") == "cpu"
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:

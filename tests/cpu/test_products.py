@@ -194,6 +194,50 @@ def test_other_calls_go_the_usual_way(monkeypatch) -> None:
         pyxlbert.linear(x, weight).sum().backward()
 
 
+def test_the_loss_of_another_backend_goes_the_usual_way(monkeypatch) -> None:
+    from pyxlbert.nn import linear_cross_entropy
+
+    calls, run = [], _products._product
+    monkeypatch.setattr(_products, "_product", lambda *a, **b: calls.append(1) or run(*a, **b))
+    x, weight, labels = random(80, 48), torch.nn.Parameter(random(100, 48)), torch.arange(80)
+    with torch.autocast("cpu", torch.bfloat16):
+        for names in (("torch", None), ("cpu", "torch")):
+            with pyxlbert.use_backend(names[0], backward=names[1]):
+                linear_cross_entropy(x, weight, None, labels).backward()
+        assert not calls
+        linear_cross_entropy(x, weight, None, labels).backward()
+    assert calls
+
+
+@pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
+def test_a_gradient_that_lies_negated(op) -> None:
+    x, dy = random(80, 48, dtype=torch.bfloat16), random(80, 32, dtype=torch.bfloat16, seed=2)
+    found = []
+    for gradient in (torch._neg_view(dy), -dy):
+        leaves = [x.clone().requires_grad_(), random(32, 48).requires_grad_(), random(32).requires_grad_()]
+        op(*leaves).backward(gradient)
+        found.append([one.grad for one in leaves])
+    for name, one, other in zip(("x", "weight", "bias"), *found, strict=True):
+        compare.same_bits(name, one, other)
+
+
+@pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
+def test_a_weight_may_change_before_a_gradient_that_does_not_need_it(op) -> None:
+    x, weight, found = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48)), []
+    for change in (0.0, 1.0):
+        y = op(x, weight).float().sum()
+        with torch.no_grad():
+            weight.add_(change)
+        found.append(torch.autograd.grad(y, weight)[0])
+    compare.same_bits("gradient", *found)
+    leaf = x.clone().requires_grad_()
+    y = op(leaf, weight).float().sum()
+    with torch.no_grad():
+        weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_double_backward_is_refused() -> None:
     x, weight = random(80, 48, dtype=torch.bfloat16), torch.nn.Parameter(random(32, 48))
     for op in (pyxlbert.linear, pyxlbert.linear_gelu):
@@ -240,6 +284,19 @@ def test_a_decoder_that_is_the_table_has_one_gradient() -> None:
         F.cross_entropy(F.linear(F.embedding(ids, plain), plain).float(), ids).backward()
     compare.close("gradient", once, plain.grad, tolerances.CONTESTANT[torch.bfloat16])
     assert _memory.memory_of(weight).handed_over(weight.shape, torch.float32) is None  # outside of a backward pass
+
+
+def test_losses_of_any_number_of_rows_keep_memory_for_one() -> None:
+    """Masked words are another number in every step; memory of each number would never go."""
+    from pyxlbert.nn import linear_cross_entropy
+
+    weight, kept = torch.nn.Parameter(random(500, 40)), []
+    for count in (64, 65, 100, 2048, 2048 + 17):
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_cross_entropy(random(count, 40), weight, None, torch.arange(count) % 500).backward()
+        weight.grad = None
+        kept.append({size: len(free) for size, free in _memory.memory_of(weight)._free.items() if free})
+    assert kept[0] and all(one == kept[0] for one in kept)
 
 
 def test_what_is_no_plain_tensor_is_not_taken() -> None:

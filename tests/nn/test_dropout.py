@@ -69,6 +69,21 @@ def test_strides_empty_tensors_and_limits() -> None:
         dropout(x, 1.5)
 
 
+def test_numbers_that_do_not_lie_in_memory() -> None:
+    """Autograd negates what is imaginary, and makes zeros, without writing them."""
+    negated = torch.complex(torch.zeros(64), torch.ones(64)).conj().imag
+    assert negated.is_neg() and set(dropout(negated, 0.5).tolist()) == {0.0, -2.0}
+    assert not dropout(torch._efficientzerotensor((64,)), 0.5).any()
+    x = torch.ones(64, requires_grad=True)
+    y = dropout(x, 0.5)
+    torch.complex(torch.zeros(64), y).conj().imag.sum().backward()
+    assert torch.equal(x.grad, -y.detach())
+    x.grad = None
+    y = dropout(x, 0.5)
+    y.backward(negated)
+    assert torch.equal(x.grad, -y.detach())
+
+
 def test_the_module() -> None:
     module, x = Dropout(0.5), torch.randn(64)
     assert isinstance(module, torch.nn.Dropout)

@@ -115,6 +115,80 @@ def test_a_table_that_is_the_decoder_too(autocast: bool) -> None:
         weight.grad = None
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_hook_keeps_the_decoders_gradient(others: int) -> None:
+    """Autograd has then added another to it in a third tensor: rows must not go to the one that the hook keeps."""
+    weight, labels, kept = torch.nn.Parameter(torch.randn(7, 5)), torch.arange(8) % 7, []
+
+    def run(look_up, loss) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = look_up(IDS, weight).flatten(0, 1)
+            for _ in range(others):
+                x = x + F.linear(x, weight)[:, :5]
+            mean = loss(x, weight, None, labels)
+        mean.grad_fn.register_hook(lambda gradients, _: kept.append(gradients))
+        return torch.autograd.grad(mean, weight)[0]
+
+    found = run(words_of, linear_cross_entropy)
+    wanted = run(F.embedding, lambda x, table, bias, labels: F.cross_entropy(F.linear(x, table).float(), labels))
+    compare.close("gradient", found, wanted, compare.tolerances.CONTESTANT[torch.bfloat16])
+
+
+def test_passes_at_the_same_time_know_their_own_gradients() -> None:
+    """Whether rows are added to the decoder's gradient decides on bits, so no other pass may decide on it."""
+    weight, labels = torch.nn.Parameter(torch.randn(7, 5)), torch.arange(8) % 7
+    memory, seen = memory_of(weight), []
+    find = memory.handed_over
+    memory.handed_over = lambda *a: seen.append(find(*a)) or seen[-1]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(x, weight, None, labels)
+
+    class Between(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                torch.autograd.grad(loss(words_of(IDS, weight).flatten(0, 1)), weight)
+            return dy
+
+    torch.autograd.grad(loss(Between.apply(words_of(IDS, weight).flatten(0, 1))), weight)
+    assert len(seen) == 2 and all(one is not None for one in seen)
+    assert not len(memory._handed)
+
+
+@pytest.mark.parametrize("which", ["table", "decoder"])
+def test_a_view_has_a_gradient_of_its_own(which: str) -> None:
+    """It is asked for beside the parameter's, or changed by a hook on its way, or belongs to no parameter."""
+    labels = torch.arange(8) % 7
+
+    def run(how: str, look_up, loss) -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 35).view(7, 5))
+        with torch.set_grad_enabled(how != "apart"):
+            view = weight.view(7, 5)
+        if how == "apart":
+            view.requires_grad_()
+        table, decoder = (view, weight) if which == "table" else (weight, view)
+        if how == "hook":
+            view.register_hook(lambda gradient: None if gradient is None else 5 * gradient)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = loss(look_up(IDS, table).flatten(0, 1), decoder, None, labels)
+        return [*torch.autograd.grad(mean, [weight] if how == "hook" else [weight, view], allow_unused=True)]
+
+    def usual(x: torch.Tensor, table: torch.Tensor, bias: None, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, table).float(), labels)
+
+    for how in ("asked", "hook", "apart"):
+        found, wanted = run(how, words_of, linear_cross_entropy), run(how, F.embedding, usual)
+        for one, other in zip(found, wanted, strict=True):
+            assert one is not None and other is not None, how
+            compare.close(how, one, other, compare.tolerances.CONTESTANT[torch.bfloat16])
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
     weight = torch.nn.Parameter(torch.randn(7, 5))
     loss = linear_cross_entropy(torch.randn(4, 5), weight, None, torch.tensor([0, 1, 5, 5]))

@@ -33,6 +33,15 @@ def test_the_short_way_into_an_autograd_function_is_here() -> None:
     assert _torch.transforming() is False
 
 
+def test_what_tells_of_the_backward_pass_is_here() -> None:
+    """Without it a tied table's gradient takes one more tensor of its size, and one more pass."""
+    assert _torch.backward_pass is not _torch._no_pass, "torch._C._current_graph_task_id has moved"
+    assert _torch.backward_pass() == -1
+    assert hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    x = torch.ones(3)
+    assert not _torch.held_by_autograd(x)
+
+
 def test_apply_is_the_functions_own_apply() -> None:
     for call in (lambda x: _torch.apply(_Scale, x, SCALE), lambda x: _Scale.apply(x, SCALE)):
         x = torch.ones(2, requires_grad=True)
