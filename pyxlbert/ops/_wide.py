@@ -43,7 +43,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor
 
 def softmax_slope(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     """See `pyxlbert.cpu._products.softmax_slope`."""
-    return _products.softmax_slope(logits, labels, scale)
+    return _products.softmax_slope(logits, in_memory(labels), scale)
 
 
 def to_rows(dy: Tensor, weight: Tensor) -> Tensor:

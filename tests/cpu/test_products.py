@@ -209,6 +209,18 @@ def test_the_loss_of_another_backend_goes_the_usual_way(monkeypatch) -> None:
     assert calls
 
 
+def test_labels_that_lie_negated_or_not_at_all() -> None:
+    """Words that lie in memory as numbers below 0 would be written far before their row."""
+    from pyxlbert.nn import linear_cross_entropy
+
+    x, weight, labels = random(80, 48), torch.nn.Parameter(random(100, 48)), torch.arange(80)
+    nowhere = torch._efficientzerotensor((80,), dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for pair in ((torch._neg_view(-labels), labels), (nowhere, torch.zeros_like(labels))):
+            losses = [linear_cross_entropy(x, weight, None, one) for one in pair]
+            compare.same_bits("dweight", *(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
 @pytest.mark.parametrize("op", [pyxlbert.linear, pyxlbert.linear_gelu])
 def test_a_gradient_that_lies_negated(op) -> None:
     x, dy = random(80, 48, dtype=torch.bfloat16), random(80, 32, dtype=torch.bfloat16, seed=2)
