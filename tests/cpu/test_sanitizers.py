@@ -82,8 +82,12 @@ def test_small_grid(environment) -> None:
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
 
 
-def test_packed_products(environment) -> None:
-    command = [sys.executable, "-m", "pytest", f"{variants.ROOT}/tests/cpu/test_packed_products.py", "--noconftest"]
+needs_products = pytest.mark.skipif("avx512_bf16" not in HERE, reason="training's products need AVX-512 with bfloat16")
+
+
+@pytest.mark.parametrize("name", ["test_packed_products.py", pytest.param("test_products.py", marks=needs_products)])
+def test_products(environment, name: str) -> None:
+    command = [sys.executable, "-m", "pytest", f"{variants.ROOT}/tests/cpu/{name}", "--noconftest"]
     command += ["-q", "-x", "-s", "-p", "no:cacheprovider"]
     environment = environment | {"PYXLBERT_TEST_SMALL": LEVELS[-1]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=variants.ROOT)
