@@ -249,11 +249,18 @@ def _card(architecture: int) -> Any:
 
 
 def compiled(architecture: int) -> Callable[..., float | None]:
-    """A judge: bytes of stack."""
+    """A judge: bytes of stack.  What has the same PTX for several architectures Triton compiles once, and keeps."""
+    ahead.compile_for(ahead.SAME_PTX.get(architecture, architecture))
+    # Calls that differ in what is no constant share a kernel.
+    known: dict[str, int] = {}
 
     def judge(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
         found = kernel.warmup(*arguments, grid=grid, **options)
-        return None if found.metadata.shared > ahead.SHARED[architecture] else ahead.stack(found)
+        if found.metadata.shared > ahead.SHARED[architecture]:
+            return None
+        if found.hash not in known:
+            known[found.hash] = ahead.stack(ahead.assembled(found, architecture))
+        return known[found.hash]
 
     return judge
 
@@ -441,7 +448,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
     if options.compile is not None:
         architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
-        ahead.compile_for(architecture)
     else:
         device, shapes, judge = "cuda", [(max(1, options.tokens // t), t) for t in (512, 2048)], timed
         architecture = configurations.card(torch.device(device, torch.cuda.current_device())).architecture
