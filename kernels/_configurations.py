@@ -110,6 +110,7 @@ TABLE: dict[Key, Tile] = {
     Key("attention_bwd_keys", 90, 2, 256, False): Tile(64, 32, 8, 1),
     Key("attention_bwd_keys", 100, 2, 256, False): Tile(64, 64, 8, 2),
     Key("attention_bwd_keys", 80, 2, 256, True): Tile(32, 32, 8, 1),
+    Key("attention_bwd_keys", 86, 2, 256, True): Tile(16, 32, 8, 1),
     Key("attention_bwd_keys", 90, 2, 256, True): Tile(64, 32, 8, 1),
     Key("attention_bwd_queries", 80, 4, 64, False): Tile(32, 32, 4, 1),
     Key("attention_bwd_queries", 80, 4, 64, True): Tile(32, 32, 8, 1),
