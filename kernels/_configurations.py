@@ -273,6 +273,7 @@ TABLE: dict[Key, Tile] = {
     Key("relative_bwd_queries_table", 86, 2, 64, False, True): Tile(32, 32, 4, 1, False),
     Key("relative_bwd_queries_table", 90, 2, 64, False, True): Tile(32, 64, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, False, True): Tile(64, 64, 8, 1, False),
+    Key("relative_bwd_queries_table", 120, 2, 64, False, True): Tile(32, 32, 8, 1, True),
     Key("relative_bwd_queries_table", 86, 2, 64, False): Tile(32, 32, 4, 1, True),
     Key("relative_bwd_queries_table", 80, 2, 64, True, True): Tile(32, 32, 8, 1, False),
     Key("relative_bwd_queries_table", 100, 2, 64, True, True): Tile(32, 64, 8, 1, False),
