@@ -7,7 +7,7 @@ or fails is reported, not hidden.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ REST = 0.05
 
 Call = Callable[[], torch.Tensor]
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Inputs that are like those to come.
+Calibration = Sequence[dict[str, torch.Tensor]]
 
 
 def transformers_sdpa(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> Call:
@@ -109,14 +111,25 @@ def onnx_runtime_any(
     return forward
 
 
-def openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> Call:
+def openvino(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype, calibration: Calibration | None = None
+) -> Call:
     """OpenVINO with static shapes and its latency setting."""
-    forward = openvino_any(model, dtype, {name: list(value.shape) for name, value in inputs.items()})
+    forward = openvino_any(model, dtype, {name: list(value.shape) for name, value in inputs.items()}, calibration)
     return lambda: forward(inputs["input_ids"], inputs["attention_mask"])
 
 
-def openvino_any(model: torch.nn.Module, dtype: torch.dtype, shapes: dict[str, list[int]] | None = None) -> Forward:
-    """OpenVINO with its latency setting; without `shapes` it takes any batch and length."""
+def openvino_any(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    shapes: dict[str, list[int]] | None = None,
+    calibration: Calibration | None = None,
+) -> Forward:
+    """OpenVINO with its latency setting; without `shapes` it takes any batch and length.
+
+    With `calibration` weights and activations are eight-bit integers of fixed ranges, which NNCF finds on these inputs
+    by its settings for transformers; `dtype` is that of the rest.
+    """
     import openvino
 
     wanted = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -126,6 +139,12 @@ def openvino_any(model: torch.nn.Module, dtype: torch.dtype, shapes: dict[str, l
         _export(model.float(), plain)
         model.to(before)
         converted = openvino.convert_model(str(plain))
+        if calibration is not None:
+            import nncf
+
+            samples = [{name: value.numpy() for name, value in one.items()} for one in calibration]
+            kind, count = nncf.ModelType.TRANSFORMER, len(samples)
+            converted = nncf.quantize(converted, nncf.Dataset(samples), model_type=kind, subset_size=count)
         if shapes is not None:
             converted.reshape(shapes)
         settings = {

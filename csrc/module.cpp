@@ -9,11 +9,14 @@
 
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/dropout.h"
 #include "cpu/dropout_add_layer_norm.h"
 #include "cpu/embedding_layer_norm.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"
+#include "cpu/product.h"
 #include "cpu/relative_attention.h"
+#include "cpu/softmax_slope.h"
 #include "cpu/two_stream_attention.h"
 #ifdef PYXLBERT_WITH_CUDA
 #include "cuda/bindings.h"
@@ -273,6 +276,53 @@ void linear_fwd(const View& x, const View& weight, const View& bias, const View&
     PYXLBERT_RUN(linear_fwd, arguments);
 }
 
+void dropout(Address x, Address y, std::int64_t n, std::int64_t seed, std::uint32_t limit, int dtype, int threads) {
+    const pyxlbert::DropoutFlat arguments{pointer(x), pointer(y), n, seed, limit, DType(dtype), threads};
+    PYXLBERT_RUN_ROWS(dropout, arguments, n);
+}
+
+#if defined(__x86_64__)
+// strides: of a between rows, of b along K and along N, of c between rows.  sizes: M, N, K.
+void product(Address a, bool transposed, Address b, int b_dtype, Address c, int c_dtype, bool add, Address bias,
+             const Strides4& strides, const Strides3& sizes, int threads) {
+    if (pyxlbert::active_level() != pyxlbert::Level::avx512_bf16)
+        throw std::invalid_argument("product: runs at level avx512_bf16 alone");
+    const pyxlbert::Product arguments{pointer<const pyxlbert::bf16>(a),
+                                      strides[0],
+                                      transposed,
+                                      pointer(b),
+                                      strides[1],
+                                      strides[2],
+                                      DType(b_dtype),
+                                      pointer(c),
+                                      strides[3],
+                                      DType(c_dtype),
+                                      add,
+                                      pointer<const float>(bias),
+                                      sizes[0],
+                                      sizes[1],
+                                      sizes[2],
+                                      threads};
+    const py::gil_scoped_release release;
+    pyxlbert::avx512_bf16::product(arguments);
+}
+
+void softmax_slope(Address logits, Address labels, Address found, std::int64_t rows, std::int64_t columns, float scale,
+                   int threads) {
+    if (pyxlbert::active_level() != pyxlbert::Level::avx512_bf16)
+        throw std::invalid_argument("softmax_slope: runs at level avx512_bf16 alone");
+    const pyxlbert::SoftmaxSlope arguments{pointer<pyxlbert::bf16>(logits),
+                                           pointer<const std::int64_t>(labels),
+                                           pointer<float>(found),
+                                           rows,
+                                           columns,
+                                           scale,
+                                           threads};
+    const py::gil_scoped_release release;
+    pyxlbert::avx512_bf16::softmax_slope(arguments);
+}
+#endif
+
 // One table of an embedding: where its rows are, which row each token takes, and the period where none is given.
 struct Table {
     Address rows, index;
@@ -452,7 +502,12 @@ PYBIND11_MODULE(_C, m) {
     cpu.def("embedding_scatter", &embedding_scatter);
     cpu.def("layer_norm_fwd", &layer_norm_fwd);
     cpu.def("layer_norm_bwd", &layer_norm_bwd);
+    cpu.def("dropout", &dropout);
     cpu.def("linear_fwd", &linear_fwd);
+#if defined(__x86_64__)
+    cpu.def("product", &product);
+    cpu.def("softmax_slope", &softmax_slope);
+#endif
     pyxlbert::bind_encoder(cpu);
     pyxlbert::bind_seen(cpu);
 

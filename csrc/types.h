@@ -24,6 +24,7 @@ enum class Tag : std::uint32_t {
     query_stream = 3,
     dropout_add_layer_norm = 4,
     embedding_layer_norm = 5,
+    dropout = 6,
 };
 
 }  // namespace pyxlbert

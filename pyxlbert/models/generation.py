@@ -211,7 +211,7 @@ class LeftToRight:
             key, value = self._cached(index, key, value)  # [B, Tk, H, D]
             table = self.tables[index][..., begin : begin + count + 1 + last, :, :]  # [R, H, D] or [2, R, H, D]
             mixed = attention.look(attention.project(x, "q")[0], key, value, table, layout)  # [B, T + 1, H, D]
-            x, residual = layer.finish(attention.back(mixed), (x, residual), copy_dtype)
+            x, residual = layer.finish(attention.back(mixed.flatten(-2)), (x, residual), copy_dtype)
         self.length = last
         target = encoder.dropout(encoder.public((x[:, -1], residual[:, -1])))  # [B, E]
         return self.model.lm_loss(target)

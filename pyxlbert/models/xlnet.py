@@ -111,6 +111,8 @@ class XLNetLayer(nn.Module):
             content_needed=content_needed,
             output_attentions=output_attentions,
         )
+        if mixed is not None and target is not None and self.training:
+            return *self._finish_both(mixed, target, content, query, copy_dtype), weights
         content = None if mixed is None else self.finish(mixed, content, copy_dtype)
         query = None if target is None else self.finish(target, query, copy_dtype)
         return content, query, weights
@@ -134,6 +136,20 @@ class XLNetLayer(nn.Module):
             "r",
             ("r_w_bias", "r_r_bias", "r_s_bias", "seg_embed"),
         )
+
+    def _finish_both(
+        self, mixed: Tensor, target: Tensor, content: Stream, query: Stream, copy_dtype: torch.dtype | None
+    ) -> tuple[Stream, Stream]:
+        """`finish` of both streams in one: see `in_one`."""
+        rows = [torch.cat([one.flatten(0, -2) for one in pair]) for pair in ((mixed, target), (content[1], query[1]))]
+        done = self.finish(rows[0], (rows[0], rows[1]), copy_dtype)  # [rows of both, E] twice
+        shapes = (mixed.shape[:-1], target.shape[:-1])
+        sizes = [one.numel() for one in shapes]
+        first = [part.unflatten(0, shape) for part, shape in zip(done[0].split(sizes), shapes, strict=True)]
+        if done[1] is done[0]:
+            return (first[0], first[0]), (first[1], first[1])
+        second = [part.unflatten(0, shape) for part, shape in zip(done[1].split(sizes), shapes, strict=True)]
+        return (first[0], second[0]), (first[1], second[1])
 
     def finish(self, mixed: Tensor, stream: Stream, copy_dtype: torch.dtype | None) -> Stream:
         """What follows attention: its residual and the feed-forward network."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyxlbert.ops._few_bits import dropped
 from pyxlbert.ops._torch import transformed
 
 # Random bits an element: p is rounded to a multiple of 2⁻¹⁶, and the scale is that of the rounded one.
@@ -17,9 +18,10 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Zeros with probability `p`, and x / (1 - p) elsewhere.
 
     On the CPU torch draws a number of its generator for every element, one after the other, which takes longer than the
-    layer norm and the activation around it. Here one draw of 64 bits is for four elements, and p is a multiple of
-    2⁻¹⁶. The bits are those of the default generator and do not depend on the number of threads. Elsewhere, and where
-    calls are traced or transformed, this is `torch.nn.functional.dropout`.
+    layer norm and the activation around it. Here the generator gives a seed, 16 bits of Philox decide on an element,
+    in the gradient once more, and p is a multiple of 2⁻¹⁶. In float64, and without the native module, a draw of 64 bits
+    is for four elements. Neither depends on the number of threads. Elsewhere, and where calls are traced or
+    transformed, this is `torch.nn.functional.dropout`.
 
     Args:
         x: any shape and strides.
@@ -34,6 +36,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     limit = round(p * _LEVELS)
     if not 0 < limit < _LEVELS or not _draws_few_bits(x):
         return F.dropout(x, p, True)
+    y = dropped(x, limit)
+    if y is not None:
+        return y
     count = x.numel()
     with torch.no_grad():
         words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,16 +161,19 @@ class RelativeAttention(Packable):
         (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D], with own_rows [N, H, D]
         if layout.own_rows is not None:
             table = layout.own_rows.spread(table)  # [B, R, H, D]
-        content_query = self.project(content, "q")[0] if content_needed else None  # [B, T, H, D]
-        target_query = None if query is None else self.project(query, "q")[0]  # [B, M, H, D]
+        if content_needed and query is not None and self.training:
+            content_query, target_query = in_one(lambda rows: self.project(rows, "q")[0], content, query)
+        else:
+            content_query = self.project(content, "q")[0] if content_needed else None  # [B, T, H, D]
+            target_query = None if query is None else self.project(query, "q")[0]  # [B, M, H, D]
         mixed, target, weights = self._attend(content_query, target_query, key, value, table, layout, output_attentions)
-        return self.back(mixed), self.back(target), weights
+        if mixed is not None and target is not None and self.training:
+            return *in_one(self.back, mixed.flatten(-2), target.flatten(-2)), weights
+        mixed, target = (None if one is None else self.back(one.flatten(-2)) for one in (mixed, target))
+        return mixed, target, weights
 
-    def back(self, mixed: Tensor | None) -> Tensor | None:
-        """``[..., H, D]`` to ``[..., E]``."""
-        if mixed is None:
-            return None
-        rows = mixed.flatten(-2)
+    def back(self, rows: Tensor) -> Tensor:
+        """``[..., H D]`` to ``[..., E]``."""
         y = self.packed_product(rows, product="o")
         return linear(rows, self.o.flatten(1)) if y is None else y
 
@@ -247,6 +251,23 @@ class RelativeAttention(Packable):
 
     def extra_repr(self) -> str:
         return f"heads={self.num_attention_heads}, head_size={self.head_size}, dropout_p={self.dropout_p}"
+
+
+def in_one(function: Callable[[Tensor], Tensor], content: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """What a function of rows makes of two streams, called once with the rows of both.
+
+    In training the products of both are then one, and so are a weight's gradients, which autograd would have to add.
+    The order of dropout's bits follows.
+
+    Args:
+        content: ``[..., E]``.
+        query: ``[..., E]``.
+    """
+    streams = (content, query)
+    rows = function(torch.cat([one.flatten(0, -2) for one in streams]))  # [rows of both, ...]
+    parts = rows.split([one.shape[:-1].numel() for one in streams])
+    first, second = (part.unflatten(0, one.shape[:-1]) for part, one in zip(parts, streams, strict=True))
+    return first, second
 
 
 def _two_streams(output_attentions: bool, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor, Any]:

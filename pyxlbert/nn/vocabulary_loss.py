@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from pyxlbert.nn.layout import has_values
 from pyxlbert.nn.linear import Linear
-from pyxlbert.nn.words import KeptMemory, memory_of
+from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, single_backward
+from pyxlbert.ops._memory import KeptMemory, memory_of
+from pyxlbert.ops._torch import keeps_graph
 from pyxlbert.ops.linear import gradients, linear
 
 # Logits that exist at a time, and rows: a product of fewer is slower, more gain nothing. The most rows keep a sum over
@@ -93,6 +95,8 @@ class _LinearCrossEntropy(OpFunction):
     ) -> tuple[Tensor, ...]:
         """The loss and the gradients; in float16, of the sum, N times those of the mean: none of them is too small."""
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if any(needed) and _wide.multiplies(x, weight):
+            return _with_wide_weight(x, weight, bias, labels, needed, memory)
         if memory is None or weight.dtype is dtype:
             weight = weight.to(dtype)
         else:
@@ -148,15 +152,46 @@ class _LinearCrossEntropy(OpFunction):
                 found.append(dloss.new_zeros(shape, dtype=dtype))
             elif one.is_cpu:
                 found.append(_scaled(one, scale, dtype, ctx.memory if len(found) == 1 else None))
+                if len(found) == 2 and ctx.memory is not None:
+                    ctx.memory.hand_over(found[1])
             else:
                 found.append((one.to(dloss.dtype) * scale).to(dtype))
         return *found, None, None, None, None
+
+
+def _with_wide_weight(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, needed: tuple[bool, ...], memory: KeptMemory | None
+) -> tuple[Tensor, ...]:
+    """The loss and the gradients with a weight in float32, which need not be rounded first, nor its gradient widened.
+
+    The logits of a chunk are in bfloat16, and their gradient takes their place.
+    """
+    count, words = x.shape[0], weight.shape[0]
+    total, dbias = x.new_zeros((), dtype=torch.float32), x.new_empty(0)
+    dx = torch.empty_like(x) if needed[0] else x.new_empty(0)
+    dweight = x.new_empty(0)
+    for part in _parts(count, words):
+        shape = (part.stop - part.start, words)
+        logits = x.new_empty(shape) if memory is None else memory.empty(shape, x.dtype)
+        _wide.product(x[part], weight, bias, logits)  # [C, V]
+        total += _wide.softmax_slope(logits, labels[part], 1 / count)
+        if needed[0]:
+            dx[part] = _wide.to_rows(logits, weight)
+        if needed[1]:
+            dweight = _wide.to_weight(logits, x[part], weight, memory, dweight)
+        if needed[2]:
+            dbias = _added(dbias, logits.sum(0, dtype=torch.float32), torch.float32)
+        del logits  # before the next chunk's are made
+    return total / count, dx, dweight, dbias
 
 
 def _scaled(one: Tensor, scale: Tensor, dtype: torch.dtype, memory: KeptMemory | None) -> Tensor:
     """On the CPU, where a tensor of no dimensions is not rounded to the other's dtype."""
     if torch.promote_types(one.dtype, dtype) is not dtype:
         return (one * scale).to(dtype)
+    if memory is not None and one.dtype is dtype and not keeps_graph():
+        # Nobody asks for it again.
+        return one if scale == 1 else one.mul_(scale)
     scaled = torch.empty(one.shape, dtype=dtype) if memory is None else memory.empty(one.shape, dtype)
     if one.dtype is dtype:
         return torch.mul(one, scale, out=scaled)

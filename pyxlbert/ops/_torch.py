@@ -16,15 +16,19 @@ from torch.autograd import forward_ad
 from pyxlbert.backends import native
 
 
-def _watched() -> bool:
-    """Whether a mode, a transform, a tracer or a profiler sees the calls of this thread that go through torch."""
+def _intercepted() -> bool:
+    """Whether a mode, a transform or a tracer takes part in the calls of this thread that go through torch."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
     )
+
+
+def _watched() -> bool:
+    """The same, or a profiler sees them."""
+    return _intercepted() or torch._C._autograd._profiler_enabled()
 
 
 def _always() -> bool:
@@ -37,10 +41,10 @@ def _differentiates_forwards() -> bool:
 
 try:
     _watched()
-    watched = _watched
+    watched, intercepted = _watched, _intercepted
 except AttributeError:
     # If torch no longer has the names that tell, every call goes through it.
-    watched = _always
+    watched = intercepted = _always
 
 
 def _transformed() -> bool:
@@ -93,6 +97,21 @@ def refuse_transforms(op: str, arguments: tuple[Any, ...]) -> None:
             raise RuntimeError(
                 f"{op}: torch.func.grad and vjp are not supported; use torch.autograd.grad or backward()"
             )
+
+
+def _no_pass() -> int:
+    return -1
+
+
+# The number of the backward pass that runs in this thread, -1 outside of one.  Where torch no longer tells there is
+# none, and nothing is added to a gradient that another function has made.
+backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_pass)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs may be asked for again: then nothing that forward kept may change."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
 
 
 def is_zerotensor(x: torch.Tensor) -> bool:

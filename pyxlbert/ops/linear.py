@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
 from pyxlbert.ops._define import Op
 from pyxlbert.ops._linear import prepare, requires_grad, weight_gradient
@@ -113,6 +114,9 @@ def linear(
     if _usual(backend, x, weight, bias) and OP.refusal("cpu", x) is None:
         return _on_cpu(Forward(x, weight, bias, "cpu"))
     OP.refuse_transforms(x, weight, bias)
+    wide = _wide.linear(OP, backend, x, weight, bias)
+    if wide is not None:
+        return wide
     x, weight, bias = prepare("linear", x, weight, bias)
     backend = OP.resolve(backend, x)
     if requires_grad(x, weight, bias):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pyxlbert.ops import _wide
 from pyxlbert.ops._autograd import OpFunction, backward_backend, single_backward
 from pyxlbert.ops._define import Op
 from pyxlbert.ops._linear import prepare, requires_grad, weight_gradient
@@ -114,6 +115,9 @@ def linear_gelu(
     if approximate in ("none", "tanh") and _usual(backend, x, weight, bias) and OP.refusal("cpu", x) is None:
         return _on_cpu(Forward(x, weight, bias, approximate, False, "cpu"))[0]
     OP.refuse_transforms(x, weight, bias)
+    wide = _wide.linear_gelu(OP, backend, x, weight, bias, approximate)
+    if wide is not None:
+        return wide
     x, weight, bias = prepare("linear_gelu", x, weight, bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"linear_gelu: approximate: got {approximate!r}, wanted 'none' or 'tanh'")

@@ -28,6 +28,7 @@ class Tag(enum.IntEnum):
     QUERY_STREAM = 3
     DROPOUT_ADD_LAYER_NORM = 4
     EMBEDDING_LAYER_NORM = 5
+    DROPOUT = 6
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

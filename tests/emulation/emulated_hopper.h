@@ -182,6 +182,7 @@ void wgmma(float (&d)[N / 8][4], const std::uint32_t* a, bool add, T kind, const
     emulation::Warpgroup& group = emulation::block->warpgroups[thread / 128];
     group.brought[thread % 128] = &mine;
     if (group.meeting.arrived == 127) {
+        emulation::matrix_products.fetch_add(4 * (N / 8), std::memory_order_relaxed);
         static thread_local float l[64][16];
         static thread_local Eight r[N / 8][16];
         auto brought = [&](int t) { return static_cast<const Brought*>(group.brought[t]); };

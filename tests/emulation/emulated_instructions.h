@@ -140,6 +140,7 @@ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint
     std::memcpy(m.slot[turn][lane], mine, sizeof mine);
     std::memcpy(m.slot[turn][lane] + sizeof mine, c, sizeof c);
     if (m.arrived == 31) {
+        emulation::matrix_products.fetch_add(1, std::memory_order_relaxed);
         float left[16][K];
         Eight right[K], sum[16];
         for (int l = 0; l < 32; ++l) {

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -43,6 +44,9 @@
 extern "C" void emulation_switch(void** from, void* to);
 
 namespace emulation {
+
+// Matrix products since the module was loaded, each of 16 x 8 sums: what kernels skip is not counted.
+inline std::atomic<std::uint64_t> matrix_products{0};
 
 // Threads that wait for one another: a barrier, or the lanes of an instruction of a warp.  Two turns may overlap, when
 // the first lanes have gone on to the next instruction before the last have read, so there are two sets of slots.

@@ -73,6 +73,30 @@ def test_checkpointing_changes_nothing() -> None:
     compare.same_bits("gradients", dy, dz)
 
 
+@pytest.mark.parametrize(
+    "targets", [{"target_positions": POSITIONS}, {"target_mapping": MAPPING}], ids=["places", "map"]
+)
+@pytest.mark.parametrize("residual", [False, True])
+def test_streams_are_one_product_in_training_and_give_what_two_give(targets: dict, residual: bool) -> None:
+    """In evaluation each stream is multiplied by itself; with dropout off, training computes the same."""
+    found = []
+    for training in (False, True):
+        model = build(n_layer=3, dropout=0.0).train(training)
+        rows: list[int] = []
+        for layer in model.layer:
+            layer.ff.register_forward_pre_hook(
+                lambda module, given, rows=rows: rows.append(given[0].shape[:-1].numel())
+            )
+        with torch.autocast("cpu", torch.bfloat16, enabled=residual):
+            y = model(IDS, MASK, query_rank=QUERY_RANK, key_rank=KEY_RANK, **targets)[0]
+        y.float().square().sum().backward()
+        found.append((y.detach(), gradients(model)))
+        assert len(rows) == (3 if training else 5)  # the last layer's content stream is nobody's
+    bound = compare.tolerances.CONTESTANT[torch.bfloat16] if residual else FLOAT32
+    compare.close("states", found[1][0], found[0][0], bound)
+    compare.close("gradients", found[1][1], found[0][1], bound if residual else GRADIENT)
+
+
 def test_dropout_on_distances_is_each_sequences_own(monkeypatch) -> None:
     calls = Calls(monkeypatch)
     build(dropout=0.2).train()(IDS)

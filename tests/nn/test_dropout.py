@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pyxlbert
 from pyxlbert.nn.dropout import Dropout, dropout
+from pyxlbert.ops import _few_bits
+from pyxlbert.reference.philox import Tag, philox4x32
 from pyxlbert.testing import compare
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,3 +89,26 @@ def test_gradients_of_gradients_and_transforms() -> None:
     compare.close("second derivative", second, 2 * scale.square(), compare.tolerances.FLOAT64)
     rows = torch.func.vmap(lambda one: dropout(one, 0.5), randomness="different")(torch.ones(9, 64))
     assert (rows != rows[0]).any() and set(rows.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("level", pyxlbert._C.levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bits_are_those_of_philox(level: str, dtype: torch.dtype) -> None:
+    """Element e takes half e % 2 of word e / 2 % 64 of row e / 128; the same on every level and in the gradient."""
+    seed, limit, count = -(2**40) + 5, 20_000, 1000
+    row = torch.arange((count + 127) // 128)[:, None]
+    counter = (torch.arange(16), row, torch.zeros_like(row), torch.tensor(int(Tag.DROPOUT)))
+    words = torch.stack(philox4x32(counter, torch.tensor([seed])), dim=-1).flatten(-2)  # [rows, 64]
+    bits = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=-1).flatten()[:count]
+    kept = bits >= limit
+    before = pyxlbert._C.level()
+    pyxlbert._C.set_level(level)
+    try:
+        x = torch.linspace(-3, 3, count).to(dtype).requires_grad_()
+        y = _few_bits.apply(_few_bits._Dropped, x, limit, seed)
+        y.sum().backward()
+    finally:
+        pyxlbert._C.set_level(before)
+    scale = 2**16 / (2**16 - limit)
+    compare.same_bits("dropout", y, torch.where(kept, (x.float() * torch.tensor(scale)).to(dtype), 0.0))
+    compare.same_bits("gradient", x.grad, torch.where(kept, torch.tensor(scale).to(dtype), 0.0).to(dtype))

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from pyxlbert.nn import linear_cross_entropy, words_of
-from pyxlbert.nn import words as words_module
-from pyxlbert.nn.words import KeptMemory, memory_of
+from pyxlbert.ops import _memory
+from pyxlbert.ops._memory import KeptMemory, memory_of
 from pyxlbert.testing import compare
 
 IDS = torch.tensor([[3, 1, 3, 0], [6, 3, 3, 5]])
@@ -78,16 +78,16 @@ def test_steps_use_the_same_memory_again() -> None:
 
 def test_memory_goes_with_the_parameter() -> None:
     gc.collect()
-    before = len(words_module._kept)
+    before = len(_memory._kept)
     weight = torch.nn.Parameter(torch.randn(7, 5))
     gradient(weight)
     weight.grad = None
-    assert len(words_module._kept) == before + 1
+    assert len(_memory._kept) == before + 1
     for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
         assert memory_of(other) is not memory_of(weight)
     del weight, other
     gc.collect()
-    assert len(words_module._kept) == before
+    assert len(_memory._kept) == before
 
 
 @pytest.mark.parametrize("autocast", [False, True])

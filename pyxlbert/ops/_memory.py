@@ -1,0 +1,93 @@
+"""Memory that is kept from step to step for copies and gradients of a parameter."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyxlbert.ops._torch import backward_pass, transformed
+
+
+class KeptMemory:
+    """Memory for large tensors that are made in every step and gone before the next.
+
+    The system gives memory of this size page by page, each filled with zeros at its first use, and takes all of it back
+    when the tensor goes: that takes longer than filling the memory. Here it is lent again once nobody refers to the
+    tensor or a view of it.
+    """
+
+    # Of one size: a gradient, and what is added to it.
+    _MOST = 2
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        self._handed: tuple[int, weakref.ref[np.ndarray] | None] = (-1, None)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the CPU, with anything in it."""
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(size, dtype=np.uint8)
+        lent = memory[:]  # kept by the tensor's storage, and finalised with it
+        tensor = torch.from_numpy(lent).view(dtype).view(*shape)
+        self._lent[tensor.data_ptr()] = weakref.ref(lent)
+        weakref.finalize(lent, _give_back, free, memory).atexit = False
+        return tensor
+
+    def hand_over(self, gradient: Tensor) -> None:
+        """Says that a backward function is about to return `gradient`, if it came from `empty`, for the parameter."""
+        self._handed = (backward_pass(), self._lent.get(gradient.data_ptr()))
+
+    def handed_over(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """The gradient that was handed over in the backward pass that runs, while autograd waits for the rest of it.
+
+        Autograd adds up what it gets for a parameter in a tensor of its own, unless there is one summand alone.  So
+        whoever finds the first one here adds to it and returns nothing.  It is gone, and None, if autograd has added
+        another to it before.
+        """
+        (backward, reference), now = self._handed, backward_pass()
+        lent = reference() if reference is not None and now >= 0 and backward == now else None
+        if lent is None or lent.nbytes != math.prod(shape) * dtype.itemsize:
+            return None
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+
+def _give_back(free: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(free) < KeptMemory._MOST:
+        free.append(memory)
+
+
+_kept: dict[int, KeptMemory] = {}
+
+
+def memory_of(weight: Tensor) -> KeptMemory | None:
+    """What is kept for copies and gradients of a parameter while it lives; None for one that is not on the CPU.
+
+    Args:
+        weight: a parameter of a model, or a view of one. What is no plain parameter, or is looked at by a compiler or a
+            transform, has nothing.
+    """
+    if weight._is_view() and weight._base is not None:
+        weight = weight._base
+    if (
+        type(weight) is not torch.nn.Parameter
+        or not weight.is_cpu
+        or weight.numel() == 0
+        or torch.compiler.is_compiling()
+        or transformed()
+    ):
+        return None
+    found = _kept.get(id(weight))
+    if found is None:
+        found = _kept[id(weight)] = KeptMemory()
+        weakref.finalize(weight, _kept.pop, id(weight), None).atexit = False
+    return found
