@@ -180,6 +180,8 @@ class Search:
 
     def __init__(self, architecture: int, judge: Callable[..., float | None], run: bool) -> None:
         self.architecture, self.judge, self.run = architecture, judge, run
+        # With the rows that were found: smaller head sizes are asked with those of larger ones.
+        self.table = dict(configurations.TABLE)
         self.now: Key | None = None
         self.wanted: Key | None = None
         self.candidate: Tile | None = None
@@ -207,7 +209,23 @@ class Search:
         self.now = Key(kernel, self.architecture, size, padded, extras, segments)
         if self.now == self.wanted and self.candidate is not None:
             return self.candidate
-        return configurations.row_for(kernel, _card(self.architecture), size, head_size, extras, segments)
+        return self.row(self.now)
+
+    def row(self, key: Key) -> Tile:
+        """The tile that a key has."""
+        return self.table[configurations.best_of(self.table, key.kernel, _card(self.architecture), *key[2:])]
+
+    def settle(self, key: Key, tile: Tile, good: dict[Key, Tile]) -> dict[Key, Tile]:
+        """Gives a key a tile, and returns the rows for it.
+
+        A call without segments takes the row of one with them where it has none.  So keys that are `good`, whose tiles
+        the new row would change, get rows of their own.
+        """
+        rows = {key: tile}
+        self.table |= rows
+        rows |= {other: its for other, its in good.items() if self.row(other) != its}
+        self.table |= rows
+        return rows
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
@@ -249,11 +267,18 @@ def _card(architecture: int) -> Any:
 
 
 def compiled(architecture: int) -> Callable[..., float | None]:
-    """A judge: bytes of stack."""
+    """A judge: bytes of stack.  What has the same PTX for several architectures Triton compiles once, and keeps."""
+    ahead.compile_for(ahead.SAME_PTX.get(architecture, architecture))
+    # Calls that differ in what is no constant share a kernel.
+    known: dict[str, int] = {}
 
     def judge(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> float | None:
         found = kernel.warmup(*arguments, grid=grid, **options)
-        return None if found.metadata.shared > ahead.SHARED[architecture] else ahead.stack(found)
+        if found.metadata.shared > ahead.SHARED[architecture]:
+            return None
+        if found.hash not in known:
+            known[found.hash] = ahead.stack(ahead.assembled(found, architecture))
+        return known[found.hash]
 
     return judge
 
@@ -441,7 +466,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
     if options.compile is not None:
         architecture, device, shapes, judge = options.compile, "cpu", [(2, 512)], compiled(options.compile)
-        ahead.compile_for(architecture)
     else:
         device, shapes, judge = "cuda", [(max(1, options.tokens // t), t) for t in (512, 2048)], timed
         architecture = configurations.card(torch.device(device, torch.cuda.current_device())).architecture
@@ -463,22 +487,20 @@ def main(arguments: list[str] | None = None) -> int:
                 if any(fnmatch.fnmatch(key.kernel, pattern) for pattern in options.only)
                 and not (options.plain and key.extras)
             }
+            good: dict[Key, Tile] = {}
             # What is there first, of all of them: a run that is ended has said which rows need another tile.
             if options.check or options.mend:
-                wanted = {key: asked for key, asked in wanted.items() if not _holds(search, key, asked, options)}
+                good = {key: search.row(key) for key, asked in wanted.items() if _holds(search, key, asked, options)}
+                wanted = {key: asked for key, asked in wanted.items() if key not in good}
             bad += len(wanted)
             for key, asked in {} if options.check else wanted.items():
-                _search(search, key, asked, options)
+                _search(search, key, asked, good, options)
     return int(options.check and bad > 0)
-
-
-def _before(search: Search, key: Key) -> Tile:
-    return configurations.row_for(key.kernel, _card(search.architecture), *key[2:])
 
 
 def _holds(search: Search, key: Key, asked: Asked, options: argparse.Namespace) -> bool:
     """Whether the tile that is there needs no stack and fits."""
-    tile = _before(search, key)
+    tile = search.row(key)
     costs = _tried(search, key, asked, [tile], options)
     if tile not in costs:
         print(f"{tuple(key)}: {tuple(tile)} not compiled, no time left", flush=True)
@@ -513,8 +535,9 @@ def _tried(
     return costs
 
 
-def _search(search: Search, key: Key, asked: Asked, options: argparse.Namespace) -> None:
-    before = _before(search, key)
+def _search(search: Search, key: Key, asked: Asked, good: dict[Key, Tile], options: argparse.Namespace) -> None:
+    """Finds a tile and writes its row; keys that are `good` keep theirs, and this one is from here on."""
+    before = search.row(key)
     tiles = ([before] if options.mend else []) + candidates(key.kernel, key.bytes)
     costs = {tile: cost for tile, cost in _tried(search, key, asked, tiles, options).items() if cost is not None}
     if options.part is not None:
@@ -528,8 +551,11 @@ def _search(search: Search, key: Key, asked: Asked, options: argparse.Namespace)
     was = f"{costs[before]:.3f}" if before in costs else "?"
     print(f"{tuple(key)}: {tuple(best)} {costs[best]:.3f} {unit}, before {tuple(before)} {was}", flush=True)
     # A smaller head size without rows of its own goes on taking a larger one's.
-    if options.write is not None and not (options.mend and best == before):
-        write_rows(options.write, {key: best})
+    if not (options.mend and best == before):
+        rows = search.settle(key, best, good)
+        if options.write is not None:
+            write_rows(options.write, rows)
+    good[key] = best
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pyxlbert.bench.ahead import SHARED
+from pyxlbert.bench.ahead import SAME_PTX, SHARED
 
 from pyxlbert.backends import OPS
 from pyxlbert.testing.specs import SPECS
@@ -20,6 +23,7 @@ ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 _spec = importlib.util.spec_from_file_location("compile_ahead", Path(__file__).parent / "compile_ahead.py")
 compile_ahead = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compile_ahead)
+configurations = importlib.import_module("pyxlbert.kernels._configurations")
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 # Ops of rows are quick, and share a process.
 GROUPS = [[op] for op in TRITON_OPS if "attention" in op] + [[op for op in TRITON_OPS if "attention" not in op]]
@@ -58,14 +62,28 @@ def test_the_covering_set_meets_every_architecture() -> None:
     assert set(compile_ahead.COVERING) == set(TRITON_OPS)
 
 
-@pytest.mark.parametrize("ops", GROUPS, ids=[ops[0] for ops in GROUPS])
-def test_kernels_compile(ops: list[str]) -> None:
+def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
+    """What a script beside this file prints, in a process that compiles kernels and does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-    command = [sys.executable, str(Path(__file__).parent / "compile_ahead.py"), *ops]
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
     done = subprocess.run([*command, "--all"] if ALL else command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_architectures_of_the_same_ptx_differ_in_its_target_alone() -> None:
+    """Of every kernel of scores: what the search for tiles takes from one of them holds for the others."""
+    lines = lines_of("same_ptx.py")
+    met = {(line["architecture"], line["kernel"]) for line in lines}
+    assert met == set(itertools.product(SAME_PTX, {key.kernel for key in configurations.TABLE}))
+    wrong = [line for line in lines if not (line["ptx"] and line["shared"] and line["code"])]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("ops", GROUPS, ids=[ops[0] for ops in GROUPS])
+def test_kernels_compile(ops: list[str]) -> None:
+    lines = lines_of("compile_ahead.py", *ops)
     for op in ops:
         own = [line for line in lines if line["op"] == op]
         assert {line["architecture"] for line in own} == (set(SHARED) if ALL else architectures(op)), op

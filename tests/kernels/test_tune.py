@@ -205,6 +205,32 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     )
 
 
+def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
+    """Calls without segments had the tile of those with them, and go on having it where it needs no spills."""
+    asked = []
+
+    def cost(search, key, tile, calls, most=None) -> float:
+        asked.append((key, tile))
+        return 8.0 if key == spilling and tile == before else 0.0
+
+    watch(None, monkeypatch)
+    monkeypatch.setattr(tune.Search, "cost", cost)
+    path = tmp_path / "table.py"
+    spilling = tune.Key("relative_bwd_table", 86, 4, 128, False, True)
+    plain = spilling._replace(segments=False)
+    search = tune.Search(86, None, run=False)
+    before = search.row(spilling)
+    assert search.row(plain) == before != tune.candidates(spilling.kernel, 4)[0]
+    shutil.copy(SOURCE, path)
+    options = ["--compile", "86", "--only", spilling.kernel, "--head-sizes", "128", "96", "--dtypes", "float32"]
+    assert tune.main([*options, "--mend", "--write", str(path), "--state", str(tmp_path / "state.json")]) == 0
+    best = tune.candidates(spilling.kernel, 4)[0]
+    search.table = tune.read_table(path)
+    assert (search.row(spilling), search.row(plain)) == (best, before)
+    # Heads of 96 are asked with what was found for 128.
+    assert [tile for key, tile in asked if key == spilling._replace(head_size=96)] == [best]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
