@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import random
+
 import pytest
 import torch
 from pyxlbert.bench import limits, models, peers, sizes, text, training
@@ -102,23 +106,65 @@ def test_vectors_that_point_elsewhere_are_refused() -> None:
     assert "pyxlbert" in check.note()
 
 
-@pytest.mark.parametrize("name", ["BERT classifies", "XLNet classifies", "XLNet pretrains"])
-def test_both_are_trained_by_one_loop(name: str, monkeypatch) -> None:
+REMEMBERS = "XLNet pretrains, with memory"
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", "and", "then", "it", "saw"]
+
+
+@pytest.fixture
+def small_training(tmp_path, monkeypatch):
+    """Makes races of small models; that with memory reads a text of a few words."""
     small = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     xlnet = {"vocab_size": 40, "d_model": 32, "n_head": 2, "d_inner": 48, "n_layer": 1}
     monkeypatch.setattr(training, "_SIZES", {"Bert": {**small, "num_hidden_layers": 1}, "XLNet": xlnet})
-    lengths = (12, 12) if "pretrains" in name else (5, 12, 9)
-    row = training.TrainingRace(name, lengths, torch.float32).run(MOMENT)
+    rng = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(" ".join(rng.choices(WORDS, k=9)) for _ in range(40)), encoding="utf-8")
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    (tmp_path / "vocab.txt").write_text("\n".join([*special.values(), *WORDS]) + "\n", encoding="utf-8")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+
+    def make(name: str) -> training.TrainingRace:
+        lengths = (12, 12) if "pretrains" in name else (5, 12, 9)
+        return training.TrainingRace(name, lengths, torch.float32, *([path, tmp_path] if name == REMEMBERS else ()))
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["BERT classifies", "XLNet classifies", "XLNet pretrains", REMEMBERS])
+def test_both_are_trained_by_one_loop(name: str, small_training, monkeypatch) -> None:
+    row = small_training(name).run(MOMENT)
     assert set(row.timings) == {"pyxlbert", "transformers"} and not row.failed
     assert "1 layers" in row.note and ("full: less work" in row.note) == ("classifies" in name)
+    assert ("9 remembered" in row.note) == (name == REMEMBERS)
     # The products with weights of a step, counted by hand; the rate is 10^12 a second.
     four, two = 4 * 32 * 32, 2 * 32 * 48  # weights of attention and of the feed-forward network
     flops = {
         "BERT classifies": 6 * 26 * (four + two),
         "XLNet classifies": 6 * 26 * (four + two) + 4 * 52 * 32 * 32,
         "XLNet pretrains": 6 * (24 * four // 2 + 4 * (four // 2 + two + 40 * 32)) + 4 * 48 * 32 * 32,
+        # Twice nine memories; of each row 9 + 12 distances to what stands before a token, and 6 to what is behind it.
+        # One of four targets falls on a special token and is none.
+        REMEMBERS: 6 * (24 * four // 2 + 3 * (four // 2 + two + 40 * 32)) + 4 * (18 * four // 2 + 54 * 32 * 32),
     }
     assert row.limit == flops[name] / 1e12
     # A loss or a gradient that is another is a reason, and has no time.
-    monkeypatch.setattr(training, "_gradient", lambda module, *given: (torch.rand(()), torch.rand(3)))
-    assert set(training.TrainingRace(name, lengths, torch.float32).run(MOMENT).failed) == {"pyxlbert", "transformers"}
+    monkeypatch.setattr(training, "_gradient", lambda module, *given: {"loss": torch.rand(()), "other": torch.rand(3)})
+    assert set(small_training(name).run(MOMENT).failed) == {"pyxlbert", "transformers"}
+
+
+def test_steps_of_a_text_go_on_in_it_and_are_checked_with_memories(small_training, monkeypatch) -> None:
+    race = small_training(REMEMBERS)
+    batches = [passes.batches[0] for passes in race._steps(40)]
+    assert len(batches) == training._STEPS
+    for before, after in itertools.pairwise(batches):
+        # A row's first block is what the one before it had as its second one's beginning.
+        assert torch.equal(before["input_ids"][:, 6], after["input_ids"][:, 0])
+    assert bool(batches[0]["begins"]) and not any(bool(one["begins"]) for one in batches[1:])
+    first, second = batches[0]["query_rank"][:, :6], batches[0]["key_rank"][:, 6:]
+    assert bool((first[:, :, None] <= second[:, None, :]).all())  # the first block sees nothing of the second
+    # What is compared is another number without what was remembered, in both models.
+    theirs, ours = race._models()
+    for module in (race._module(ours, False).eval(), race._module(theirs, True).eval()):
+        found = training._gradient(module, batches[:3], race._counts, torch.float32)
+        fresh = training._gradient(module, [batches[2] | {"begins": torch.tensor([True])}], race._counts, torch.float32)
+        assert len(found) == 3 and not any(torch.equal(found[what], fresh[what]) for what in found)
