@@ -52,7 +52,6 @@ struct Forward {
     const T* packed_table = nullptr;
     std::int64_t packed_table_rows = 0;
     std::int64_t first_table_row = 0;
-    std::int32_t lowest_key_rank = 0;  // of the block
     bool started[CHUNK<RELATIVE> / TILE_STEP + 8];
 
     PYXLBERT_INLINE Forward(const AttentionCall& inputs, const RelativeCall* relative_call, const Stream* given,
@@ -138,7 +137,6 @@ struct Forward {
             if constexpr (RELATIVE)
                 if (relative->key_rank != nullptr) {
                     const std::int32_t* rank = relative->key_rank + p.k_first + j0;
-                    lowest_key_rank = lowest_of(rank, all);
                     if (!relative->options.uniform_rows)
                         clear_values<U>(all, v, size.columns,
                                         [&](std::int64_t j) PYXLBERT_LAMBDA { return rank[j] == UNSEEN_RANK; });
@@ -269,17 +267,6 @@ struct Forward {
         }
     }
 
-    // No row of the tile may see a key of the block.
-    PYXLBERT_INLINE bool hidden(const Plane<T>& p, const Queries<T>& x, const Stream& stream, std::int64_t row,
-                                std::int64_t rows, std::int64_t j0, std::int64_t n) const {
-        if (relative->key_rank == nullptr || relative->options.uniform_rows) return false;
-        if (stream.options.see_self && index[row] + p.diagonal < j0 + n && index[row + rows - 1] + p.diagonal >= j0)
-            return false;
-        for (std::int64_t r = 0; r < rows; ++r)
-            if (x.rank[index[row + r]] > lowest_key_rank) return false;
-        return true;
-    }
-
     // A row of the chunk and keys j0 .. j0 + n - 1, as they lie.
     PYXLBERT_INLINE void single(const Plane<T>& p, std::int64_t b, std::int64_t h, const Queries<T>& x,
                                 const Stream& stream, std::int64_t row, std::int64_t j0, std::int64_t n) {
@@ -307,8 +294,8 @@ struct Forward {
               std::int64_t j0, std::int64_t n) {
         const bool causal = in.options.causal;
         if constexpr (RELATIVE) {
-            if (hidden(p, x, stream, row, rows, j0, n)) return;
             if (!relative->options.uniform_rows) n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
+            n = keys_in_sight(*relative, p, x, stream.options.see_self, index + row, rows, j0, n);
         } else {
             n = smaller(n, p.visible(index[row + rows - 1], causal, p.keys) - j0);
         }

@@ -48,7 +48,7 @@ struct RelativeTask {
           plan(with),
           terms(has_terms(arguments.in.in) || has_relative_terms(&arguments.in)),
           dropout(make_dropout(arguments.in.in.dropout_p, arguments.in.in.seed, Tag::relative_attention)),
-          key_sums{with, nullptr, nullptr, nullptr, nullptr, 0, false},
+          key_sums{with, nullptr, nullptr, nullptr, nullptr, 0, 0, false},
           table_sums{with, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0},
           small{with.columns, nullptr, nullptr, nullptr} {
         const auto take = [&](std::int64_t floats) PYXLBERT_LAMBDA {
@@ -207,8 +207,6 @@ struct RelativeTask {
     // Calls work(stream, row, rows, n) for every tile of queries that may see some of the n keys from j0 on.
     template <class F>
     PYXLBERT_INLINE void for_tiles(std::int64_t j0, std::int64_t n, F work) {
-        const std::int32_t* ranks = relative.key_rank == nullptr ? nullptr : relative.key_rank + p.k_first + j0;
-        const std::int32_t lowest = ranks == nullptr ? 0 : lowest_of(ranks, n);
         for (int stream = 0; stream < STREAMS; ++stream) {
             dropout.tag = a.streams[stream].options.tag;
             std::int64_t rows;
@@ -217,23 +215,12 @@ struct RelativeTask {
                 while (rows < TILE<U> && row + rows < start[stream + 1] && place[row + rows] - place[row] <= SPAN)
                     ++rows;
                 std::int64_t seen = n;
-                if (!relative.options.uniform_rows) {
-                    if (ranks != nullptr && hidden(stream, row, rows, j0, n, lowest)) continue;
-                    seen = visible_keys(index[row + rows - 1], j0, n);
-                }
+                if (!relative.options.uniform_rows) seen = visible_keys(index[row + rows - 1], j0, n);
+                seen = keys_in_sight(relative, p, queries[stream], a.streams[stream].options.see_self, index + row,
+                                     rows, j0, seen);
                 if (seen > 0) work(stream, row, rows, seen);
             }
         }
-    }
-
-    PYXLBERT_INLINE bool hidden(int stream, std::int64_t row, std::int64_t rows, std::int64_t j0, std::int64_t n,
-                                std::int32_t lowest) const {
-        if (a.streams[stream].options.see_self && index[row] + p.diagonal < j0 + n &&
-            index[row + rows - 1] + p.diagonal >= j0)
-            return false;
-        for (std::int64_t r = row; r < row + rows; ++r)
-            if (queries[stream].rank[index[r]] > lowest) return false;
-        return true;
     }
 
     // See inexact_lse.

@@ -100,12 +100,6 @@ PYXLBERT_INLINE float segment_score(const T* x, const float* bias, const float* 
     return reduce_add(sum);
 }
 
-PYXLBERT_INLINE std::int32_t lowest_of(const std::int32_t* x, std::int64_t n) {
-    std::int32_t low = UNSEEN_RANK;
-    for (std::int64_t i = 0; i < n; ++i) low = x[i] < low ? x[i] : low;
-    return low;
-}
-
 // The sum of a row's scores at keys of its own segment; n is rounded up to vectors, the row is zero there.
 PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segments, std::int32_t segment,
                                      std::int64_t n) {
@@ -122,6 +116,24 @@ PYXLBERT_INLINE float sum_of_segment(const float* g, const std::int32_t* segment
         if (segments[j] == segment) lanes[j % W] += g[j];
     return reduce_add(load(lanes));
 #endif
+}
+
+// Of n keys from j0 on, those up to the last one that some row may see; `index` has the rows' numbers in their stream.
+template <class T>
+PYXLBERT_INLINE std::int64_t keys_in_sight(const RelativeCall& a, const Plane<T>& p, const Queries<T>& x, bool see_self,
+                                           const std::int32_t* index, std::int64_t rows, std::int64_t j0,
+                                           std::int64_t n) {
+    if (a.key_rank == nullptr || a.options.uniform_rows) return n;
+    std::int32_t highest = x.rank[index[0]];
+    std::int64_t itself = 0;  // up to the last row's own key
+    for (std::int64_t r = 0; r < rows; ++r) {
+        highest = x.rank[index[r]] > highest ? x.rank[index[r]] : highest;
+        const std::int64_t own = index[r] + p.diagonal - j0;
+        if (see_self && own >= itself && own < n) itself = own + 1;
+    }
+    const std::int32_t* ranks = a.key_rank + p.k_first + j0;
+    while (n > itself && ranks[n - 1] >= highest) --n;
+    return n;
 }
 
 struct SegmentScores {

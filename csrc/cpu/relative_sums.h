@@ -19,6 +19,7 @@ struct KeySums {
     const Plan& plan;
     float *dk, *dv, *all_dk, *all_dv;
     std::int64_t tiles;  // summed in dk and dv since they were gathered last
+    std::int64_t keys;   // that one of those tiles has met at most
     bool gathered;       // all_dk and all_dv hold something
 
     // Of n keys.
@@ -26,13 +27,14 @@ struct KeySums {
         const std::int64_t size = size_of(n);
         clear(dk, size);
         clear(dv, size);
-        tiles = 0;
+        tiles = keys = 0;
         gathered = false;
     }
 
     // After a tile that has met n keys.
     PYXLBERT_INLINE void count_tile(std::int64_t n) {
-        if (plan.many_tiles && ++tiles == TILES_TOGETHER) gather(n);
+        keys = larger(keys, n);
+        if (plan.many_tiles && ++tiles == TILES_TOGETHER) gather(keys);
     }
 
     PYXLBERT_INLINE void end(std::int64_t n) {
@@ -62,7 +64,7 @@ struct KeySums {
         add(dk, all_dk);
         add(dv, all_dv);
         gathered = true;
-        tiles = 0;
+        tiles = keys = 0;
     }
 };
 

@@ -142,3 +142,34 @@ def test_uniform_rows_of_packed_sequences(backend: str) -> None:
     )
     compare.close("result", out[:3], packed["value"][:3].mean(0).expand(3, -1, -1), tolerances.SUMMATION_ORDER)
     compare.close("result", out[3:], packed["value"][3:].mean(0).expand(4, -1, -1), tolerances.SUMMATION_ORDER)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tile_ends_with_the_last_key_in_its_sight(backend: str, dtype: torch.dtype) -> None:
+    """Rows in blocks of which each sees another number of keys, in any order of rows and keys, some only themselves."""
+    rows, keys = (900, 600) if backend == "cpu" else (90, 140)
+    a = tensors(1, rows, keys, 1, 8, dtype=dtype)
+    draw = generator(6)
+    # Of sixteen tiles together, whose sums are gathered, the last ones see fewer keys than the first.
+    sight = torch.randint(0, keys, (rows // 30,), generator=draw).repeat_interleave(30)
+    sight[sight < keys // 3] = 0
+    query_rank = (sight + torch.randint(0, 3, (rows,), generator=draw)).int()[None]
+    key_rank = torch.arange(keys).int()[None]
+    key_rank[torch.rand(1, keys, generator=draw) < 0.1] = UNSEEN_RANK - 1
+    places = torch.randperm(rows, generator=draw).int()[None]
+    for options in ({}, {"see_self": True}, {"query_positions": places, "offset": rows}):
+        options = options | {"query_rank": query_rank, "key_rank": key_rank}
+        out = relative_attention(**a, **options, dropout_p=0.1, seed=1, backend=backend)
+        cotangent = torch.randn(out.shape, generator=draw)
+        found = (out, *torch.autograd.grad(out, trained(a), cotangent.to(dtype)))
+        exact = {name: x.detach().double().requires_grad_() for name, x in a.items()}
+        plain = {name: x.detach().requires_grad_() for name, x in a.items()}
+        both = []
+        for one in (exact, plain):
+            y = relative_attention(**one, **options, dropout_p=0.1, seed=1, backend="torch")
+            both.append((y, *torch.autograd.grad(y, trained(one), cotangent.to(y.dtype))))
+        for name, x, truth, other in zip(("out", *a), found, *both, strict=True):
+            # No further from the truth than plain torch in the same dtype is, but for a rounding.
+            error, allowed = ((z.double() - truth).norm() for z in (x, other))
+            assert error <= 2 * allowed + torch.finfo(dtype).eps * truth.norm(), (options.keys(), name, error, allowed)
