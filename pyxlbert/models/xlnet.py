@@ -358,7 +358,7 @@ class XLNetModel(XLNetPreTrainedModel):
 
     def _positions(self, queries: int, keys: int, causal: bool, tokens: TokenLayout) -> tuple[Tensor, OwnRows | None]:
         """``[R, E]`` or ``[2, R, E]``; where dropout makes each sequence's its own, ``[B, R, E]``, or of packed
-        sequences those rows that they meet ``[N, E]``, and which they are.
+        sequences those rows that they meet ``[N, E]``, and which they are. Those are rounded for all layers at once.
         """
         weight = self.word_embedding.weight
         table = self.distances.get(
@@ -373,12 +373,15 @@ class XLNetModel(XLNetPreTrainedModel):
         )
         if not self.training or self.dropout.p == 0:
             return table, None
+        own = None
         if tokens.packed and not sizes_are_fixed():
             own = OwnRows.of(tokens.cu_seqlens, queries, table.shape[-2])
-            return self.dropout(own.take(table)), own
-        if table.dim() == 3:
-            return self.dropout(table.repeat_interleave(tokens.batch // 2, dim=0)), None
-        return self.dropout(table.expand(tokens.batch, -1, -1)), None
+            table = own.take(table)
+        elif table.dim() == 3:
+            table = table.repeat_interleave(tokens.batch // 2, dim=0)
+        else:
+            table = table.expand(tokens.batch, -1, -1)
+        return self.dropout(table).to(self.dtypes()[1]), own
 
     def _embed(self, given: XLNetInputs, arranged: Arrangement) -> tuple[Stream, Stream | None]:
         """The content stream, and the query stream where there are targets."""

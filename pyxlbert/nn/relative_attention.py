@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert.nn.distances import OwnRows
+from pyxlbert.nn.given_rows import leaves_out_gradient, products_behind
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.packing import Packable, Projection
 from pyxlbert.ops._weights import relative_attention_with_weights, two_stream_attention_with_weights
@@ -154,10 +155,7 @@ class RelativeAttention(Packable):
             dtype, after dropout: with a query stream a pair of them, the second ``[B, H, M, Tk]``, or with a mapping
             ``[B, H, T, Tk]``.
         """
-        seen = content
-        if memory is not None:
-            seen = torch.cat([memory.transpose(0, 1).to(content.dtype), content], dim=1)  # [B, Tk, E]
-        key, value = self.project(seen, "kv")  # [B, Tk, H, D], packed [total, H, D]
+        key, value = self._keys_and_values(content, memory)  # [B, Tk, H, D], packed [total, H, D]
         (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D], with own_rows [N, H, D]
         if layout.own_rows is not None:
             table = layout.own_rows.spread(table)  # [B, R, H, D]
@@ -171,6 +169,17 @@ class RelativeAttention(Packable):
             return *in_one(self.back, mixed.flatten(-2), target.flatten(-2)), weights
         mixed, target = (None if one is None else self.back(one.flatten(-2)) for one in (mixed, target))
         return mixed, target, weights
+
+    def _keys_and_values(self, content: Tensor, memory: Tensor | None) -> tuple[Tensor, ...]:
+        """Of the memory ``[mem_len, B, E]``, where there is one, and of what follows it."""
+        if memory is None:
+            return self.project(content, "kv")
+        given = memory.transpose(0, 1).to(content.dtype)  # [B, mem_len, E]
+        weights = [getattr(self, name).flatten(1).t() for name in "kv"]
+        if not leaves_out_gradient(given, content, *weights):
+            return self.project(torch.cat([given, content], dim=1), "kv")
+        heads = (self.num_attention_heads, self.head_size)
+        return tuple(one.unflatten(-1, heads) for one in products_behind(given, content, *weights))
 
     def back(self, rows: Tensor) -> Tensor:
         """``[..., H D]`` to ``[..., E]``."""
