@@ -86,13 +86,17 @@ PYXLBERT_INLINE void pack_panel(const Product& p, std::int64_t k, std::int64_t i
         pack_along_inner(b, p.b_column_stride, inner, columns, target);
 }
 
-// c (+)= sums + bias.
+// Floats of a weight's gradient that the second-level cache does not hold.
+constexpr std::int64_t LARGE_GRADIENT = 1 << 18;
+
+// c (+)= sums + bias.  Whole cache lines of a large gradient of a weight go past the caches: nobody reads them before
+// all other gradients are there, and lines that are overwritten whole need not be fetched first.
 template <class T>
 struct StoreSums {
     T* c;
     std::int64_t stride;
     const float* bias;
-    bool add;
+    bool add, past_caches;
 
     template <class F>
     PYXLBERT_INLINE void with_row(F use) const {
@@ -100,6 +104,12 @@ struct StoreSums {
             T* to = c + row * stride + column;
             for_vectors(columns, [&](std::int64_t n, int count) PYXLBERT_LAMBDA {
                 Vec y = load(sums + n);
+                if constexpr (__is_same(T, float))
+                    if (past_caches && count == W && reinterpret_cast<std::uintptr_t>(to + n) % 64 == 0) {
+                        watch_store(to + n, W);
+                        _mm512_stream_ps(to + n, y);
+                        return;
+                    }
                 if (bias != nullptr) y += load_some(bias + column + n, count);
                 if (add) y += load_some(to + n, count);
                 store_some(to + n, y, count);
@@ -149,8 +159,10 @@ void multiply(const Product& p, std::int64_t k, std::int64_t inner, std::int64_t
     const std::int64_t sums = product_scratch(cut.row_step);
     const std::int64_t own = in_units(p) ? 0 : round_to(cut.row_step, W) * packed_stride(inner);
     const TeamScratch scratch = team_scratch(threads, sums + own);
+    const bool whole_sums = inner == p.inner && !add && p.bias == nullptr;
+    const bool past_caches = whole_sums && p.transposed && p.rows * p.columns >= LARGE_GRADIENT;
     const StoreSums<C> whole{static_cast<C*>(p.c) + column, p.c_stride, p.bias == nullptr ? nullptr : p.bias + column,
-                             add};
+                             add, past_caches};
 
 #pragma omp parallel num_threads(threads)
     {
@@ -168,6 +180,8 @@ void multiply(const Product& p, std::int64_t k, std::int64_t inner, std::int64_t
             product<Unit>(a.data, a.stride, rows, w, block_start(count, parts, part),
                           block_start(count, parts, part + 1), mine, to);
         }
+        // What went past the caches is there for whoever waits for this thread.
+        _mm_sfence();
     }
 }
 

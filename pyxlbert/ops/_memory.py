@@ -23,6 +23,8 @@ class KeptMemory:
 
     # Of one size: a gradient, and what is added to it.
     _MOST = 2
+    # Bytes of a cache line, with which a tensor begins.
+    _LINE = 64
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
@@ -30,14 +32,15 @@ class KeptMemory:
         self._handed: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # of a backward pass
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor on the CPU, with anything in it."""
+        """A contiguous tensor on the CPU, with anything in it, which begins with a cache line."""
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
         try:
             memory = free.pop()
         except IndexError:
-            memory = np.empty(size, dtype=np.uint8)
-        lent = memory[:]  # kept by the tensor's storage, and finalised with it
+            memory = np.empty(size + self._LINE, dtype=np.uint8)
+        start = -memory.ctypes.data % self._LINE
+        lent = memory[start : start + size]  # kept by the tensor's storage, and finalised with it
         tensor = torch.from_numpy(lent).view(dtype).view(*shape)
         self._lent[tensor.data_ptr()] = weakref.ref(lent)
         weakref.finalize(lent, _give_back, free, memory).atexit = False

@@ -103,6 +103,24 @@ def test_threads_change_no_bit() -> None:
             compare.same_bits(name, a, b)
 
 
+def test_a_large_gradient_is_the_same_wherever_it_lies() -> None:
+    """It is written past the caches where its lines are whole: not at any address, nor where a row ends."""
+    m, n, k = 520, 530, 70
+    x, dy = random(k, n, dtype=torch.bfloat16), random(k, m, dtype=torch.bfloat16, seed=2)
+    wide_x, wide_dy = x.double(), dy.double()
+    room = torch.full((m * n + 32,), float("nan"))
+    start, found = -(room.data_ptr() // 4) % 16, []
+    for shift in (0, 4, 15):
+        dweight = room[start + shift :][: m * n].view(m, n)
+        found.append(_products.to_weight(dy, x, dweight).clone())
+        rest = room.clone()
+        rest[start + shift :][: m * n] = float("nan")
+        assert rest.isnan().all()
+        room.fill_(float("nan"))
+        compare.same_bits("dweight", found[0], found[-1])
+    close_sums("dweight", found[0], wide_dy.t() @ wide_x, wide_dy.abs().t() @ wide_x.abs())
+
+
 @pytest.mark.parametrize("words", [1, 15, 16, 3001])
 def test_slope_of_the_cross_entropy(words: int) -> None:
     logits, labels = 4 * random(6, words, dtype=torch.bfloat16), torch.arange(6) % words

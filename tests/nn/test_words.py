@@ -52,7 +52,11 @@ def test_memory_is_lent_again_only_if_nobody_refers_to_it() -> None:
     gc.collect()
     third = memory.empty((3, 4), torch.float32).zero_()
     assert third.data_ptr() in (address, other) and not third.any()
-    assert memory.empty((2, 2), torch.bfloat16).shape == (2, 2)  # of another size
+    other = memory.empty((2, 2), torch.bfloat16)
+    assert other.shape == (2, 2)  # of another size
+    # All begin with a cache line.
+    kept = [memory.empty((size,), torch.float32) for size in (1, 3, 1000, 1 << 20) for _ in range(3)]
+    assert not any(one.data_ptr() % 64 for one in (third, other, *kept))
 
 
 def test_gradients_that_are_kept_stay_as_they_are() -> None:
