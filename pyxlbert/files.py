@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -293,6 +294,16 @@ def read_lines(name: str) -> list[str]:
             where = "standard input" if name == "-" else name
             raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
     return texts
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _standard_input() -> bytes:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .plan import Options, Shard, Source, file_digest, is_parquet
+from pyxlbert.files import file_digest
+
+from .plan import Options, Shard, Source, is_parquet
 
 # Rows and bytes that are read at once.
 _BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20

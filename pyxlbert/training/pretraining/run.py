@@ -88,7 +88,7 @@ class Pretraining:
         check_layout(self.layout)
         paths = check_files(self.files)
         for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
-            if path.resolve() in [one.resolve() for one in paths]:
+            if any(path.samefile(one) for one in paths):
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
         if self.dropout is not None:
@@ -209,7 +209,6 @@ def pretrain(
             metric=(METRIC, False),
             evaluate=None if held_out is None else evaluate,
             save=lambda state: _save(model, vocabulary, folder, state),
-            identity=identity,
             title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
             memory=module,
         )
