@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,24 @@ def check_apart(option: str, name: str, path: Path, source: str) -> None:
     """
     if source != "-" and path.exists() and os.path.exists(source) and os.path.samefile(path, source):
         raise ValueError(f"{option}: got {name!r}, which is the input; wanted another name")
+
+
+def check_distinct(outputs: Mapping[str, str | Path | None]) -> None:
+    """That no two outputs are one file, of which the last one written would be left.
+
+    Args:
+        outputs: by option; None: there is none.
+
+    Raises:
+        ValueError: two are.
+    """
+    taken: dict[str, str] = {}
+    for option, name in outputs.items():
+        if name is None:
+            continue
+        other = taken.setdefault(os.path.realpath(name), option)
+        if other != option:
+            raise ValueError(f"{option}: got {str(name)!r}, which is the file of {other}; wanted another name")
 
 
 def check_folder(option: str, name: str, folder: Path) -> None:

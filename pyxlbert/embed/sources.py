@@ -63,7 +63,8 @@ def schema_of(path: Path, options: Options) -> pa.Schema:
     names = whole.names if options.columns is None else options.columns
     for name in (options.text_column, *names):
         if whole.names.count(name) != 1:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, whole.names))}")
+            has = f"{whole.names.count(name)} columns" if name in whole.names else "no column"
+            raise ValueError(f"{path} has {has} {name!r}; it has {', '.join(map(repr, whole.names))}")
     kind = whole.field(options.text_column).type
     if not _holds_strings(kind):
         raise ValueError(f"{path}: the column {options.text_column!r} holds {kind}, wanted strings")

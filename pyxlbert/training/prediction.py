@@ -94,6 +94,7 @@ def _examples(task: Task, source: str | Path, columns: dict[str, Any], words: bo
         raise ValueError(f"{sorted(unknown)[0]}: {task.name} has no such column")
     task.settings.update(columns)
     task.check_settings()
+    task.check_columns([f"{name}_column" for name in task.columns if f"{name}_column" in task.settings])
     if words:
         if not isinstance(task, Tagging):
             raise ValueError(f"words: the model is trained for {task.name}, wanted a tagger")
