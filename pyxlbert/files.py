@@ -36,7 +36,33 @@ def said(error: BaseException) -> str:
     own = error.strerror if error.strerror != os.strerror(error.errno) else None
     if error.filename is None:  # what is printed, above all
         return own or _SAID.get(error.errno) or str(error)
-    return f"{os.fspath(error.filename)!s}: {own or _SAID.get(error.errno, error.strerror)}"
+    link = leads(error.filename) if error.errno == errno.ENOENT else ""
+    return f"{os.fspath(error.filename)!s}{link}: {own or _SAID.get(error.errno, error.strerror)}"
+
+
+def leads(name: Any) -> str:
+    """Where a name that stands for nothing leads, if it is a link; else nothing."""
+    if not isinstance(name, (str, os.PathLike)) or not os.path.islink(name) or os.path.exists(name):
+        return ""
+    return f" (a link to {os.readlink(name)})"
+
+
+def shown(name: str | Path) -> str:
+    """A name as it was given, for an error that says that nothing is there: of a link where it leads too."""
+    return f"{str(name)!r}{leads(name)}"
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, of those that may be left out.
+
+    Raises:
+        FileNotFoundError: it was not left out, but is a link that leads nowhere.
+    """
+    if path.is_file():
+        return True
+    if leads(path):
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, where no file is")
+    return False
 
 
 def real_path(option: str, name: str) -> Path:
@@ -106,7 +132,7 @@ def check_folder(option: str, name: str, folder: Path) -> None:
         OSError: the folder is missing or not writable.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{option}: the directory of {name!r} does not exist")
+        raise FileNotFoundError(f"{option}: the directory of {shown(name)} does not exist")
     check_inside(option, folder, f"the directory of {name!r}")
 
 
@@ -165,7 +191,7 @@ def model_directory(directory: str | Path) -> Path:
     if directory == "":  # which a Path takes for the working directory
         raise FileNotFoundError(f"directory: got ''; {_WANTED}")
     if not path.exists():
-        raise FileNotFoundError(f"directory: {str(path)!r} does not exist; {_WANTED}")
+        raise FileNotFoundError(f"directory: {shown(path)} does not exist; {_WANTED}")
     if not path.is_dir():
         raise NotADirectoryError(f"directory: {str(path)!r} is not a directory; {_WANTED}")
     return path
@@ -179,7 +205,7 @@ def require_file(directory: str | Path, name: str) -> Path:
         NotADirectoryError: the directory is a file.
     """
     path = model_directory(directory) / name
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"{name} is missing in {directory}")
     return path
 
@@ -300,7 +326,11 @@ def read_lines(name: str) -> list[str]:
         OSError: the file cannot be read.
         ValueError: a line is not UTF-8; the message has its number.
     """
-    content = _standard_input() if name == "-" else real_path("FILE", name).read_bytes()
+    if name == "-":
+        content = _standard_input()
+    else:
+        real_path("FILE", name)  # for names that no file can have
+        content = Path(name).read_bytes()
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":  # what follows the last line end is no line
         lines.pop()
@@ -360,8 +390,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Like `read_json`, and an empty dict when the file is not there."""
-    return read_json(path) if path.is_file() else {}
+    """Like `read_json`, and an empty dict when the file is not there.
+
+    Raises:
+        FileNotFoundError: as `is_there`.
+    """
+    return read_json(path) if is_there(path) else {}
 
 
 def setting(path: Path, content: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:

@@ -76,8 +76,8 @@ def encoding(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_ranges(name: str) -> np.ndarray:
-    path = real_path("ranges", name)
-    with path.open("rb") as file:
+    real_path("ranges", name)  # for names that no file can have
+    with Path(name).open("rb") as file:
         try:
             return np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError) as error:

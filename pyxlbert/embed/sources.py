@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pyxlbert.files import file_digest
+from pyxlbert.files import file_digest, is_there, leads
 
 from .plan import Options, Shard, Source, is_parquet
 
@@ -32,14 +32,14 @@ def find(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.name.startswith((".", "_")))
+            inside = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_")) and is_there(p))
             if not inside:
                 raise FileNotFoundError(f"{name} is a folder without Parquet files")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"{name} is not there")
+            raise FileNotFoundError(f"{name}{leads(name)} is not there")
     found = [path.resolve() for path in found]
     seen: set[Path] = set()
     for path in found:

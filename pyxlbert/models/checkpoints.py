@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from torch import Tensor
 
-from pyxlbert.files import file_digest, model_directory, read_json, whole_file
+from pyxlbert.files import file_digest, is_there, model_directory, read_json, whole_file
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
@@ -58,7 +58,7 @@ def _shards(index_path: Path) -> tuple[dict[str, str], list[str]]:
             raise ValueError(f"{index_path} names the shard {shard!r}, which is outside its directory")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not (index_path.parent / shard).is_file():
+        if not is_there(index_path.parent / shard):
             raise FileNotFoundError(f"{index_path} names the shard {shard!r}, which is missing")
     return weight_map, shards
 
@@ -94,7 +94,7 @@ def _weights_file(directory: str | Path) -> Path:
     directory = model_directory(directory)
     forms = [form for name in WEIGHTS for form in (name, f"{name}.index.json")]
     for form in forms:
-        if (directory / form).is_file():
+        if is_there(directory / form):
             return directory / form
     raise FileNotFoundError(f"no weights in {directory}: wanted one of {', '.join(forms)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyxlbert.files import file_digest, named_path
+from pyxlbert.files import file_digest, named_path, shown
 from pyxlbert.models.checkpoints import weights_digest
 from pyxlbert.text.batches import check_count
 from pyxlbert.training import checkpoints
@@ -74,7 +74,7 @@ def finetune(
         check_count("max_length", max_length)
     for name, path in (("train", train), *([] if dev is None else [("dev", dev)])):
         if not named_path(name, path).is_file():
-            raise FileNotFoundError(f"{name}: got {str(path)!r}, which is not there, or no file")
+            raise FileNotFoundError(f"{name}: got {shown(path)}, which is not there, or no file")
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
     unread = open_new(chosen, model, max_length)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyxlbert.files import named_path, whole_directory, whole_file
+from pyxlbert.files import named_path, shown, whole_directory, whole_file
 from pyxlbert.models.albert import AlbertConfig, AlbertForPreTraining
 from pyxlbert.models.bert import BertConfig
 from pyxlbert.models.bert_heads import BertForPreTraining
@@ -108,7 +108,7 @@ class Pretraining:
                 )
         for name, place in (("config", self.config), ("tokenizer", self.tokenizer)):
             if place is not None and not named_path(name, place).exists():
-                raise FileNotFoundError(f"{name}: {str(place)!r} does not exist")
+                raise FileNotFoundError(f"{name}: {shown(place)} does not exist")
             if place is not None and Path(place).is_file() and (name, Path(place).name) != ("config", "config.json"):
                 raise NotADirectoryError(f"{name}: {str(place)!r} is a file, wanted a folder")
 
