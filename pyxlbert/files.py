@@ -37,7 +37,13 @@ def said(error: BaseException) -> str:
     if error.filename is None:  # what is printed, above all
         return own or _SAID.get(error.errno) or str(error)
     link = leads(error.filename) if error.errno == errno.ENOENT else ""
-    return f"{os.fspath(error.filename)!s}{link}: {own or _SAID.get(error.errno, error.strerror)}"
+    name = str(os.fspath(error.filename))
+    # A sentence is one line, whatever a file is called.
+    return f"{name if not set(name) & _BREAKS else repr(name)}{link}: {own or _SAID.get(error.errno, error.strerror)}"
+
+
+# What ends a line, or moves a terminal's cursor.
+_BREAKS = set(map(chr, range(32))) | {"\x7f", "\x85", "\u2028", "\u2029"}
 
 
 def leads(name: Any) -> str:
@@ -331,6 +337,7 @@ def read_lines(name: str) -> list[str]:
     else:
         real_path("FILE", name)  # for names that no file can have
         content = Path(name).read_bytes()
+    refuse_encoded("standard input" if name == "-" else name, content[:4])
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":  # what follows the last line end is no line
         lines.pop()
@@ -342,6 +349,30 @@ def read_lines(name: str) -> list[str]:
             where = "standard input" if name == "-" else name
             raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
     return texts
+
+
+def refuse_encoded(name: str | Path, begin: bytes) -> None:
+    """That a text does not begin as what it is often given in, and cannot be read as.
+
+    Args:
+        name: of the file.
+        begin: its first four bytes.
+
+    Raises:
+        ValueError: it is UTF-16, or packed.
+    """
+    for mark, kind, advice in _ENCODED:
+        if begin.startswith(mark):
+            raise ValueError(f"{name} is {kind}, wanted UTF-8: {advice}")
+
+
+_ENCODED = (
+    *((mark, "UTF-16", "convert it first") for mark in (b"\xff\xfe", b"\xfe\xff")),
+    (b"\x1f\x8b", "packed by gzip", "unpack it first"),
+    (b"\xfd7zX", "packed by xz", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it first"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first"),
+)
 
 
 def file_digest(path: str | Path) -> str:

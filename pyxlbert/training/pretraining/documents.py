@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pyxlbert.files import shown
+from pyxlbert.files import refuse_encoded, shown
 
 #: How sentences and documents lie in a file: a sentence a line with a blank line between documents; raw text whose
 #: documents stand between blank lines; raw text whose files are documents, a blank line being the end of a sentence.
@@ -65,7 +65,9 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if number == 1:
+                refuse_encoded(path, line[:4])
+                line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 yield line.decode("utf-8").strip()
             except UnicodeDecodeError as error:
