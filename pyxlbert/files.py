@@ -76,6 +76,7 @@ def real_path(option: str, name: str) -> Path:
 
     Raises:
         ValueError: no file can have the name: it is empty, or holds a zero or half of a character.
+        FileNotFoundError: it is relative, and the working directory is gone.
     """
     if name == "":  # which stands for the working directory
         raise ValueError(f"{option}: got '', wanted a name")
@@ -83,6 +84,8 @@ def real_path(option: str, name: str) -> Path:
         path = os.path.realpath(name)
         os.fsencode(path)
         os.path.lexists(path)
+    except FileNotFoundError:  # of a relative name
+        raise FileNotFoundError(f"{option}: got {name!r}, but the working directory is gone") from None
     except ValueError as error:
         raise ValueError(f"{option}: got {name!r}, which is no file's name: {error}") from None
     if "\0" in name:

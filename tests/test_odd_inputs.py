@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pyxlbert import cli
 from pyxlbert.embed.job import embed_files
+from pyxlbert.models import BertModel
 from pyxlbert.testing.directories import tiny_bert
 
 
@@ -63,6 +65,32 @@ def test_an_empty_name_is_not_the_working_directory(folder: Path, out: str, othe
     assert ended.value.code == 2 and "FILE: got '', wanted a name" in capsys.readouterr().err
     with pytest.raises(ValueError, match="inputs: got '', wanted a name"):
         embed_files(["", *others], folder / "m", folder.parent / "x")
+
+
+def test_a_working_directory_that_is_gone_is_named(folder: Path, capsys, monkeypatch) -> None:
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    assert cli.main(["embed", "good.txt", "--model", "m", "--out", "x.npy"]) == 1
+    assert "--out: got 'x.npy', but the working directory is gone" in capsys.readouterr().err
+
+
+def test_a_first_line_without_end_is_not_told_whole(folder: Path, capsys) -> None:
+    (folder / "wide.tsv").write_text("x" * 100000 + "\nthe\n")
+    assert cli.main([*TASK.split(), "wide.tsv", "--text-column", "text"]) == 1
+    told = capsys.readouterr().err
+    assert "wide.tsv: has no column 'text'; its header has 'xxx" in told and len(told) < 500
+
+
+def test_tensors_of_another_layout_are_refused(folder: Path) -> None:
+    model = BertModel.from_pretrained(folder / "m")
+    nested = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([1])])
+    for ids, layout in ((nested, "nested"), (torch.ones(2, 2).long().to_sparse(), "sparse_coo")):
+        with pytest.raises(TypeError, match=f"input_ids: got a tensor of layout {layout}, wanted a strided one"):
+            model(ids)
+        with pytest.raises(TypeError, match=f"attention_mask: got a tensor of layout {layout}, wanted a strided one"):
+            model(torch.ones(2, 2).long(), ids)
 
 
 def test_a_name_with_a_line_end_is_told_in_one_line(folder: Path, capsys) -> None:

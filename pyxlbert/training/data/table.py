@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyxlbert.files import parsed_json, read_lines
 
+# Characters of a list of columns in an error.
+_MOST = 300
 #: Endings of the files that are read, in the words of an error.
 FORMATS = (".tsv", ".csv", ".txt", ".jsonl")
 
@@ -92,7 +94,7 @@ def _json_rows(path: str, lines: list[str], columns: Mapping[str, str | int]) ->
         values = {}
         for name, key in keys.items():
             if found.get(key) is None:
-                raise ValueError(f"{place} has no {key!r}; it has {', '.join(map(repr, found)) or 'nothing'}")
+                raise ValueError(f"{place} has no {key!r}; it has {_listed(found) or 'nothing'}")
             values[name] = found[key]
         rows.append(Row(place, values))
     return rows
@@ -142,8 +144,14 @@ def _column(path: str, column: str | int, names: list[str] | None) -> int:
         if names and int(column) > len(names):
             raise ValueError(f"{path}: has {len(names)} columns, wanted a column {column}")
         return int(column) - 1
-    there = f"its header has {', '.join(map(repr, names))}" if names else "without a header columns go by number"
+    there = f"its header has {_listed(names)}" if names else "without a header columns go by number"
     raise ValueError(f"{path}: has no column {column!r}; {there}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of columns, cut: a file that is no table may have megabytes in its first line."""
+    listed = ", ".join(map(repr, names))
+    return listed if len(listed) <= _MOST else f"{listed[:_MOST]}…"
 
 
 def _without_end(lines: list[str]) -> list[str]:
