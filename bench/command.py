@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pyxlbert.bench.contest import Settings
 from pyxlbert.bench.extra import EXTRAS
 from pyxlbert.bench.report import Row
 
-from pyxlbert.files import check_parents, check_writable, whole_file
+from pyxlbert.files import check_distinct, check_parents, check_writable, whole_file
 from pyxlbert.testing.specs import SPECS
 
 # By the device that they run on.
@@ -162,8 +162,7 @@ def show(options: argparse.Namespace, fail: Fail) -> int:
     """Recorded results as tables or a page: nothing is timed."""
     if options.html is None and options.markdown is None:
         fail("--read needs --html or --markdown")
-    for name in ("markdown", "html"):
-        check_output(f"--{name}", getattr(options, name), fail)
+    check_outputs(options, ("markdown", "html"), fail)
     document = report.read(options.read)
     for path, make in ((options.markdown, tables.document), (options.html, page.page)):
         if path is not None:
@@ -220,8 +219,7 @@ def check(options: argparse.Namespace, fail: Fail) -> list[str]:
             fail(f"--model: got {str(options.model)!r}, which is no directory")
     if options.picture is not None and options.json is None:
         fail("--picture needs --json")
-    for name in ("json", "markdown", "html", "picture"):
-        check_output(f"--{name}", getattr(options, name), fail)
+    check_outputs(options, ("json", "markdown", "html", "picture"), fail)
     if options.json is not None and options.json.exists():
         try:
             report.read(options.json)
@@ -240,6 +238,16 @@ def check_numbers(options: argparse.Namespace, fail: Fail) -> None:
         fail(f"--seconds: got {options.seconds}, wanted at least 0")
     if options.rest is not None and not 0 <= options.rest <= 60:
         fail(f"--rest: got {options.rest}, wanted seconds from 0 to 60")
+
+
+def check_outputs(options: argparse.Namespace, names: Sequence[str], fail: Fail) -> None:
+    """Whether files can be written there, each another one."""
+    for name in names:
+        check_output(f"--{name}", getattr(options, name), fail)
+    try:
+        check_distinct({f"--{name}": getattr(options, name) for name in names})
+    except ValueError as error:
+        fail(str(error))
 
 
 def check_output(option: str, path: Path | None, fail: Fail) -> None:

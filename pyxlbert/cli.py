@@ -204,7 +204,7 @@ def _embed(options: argparse.Namespace) -> int:
     encoder = pyxlbert.SentenceEncoder.from_pretrained(model, DTYPES[options.dtype])
     vectors = encoder.encode(texts, show_progress=options.progress, **arguments)
     with whole_file(out) as path, path.open("xb") as file:
-        _WRITERS[out.suffix](file, texts, vectors)
+        _WRITERS[Path(options.out).suffix](file, texts, vectors)
     print(f"{len(texts)} texts, {vectors.shape[1]} numbers each: {options.out}", file=sys.stderr)
     return 0
 
@@ -216,7 +216,7 @@ def _quantise(options: argparse.Namespace) -> None:
 
 def _output_path(name: str) -> Path:
     path = real_path("--out", name)  # a link keeps pointing where it did
-    if path.suffix not in _WRITERS:
+    if Path(name).suffix not in _WRITERS:
         raise ValueError(f"--out: got {name!r}, wanted a name that ends in {' or '.join(_WRITERS)}, or / for a folder")
     check_writable("--out", name, path)
     return path

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,39 @@ def said(error: BaseException) -> str:
     own = error.strerror if error.strerror != os.strerror(error.errno) else None
     if error.filename is None:  # what is printed, above all
         return own or _SAID.get(error.errno) or str(error)
-    return f"{os.fspath(error.filename)!s}: {own or _SAID.get(error.errno, error.strerror)}"
+    link = leads(error.filename) if error.errno == errno.ENOENT else ""
+    name = str(os.fspath(error.filename))
+    # A sentence is one line, whatever a file is called.
+    return f"{name if not set(name) & _BREAKS else repr(name)}{link}: {own or _SAID.get(error.errno, error.strerror)}"
+
+
+# What ends a line, or moves a terminal's cursor.
+_BREAKS = set(map(chr, range(32))) | {"\x7f", "\x85", "\u2028", "\u2029"}
+
+
+def leads(name: Any) -> str:
+    """Where a name that stands for nothing leads, if it is a link; else nothing."""
+    if not isinstance(name, (str, os.PathLike)) or not os.path.islink(name) or os.path.exists(name):
+        return ""
+    return f" (a link to {os.readlink(name)})"
+
+
+def shown(name: str | Path) -> str:
+    """A name as it was given, for an error that says that nothing is there: of a link where it leads too."""
+    return f"{str(name)!r}{leads(name)}"
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, of those that may be left out.
+
+    Raises:
+        FileNotFoundError: it was not left out, but is a link that leads nowhere.
+    """
+    if path.is_file():
+        return True
+    if leads(path):
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, where no file is")
+    return False
 
 
 def real_path(option: str, name: str) -> Path:
@@ -43,6 +76,7 @@ def real_path(option: str, name: str) -> Path:
 
     Raises:
         ValueError: no file can have the name: it is empty, or holds a zero or half of a character.
+        FileNotFoundError: it is relative, and the working directory is gone.
     """
     if name == "":  # which stands for the working directory
         raise ValueError(f"{option}: got '', wanted a name")
@@ -50,6 +84,8 @@ def real_path(option: str, name: str) -> Path:
         path = os.path.realpath(name)
         os.fsencode(path)
         os.path.lexists(path)
+    except FileNotFoundError:  # of a relative name
+        raise FileNotFoundError(f"{option}: got {name!r}, but the working directory is gone") from None
     except ValueError as error:
         raise ValueError(f"{option}: got {name!r}, which is no file's name: {error}") from None
     if "\0" in name:
@@ -80,6 +116,24 @@ def check_apart(option: str, name: str, path: Path, source: str) -> None:
         raise ValueError(f"{option}: got {name!r}, which is the input; wanted another name")
 
 
+def check_distinct(outputs: Mapping[str, str | Path | None]) -> None:
+    """That no two outputs are one file, of which the last one written would be left.
+
+    Args:
+        outputs: by option; None: there is none.
+
+    Raises:
+        ValueError: two are.
+    """
+    taken: dict[str, str] = {}
+    for option, name in outputs.items():
+        if name is None:
+            continue
+        other = taken.setdefault(os.path.realpath(name), option)
+        if other != option:
+            raise ValueError(f"{option}: got {str(name)!r}, which is the file of {other}; wanted another name")
+
+
 def check_folder(option: str, name: str, folder: Path) -> None:
     """That something can be made in the folder in which a command was told to make it.
 
@@ -87,7 +141,7 @@ def check_folder(option: str, name: str, folder: Path) -> None:
         OSError: the folder is missing or not writable.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{option}: the directory of {name!r} does not exist")
+        raise FileNotFoundError(f"{option}: the directory of {shown(name)} does not exist")
     check_inside(option, folder, f"the directory of {name!r}")
 
 
@@ -146,7 +200,7 @@ def model_directory(directory: str | Path) -> Path:
     if directory == "":  # which a Path takes for the working directory
         raise FileNotFoundError(f"directory: got ''; {_WANTED}")
     if not path.exists():
-        raise FileNotFoundError(f"directory: {str(path)!r} does not exist; {_WANTED}")
+        raise FileNotFoundError(f"directory: {shown(path)} does not exist; {_WANTED}")
     if not path.is_dir():
         raise NotADirectoryError(f"directory: {str(path)!r} is not a directory; {_WANTED}")
     return path
@@ -160,7 +214,7 @@ def require_file(directory: str | Path, name: str) -> Path:
         NotADirectoryError: the directory is a file.
     """
     path = model_directory(directory) / name
-    if not path.is_file():
+    if not is_there(path):
         raise FileNotFoundError(f"{name} is missing in {directory}")
     return path
 
@@ -281,7 +335,12 @@ def read_lines(name: str) -> list[str]:
         OSError: the file cannot be read.
         ValueError: a line is not UTF-8; the message has its number.
     """
-    content = _standard_input() if name == "-" else real_path("FILE", name).read_bytes()
+    if name == "-":
+        content = _standard_input()
+    else:
+        real_path("FILE", name)  # for names that no file can have
+        content = Path(name).read_bytes()
+    refuse_encoded("standard input" if name == "-" else name, content[:4])
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":  # what follows the last line end is no line
         lines.pop()
@@ -293,6 +352,40 @@ def read_lines(name: str) -> list[str]:
             where = "standard input" if name == "-" else name
             raise ValueError(f"{where}: line {number} is not UTF-8: {error.reason} at byte {error.start}") from None
     return texts
+
+
+def refuse_encoded(name: str | Path, begin: bytes) -> None:
+    """That a text does not begin as what it is often given in, and cannot be read as.
+
+    Args:
+        name: of the file.
+        begin: its first four bytes.
+
+    Raises:
+        ValueError: it is UTF-16, or packed.
+    """
+    for mark, kind, advice in _ENCODED:
+        if begin.startswith(mark):
+            raise ValueError(f"{name} is {kind}, wanted UTF-8: {advice}")
+
+
+_ENCODED = (
+    *((mark, "UTF-16", "convert it first") for mark in (b"\xff\xfe", b"\xfe\xff")),
+    (b"\x1f\x8b", "packed by gzip", "unpack it first"),
+    (b"\xfd7zX", "packed by xz", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it first"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first"),
+)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _standard_input() -> bytes:
@@ -331,8 +424,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Like `read_json`, and an empty dict when the file is not there."""
-    return read_json(path) if path.is_file() else {}
+    """Like `read_json`, and an empty dict when the file is not there.
+
+    Raises:
+        FileNotFoundError: as `is_there`.
+    """
+    return read_json(path) if is_there(path) else {}
 
 
 def setting(path: Path, content: dict[str, Any], key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:

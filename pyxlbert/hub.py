@@ -84,7 +84,7 @@ class Hub:
             raise TypeError(f"directory: got {type(name).__name__}, wanted a folder, or the name of a model of the hub")
         if name == "":
             raise FileNotFoundError("directory: got '', wanted a folder, or the name of a model of the hub")
-        if not isinstance(name, str) or Path(name).exists() or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or os.path.lexists(name) or not _NAME.fullmatch(name):
             return Path(name)
         try:
             import huggingface_hub

@@ -95,6 +95,27 @@ FINETUNE = "finetune text-classification --model m --train good.tsv"
         (f"{FINETUNE} --out o --dev label.tsv", "the label is 'c', wanted one of a, b"),
         (f"{FINETUNE} --out o --dev none.tsv", "--dev: got 'none.tsv', which is not there"),
         (f"{FINETUNE} --out o --label-column nothing", "has no column 'nothing'"),
+        # Before the data too, which is not there.
+        *(
+            (f"finetune {task} --model m --train none.tsv --out o {option}", f"{line} too; wanted another column")
+            for task, option, line in (
+                ("text-classification", "--text-column a --label-column a", "--label-column: got 'a', which is --text"),
+                ("text-classification", "--pair-column b --label-column b", "--label-column: got 'b', which is --pair"),
+                ("text-classification", "--pair-column b --text-column b", "--pair-column: got 'b', which is --text"),
+                ("multiple-choice", "--label-column choices", "--label-column: got 'choices', which is --choices"),
+            )
+            for line in [f"{line}-column"]
+        ),
+        (
+            f"{FINETUNE} --out o --label-column text",
+            "good.tsv: label_column 'text' and text_column 1 are the same column",
+        ),
+        (f"{FINETUNE} --out o --label-column 1", "good.tsv: label_column '1' and text_column 1 are the same column"),
+        (
+            "predict good.tsv --model trained --out x.tsv --pair-column 1 --text-column 1",
+            "--pair-column: got '1', which",
+        ),
+        ("predict good.tsv --model trained --out x.tsv --pair-column text", "pair_column 'text' and text_column 1 are"),
         ("finetune question-answering --model m --train squad.json --out o --max-length 12", "--stride: got 128"),
         # Of a new model it is the text that takes long.
         ("pretrain xlnet words.txt --out o --perm-size 3", "--perm-size: got 3"),

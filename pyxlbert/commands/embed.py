@@ -76,8 +76,8 @@ def encoding(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_ranges(name: str) -> np.ndarray:
-    path = real_path("ranges", name)
-    with path.open("rb") as file:
+    real_path("ranges", name)  # for names that no file can have
+    with Path(name).open("rb") as file:
         try:
             return np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -87,6 +87,8 @@ def _read_ranges(name: str) -> np.ndarray:
 def is_job(options: argparse.Namespace) -> bool:
     """Whether the output is a folder. Exits with 2 if it does not go with the inputs or the other options."""
     suffix = Path(options.out).suffix
+    if "" in options.files:  # which a Path takes for the working directory
+        options.refuse("FILE: got '', wanted a name")
     many = len(options.files) > 1 or any(is_parquet(Path(one)) or Path(one).is_dir() for one in options.files)
     folder = options.out.endswith(os.sep) or (suffix not in _FILES and Path(options.out).is_dir())
     if many and suffix in (*_FILES, ".parquet", ".pq") and not folder:

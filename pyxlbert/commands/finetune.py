@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyxlbert.commands.embed import set_threads
+from pyxlbert.files import shown
 from pyxlbert.training.options import MOST, PRECISIONS, SCHEDULES, TrainingOptions
 
 _DEFAULT = {f.name: f.default for f in fields(TrainingOptions)}
@@ -250,7 +251,7 @@ def _predict(options: argparse.Namespace) -> int:
 
     output_path(options.out)
     if options.file != "-" and not Path(options.file).is_file():
-        raise FileNotFoundError(f"FILE: got {options.file!r}, which is not there, or no file")
+        raise FileNotFoundError(f"FILE: got {shown(options.file)}, which is not there, or no file")
     _threads(options)
     named = ("text_column", "pair_column", "question_column", "choices_column", "header", "long_texts")
     count = predict_file(

@@ -10,7 +10,7 @@ import torch
 
 import pyxlbert
 from pyxlbert import backends, machine
-from pyxlbert.files import check_writable, real_path, said, whole_file
+from pyxlbert.files import check_distinct, check_writable, real_path, said, whole_file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +51,10 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"--model: got {options.model!r}, which has no config.json")
     for option in ("json", "html"):
         _check_output(parser, option, getattr(options, option))
+    try:
+        check_distinct({f"--{option}": getattr(options, option) for option in ("json", "html")})
+    except ValueError as error:
+        parser.error(str(error))
     names = list(dict.fromkeys(options.backend or backends.NAMES))
     dtypes = [_DTYPES[name] for name in dict.fromkeys(options.dtype or _DTYPES)]
     rows = []

@@ -12,7 +12,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pyxlbert import __version__
-from pyxlbert.files import model_directory
+from pyxlbert.files import model_directory, named_path
 from pyxlbert.text import DTYPES, SentenceEncoder
 from pyxlbert.text.batches import check_count
 
@@ -78,6 +78,8 @@ def embed_files(
     inputs = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     if not inputs:
         raise ValueError("inputs: got none, wanted files or folders")
+    for name in inputs:
+        named_path("inputs", name)  # the working directory is no input that nobody named
     _check(options, processes, engine)
     if engine == "ray":
         ray_engine.load()
@@ -135,6 +137,8 @@ def _check(options: Options, processes: int, engine: str) -> None:
             f"ranges: got none for precision {options.precision!r}; all shards need the same smallest and largest "
             "value of each column"
         )
+    if not options.vector_column:
+        raise ValueError("vector_column: got '', wanted a name")
     if options.columns is not None and len(set(options.columns)) < len(options.columns):
         raise ValueError(f"columns: got {', '.join(options.columns)}, one of them twice")
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyxlbert.files import file_digest
+
 NULLS = ("error", "empty", "null")
 
 # What a model is read from. Other formats of the same weights may lie beside it.
@@ -128,8 +130,10 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """The identity as a short text."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        """The identity as a short text, without the inputs' names: files may be renamed before a job goes on."""
+        content = self.identity()
+        content["inputs"] = [{**one, "name": None} for one in content["inputs"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def mark(self, shard: Shard) -> bytes:
         """What the shard's file carries."""
@@ -158,12 +162,6 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
             change = "its content has changed" if old["name"] == new["name"] else f"it was {old['name']}"
             return f"input {number} is {new['name']}: {change}"
     return None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_digest(directory: Path) -> str:

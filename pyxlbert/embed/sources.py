@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .plan import Options, Shard, Source, file_digest, is_parquet
+from pyxlbert.files import file_digest, is_there, leads, real_path, refuse_encoded
+
+from .plan import Options, Shard, Source, is_parquet
 
 # Rows and bytes that are read at once.
 _BATCH_ROWS, _BATCH_BYTES = 1024, 4 << 20
@@ -24,27 +26,30 @@ def find(names: Sequence[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: nothing is there, or a folder holds no Parquet file.
-        ValueError: a file is named twice.
+        ValueError: a file is named twice, is a device or a pipe, or has a name that no file can have.
     """
     found: list[Path] = []
     for name in names:
+        real_path("inputs", name)  # for names that no file can have
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.name.startswith((".", "_")))
+            inside = sorted(p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_")) and is_there(p))
             if not inside:
                 raise FileNotFoundError(f"{name} is a folder without Parquet files")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise FileNotFoundError(f"{name} is not there")
-    found = [path.resolve() for path in found]
-    seen: set[Path] = set()
+            if path.exists():
+                raise ValueError(f"{name} is a device or a pipe, wanted a file, which can be read twice")
+            raise FileNotFoundError(f"{name}{leads(name)} is not there")
+    seen: dict[Path, Path] = {}
     for path in found:
-        if path in seen:
-            raise ValueError(f"{path} is given twice")
-        seen.add(path)
-    return found
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            also = "" if str(other) == str(path) else f", also as {other}"
+            raise ValueError(f"{path} is given twice{also}")
+    return list(seen)
 
 
 def schema_of(path: Path, options: Options) -> pa.Schema:
@@ -61,7 +66,8 @@ def schema_of(path: Path, options: Options) -> pa.Schema:
     names = whole.names if options.columns is None else options.columns
     for name in (options.text_column, *names):
         if whole.names.count(name) != 1:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, whole.names))}")
+            has = f"{whole.names.count(name)} columns" if name in whole.names else "no column"
+            raise ValueError(f"{path} has {has} {name!r}; it has {', '.join(map(repr, whole.names))}")
     kind = whole.field(options.text_column).type
     if not _holds_strings(kind):
         raise ValueError(f"{path}: the column {options.text_column!r} holds {kind}, wanted strings")
@@ -233,6 +239,8 @@ def _survey_parquet(path: Path, options: Options) -> tuple[int, int, None]:
 def _survey_text(path: Path, options: Options) -> tuple[int, int, list[int]]:
     rows, offsets = 0, []
     with path.open("rb") as file:
+        refuse_encoded(path, file.read(4))
+        file.seek(0)
         offset = _skip_mark(file)
         for line in file:
             if rows % options.shard_rows == 0:

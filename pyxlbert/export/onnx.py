@@ -105,7 +105,7 @@ def _require_packages() -> None:
 
 def _output(name: str | Path, force: bool) -> Path:
     path = real_path("output", str(name))  # a link keeps pointing where it did
-    if path.suffix != ".onnx":
+    if Path(name).suffix != ".onnx":
         raise ValueError(f"output: got {str(name)!r}, wanted a name that ends in .onnx")
     check_writable("output", str(name), path)
     if path.exists() and not force:

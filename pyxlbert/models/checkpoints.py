@@ -6,6 +6,7 @@ Nothing here builds a model. A directory is read and checked completely before a
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from torch import Tensor
 
-from pyxlbert.files import model_directory, read_json, whole_file
+from pyxlbert.files import file_digest, is_there, model_directory, read_json, whole_file
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
@@ -45,7 +46,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
-def _read_shards(index_path: Path) -> dict[str, Tensor]:
+def _shards(index_path: Path) -> tuple[dict[str, str], list[str]]:
+    """The index's shard of each tensor, and the names of the shards, all of which are there."""
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index_path} has no weight_map")
@@ -56,8 +58,13 @@ def _read_shards(index_path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index_path} names the shard {shard!r}, which is outside its directory")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not (index_path.parent / shard).is_file():
+        if not is_there(index_path.parent / shard):
             raise FileNotFoundError(f"{index_path} names the shard {shard!r}, which is missing")
+    return weight_map, shards
+
+
+def _read_shards(index_path: Path) -> dict[str, Tensor]:
+    weight_map, shards = _shards(index_path)
     state: dict[str, Tensor] = {}
     for shard in shards:
         tensors = _read_file(index_path.parent / shard)
@@ -78,14 +85,29 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no directory, it has no weights, or an index names a shard that is not there.
         ValueError: a file is truncated or corrupt, or an index leads outside the directory.
     """
+    path = _weights_file(directory)
+    return _read_shards(path) if path.suffix == ".json" else _read_file(path)
+
+
+def _weights_file(directory: str | Path) -> Path:
+    """What a directory's weights are read from: one file, or the index of several."""
     directory = model_directory(directory)
-    for name in WEIGHTS:
-        if (directory / name).is_file():
-            return _read_file(directory / name)
-        if (directory / f"{name}.index.json").is_file():
-            return _read_shards(directory / f"{name}.index.json")
-    wanted = ", ".join(form for name in WEIGHTS for form in (name, f"{name}.index.json"))
-    raise FileNotFoundError(f"no weights in {directory}: wanted one of {wanted}")
+    forms = [form for name in WEIGHTS for form in (name, f"{name}.index.json")]
+    for form in forms:
+        if is_there(directory / form):
+            return directory / form
+    raise FileNotFoundError(f"no weights in {directory}: wanted one of {', '.join(forms)}")
+
+
+def weights_digest(directory: str | Path) -> str:
+    """SHA-256 of the files that `read_weights` reads, as hexadecimal digits.
+
+    Raises:
+        OSError, ValueError: as `read_weights` of files that are missing, or of an index.
+    """
+    path = _weights_file(directory)
+    files = [path, *(path.parent / shard for shard in _shards(path)[1])] if path.suffix == ".json" else [path]
+    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -18,13 +18,16 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def check_tensors(**given: object) -> None:
-    """Raises TypeError for what is neither a tensor nor None, ValueError for one whose memory was given back."""
+    """Raises TypeError for what is no strided tensor and not None, ValueError for one whose memory was given back."""
     traced = sizes_are_fixed() or torch.jit.is_tracing()
     for name, value in given.items():
         if value is None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor")
+        if value.is_nested or value.layout is not torch.strided:
+            layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").removeprefix("_")
+            raise TypeError(f"{name}: got a tensor of layout {layout}, wanted a strided one")
         if not traced:
             _check_memory(name, value)
 

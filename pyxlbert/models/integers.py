@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyxlbert.files import model_directory, whole_file
+from pyxlbert.files import is_there, model_directory, whole_file
 from pyxlbert.models.checkpoints import save
 from pyxlbert.ops._integers import MOST, Integers, check_inputs
 
@@ -76,7 +76,7 @@ def read(directory: str | Path, weights: Mapping[str, Tensor]) -> SavedModel | N
     from safetensors import SafetensorError, safe_open
 
     path = model_directory(directory) / FILE
-    if not path.is_file():
+    if not is_there(path):
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

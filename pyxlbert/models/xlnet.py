@@ -39,7 +39,7 @@ from pyxlbert.nn import (
     words_of,
 )
 from pyxlbert.nn.encoder_layers import LayerParts, PackedLayers, watched_linear
-from pyxlbert.nn.watch import Watch
+from pyxlbert.nn.watch import Watch, is_patched, unseen
 
 
 class XLNetRelativeAttention(RelativeAttention):
@@ -111,11 +111,16 @@ class XLNetLayer(nn.Module):
             content_needed=content_needed,
             output_attentions=output_attentions,
         )
-        if mixed is not None and target is not None and self.training:
+        if mixed is not None and target is not None and self._joins():
             return *self._finish_both(mixed, target, content, query, copy_dtype), weights
         content = None if mixed is None else self.finish(mixed, content, copy_dtype)
         query = None if target is None else self.finish(target, query, copy_dtype)
         return content, query, weights
+
+    def _joins(self) -> bool:
+        """Whether what follows attention may be called once for both streams: nobody would see it."""
+        after = (self.rel_attn.layer_norm, *self.ff.modules())
+        return self.training and not is_patched(self) and unseen(after)
 
     def parts(self, watch: Watch) -> LayerParts:
         """See `PackedLayers`."""

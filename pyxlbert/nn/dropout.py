@@ -20,8 +20,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     On the CPU torch draws a number of its generator for every element, one after the other, which takes longer than the
     layer norm and the activation around it. Here the generator gives a seed, 16 bits of Philox decide on an element,
     in the gradient once more, and p is a multiple of 2⁻¹⁶. In float64, and without the native module, a draw of 64 bits
-    is for four elements. Neither depends on the number of threads. Elsewhere, and where calls are traced or
-    transformed, this is `torch.nn.functional.dropout`.
+    is for four elements. Neither depends on the number of threads. What is dropped is 0 whatever it was, as in every op
+    with dropout here, and so is its gradient: torch multiplies by 0, which makes NaN of an infinity and keeps a NaN.
+    Elsewhere, and where calls are traced or transformed, this is `torch.nn.functional.dropout`.
 
     Args:
         x: any shape and strides.
@@ -43,9 +44,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     with torch.no_grad():
         words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[:count].view(x.shape)
-        # Written in x's dtype at once: a tensor of bool would be converted in a pass of its own.
-        kept = torch.ge(bits, limit - _LEVELS // 2, out=torch.empty(x.shape, dtype=x.dtype))
-    return (x * kept).mul_(_LEVELS / (_LEVELS - limit))
+        kept = bits >= limit - _LEVELS // 2
+    return torch.where(kept, x, 0.0).mul_(_LEVELS / (_LEVELS - limit))
 
 
 def _draws_few_bits(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from pyxlbert.nn.distances import OwnRows
 from pyxlbert.nn.given_rows import leaves_out_gradient, products_behind
 from pyxlbert.nn.layout import TokenLayout
 from pyxlbert.nn.packing import Packable, Projection
+from pyxlbert.nn.watch import is_patched
 from pyxlbert.ops._weights import relative_attention_with_weights, two_stream_attention_with_weights
 from pyxlbert.ops.linear import linear
 from pyxlbert.ops.relative_attention import relative_attention
@@ -159,13 +160,14 @@ class RelativeAttention(Packable):
         (table,) = self.project(layout.positions, "r")  # [R, H, D] or [G, R, H, D], with own_rows [N, H, D]
         if layout.own_rows is not None:
             table = layout.own_rows.spread(table)  # [B, R, H, D]
-        if content_needed and query is not None and self.training:
+        joined = self.training and not is_patched(self)
+        if content_needed and query is not None and joined:
             content_query, target_query = in_one(lambda rows: self.project(rows, "q")[0], content, query)
         else:
             content_query = self.project(content, "q")[0] if content_needed else None  # [B, T, H, D]
             target_query = None if query is None else self.project(query, "q")[0]  # [B, M, H, D]
         mixed, target, weights = self._attend(content_query, target_query, key, value, table, layout, output_attentions)
-        if mixed is not None and target is not None and self.training:
+        if mixed is not None and target is not None and joined:
             return *in_one(self.back, mixed.flatten(-2), target.flatten(-2)), weights
         mixed, target = (None if one is None else self.back(one.flatten(-2)) for one in (mixed, target))
         return mixed, target, weights

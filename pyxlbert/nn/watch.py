@@ -7,7 +7,7 @@ Everything that would change what a call computes is looked at before each use.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -31,6 +31,35 @@ _METHODS = ("forward", "_call_impl", "project", "back", "finish")
 def hooked_everywhere() -> bool:
     """Whether there are hooks on every module of the process."""
     return any(_GLOBAL_HOOKS)
+
+
+# Of one module, and of every one of the process.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_EVERYWHERE = [getattr(torch_module, f"_global{name}", {}) for name in _HOOKS]
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a method that computes is set on the instance."""
+    return any(name in vars(module) for name in _METHODS)
+
+
+def unseen(modules: Iterable[nn.Module]) -> bool:
+    """Whether nobody sees how often these modules are called, and with which rows: they have no hooks, forward or
+    backward, and are of this package, with the methods of their classes.
+
+    While a model is compiled it is not asked for: True.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if any(_EVERYWHERE):
+        return False
+    for module in modules:
+        kind = type(module)
+        if not kind.__module__.startswith("pyxlbert.") or not _is_own(kind) or is_patched(module):
+            return False
+        if any(getattr(module, name, None) for name in _HOOKS):
+            return False
+    return True
 
 
 class Unusual(Exception):

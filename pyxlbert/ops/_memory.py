@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyxlbert.ops._torch import backward_pass, held_by_autograd, transformed
+from pyxlbert.ops._torch import after_pass, backward_pass, held_by_autograd, transformed
 
 
 class KeptMemory:
@@ -52,11 +53,13 @@ class KeptMemory:
         Both this and `handed_over` are for functions that were given the parameter itself (`is_parameter`). A view of
         it has a gradient of its own, which may be asked for, or changed by a hook, before it is the parameter's.
         """
-        lent = self._lent.get(gradient.data_ptr())
-        if lent is not None and lent() is not None and backward_pass() >= 0:
-            self._handed[backward_pass()] = gradient
+        lent, number = self._lent.get(gradient.data_ptr()), backward_pass()
+        ours = lent is not None and lent() is not None and number >= 0
+        # What becomes a parameter's `grad` is to have no weak reference: `torch.utils.swap_tensors` refuses those.
+        if ours and after_pass(functools.partial(self._handed.pop, number, None)):
+            self._handed[number] = gradient
         else:
-            self._handed.pop(backward_pass(), None)
+            self._handed.pop(number, None)
 
     def handed_over(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """The gradient that was handed over in the backward pass that runs, while autograd waits for the rest of it.
@@ -81,11 +84,19 @@ def is_parameter(weight: Tensor) -> bool:
     return type(weight) is torch.nn.Parameter and weight.is_leaf
 
 
-_kept: dict[int, KeptMemory] = {}
+# By the parameter's id. Its storage is followed and not itself, for a tensor with a weak reference cannot be swapped
+# with another, as `Module.to` does if it is told to. Another parameter of the same storage has its own.
+_kept: dict[int, tuple[weakref.ref[torch.UntypedStorage], KeptMemory]] = {}
+
+
+def _forget(key: int, storage: weakref.ref[torch.UntypedStorage]) -> None:
+    if key in _kept and _kept[key][0] is storage:
+        del _kept[key]
 
 
 def memory_of(weight: Tensor) -> KeptMemory | None:
-    """What is kept for copies and gradients of a parameter while it lives; None for one that is not on the CPU.
+    """What is kept for copies and gradients of a parameter while its storage lives; None for one that is not
+    on the CPU.
 
     Args:
         weight: a parameter of a model, or a view of one. What is no plain parameter, or is looked at by a compiler or a
@@ -101,8 +112,7 @@ def memory_of(weight: Tensor) -> KeptMemory | None:
         or transformed()
     ):
         return None
-    found = _kept.get(id(weight))
-    if found is None:
-        found = _kept[id(weight)] = KeptMemory()
-        weakref.finalize(weight, _kept.pop, id(weight), None).atexit = False
-    return found
+    storage, found = weight.untyped_storage(), _kept.get(id(weight))
+    if found is None or found[0]() is not storage:
+        found = _kept[id(weight)] = weakref.ref(storage, functools.partial(_forget, id(weight))), KeptMemory()
+    return found[1]

@@ -108,6 +108,16 @@ def _no_pass() -> int:
 backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_pass)
 
 
+def after_pass(call: Callable[[], Any]) -> bool:
+    """Has `call` called when the backward pass that runs in this thread has ended well; False where torch cannot."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    queue = getattr(engine, "queue_callback", None)
+    if queue is None:
+        return False
+    queue(call)
+    return True
+
+
 def keeps_graph() -> bool:
     """Whether the backward pass that runs may be asked for again: then nothing that forward kept may change."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxlbert import models
-from pyxlbert.files import check_new_directory, named_path, read_json, whole_directory
+from pyxlbert.files import check_new_directory, is_there, named_path, read_json, shown, whole_directory
 from pyxlbert.models import checkpoints
 from pyxlbert.models.config import ModelConfig
 from pyxlbert.models.pretrained import PretrainedModel
@@ -70,7 +70,7 @@ def convert(
     """
     source, output = named_path("source", source), named_path("output", output)
     if not source.parent.is_dir():
-        raise FileNotFoundError(f"source: {str(source)!r} does not exist")
+        raise FileNotFoundError(f"source: {shown(source)} does not exist")
     check_new_directory(output, force)
     saved = _of_fairseq(source)
     if saved is not None:
@@ -144,11 +144,11 @@ def _path(name: str | Path | None) -> Path | None:
 def _find_config(folder: Path, given: str | Path | None) -> Path:
     if given is not None:
         if not Path(given).is_file():
-            raise FileNotFoundError(f"config: {str(given)!r} is no file")
+            raise FileNotFoundError(f"config: {shown(given)} is no file")
         return Path(given)
     names = (bert.CONFIG_FILE, xlnet.CONFIG_FILE, "config.json")
     for name in names:
-        if (folder / name).is_file():
+        if is_there(folder / name):
             return folder / name
     raise FileNotFoundError(f"no configuration in {folder}: wanted {', '.join(names)}, or its file by --config")
 

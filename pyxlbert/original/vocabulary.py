@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from pyxlbert.files import read_optional_json, read_text, require_file, setting
+from pyxlbert.files import is_there, read_optional_json, read_text, require_file, setting
 from pyxlbert.text.tokenizer import load_tokenizer
 
 
@@ -42,7 +42,7 @@ def find_vocabulary(folder: Path, name: str, given: Path | None, lower_case: boo
         ValueError: the settings cannot be followed, or the vocabulary is not UTF-8.
     """
     file = folder / name if given is None else given
-    if not file.is_file():
+    if not is_there(file):
         raise FileNotFoundError(
             f"{file} is missing: name the vocabulary by --vocab, or say --no-tokenizer to go without one"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyxlbert.files import model_directory, read_json, read_optional_json, setting
+from pyxlbert.files import is_there, model_directory, read_json, read_optional_json, setting
 from pyxlbert.hub import Hub
 from pyxlbert.models import BertForSequenceClassification
 from pyxlbert.nn.packing import pack, packs_by_default
@@ -242,7 +242,7 @@ def _pair(item: object, index: int) -> tuple[str, str]:
 def _transformer(root: Path) -> Path:
     """The folder of the model: the root itself, or the one that `modules.json` names."""
     listing = root / "modules.json"
-    if not listing.is_file():
+    if not is_there(listing):
         return root
     modules = [module_of(root, module, listing) for module in read_json(listing, list)]
     kinds = [kind for kind, _ in modules]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pyxlbert.files import model_directory, read_json, read_optional_json, setting
+from pyxlbert.files import is_there, model_directory, read_json, read_optional_json, setting
 from pyxlbert.models.checkpoints import read_weights
 
 from .folder_settings import refuse_other, refuse_unknown
@@ -104,7 +104,7 @@ class Dense:
             FileNotFoundError: a file is missing.
             ValueError: a file is corrupt, or the activation is not known.
         """
-        config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        config = read_optional_json(directory / "config.json")
         file, tanh = directory / "config.json", "torch.nn.modules.activation.Tanh"
         activation = setting(file, config, "activation_function", str, tanh).rsplit(".", 1)[-1]
         if activation not in ACTIVATIONS:
@@ -194,7 +194,7 @@ def read_modules(directory: str | Path) -> tuple[SentenceModules, Path]:
     """
     root = model_directory(directory)
     listing = root / "modules.json"
-    if not listing.is_file():
+    if not is_there(listing):
         return SentenceModules(), root
     transformer: Path | None = None
     modes: tuple[str, ...] | None = None
@@ -250,7 +250,7 @@ def _inside(root: Path, path: object, listing: Path) -> Path:
 
 
 def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool, int | None]:
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(f"{path} is missing, which modules.json names")
     config = read_json(path)
     sizes = ("embedding_dimension", "word_embedding_dimension")

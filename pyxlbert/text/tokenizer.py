@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyxlbert.files import model_directory, read_json, read_optional_json, read_text, setting
+from pyxlbert.files import is_there, model_directory, read_json, read_optional_json, read_text, setting
 
 from . import folder_settings, xlnet_tokenizer
 from .original_numbers import OriginalNumbers
@@ -440,7 +440,7 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
 
     settings = read_optional_json(directory / "tokenizer_config.json")
     saved, vocabulary, pieces = (directory / name for name in ("tokenizer.json", "vocab.txt", "spiece.model"))
-    if saved.is_file():
+    if is_there(saved):
         content = read_text(saved)
         with xlnet_tokenizer.library_errors(saved):
             tokenizer = tokenizers.Tokenizer.from_str(content)
@@ -453,14 +453,14 @@ def load_tokenizer(directory: Path) -> tokenizers.Tokenizer:
             _apply_settings(tokenizer, settings, directory / "tokenizer_config.json")
         else:
             tokenizer = own
-    elif vocabulary.is_file():
+    elif is_there(vocabulary):
         tokenizer = _from_vocabulary(vocabulary, settings)
-    elif pieces.is_file():
+    elif is_there(pieces):
         if not xlnet_tokenizer.is_xlnet(directory, settings):
             kind = read_optional_json(directory / "config.json").get("model_type")
             raise ValueError(f"{pieces}: is of model_type {kind!r}, wanted XLNet's, or a tokenizer.json beside it")
         tokenizer = xlnet_tokenizer.from_sentencepiece(pieces, settings)
-    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    elif all(is_there(directory / name) for name in ("vocab.json", "merges.txt")):
         tokenizer = _from_byte_pairs(directory, settings)
     else:
         raise FileNotFoundError(

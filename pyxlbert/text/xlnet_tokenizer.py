@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyxlbert.files import read_json, read_optional_json, setting
+from pyxlbert.files import is_there, read_json, read_optional_json, setting
 
 if TYPE_CHECKING:  # the library is loaded when a tokenizer is, not by `import pyxlbert`
     import tokenizers
@@ -78,7 +78,7 @@ def is_xlnet(directory: Path, settings: dict[str, Any]) -> bool:
     if model_type is not None:
         return model_type == "xlnet"
     named = str(settings.get("tokenizer_class") or "").startswith("XLNet")
-    return named or (directory / "spiece.model").is_file()
+    return named or is_there(directory / "spiece.model")
 
 
 def from_sentencepiece(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyxlbert.files import named_path
+from pyxlbert.files import file_digest, named_path, shown
+from pyxlbert.models.checkpoints import weights_digest
 from pyxlbert.text.batches import check_count
 from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
-from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, started_run
+from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, known, started_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.saved import Trained, open_new, open_trained, write
 from pyxlbert.training.steps import ShuffledSteps
@@ -74,18 +74,18 @@ def finetune(
         check_count("max_length", max_length)
     for name, path in (("train", train), *([] if dev is None else [("dev", dev)])):
         if not named_path(name, path).is_file():
-            raise FileNotFoundError(f"{name}: got {str(path)!r}, which is not there, or no file")
+            raise FileNotFoundError(f"{name}: got {shown(path)}, which is not there, or no file")
     examples = chosen.read(train, training=True)
     dev_examples = None if dev is None else chosen.read(dev)
     unread = open_new(chosen, model, max_length)
     tokenizer = unread.tokenizer
     identity = {
         "task": task,
-        "model": str(model),
         "fresh": fresh,
+        "model": known(model, unread.digest()),
         "max_length": tokenizer.max_length,
-        "train": _fingerprint(train),
-        "dev": None if dev is None else _fingerprint(dev),
+        "train": known(train, file_digest(train)),
+        "dev": None if dev is None else known(dev, file_digest(dev)),
         **chosen.settings,
         **options.decisive(),
     }
@@ -121,17 +121,13 @@ def finetune(
         metric=(chosen.metric, True),
         evaluate=None if dev_examples is None else evaluate,
         save=lambda state: write(trained, unread.folder, folder, state),
-        identity=identity,
         title=f"{task}: {Path(train).name}",
     )
+    if work.is_main_process:
+        identity["model"]["weights"] = None if fresh else weights_digest(unread.folder)
     with started_run(folder, identity, resume) if work.is_main_process else nullcontext():
         work.wait_for_everyone()
         return Loop(job, options, folder, work, tell).run()
-
-
-def _fingerprint(path: str | Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def evaluate(

@@ -66,7 +66,6 @@ class Job:
         metric: the score that decides which model is the best, and whether more is better.
         evaluate: scores of the module as it is, called by all processes; None: there is nothing to evaluate on.
         save: writes the model that is the best so far, from the whole state of `module`; called by one process.
-        identity: what a run that is resumed must have in common with the one that was broken off.
         title: of the picture.
         memory: what else a checkpoint has to hold; None: nothing.
     """
@@ -77,7 +76,6 @@ class Job:
     metric: tuple[str, bool]
     evaluate: Callable[[nn.Module, Any], dict[str, float]] | None
     save: Callable[[dict[str, torch.Tensor]], None]
-    identity: dict[str, Any]
     title: str
     memory: Memory | None = None
 
@@ -210,6 +208,26 @@ def started_run(directory: Path, identity: dict[str, Any], resume: bool) -> Iter
         yield
 
 
+def known(name: str | Path, digest: str) -> dict[str, Any]:
+    """A file or a folder in a run's identity: what it holds decides, and its name is for people.
+
+    Args:
+        name: as it was given; a run may go on with another name of the same.
+        digest: of what it holds.
+    """
+    return {"name": str(name), "sha256": digest}
+
+
+def _is_known(value: Any) -> bool:
+    return isinstance(value, dict) and "name" in value and "sha256" in value
+
+
+def _same(now: Any, then: Any) -> bool:
+    if _is_known(now) and _is_known(then):
+        return all(now[key] == then[key] for key in (now.keys() & then.keys()) - {"name"})
+    return now == then
+
+
 def check_identity(directory: Path, identity: dict[str, Any]) -> None:
     """That the run of a folder, if it has one, is this one.
 
@@ -219,7 +237,7 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> None:
     if not (directory / RUN).is_file():
         return
     saved, identity = read_json(directory / RUN), json.loads(json.dumps(identity))  # as it is read back
-    differing = [name for name in {**saved, **identity} if saved.get(name) != identity.get(name)]
+    differing = [name for name in {**saved, **identity} if not _same(identity.get(name), saved.get(name))]
     if differing:
         raise ValueError(_differs(differing[0], identity, saved, directory))
 
@@ -227,6 +245,9 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> None:
 def _differs(name: str, identity: dict[str, Any], saved: dict[str, Any], directory: Path) -> str:
     """What a run's identity has otherwise than that which it is to go on with, down to one option."""
     now, then = identity.get(name), saved.get(name)
+    if _is_known(now) and _is_known(then):
+        content = "another content than" if now["name"] == then["name"] else f"another content than {then['name']!r},"
+        return f"{name}: got {now['name']!r}, which has {content} that with which the run in {directory} was started"
     if isinstance(now, dict) and isinstance(then, dict):
         inner = next(one for one in {**then, **now} if then.get(one) != now.get(one))
         return _differs(inner, now, then, directory)

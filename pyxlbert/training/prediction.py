@@ -66,7 +66,7 @@ def predict_file(
     examples = _examples(saved.task, source, dict(columns or {}), words)
     trained = saved.trained(dtype)
     with whole_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
-        write = _WRITERS[path.suffix](file, trained)
+        write = _WRITERS[Path(output).suffix](file, trained)
         for start in range(0, len(examples), _CHUNK):
             part = examples[start : start + _CHUNK]
             write(trained.task.rows(part, predictions(trained, part, batch_size, progress)))
@@ -82,7 +82,7 @@ def output_path(name: str | Path) -> Path:
         OSError: its folder is missing or not writable, or it is a folder.
     """
     path = real_path("output", str(name))  # a link keeps pointing where it did
-    if path.suffix not in _WRITERS:
+    if Path(name).suffix not in _WRITERS:
         raise ValueError(f"output: got {str(name)!r}, wanted a name that ends in {', '.join(_WRITERS)}")
     check_writable("output", str(name), path)
     return path
@@ -94,6 +94,7 @@ def _examples(task: Task, source: str | Path, columns: dict[str, Any], words: bo
         raise ValueError(f"{sorted(unknown)[0]}: {task.name} has no such column")
     task.settings.update(columns)
     task.check_settings()
+    task.check_columns([f"{name}_column" for name in task.columns if f"{name}_column" in task.settings])
     if words:
         if not isinstance(task, Tagging):
             raise ValueError(f"words: the model is trained for {task.name}, wanted a tagger")

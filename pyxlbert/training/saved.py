@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyxlbert.files import read_json, require_file, whole_file
+from pyxlbert.files import file_digest, is_there, read_json, require_file, whole_file
 from pyxlbert.hub import Hub
 from pyxlbert.models.by_type import encoder_class
 from pyxlbert.models.pretrained import PretrainedModel
@@ -41,6 +42,13 @@ class Unread:
     folder: Path
     config: Any
     tokenizer: TaskTokenizer
+
+    def digest(self) -> str:
+        """SHA-256 of all that is read but the weights, as hexadecimal digits."""
+        lengths = sorted(path.name for path in self.folder.glob("sentence_*_config.json"))
+        names = [name for name in ("config.json", *_TOKENIZER, *lengths) if is_there(self.folder / name)]
+        said = "".join(f"{name} {file_digest(self.folder / name)}\n" for name in names)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def trained(self, dtype: torch.dtype = torch.float32) -> Trained:
         """The model of a directory that `write` has written.
@@ -152,7 +160,7 @@ def write(trained: Trained, source: Path, directory: Path, state: dict[str, torc
     """
     directory.mkdir(exist_ok=True)
     for name in _TOKENIZER:
-        if (source / name).is_file() and source.resolve() != directory.resolve():
+        if is_there(source / name) and source.resolve() != directory.resolve():
             with whole_file(directory / name) as path:
                 shutil.copyfile(source / name, path)
     saved = {

@@ -207,6 +207,7 @@ BAD = [
     (["--rounds", "1"], "--rounds: got 1, wanted at least 3"),
     (["--threads", "0"], "--threads: got 0, wanted at least 1"),
     (["--json", "."], "is a directory"),
+    (["--json", "x.json", "--markdown", "x.json"], "--markdown: got 'x.json', which is the file of --json; wanted"),
     (["--html", "/dev/null/y.html"], "is not writable"),
     (["--read", "x.json"], "--read needs --html or --markdown"),
     (["models", "--device", "cuda"], "suite: got 'models', on cuda wanted one of gpu"),

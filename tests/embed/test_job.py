@@ -334,6 +334,8 @@ def test_another_job_is_refused(tmp_path: Path, model: Path, inputs: list[Path])
     assert tree(out) == before
     (tmp_path / "in").rename(tmp_path / "moved")
     assert embed_files([tmp_path / "moved"], model, out, options).before == 205
+    (tmp_path / "moved" / inputs[0].name).rename(tmp_path / "moved" / f"a{inputs[0].name}")
+    assert embed_files([tmp_path / "moved"], model, out, options).before == 205  # and be called otherwise
     shutil.copy(out / "part-000000.parquet", out / "part-000001.parquet")
     with pytest.raises(ValueError, match=r"part-000001.parquet' is not this job's, or damaged"):
         embed_files([tmp_path / "moved"], model, out, Options(shard_rows=60))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+import transformers
 from small_xlnet import (
     FLOAT32,
     GRADIENT,
@@ -15,11 +18,13 @@ from small_xlnet import (
     POSITIONS,
     QUERY_RANK,
     REAL,
+    SMALL,
     Calls,
     build,
     gradients,
 )
 
+from pyxlbert.models import xlnet
 from pyxlbert.testing import compare
 
 
@@ -77,21 +82,20 @@ def test_checkpointing_changes_nothing() -> None:
     "targets", [{"target_positions": POSITIONS}, {"target_mapping": MAPPING}], ids=["places", "map"]
 )
 @pytest.mark.parametrize("residual", [False, True])
-def test_streams_are_one_product_in_training_and_give_what_two_give(targets: dict, residual: bool) -> None:
+def test_streams_are_one_product_in_training_and_give_what_two_give(
+    targets: dict, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In evaluation each stream is multiplied by itself; with dropout off, training computes the same."""
-    found = []
+    found, made, usual = [], [], xlnet.rows_and_stream  # twice a layer, by no module that a hook could be on
+    monkeypatch.setattr(xlnet, "rows_and_stream", lambda of: (made.append(of), usual(of))[1])
     for training in (False, True):
         model = build(n_layer=3, dropout=0.0).train(training)
-        rows: list[int] = []
-        for layer in model.layer:
-            layer.ff.register_forward_pre_hook(
-                lambda module, given, rows=rows: rows.append(given[0].shape[:-1].numel())
-            )
+        made.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=residual):
             y = model(IDS, MASK, query_rank=QUERY_RANK, key_rank=KEY_RANK, **targets)[0]
         y.float().square().sum().backward()
         found.append((y.detach(), gradients(model)))
-        assert len(rows) == (3 if training else 5)  # the last layer's content stream is nobody's
+        assert len(made) == 2 * (3 if training else 5)  # the last layer's content stream is nobody's
     bound = compare.tolerances.CONTESTANT[torch.bfloat16] if residual else FLOAT32
     compare.close("states", found[1][0], found[0][0], bound)
     compare.close("gradients", found[1][1], found[0][1], bound if residual else GRADIENT)
@@ -144,3 +148,84 @@ def test_compiles_whole(two: bool) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         compare.close("states", compiled(IDS, MASK, **given)[0], model(IDS, MASK, **given)[0], FLOAT32)
+
+
+INSIDE = ("rel_attn.layer_norm", "ff", "ff.layer_1", "ff.layer_2", "ff.layer_norm", "ff.dropout")
+
+
+def rows_seen(model: torch.nn.Module, path: str, way: str) -> list[torch.Tensor]:
+    """What a hook on a module of the first layer sees of each call in training with two streams."""
+    seen: list[torch.Tensor] = []
+    module, undone = model.layer[0].get_submodule(path), contextlib.ExitStack()
+    if way == "forward":
+        undone.callback(module.register_forward_hook(lambda module, given, out: seen.append(given[0])).remove)
+    elif way == "before":
+        undone.callback(module.register_forward_pre_hook(lambda module, given: seen.append(given[0])).remove)
+    elif way == "backward":
+        handle = module.register_full_backward_hook(lambda module, given, out: seen.insert(0, out[0]))
+        undone.callback(handle.remove)
+    elif way == "everywhere":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda one, given, out: seen.append(given[0]) if one is module else None
+        )
+        undone.callback(handle.remove)
+    elif way == "patched":
+        usual = module.forward
+        module.forward = lambda x, *rest: (seen.append(x), usual(x, *rest))[1]
+        undone.callback(vars(module).pop, "forward")
+    else:  # another module in its place, as an adapter is
+        parent, name = model.layer[0].get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+
+        class Adapter(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = module
+
+            def forward(self, x: torch.Tensor, *rest):
+                seen.append(x)
+                return self.inner(x, *rest)
+
+        setattr(parent, name, Adapter())
+        undone.callback(setattr, parent, name, module)
+    with undone:
+        step(model)
+    return seen
+
+
+def step(model: torch.nn.Module) -> torch.Tensor:
+    model.zero_grad()
+    output = model(IDS, use_mems=False, target_positions=POSITIONS, query_rank=QUERY_RANK, key_rank=KEY_RANK)
+    (output.last_hidden_state * torch.arange(24)).sum().backward()
+    return output.last_hidden_state.detach()
+
+
+@pytest.mark.parametrize("way", ["forward", "before", "backward", "everywhere", "patched", "replaced"])
+@pytest.mark.parametrize("path", INSIDE)
+def test_whoever_looks_into_a_layer_sees_each_stream_for_itself(path: str, way: str) -> None:
+    """As in transformers, which calls a layer's modules once for each; the rows of both are one call's otherwise."""
+    model = build().train()
+    wanted, gradient = step(model), gradients(model)
+    seen = rows_seen(model, path, way)
+    assert [one.shape[:-1] for one in seen] == [IDS.shape, POSITIONS.shape]
+    compare.close("gradients", gradients(model), gradient, GRADIENT)
+    compare.same_bits("and joined again", step(model), wanted)
+    compare.same_bits("and joined again", gradients(model), gradient)
+
+
+def test_transformers_calls_as_often() -> None:
+    config = transformers.XLNetConfig(**SMALL)
+    theirs, seen = transformers.XLNetModel(config).train(), []
+    theirs.layer[0].ff.layer_1.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[:-1]))
+    theirs(IDS, target_mapping=MAPPING, perm_mask=PERM_MASK, use_mems=False)
+    assert sorted(seen) == sorted([IDS.T.shape, POSITIONS.T.shape])  # its batch is the second dimension
+
+
+def test_without_a_look_both_streams_are_one_call(monkeypatch) -> None:
+    seen, usual = [], xlnet.rows_and_stream
+    monkeypatch.setattr(xlnet, "rows_and_stream", lambda found: (seen.append(found), usual(found))[1])
+    model = build().train()
+    step(model)
+    assert len(seen) == 2 * model.config.n_layer
+    model.layer[0].ff.register_forward_hook(lambda module, given, out: None)
+    step(model)
+    assert len(seen) == 2 * model.config.n_layer * 2 + 2

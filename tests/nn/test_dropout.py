@@ -55,6 +55,21 @@ def test_the_seed_decides_and_threads_do_not() -> None:
     assert ((found[0][0] == 0) != (found[0][1] == 0)).any()  # the second draw is another
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_is_dropped_is_zero_whatever_it_was(dtype: torch.dtype, odd: float, native: bool, monkeypatch) -> None:
+    if not native:
+        monkeypatch.setattr("pyxlbert.nn.dropout.dropped", lambda x, limit: None)
+    torch.manual_seed(3)
+    x = torch.full((64, 50), odd, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.4)
+    zeros = y == 0
+    assert 0.3 < float(zeros.double().mean()) < 0.5 and not torch.isfinite(y[~zeros]).any()
+    y.backward(torch.full_like(y, odd))
+    assert torch.equal(x.grad == 0, zeros) and not torch.isfinite(x.grad[~zeros]).any()
+
+
 def test_strides_empty_tensors_and_limits() -> None:
     torch.manual_seed(2)
     row = torch.ones(1, 64)

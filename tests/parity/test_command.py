@@ -173,6 +173,7 @@ def test_a_page_with_hostile_names_is_inert() -> None:
         (["--model", "tests"], "--model: got 'tests', which has no config.json"),
         (["--json", "no/such/folder/x.json"], "--json: the directory of 'no/such/folder/x.json' does not exist"),
         (["--html", "."], "--html: '.' is a directory"),
+        (["--json", "x", "--html", "./x"], "--html: got './x', which is the file of --json; wanted another name"),
     ],
 )
 def test_bad_usage(arguments: list[str], words: str, capsys) -> None:

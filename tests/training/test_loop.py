@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_task import STILL, bert, options, sentences, table, tagged
 
 from pyxlbert.models import AlbertConfig, AlbertForSequenceClassification
@@ -111,11 +111,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> N
 def test_another_run_is_not_gone_on_with(files: Path, tmp_path: Path) -> None:
     train(files, tmp_path / "a", max_steps=1)
     for change, message in (
-        ({"learning_rate": 0.5}, "learning_rate"),
-        ({"model": "still"}, "model"),
-        ({"settings": {"long_texts": "windows"}}, "long_texts"),
+        ({"learning_rate": 0.5}, "learning_rate: got .*, but the run in .* was started with"),
+        ({"model": "still"}, "model: got '.*still', which has another content than '.*bert', that with which the run"),
+        (
+            {"settings": {"long_texts": "windows"}},
+            "long_texts: got 'windows', but the run in .* was started with 'cut'",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"{message}: got .* was started with"):
+        with pytest.raises(ValueError, match=message):
             train(files, tmp_path / "a", **{"max_steps": 1, "resume": True, **change})
     with pytest.raises(FileExistsError, match="--resume goes on"):
         train(files, tmp_path / "a", max_steps=1)
@@ -129,6 +132,48 @@ def test_another_run_is_not_gone_on_with(files: Path, tmp_path: Path) -> None:
         train(files, tmp_path / "b", resume=True)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         train(files, tmp_path / "no" / "c")
+
+
+def test_what_a_run_is_made_of_is_known_by_content(files: Path, tmp_path: Path, monkeypatch) -> None:
+    """However it is spelt, and wherever it has gone."""
+
+    def go_on(model: Any, data: Any, **given: Any) -> dict:
+        usual = {"options": options(max_steps=2, checkpoint_every=1), "resume": True}
+        return finetune("text-classification", model, data, data, tmp_path / "out", **usual | given)
+
+    shutil.copytree(files, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    os.symlink("bert", "link")
+    os.symlink("train.tsv", "link.tsv")
+    shutil.copytree("bert", "copy")
+    shutil.copyfile("train.tsv", "copy.tsv")
+    scores = go_on("bert", "train.tsv")
+    for model in ("bert/", "./bert", Path.cwd() / "bert", "../here/bert", "link", "copy"):
+        assert go_on(model, "train.tsv") == scores
+    for data in ("./train.tsv", Path.cwd() / "train.tsv", "link.tsv", "copy.tsv"):
+        assert go_on("bert", data) == scores
+    assert json.loads(Path("../out/run.json").read_text())["model"]["name"] == "bert"
+
+    # What is called the same and is another is not gone on with.
+    with open("copy.tsv", "a") as file:
+        file.write("a text\tgood\n")
+    with pytest.raises(ValueError, match=r"train: got 'copy.tsv', which has another content than 'train.tsv', that"):
+        go_on("bert", "copy.tsv")
+    state = load_file("copy/model.safetensors")
+    save_file({name: 2 * value for name, value in state.items()}, "copy/model.safetensors")
+    with pytest.raises(ValueError, match="model: got 'copy', which has another content than 'bert', that with which"):
+        go_on("copy", "train.tsv")
+    os.rename("copy", "bert2")
+    os.rename("bert", "bert1")
+    os.rename("bert2", "bert")
+    with pytest.raises(ValueError, match="model: got 'bert', which has another content than that with which the run"):
+        go_on("bert", "train.tsv")
+    # Weights that are not read make no difference.
+    out = tmp_path / "fresh"
+    for model in ("bert", "bert1"):
+        finetune(
+            "text-classification", model, "train.tsv", None, out, fresh=True, resume=True, options=options(max_steps=1)
+        )
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(files: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,23 @@ def test_an_xlnet_learns_and_its_memories_help(files: Path) -> None:
 def command(files: Path, kind: str, *options: str) -> list[str]:
     usual = ["--size", "tiny", "--max-length", "32", "--batch-size", "4", "--steps", "2", "--vocab-size", "100"]
     return ["pretrain", kind, str(files / "train.txt"), "--out", str(files / "out"), *usual, *options]
+
+
+def test_a_run_goes_on_with_its_text_however_that_is_spelt(files: Path, capsys, monkeypatch) -> None:
+    own = ["--eval", str(files / "held_out.txt"), "--tokenizer", str(files / "bert"), "--config", str(files / "bert")]
+    assert cli.main([*command(files, "bert"), *own]) == 0
+    monkeypatch.chdir(files)
+    (files / "link.txt").symlink_to("train.txt")
+    (files / "link").symlink_to("bert")
+    (files / "config.json").write_bytes((files / "bert" / "config.json").read_bytes())
+    for text in ("train.txt", "../" + files.name + "/train.txt", "link.txt"):
+        given = ["--eval", "./held_out.txt", "--tokenizer", "link/", "--config", "config.json", "--resume"]
+        words = [text if one == str(files / "train.txt") else one for one in command(files, "bert")]
+        assert cli.main([*words, *given]) == 0, capsys.readouterr().err
+        assert "the run is finished already" in capsys.readouterr().err
+    os.link("train.txt", "linked.txt")
+    assert cli.main([*command(files, "bert"), "--eval", "linked.txt", "--resume"]) == 1
+    assert "--eval: got 'linked.txt', which is trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["bert", "albert", "xlnet"])

@@ -54,9 +54,39 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # Readers
 
 
+def test_columns_that_are_called_like_numbers(tmp_path: Path) -> None:
+    """As tables are that nobody gave names to: a number is a place, a text is a name first."""
+    (tmp_path / "a.tsv").write_text("0\t1\nx\ty\n")
+    (row,) = read_table(tmp_path / "a.tsv", {"text": 1, "label": "1"})
+    assert row.values == {"text": "x", "label": "y"}
+    TextClassification({"text_column": 1, "label_column": "1"})
+
+
+def test_a_prediction_asks_for_no_label(encoders: dict[str, Path], tmp_path: Path) -> None:
+    """So that its texts may stand where the training had labels."""
+    table(tmp_path / "train.tsv")
+    finetune(
+        "text-classification",
+        encoders["bert"],
+        tmp_path / "train.tsv",
+        None,
+        tmp_path / "out",
+        options=options(max_steps=1),
+    )
+    (tmp_path / "in.tsv").write_text("id\ttext\n1\tthe\n")
+    assert (
+        cli.main(f"predict {tmp_path}/in.tsv --model {tmp_path}/out --out {tmp_path}/x.txt --text-column 2".split())
+        == 0
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text", "columns", "header", "message"),
     [
+        ("a.tsv", "a\ta\tb\nx\ty\tz\n", {"text": "a"}, True, r"a\.tsv: its header names 2 columns 'a'; wanted one, or"),
+        ("a.tsv", "a\tb\nx\ty\n", {"text": 2, "label": "b"}, True, r"label_column 'b' and text_column 2 are the same"),
+        ("a.tsv", "x\ty\n", {"text": 2, "label": "2"}, False, r"label_column '2' and text_column 2 are the same"),
+        ("a.jsonl", '{"text": "a"}', {"text": 1, "label": "text"}, True, r"label_column 'text' and text_column 1 are"),
         ("a.tsv", "text\tlabel\na\tb\nc\n", {"text": 1}, True, r"a\.tsv: line 3 has 1 columns, wanted 2, as"),
         ("a.tsv", "text\tlabel\na\tb\tc\n", {"text": 1}, True, "line 2 has 3 columns, wanted 2"),
         ("a.tsv", "a\tb\nc\n", {"label": 2}, False, "line 2 has 1 columns, wanted at least 2"),

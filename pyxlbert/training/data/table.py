@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyxlbert.files import parsed_json, read_lines
 
+# Characters of a list of columns in an error.
+_MOST = 300
 #: Endings of the files that are read, in the words of an error.
 FORMATS = (".tsv", ".csv", ".txt", ".jsonl")
 
@@ -60,7 +62,8 @@ def read_table(path: str | Path, columns: Mapping[str, str | int], header: bool 
     Raises:
         OSError: the file cannot be read.
         ValueError: a line is not UTF-8, lacks a column, has more or fewer columns than the header, or is no JSON
-            object; a column has a name that the file does not have; the file has no rows.
+            object; a column has a name that the file does not have; two names stand for one column; the file has no
+            rows.
     """
     path = str(path)
     lines = read_lines(path)
@@ -81,16 +84,17 @@ def read_table(path: str | Path, columns: Mapping[str, str | int], header: bool 
 
 def _json_rows(path: str, lines: list[str], columns: Mapping[str, str | int]) -> list[Row]:
     rows = []
+    keys = {name: name if isinstance(one, int) or one.isdecimal() else one for name, one in columns.items()}
+    _check_apart(path, columns, keys)
     for number, line in enumerate(_without_end(lines), start=1):
         place = Place(path, number)
         found = parsed_json(str(place), line)
         if not isinstance(found, dict):
             raise ValueError(f"{place} is a JSON {type(found).__name__}, wanted an object")
         values = {}
-        for name, column in columns.items():
-            key = name if isinstance(column, int) or column.isdecimal() else column
+        for name, key in keys.items():
             if found.get(key) is None:
-                raise ValueError(f"{place} has no {key!r}; it has {', '.join(map(repr, found)) or 'nothing'}")
+                raise ValueError(f"{place} has no {key!r}; it has {_listed(found) or 'nothing'}")
             values[name] = found[key]
         rows.append(Row(place, values))
     return rows
@@ -100,6 +104,7 @@ def _table_rows(path: str, lines: list[str], columns: Mapping[str, str | int], h
     lines = _without_end(lines)
     names = lines[0].split("\t") if header and lines else None
     places = {name: _column(path, column, names) for name, column in columns.items()}
+    _check_apart(path, columns, places)
     least = len(names) if names else max(places.values()) + 1
     rows = []
     for number, line in enumerate(lines[1:] if names else lines, start=2 if names else 1):
@@ -112,16 +117,41 @@ def _table_rows(path: str, lines: list[str], columns: Mapping[str, str | int], h
     return rows
 
 
+def _check_apart(path: str, columns: Mapping[str, str | int], places: Mapping[str, str | int]) -> None:
+    """That no two names stand for one column.
+
+    Raises:
+        ValueError: two do, as a column's name and its number may.
+    """
+    taken: dict[str | int, str] = {}
+    for name, place in places.items():
+        other = taken.setdefault(place, name)
+        if other != name:
+            raise ValueError(
+                f"{path}: {name}_column {columns[name]!r} and {other}_column {columns[other]!r} are the same column; "
+                "wanted two"
+            )
+
+
 def _column(path: str, column: str | int, names: list[str] | None) -> int:
     """The column's index from 0."""
     if names and column in names:
+        if names.count(str(column)) > 1:
+            count = names.count(str(column))
+            raise ValueError(f"{path}: its header names {count} columns {column!r}; wanted one, or the column's number")
         return names.index(str(column))
     if str(column).isdecimal() and len(str(column)) < 10 and int(column) >= 1:
         if names and int(column) > len(names):
             raise ValueError(f"{path}: has {len(names)} columns, wanted a column {column}")
         return int(column) - 1
-    there = f"its header has {', '.join(map(repr, names))}" if names else "without a header columns go by number"
+    there = f"its header has {_listed(names)}" if names else "without a header columns go by number"
     raise ValueError(f"{path}: has no column {column!r}; {there}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of columns, cut: a file that is no table may have megabytes in its first line."""
+    listed = ", ".join(map(repr, names))
+    return listed if len(listed) <= _MOST else f"{listed[:_MOST]}…"
 
 
 def _without_end(lines: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pyxlbert.files import refuse_encoded, shown
+
 #: How sentences and documents lie in a file: a sentence a line with a blank line between documents; raw text whose
 #: documents stand between blank lines; raw text whose files are documents, a blank line being the end of a sentence.
 LAYOUTS = ("sentences", "paragraphs", "files")
@@ -34,10 +36,10 @@ def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Pa
         if path.is_dir():
             raise IsADirectoryError(f"{argument}: {str(path)!r} is a directory, wanted a text file")
         if not path.exists():
-            raise FileNotFoundError(f"{argument}: {str(path)!r} does not exist")
+            raise FileNotFoundError(f"{argument}: {shown(path)} does not exist")
         if not path.is_file():
             raise ValueError(f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice")
-        if path in files[:number]:
+        if any(path.samefile(one) for one in files[:number]):
             raise ValueError(f"{argument}: got {str(path)!r} twice, wanted each file once")
     return files
 
@@ -63,7 +65,9 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if number == 1:
+                refuse_encoded(path, line[:4])
+                line = line.removeprefix(b"\xef\xbb\xbf")
             try:
                 yield line.decode("utf-8").strip()
             except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyxlbert.files import named_path, whole_directory, whole_file
+from pyxlbert.files import named_path, shown, whole_directory, whole_file
 from pyxlbert.models.albert import AlbertConfig, AlbertForPreTraining
 from pyxlbert.models.bert import BertConfig
 from pyxlbert.models.bert_heads import BertForPreTraining
@@ -88,7 +88,7 @@ class Pretraining:
         check_layout(self.layout)
         paths = check_files(self.files)
         for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
-            if path.resolve() in [one.resolve() for one in paths]:
+            if any(path.samefile(one) for one in paths):
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
         if self.dropout is not None:
@@ -108,7 +108,7 @@ class Pretraining:
                 )
         for name, place in (("config", self.config), ("tokenizer", self.tokenizer)):
             if place is not None and not named_path(name, place).exists():
-                raise FileNotFoundError(f"{name}: {str(place)!r} does not exist")
+                raise FileNotFoundError(f"{name}: {shown(place)} does not exist")
             if place is not None and Path(place).is_file() and (name, Path(place).name) != ("config", "config.json"):
                 raise NotADirectoryError(f"{name}: {str(place)!r} is a file, wanted a folder")
 
@@ -209,7 +209,6 @@ def pretrain(
             metric=(METRIC, False),
             evaluate=None if held_out is None else evaluate,
             save=lambda state: _save(model, vocabulary, folder, state),
-            identity=identity,
             title=f"{what.kind}: {named([Path(path).name for path in what.files])}",
             memory=module,
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pyxlbert.files import read_json, require_file, setting, whole_directory
+from pyxlbert.files import file_digest, read_json, require_file, setting, whole_directory
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named, read_sentences
 from pyxlbert.training.pretraining.vocabularies import Vocabulary
 
@@ -124,8 +124,7 @@ def digest(files: Sequence[str | Path]) -> str:
     """Names the content of some files, in their order."""
     whole = hashlib.sha256()
     for path in files:
-        with Path(path).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
+        whole.update(bytes.fromhex(file_digest(path)))
     return whole.hexdigest()
 
 

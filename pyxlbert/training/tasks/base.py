@@ -83,6 +83,24 @@ class Task(ABC):
             raise ValueError(f"settings: got {', '.join(sorted(unknown))}, wanted {', '.join(sorted(self.defaults))}")
         self.settings = {**self.defaults, **given}
         self.check_settings()
+        self.check_columns([name for name in self.settings if name.endswith("_column")])
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """That no two settings say the same column.
+
+        A column's name and its number may be the same one too: `read_table` finds that.
+
+        Args:
+            names: of the settings that are used.
+
+        Raises:
+            ValueError: two do; the message names both.
+        """
+        for place, name in enumerate(names):
+            value = self.settings[name]
+            for other in names[:place]:
+                if value is not None and (type(value), value) == (type(self.settings[other]), self.settings[other]):
+                    raise ValueError(f"{name}: got {value!r}, which is {other} too; wanted another column")
 
     def check_settings(self) -> None:
         """That each setting is of its kind.
