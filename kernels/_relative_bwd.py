@@ -33,10 +33,11 @@ from ._relative_scores import (
     classes,
     end_of_keys,
     first_table_row,
+    hiding_ranks,
     is_whole,
     load_queries,
-    numbers_before,
     query_lines,
+    readable_keys,
     tile_scores,
 )
 from ._skew import Matrix, load_seen, mixed, rotated, skewed
@@ -72,11 +73,8 @@ def bwd_rows(
         weight = tl.zeros((BLOCK_M,), tl.float32)
         top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
         if tl.max(inexact.to(tl.int32), 0) > 0:
-            # Where a row without any key averages over all of them, all of them are read.
-            readable = at.extent if OPTIONS.uniform_rows else at.keys
-            hidden = None
-            if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
-                hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+            readable = readable_keys(at, OPTIONS)
+            hidden = hiding_ranks(call, at, OPTIONS)
             keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
             band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
             lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
@@ -123,11 +121,8 @@ def bwd_keys(
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     first_j = block * BLOCK_N
     if first_j < at.extent:
-        # Where a row without any key averages over all of them, all of them are read.
-        readable = at.extent if OPTIONS.uniform_rows else at.keys
-        hidden = None
-        if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
-            hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+        readable = readable_keys(at, OPTIONS)
+        hidden = hiding_ranks(call, at, OPTIONS)
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
@@ -217,11 +212,8 @@ def bwd_table(
         first_i = step % blocks * BLOCK_M
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         first_j = first_p - number(call.table.offset) + lines.bottom
-        # Where a row without any key averages over all of them, all of them are read.
-        readable = at.extent if OPTIONS.uniform_rows else at.keys
-        hidden = None
-        if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
-            hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+        readable = readable_keys(at, OPTIONS)
+        hidden = hiding_ranks(call, at, OPTIONS)
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         inside = (first_i < at.queries) & (first_j < readable) & (readable > 0)
@@ -244,30 +236,46 @@ def bwd_table(
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.position, r, queries, lines, j, whole, OPTIONS, PRECISION)
                 p = weights_of(s, lse[:, None], lse_correction[:, None])
-                if call.dropout.seed is not None and IN_ORDER:
-                    dp = mixed(do, values, first_j, moved, PRECISION, D, BLOCK_D, BLOCK_N)
-                    keep = keep_mixed(
-                        tl.load(call.dropout.seed), first_j // 4, moved[:, None], lines.number[:, None], at.number,
-                        OPTIONS.tag, call.dropout.threshold, BLOCK_N,
-                    )  # fmt: skip
-                    dp = rotated(tl.where(keep, dp * call.dropout.keep_scale, 0.0), moved, BLOCK_M, BLOCK_N)
-                else:
-                    dp = skewed(
-                        do, values, first_j, moved, lines.top - lines.bottom,
-                        IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                    if call.dropout.seed is not None:
-                        keep = keep_each(
-                            tl.load(call.dropout.seed), j, lines.number[:, None], at.number,
-                            OPTIONS.tag, call.dropout.threshold,
-                        )  # fmt: skip
-                        dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
+                dp = dropped_products(
+                    call, at, lines, do, values, first_j, j, moved, OPTIONS, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N
+                )
                 g = p * (dp - delta[:, None]) * call.scale
                 if OPTIONS.causal and OPTIONS.uniform_rows:
                     # Such a score is a constant.
                     g = tl.where(j <= lines.number[:, None] + at.shift, g, 0.0)
                 dr = tl.dot(tl.trans(g.to(do.dtype)), queries.position, dr, input_precision=PRECISION)
     store_table_rows(call, dtable, dr, group * parts + part, h, first_p, BLOCK_N, D, BLOCK_D)
+
+
+@triton.jit
+def dropped_products(
+    call, at, lines, do, values, first_j, j, moved, OPTIONS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Every line of dout times the values that its keys, one further on with every query, have, and what dropout left.
+
+    The bits of four keys are drawn together, before the tile is rotated: what they drop is then dropped in its order.
+    """
+    IN_ORDER: tl.constexpr = call.marks.positions is None
+    if call.dropout.seed is not None and IN_ORDER:
+        dp = mixed(do, values, first_j, moved, PRECISION, D, BLOCK_D, BLOCK_N)
+        keep = keep_mixed(
+            tl.load(call.dropout.seed), first_j // 4, moved[:, None], lines.number[:, None], at.number,
+            OPTIONS.tag, call.dropout.threshold, BLOCK_N,
+        )  # fmt: skip
+        dp = rotated(tl.where(keep, dp * call.dropout.keep_scale, 0.0), moved, BLOCK_M, BLOCK_N)
+    else:
+        dp = skewed(
+            do, values, first_j, moved, lines.top - lines.bottom,
+            IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if call.dropout.seed is not None:
+            keep = keep_each(
+                tl.load(call.dropout.seed), j, lines.number[:, None], at.number,
+                OPTIONS.tag, call.dropout.threshold,
+            )  # fmt: skip
+            dp = tl.where(keep, dp * call.dropout.keep_scale, 0.0)
+    return dp
 
 
 @triton.jit

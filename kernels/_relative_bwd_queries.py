@@ -25,12 +25,13 @@ from ._relative_scores import (
     classes,
     end_of_keys,
     first_table_row,
+    hiding_ranks,
     is_other_segment,
     is_whole,
     load_queries,
     load_vector,
-    numbers_before,
     query_lines,
+    readable_keys,
     tile_scores,
 )
 from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
@@ -66,11 +67,8 @@ def bwd_queries(
     LONG: tl.constexpr = PRECISION == "ieee" and call.query.tensor.dtype.element_ty == tl.float32 and D > 64
     RELOAD: tl.constexpr = LONG and ((call.marks.positions is None) or SPARSE or (call.dropout.seed is not None))
     PIECES: tl.constexpr = 2 if call.marks.positions is None else 4
-    # Where a row without any key averages over all of them, all of them are read.
-    readable = at.extent if OPTIONS.uniform_rows else at.keys
-    hidden = None
-    if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
-        hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+    readable = readable_keys(at, OPTIONS)
+    hidden = hiding_ranks(call, at, OPTIONS)
     keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
     values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
     band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)

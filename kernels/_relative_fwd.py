@@ -22,10 +22,11 @@ from ._relative_scores import (
     classes,
     end_of_keys,
     first_table_row,
+    hiding_ranks,
     is_whole,
     load_queries,
-    numbers_before,
     query_lines,
+    readable_keys,
     tile_scores,
 )
 from ._skew import Matrix, load_seen, products, rolled, skewed
@@ -55,11 +56,8 @@ def fwd(
     ROLLED: tl.constexpr = CARRY and call.marks.positions is None
     first_i = block * BLOCK_M
     if first_i < at.queries:
-        # Where a row without any key averages over all of them, all of them are read.
-        readable = at.extent if OPTIONS.uniform_rows else at.keys
-        hidden = None
-        if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
-            hidden = call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+        readable = readable_keys(at, OPTIONS)
+        hidden = hiding_ranks(call, at, OPTIONS)
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)

@@ -148,6 +148,19 @@ def first_table_row(table, at):
 
 
 @triton.jit
+def readable_keys(at, OPTIONS: tl.constexpr):
+    """How many keys and values of a plane are read: all where a row without any key averages over all of them."""
+    return at.extent if OPTIONS.uniform_rows else at.keys
+
+
+@triton.jit
+def hiding_ranks(call, at, OPTIONS: tl.constexpr):
+    """The ranks by which some of these are not read, or None."""
+    if call.marks.key_rank is not None and not OPTIONS.uniform_rows:
+        return call.marks.key_rank + numbers_before(call.sizes.keys, call, at)
+
+
+@triton.jit
 def end_of_keys(call, at, first_i, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where the keys of BLOCK_M queries end; where rows without any key average over all of them, behind the last."""
     if OPTIONS.uniform_rows:
