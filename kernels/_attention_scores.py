@@ -10,6 +10,10 @@ from torch import Tensor
 
 from ._attention import INFINITY, UNSEEN_RANK, Broadcast, Rows, Sizes, count, first_row, load_scores, number
 from ._philox import Dropout
+from ._products import row_products
+
+# Beside a mask, a bias or dropout rows of more float32 are multiplied in pieces: whole ones do not fit the registers.
+LONG = tl.constexpr(128)
 
 
 class Call(NamedTuple):
@@ -105,7 +109,10 @@ def tile_scores(
     Nothing is masked of a tile of which the mask leaves all `pairs`, nor of one that is no `edge`: without EDGE it is
     known when compiling that it is none.
     """
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION) * call.scale
+    EXTRAS: tl.constexpr = (
+        (call.mask.tensor is not None) or (call.bias.tensor is not None) or (call.dropout.seed is not None)
+    )
+    s = row_products(x, y, None, PRECISION, MOST=LONG if EXTRAS else x.shape[1]) * call.scale
     if call.bias.tensor is not None:
         s += load_scores(call.bias, at, i, j, EDGE).to(tl.float32)
     if call.mask.tensor is not None and pairs < s.shape[0] * s.shape[1]:

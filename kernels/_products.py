@@ -28,9 +28,12 @@ def quarters(x):
 
 
 @triton.jit
-def row_products(x, y, acc, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4):
-    """`[M, N]`: every row of x `[M, D]` times every row of y `[N, D]`, added to acc unless that is None."""
-    if PRECISION != "ieee" or x.dtype != tl.float32 or x.shape[1] <= 64:
+def row_products(x, y, acc, PRECISION: tl.constexpr, PIECES: tl.constexpr = 4, MOST: tl.constexpr = 64):
+    """`[M, N]`: every row of x `[M, D]` times every row of y `[N, D]`, added to acc unless that is None.
+
+    Up to MOST columns are multiplied at once.
+    """
+    if PRECISION != "ieee" or x.dtype != tl.float32 or x.shape[1] <= MOST:
         return tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
     elif PIECES == 2:
         x_even, x_odd = halves(x)

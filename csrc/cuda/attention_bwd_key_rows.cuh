@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(C::THREADS, 2) attention_bwd_key_rows(const __
             side.multiply(step * C::BM + k, side.contents + row, side.douts + row, side.statistics_of(step % 3) + k);
         }
         if constexpr (C::WIDE)
-            if ((step + 1 - first) % (QUERIES_OF_A_SUM / C::BM) == 0) {
+            if ((step + 1 - first) % (TERMS_OF_A_SUM / C::BM) == 0) {
                 side.give(a, b, h, s.start, more);
                 side.begin();
                 more = true;

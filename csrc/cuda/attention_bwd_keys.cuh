@@ -17,7 +17,6 @@ struct KeysSide {
     Ring<T, D, C::RING> ring;
     Band<C::BN> band;
     float dkey[1][C::COLUMNS / 8][4], dvalue[1][C::COLUMNS / 8][4];
-    int steps = 0;  // that are in the results and the sums
 
     DEVICE KeysSide(const AttentionCall& a, const Sequence& s, int b, int h, int first_j)
         : a(a), s(s), b(b), h(h), first_j(first_j) {
@@ -30,8 +29,7 @@ struct KeysSide {
         weights = douts + 2 * C::QUERIES;
         gradients = weights + C::SCORES;
         ring = {gradients + C::SCORES, 0};
-        clear(dkey[0]);
-        clear(dvalue[0]);
+        clear_sums();
     }
 
     DEVICE const Masks& masks(int stream) const {
@@ -127,20 +125,15 @@ struct KeysSide {
             add_step<C>(dvalue, weights, douts + buffer * C::QUERIES, k);
             add_step<C>(dkey, gradients, contents + buffer * C::QUERIES, k);
         }
-        if constexpr (C::GIVES)
-            if (++steps % EACH == 0) {
-                give(steps > EACH);
-                clear(dkey[0]);
-                clear(dvalue[0]);
-            }
     }
 
-    static constexpr int EACH = QUERIES_OF_A_SUM / C::BM;
+    DEVICE void clear_sums() {
+        clear(dkey[0]);
+        clear(dvalue[0]);
+    }
 
-    DEVICE void give_all() const { give(C::GIVES && steps >= EACH); }
-
-    // Gives the sums to the results, which have `more` already or not.
-    DEVICE void give(bool more) const {
+    // Gives the sums to the results, which have some already if they are `begun`.
+    DEVICE void give(bool begun) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int j = first_j + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
@@ -150,9 +143,9 @@ struct KeysSide {
             for (int d = 0; d < C::COLUMNS / 8; ++d) {
                 if (column + d * 8 >= a.head_size) break;
                 give_pair(static_cast<T*>(a.dkey) + at + d * 8, dkey[0][d][half * 2] * a.options.scale,
-                          dkey[0][d][half * 2 + 1] * a.options.scale, more);
+                          dkey[0][d][half * 2 + 1] * a.options.scale, begun);
                 give_pair(static_cast<T*>(a.dvalue) + at + d * 8, dvalue[0][d][half * 2], dvalue[0][d][half * 2 + 1],
-                          more);
+                          begun);
             }
         }
     }
@@ -178,8 +171,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     load_rows<T, C::D, C::BK, C::THREADS>(side.values, plane_of<T>(a.value, b, h, s.start), a.value.row, first_j,
                                           readable, a.head_size, hidden);
     Place* places = reinterpret_cast<Place*>(shared_memory() + 2 * MASKS_SIZE);
-    QueryWalk<C, KeysSide<C>>{a, side, places, h, b, b + 1}.run();
-    side.give_all();
+    QueryWalk<C, KeysSide<C>> walk{a, side, places, h, b, b + 1};
+    walk.run_and_give();
 }
 
 template <class C>

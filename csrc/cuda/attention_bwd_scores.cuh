@@ -4,22 +4,6 @@
 
 namespace pyxlbert::cuda {
 
-// Queries whose products float32 adds one after the other: after so many a kernel that walks queries gives what it has
-// to the result and begins anew, or a long sum of terms of one sign would lose a share that grows with its length. What
-// is rounded to 16 bits does not show it.
-constexpr int QUERIES_OF_A_SUM = 512;
-
-// to[0], to[1] = x, y, to which what is there is added if there is `more` in it.
-template <class T>
-DEVICE void give_pair(T* to, float x, float y, bool more) {
-    if constexpr (sizeof(T) == sizeof(float))
-        if (more) {
-            x = __fadd_rn(to[0], x);
-            y = __fadd_rn(to[1], y);
-        }
-    store_pair(to, x, y);
-}
-
 // exp(score - lse), and so the weight.  lse is the logarithm of a sum, rounded; `lse_correction` is what the rounding
 // left.  No weight is above 1, even where another order of adding left a score of 1e10 a rounding above the largest.
 DEVICE float weight_of(float score, float lse, float lse_correction) {
@@ -37,8 +21,9 @@ struct Running {
         for (int n = 0; n < N; ++n) above = fmaxf(above, scores[n]);
         // Nothing may be subtracted from -inf.
         if (above == -INFINITY_) return;
-        sum *= exp_of_difference(top, above);
-        for (int n = 0; n < N; ++n) sum += exp_of_difference(scores[n], above);
+        float more = 0.0f;
+        for (int n = 0; n < N; ++n) more += exp_of_difference(scores[n], above);
+        sum = sum * exp_of_difference(top, above) + more;
         top = above;
     }
 

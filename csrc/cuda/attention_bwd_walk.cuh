@@ -17,8 +17,6 @@ struct SumTile {
     static constexpr int D = D_;
     static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
-    // Whether what is summed is given to the result after QUERIES_OF_A_SUM; else registers are short.
-    static constexpr bool GIVES = WIDE && !(LONG && SMALL && EXTRAS);
     static constexpr int QW = WIDE && (LONG || SMALL) ? 1 : 2;
     static constexpr int KW = (RELATIVE && LONG && !WIDE ? 4 : 2) / (SMALL && LONG ? 2 : 1);
     static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
@@ -73,18 +71,24 @@ struct Step {
 
 // Walks the queries of sequences `sequence` to `last_sequence` - 1, of both streams.  Side is what meets them:
 //
-//     sequence(step)                     a step's sequence
-//     lowest(step), last(step)           the first window of a step's stream that may meet it, and the one behind the
-//     last enter(step)                        a stream begins move()                             the window is the next
-//     one fetch(step, places, buffer, whole) asks for what a step needs; `whole`: nothing of the step before is of use
-//     multiply(step, places, buffer)     weights and gradients, for all warps
-//     add(buffer)                        the sums
+//     sequence(step)          a step's sequence
+//     lowest(step)            the first window of a step's stream that may meet it
+//     last(step)              the one behind the last
+//     enter(step)             a stream begins
+//     move()                  the window is the next one
+//     fetch(step, places, buffer, whole)   asks for what a step needs; `whole`: nothing of the step before is of use
+//     multiply(step, places, buffer)       weights and gradients, for all warps
+//     add(buffer)             the sums
+//     give(begun)             gives the sums to the results, which have some already if they are begun
+//     clear_sums()            begins anew
 template <class C, class Side>
 struct QueryWalk {
     const AttentionCall& a;
     Side& side;
     Place* places;  // of two steps
     int h, first_sequence, last_sequence;
+    Step step = {};
+    bool more = false;  // queries stand at the step's positions
 
     // The next step that has queries, from this one on.
     DEVICE Step settle(Step step) const {
@@ -115,13 +119,11 @@ struct QueryWalk {
         return more;
     }
 
-    DEVICE void run() const {
-        using T = typename C::T;
-        Step step = {first_sequence, 0, 0, 0, false};
+    // Finds the first step.
+    DEVICE void begin() {
+        step = {first_sequence, 0, 0, 0, false};
         step.window = side.lowest(step);
         step = settle(step);
-        bool more = false;
-        int buffer = 0;
         if (!step.done) {
             more = find(step, 0);
             cp_async_wait<0>();
@@ -130,7 +132,15 @@ struct QueryWalk {
             side.fetch(step, places, 0, true);
         }
         cp_async_commit();
-        while (!step.done) {
+    }
+
+    // Takes all steps that are left, or MOST of them; whether that were the last.
+    template <int MOST = 0>
+    DEVICE bool run() {
+        using T = typename C::T;
+        static_assert(MOST % 2 == 0, "the next run begins with the first buffer");
+        for (int taken = 0; !step.done && (MOST == 0 || taken < MOST); ++taken) {
+            const int buffer = taken % 2;
             cp_async_wait<0>();
             __syncthreads();
             Place* here = places + buffer * C::BM;
@@ -166,9 +176,21 @@ struct QueryWalk {
             side.add(buffer);
             step = next;
             more = next_more;
-            buffer = 1 - buffer;
         }
-        cp_async_wait<0>();
+        const bool last = MOST == 0 || step.done;
+        if (last) cp_async_wait<0>();
+        return last;
+    }
+
+    // The whole walk: float32 gives what it has to the result after so many queries, and begins anew.
+    DEVICE void run_and_give() {
+        begin();
+        for (bool begun = false;; begun = true) {
+            const bool last = run<C::WIDE ? TERMS_OF_A_SUM / C::BM : 0>();
+            side.give(begun);
+            if (last) return;
+            side.clear_sums();
+        }
     }
 };
 

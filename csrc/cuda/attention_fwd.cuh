@@ -349,51 +349,64 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_cons
         Bands<C> bands(p.bands);
         p.ring.base = 0;
         fetch<C>(p, p.ring, begin);
-        for (int t = begin; t < tiles; ++t) {
-            cp_async_wait<0>();
-            __syncthreads();
-            Ring<T, D, C::RING> next = p.ring;
-            next.move(C::BN);
-            if (t + 1 < tiles) fetch<C>(p, next, t + 1);
-            const int first_j = t * C::BN;
-            std::uint32_t seen[M];
-            const Tile tile = idle ? Tile::EMPTY : tile_at<C>(seen, lines, first_j, by_number);
-            if (tile != Tile::EMPTY) {
-                float c[M][N][4];
-                products_of_tile<C>(c, p, t, bands);
-                finish<C>(c, tile, seen, lines, first_j);
+        // float32 gives what it has to the result after so many keys, and begins anew.  A part of the keys has no more;
+        // beside others that are split a short sequence keeps the bits that it has alone.
+        constexpr bool GIVES = C::WIDE;
+        for (int from = begin;; from += TERMS_OF_A_SUM / C::BN) {
+            const int to = GIVES ? min(from + TERMS_OF_A_SUM / C::BN, tiles) : tiles;
+            for (int t = from; t < to; ++t) {
+                cp_async_wait<0>();
+                __syncthreads();
+                Ring<T, D, C::RING> next = p.ring;
+                next.move(C::BN);
+                if (t + 1 < tiles) fetch<C>(p, next, t + 1);
+                const int first_j = t * C::BN;
+                std::uint32_t seen[M];
+                const Tile tile = idle ? Tile::EMPTY : tile_at<C>(seen, lines, first_j, by_number);
+                if (tile != Tile::EMPTY) {
+                    float c[M][N][4];
+                    products_of_tile<C>(c, p, t, bands);
+                    finish<C>(c, tile, seen, lines, first_j);
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    softmax_step(rows[m], c[m], o[m]);
-                    if (C::EXTRAS && lines.of(m).drops) {
-                        const std::uint32_t bits =
-                            kept_bits<N>(lines.of(m).draws, lines.line(m, 0).number, lines.line(m, 1).number, first_j);
+                    for (int m = 0; m < M; ++m) {
+                        softmax_step(rows[m], c[m], o[m]);
+                        if (C::EXTRAS && lines.of(m).drops) {
+                            const std::uint32_t bits = kept_bits<N>(lines.of(m).draws, lines.line(m, 0).number,
+                                                                    lines.line(m, 1).number, first_j);
 #pragma unroll
-                        for (int n = 0; n < N; ++n)
+                            for (int n = 0; n < N; ++n)
 #pragma unroll
-                            for (int e = 0; e < 4; ++e)
-                                if ((bits >> (4 * n + e) & 1) == 0) c[m][n][e] = 0.0f;
+                                for (int e = 0; e < 4; ++e)
+                                    if ((bits >> (4 * n + e) & 1) == 0) c[m][n][e] = 0.0f;
+                        }
                     }
+                    multiply_scores<T, D>(o, c, p.values + t % 2 * C::KEYS);
+                } else {
+                    bands.skip();
                 }
-                multiply_scores<T, D>(o, c, p.values + t % 2 * C::KEYS);
-            } else {
-                bands.skip();
+                p.ring = next;
             }
-            p.ring = next;
-        }
-        cp_async_wait<0>();
+            const bool last = !GIVES || to >= tiles;
+            if (last) cp_async_wait<0>();
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            const Stream& stream = a.stream[C::STREAMS == 2 ? m : 0];
+            for (int m = 0; m < M; ++m) {
+                const Stream& stream = a.stream[C::STREAMS == 2 ? m : 0];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int number = lines.line(m, half).number;
-                if (C::SPLIT && is_split(a, p.walk->sequence))
-                    store_part(a, p.walk->b * a.heads + p.walk->h, p.walk->begin * C::BN / KEYS_OF_PART, number, half,
-                               rows[m], o[m]);
-                else
-                    store_row<T>(a, stream, p.walk->sequence, b, h, number, half, rows[m], o[m]);
+                for (int half = 0; half < 2; ++half) {
+                    Place& place = p.places[first_row_of_warp<C>() + m * C::STEP + lane_id() / 4 + half * 8];
+                    if (C::SPLIT && is_split(a, p.walk->sequence))
+                        store_part(a, p.walk->b * a.heads + p.walk->h, p.walk->begin * C::BN / KEYS_OF_PART,
+                                   place.number, half, rows[m], o[m]);
+                    else
+                        store_row<T>(a, stream, p.walk->sequence, b, h, place.number, half, rows[m], o[m], &place,
+                                     GIVES && from != begin, last);
+                }
+                if (!last) {
+                    clear(o[m]);
+                    rows[m].weight[0] = rows[m].weight[1] = 0.0f;
+                }
             }
+            if (last) break;
         }
         if (!C::RELATIVE || !more) return;
         __syncthreads();

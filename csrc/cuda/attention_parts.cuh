@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join_parts(const __grid_const
     for (int part = lane_id(); part < parts; part += 32) top = fmaxf(top, statistics[part * 2]);
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    // From the -inf of a row that has seen nothing nothing may be subtracted.
-    const float level = top == -INFINITY_ ? 0.0f : top;
+    const float level = level_of(top);
     // A lane has two columns, and two more where there are more than 64.
     const int column[2] = {lane_id() * 2, 64 + lane_id() * 2};
     float sum = 0.0f, x[2][2] = {};

@@ -45,7 +45,7 @@ struct TableSide {
         gradients = positions + 2 * C::QUERIES;
         keys = {gradients + C::SCORES, 0};
         values = {keys.rows + C::RING * LD<D>, 0};
-        clear(dtable[0]);
+        clear_sums();
     }
 
     // Of the step's stream.
@@ -132,6 +132,27 @@ struct TableSide {
 #pragma unroll AT_ONCE
         for (int k = 0; k < C::BM; k += Mma<T>::K) add_step<C>(dtable, gradients, positions + buffer * C::QUERIES, k);
     }
+
+    DEVICE void clear_sums() { clear(dtable[0]); }
+
+    // Gives the sums to the result, which has some already if it is `begun`.
+    DEVICE void give(bool begun) const {
+        const int plane = static_cast<int>(blockIdx.x) / ceil_div(a.table_rows, C::BK), table_number = plane / a.heads;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int x = first_x + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
+            if (x >= a.table_rows) continue;
+            float* out = a.dtable +
+                         ((static_cast<std::int64_t>(table_number) * a.table_rows + x) * a.heads + h) * a.head_size +
+                         column + lane_id() % 4 * 2;
+#pragma unroll
+            for (int d = 0; d < C::COLUMNS / 8; ++d) {
+                if (column + d * 8 >= a.head_size) break;
+                give_pair(out + d * 8, dtable[0][d][half * 2] * a.options.scale,
+                          dtable[0][d][half * 2 + 1] * a.options.scale, begun);
+            }
+        }
+    }
 };
 
 template <class C>
@@ -146,21 +167,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_table(const __gri
         side.rows, static_cast<const T*>(a.table.data) + table_number * a.table.batch + h * a.table.head, a.table.row,
         first_x, a.table_rows, a.head_size, nullptr);
     Place* places = reinterpret_cast<Place*>(shared_memory() + 2 * MASKS_SIZE);
-    QueryWalk<C, TableSide<C>>{a, side, places, h, first_b, min(first_b + each, a.batch)}.run();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int x = first_x + summed_rows<C>() + lane_id() / 4 + half * 8, column = summed_column<C>();
-        if (x >= a.table_rows) continue;
-        float* out = a.dtable +
-                     ((static_cast<std::int64_t>(table_number) * a.table_rows + x) * a.heads + h) * a.head_size +
-                     column + lane_id() % 4 * 2;
-#pragma unroll
-        for (int d = 0; d < C::COLUMNS / 8; ++d) {
-            if (column + d * 8 >= a.head_size) break;
-            store_pair(out + d * 8, side.dtable[0][d][half * 2] * a.options.scale,
-                       side.dtable[0][d][half * 2 + 1] * a.options.scale);
-        }
-    }
+    QueryWalk<C, TableSide<C>> walk{a, side, places, h, first_b, min(first_b + each, a.batch)};
+    walk.run_and_give();
 }
 
 template <class C>

@@ -131,7 +131,7 @@ struct Place {
     int mask_row;
     int rank, segment;
     float same, other;                 // the products with the two segment embeddings
-    float lse, delta, lse_correction;  // in backward
+    float lse, delta, lse_correction;  // in backward; in forward the largest score so far, and the sum of the weights
 };
 
 // Of a warp's tile of 16 by 8 N scores a thread has c[n][e], e < 2 of its upper line and the others of its lower one,

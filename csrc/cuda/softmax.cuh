@@ -11,6 +11,10 @@ struct RunningRows {
     float top[2] = {-INFINITY_, -INFINITY_}, weight[2] = {0.0f, 0.0f};
 };
 
+// What is subtracted from scores of which this is the largest: a row that has seen nothing yet stays at -inf, from
+// which nothing may be subtracted.
+DEVICE float level_of(float top) { return top == -INFINITY_ ? 0.0f : top; }
+
 // Scores c [16, 8 N] become weights against the largest so far, by which the sums o [16, 8 K] of the tiles before are
 // scaled down.
 template <int N, int K>
@@ -22,8 +26,7 @@ DEVICE void softmax_step(RunningRows& rows, float (&c)[N][4], float (&o)[K][4]) 
         for (int n = 0; n < N; ++n) above = fmaxf(above, fmaxf(c[n][half * 2], c[n][half * 2 + 1]));
         above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
         above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
-        // A row that has seen nothing yet stays at -inf, from which nothing may be subtracted.
-        const float level = above == -INFINITY_ ? 0.0f : above;
+        const float level = level_of(above);
         const float less = exp_of_difference(rows.top[half], level);
         rows.top[half] = above;
         float sum = 0.0f;
@@ -64,23 +67,43 @@ DEVICE RowEnd end_of_row(const AttentionCall& a, const Sequence& s, float top, f
 }
 
 // Writes out and lse of one of a thread's two rows, query `number`; below 0 there is none.  A whole warp calls it.
+//
+// Where keys come in runs of TERMS_OF_A_SUM, out and the row's place take what all runs so far have found, if there is
+// `more` in them already and until this is the `last` one.
 template <class T, int K>
 DEVICE void store_row(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h, int number,
-                      int half, const RunningRows& rows, const float (&o)[K][4]) {
-    float sum = rows.weight[half];
+                      int half, const RunningRows& rows, const float (&o)[K][4], Place* place = nullptr,
+                      bool more = false, bool last = true) {
+    const float top = rows.top[half];
+    float sum = rows.weight[half], less = 0.0f;
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (more) {
+        less = exp_of_difference(place->lse, level_of(top));
+        sum += place->delta * less;
+    }
+    if (!last) {
+        __syncwarp();
+        if (lane_id() % 4 == 0) {
+            place->lse = top;
+            place->delta = sum;
+        }
+    }
     if (number < 0) return;
-    const RowEnd end = end_of_row(a, s, rows.top[half], sum);
+    const RowEnd end = last ? end_of_row(a, s, top, sum) : RowEnd{1.0f, true, 0.0f};
     T* out = static_cast<T*>(stream.out) + result_row(a, b, h, s.start, stream.rows, number) * a.head_size +
              lane_id() % 4 * 2;
 #pragma unroll
     for (int d = 0; d < K; ++d) {
         if (d * 8 >= a.head_size) break;
-        store_pair(out + d * 8, end.some ? o[d][half * 2] * end.factor : 0.0f,
-                   end.some ? o[d][half * 2 + 1] * end.factor : 0.0f);
+        float pair[2] = {o[d][half * 2], o[d][half * 2 + 1]};
+        if (more) {
+            pair[0] += to_float(out[d * 8]) * less;
+            pair[1] += to_float(out[d * 8 + 1]) * less;
+        }
+        store_pair(out + d * 8, end.some ? pair[0] * end.factor : 0.0f, end.some ? pair[1] * end.factor : 0.0f);
     }
-    if (lane_id() % 4 == 0) stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = end.lse;
+    if (last && lane_id() % 4 == 0) stream.lse[statistics_at(a, b, h, s.start, stream.rows) + number] = end.lse;
 }
 
 }  // namespace pyxlbert::cuda

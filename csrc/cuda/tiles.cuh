@@ -158,6 +158,22 @@ constexpr int STEPS_AT_ONCE = sizeof(T) == 4 ? 1
                               : D > 64       ? 2
                                              : 4;
 
+// Queries or keys whose products float32 adds one after the other: after so many a kernel gives what it has to the
+// result and begins anew, or a long sum of terms of one sign would lose a share that grows with its length.  What is
+// rounded to 16 bits does not show it.
+constexpr int TERMS_OF_A_SUM = 512;
+
+// to[0], to[1] = x, y, to which what is there is added if there is `more` in it.
+template <class T>
+DEVICE void give_pair(T* to, float x, float y, bool more) {
+    if constexpr (sizeof(T) == sizeof(float))
+        if (more) {
+            x = __fadd_rn(to[0], x);
+            y = __fadd_rn(to[1], y);
+        }
+    store_pair(to, x, y);
+}
+
 template <int N>
 DEVICE void clear(float (&c)[N][4]) {
 #pragma unroll

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-check"
 BUDGET = Path(__file__).with_name("budget.json")
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
-# One architecture takes both head sizes and float32 too, the others the usual ones.
+# One architecture takes both head sizes, the others the usual one, and both of float32, whose registers are short.
 FULL = "90a"
 ARCHITECTURES = ("80", FULL, "100")
 # Devices whose blocks have 99 KiB of shared memory, with what runs on them: 8.6 and 8.9 take the machine code of sm_80.
@@ -68,9 +68,9 @@ def architectures_of(name: str) -> tuple[str, ...]:
     small: tuple[str, ...] = ()
     if name.startswith("relative_attention"):
         small = tuple(SMALL)
-    elif name.endswith(".bfloat16"):
+    elif name.endswith((".bfloat16", ".float")):
         small = ("120",)
-    return ((FULL,) if name.endswith(".float") and not ALL else ARCHITECTURES) + small
+    return ARCHITECTURES + small
 
 
 def compiled(name: str) -> dict[str, dict[str, Any]]:
@@ -96,7 +96,8 @@ def _options(name: str, architecture: str) -> str:
     if architecture == FULL:
         options += " -DPYXLBERT_HOPPER"
     options += f" -DPYXLBERT_{'SMALL' if architecture in SMALL else 'LARGE'}_TILES"
-    both = architecture == FULL or (architecture in SMALL and name.startswith("relative_attention"))
+    both = architecture == FULL or name.endswith(".float")
+    both = both or (architecture in SMALL and name.startswith("relative_attention"))
     few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if both else _ONE}"
     return f"{options} {few}"
 
