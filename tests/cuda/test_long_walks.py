@@ -86,7 +86,13 @@ def at_one_position(queries: int) -> dict[str, Any]:
 LENGTHS = torch.tensor([2 * TERMS + 6, TERMS + 1])
 CASES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "keys": ("attention", lambda: planes(65, 2 * TERMS + 6) | {"key_lengths": LENGTHS}),
-    "keys, as many as runs hold": ("attention", lambda: planes(65, 2 * TERMS)),
+    "keys, as many as runs hold, of which a sequence sees none of the last": (
+        "attention",
+        lambda: (
+            planes(65, 2 * TERMS)
+            | {"attention_mask": (torch.arange(2 * TERMS) < torch.tensor([[2 * TERMS], [TERMS - 3]]))[:, None, None]}
+        ),
+    ),
     "keys, a run and one, causal, dropout": (
         "attention",
         lambda: planes(65, TERMS + 1) | {"causal": True, "dropout_p": 0.25, "seed": 9},

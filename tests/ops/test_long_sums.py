@@ -326,7 +326,6 @@ QUICK: dict[str, tuple[str, ...]] = {
         "keys of the sign of their weights' gradients",
         "keys and a table",
         "keys and a table, for more queries than share them out",
-        "keys of segments",
         "keys of two streams",
         "queries",
         "queries at one position, which read the same rows of the table",
