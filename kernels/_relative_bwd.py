@@ -119,6 +119,9 @@ def bwd_keys(
     at = opened(call.sizes, plane)
     IN_ORDER: tl.constexpr = call.marks.positions is None
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
+    # Where that spilled, `v` is loaded again for each tile; of float32 that spilled more.
+    MUCH: tl.constexpr = (call.marks.key_segments is not None) and (SPARSE or (call.dropout.seed is not None))
+    RELOAD: tl.constexpr = MUCH and IN_ORDER and D > 64 and call.query.tensor.dtype.element_ty != tl.float32
     first_j = block * BLOCK_N
     if first_j < at.extent:
         readable = readable_keys(at, OPTIONS)
@@ -126,7 +129,8 @@ def bwd_keys(
         keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
         values = Matrix(first_row(call.value, at), call.value.row, readable, hidden)
         band = Matrix(first_table_row(call.table, at), call.table.row, number(call.table.rows), None)
-        v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
+        if not RELOAD:
+            v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
@@ -152,6 +156,8 @@ def bwd_keys(
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION)
                 p = weights_of(s, lse[:, None], lse_correction[:, None])
+                if RELOAD:
+                    v = load_seen(values, first_j, BLOCK_N, D, BLOCK_D)
                 dp = row_products(do, v, None, PRECISION)
                 dropped = p
                 if call.dropout.seed is not None:

@@ -66,7 +66,8 @@ def bwd_queries(
     # Long rows of float32 do not leave room for everything: where that spilled, `do` is loaded again for each tile.
     LONG: tl.constexpr = PRECISION == "ieee" and call.query.tensor.dtype.element_ty == tl.float32 and D > 64
     RELOAD: tl.constexpr = LONG and ((call.marks.positions is None) or SPARSE or (call.dropout.seed is not None))
-    PIECES: tl.constexpr = 2 if call.marks.positions is None else 4
+    MUCH: tl.constexpr = (call.marks.key_segments is not None) and (SPARSE or (call.dropout.seed is not None))
+    PIECES: tl.constexpr = 4 if MUCH or (call.marks.positions is not None) else 2
     readable = readable_keys(at, OPTIONS)
     hidden = hiding_ranks(call, at, OPTIONS)
     keys = Matrix(first_row(call.key, at), call.key.row, readable, hidden)
