@@ -61,6 +61,8 @@ template <class Tile>
 struct SplitTile : Tile {
     static constexpr bool SPLIT = true;
     static_assert(KEYS_OF_PART % Tile::BN == 0 && Tile::M == 1);
+    // A part is stored once.
+    static_assert(KEYS_OF_PART <= TERMS_OF_A_SUM || !Tile::WIDE);
 };
 
 // Whether tiles of these are smaller where shared memory is MIN_SHARED.
@@ -276,8 +278,20 @@ DEVICE int window_of_query(const Stream& stream, int b, int n) {
     return n > 0 && positions[n - 1] >= first ? -1 : first;
 }
 
+// Blocks that a multiprocessor is to hold, where shared memory has room for them and the registers, a few too many
+// unless the compiler is told, come down to it without spills.
 template <class C>
-__global__ void __launch_bounds__(C::THREADS, 1) attention_fwd(const __grid_constant__ AttentionCall a) {
+constexpr int blocks_at_a_time() {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+    if (C::WIDE && !C::RELATIVE && !C::SPLIT && C::D <= 32) return 4;
+    if (C::WIDE && !C::RELATIVE && C::D <= 64 && __CUDA_ARCH__ == 900) return 3;
+#endif
+    return 1;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
+    attention_fwd(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     constexpr int D = C::D, M = C::M, N = C::BN / 8;
     Pieces<C> p;

@@ -29,8 +29,9 @@ def thirds(length: int, *, signs: bool = False) -> torch.Tensor:
 def gradients(op: str, given: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
     """out and the gradients of everything, where that of out is 1/3."""
     device, dtype = (DEVICE, torch.float32) if backend == "cuda" else ("cpu", torch.float64)
-    leaves = {name: x.to(device, dtype).requires_grad_() for name, x in given.items()}
-    out = getattr(pyxlbert, op)(**leaves, backend=backend)
+    here = {name: x.to(device) for name, x in given.items()}
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in here.items() if x.dtype.is_floating_point}
+    out = getattr(pyxlbert, op)(**(here | leaves), backend=backend)
     found = torch.autograd.grad(out, list(leaves.values()), torch.full_like(out, 1 / 3))
     return {"out": out.detach()} | dict(zip(leaves, found, strict=True))
 
@@ -59,3 +60,19 @@ def test_sums_over_the_queries_that_read_a_table() -> None:
     key, value = (torch.randn(1, FEW, 1, SIZE).expand(LONG // FEW, -1, -1, -1) for _ in range(2))
     given = {"query": thirds(FEW).expand_as(key), "key": key, "value": value}
     check("relative_attention", given | {"position_key": torch.zeros(2 * FEW, 1, SIZE)}, "position_key")
+
+
+def test_sums_over_the_keys_of_a_segment() -> None:
+    """The gradients of segments, of which plain PyTorch is off by 5e-6 and 9e-6 here, and a chain by 8e-6."""
+    many = 4 * LONG
+    given = {
+        "query": torch.zeros(1, FEW, 1, SIZE),
+        "key": thirds(many, signs=True),
+        "value": 1.0 + thirds(many, signs=True),
+        "position_key": torch.zeros(FEW + many, 1, SIZE),
+        "segment_bias": torch.full((1, SIZE), 0.1),
+        "segment_embedding": torch.tensor([0.01, -0.03])[:, None, None].repeat(1, 1, SIZE),
+        "query_segments": torch.zeros(1, FEW, dtype=torch.int32),
+        "key_segments": torch.arange(many, dtype=torch.int32).remainder(2)[None],
+    }
+    check("relative_attention", given, "segment_bias", "segment_embedding")

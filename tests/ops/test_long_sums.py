@@ -175,6 +175,18 @@ CASES: dict[str, tuple[str, Callable[[], Arguments], tuple[str, ...]]] = {
         },
         ("grad position_key",),
     ),
+    "queries at one position, which read the same rows of the table": (
+        "relative_attention",
+        lambda: {
+            "query": constant(LONG),
+            "key": torch.zeros(1, FEW, 1, SIZE),
+            "value": 1.0 + thirds(FEW, signs=True),
+            "position_key": torch.zeros(2 * FEW, 1, SIZE),
+            "offset": FEW - 1,
+            "query_positions": torch.full((1, LONG), 5, dtype=torch.int32),
+        },
+        ("grad position_key",),
+    ),
     "queries and a table": (
         "relative_attention",
         lambda: {
@@ -314,9 +326,9 @@ QUICK: dict[str, tuple[str, ...]] = {
         "keys of the sign of their weights' gradients",
         "keys and a table",
         "keys and a table, for more queries than share them out",
-        "keys of segments",
         "keys of two streams",
         "queries",
+        "queries at one position, which read the same rows of the table",
         "queries and a table",
         "queries of two streams",
         "rows of a bias (1, 2, 1, 16)",
