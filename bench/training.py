@@ -278,7 +278,15 @@ class TrainingRace:
             precision=str(self.dtype).removeprefix("torch."),
             progress=False,
         )
-        job = Job(module, _Steps(steps), self._counts, ("loss", False), None, lambda state: None, {}, "")
+        job = Job(
+            module=module,
+            source=_Steps(steps),
+            counts=self._counts,
+            metric=("loss", False),
+            evaluate=None,
+            save=lambda state: None,
+            title=str(self),
+        )
         loop = Loop(job, options, folder, accelerator())
         module.train()
         turns = itertools.chain(steps[:_FILLING], itertools.cycle(steps[_FILLING:] or steps))

@@ -27,9 +27,16 @@ def leaves_out_gradient(given: Tensor, rows: Tensor, *weights: Tensor) -> bool:
         and given.shape[1] > 0
         and rows.numel() > 0
         and given.dtype is rows.dtype
+        and not _is_cast(rows)
         and not (torch.compiler.is_compiling() or transformed() or intercepted())
         and all(type(one) in (Tensor, torch.nn.Parameter) for one in (given, rows, *weights))
     )
+
+
+def _is_cast(rows: Tensor) -> bool:
+    """Whether autocast would multiply these rows in another dtype than theirs."""
+    device = rows.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not rows.dtype
 
 
 def products_behind(given: Tensor, rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -178,7 +178,9 @@ class RelativeAttention(Packable):
             return self.project(content, "kv")
         given = memory.transpose(0, 1).to(content.dtype)  # [B, mem_len, E]
         weights = [getattr(self, name).flatten(1).t() for name in "kv"]
-        if not leaves_out_gradient(given, content, *weights):
+        # Whoever projects in a way of their own is asked for keys and values too.
+        own = not is_patched(self) and type(self).project is RelativeAttention.project
+        if not (own and leaves_out_gradient(given, content, *weights)):
             return self.project(torch.cat([given, content], dim=1), "kv")
         heads = (self.num_attention_heads, self.head_size)
         return tuple(one.unflatten(-1, heads) for one in products_behind(given, content, *weights))

@@ -85,8 +85,9 @@ def is_parameter(weight: Tensor) -> bool:
 
 
 # By the parameter's id. Its storage is followed and not itself, for a tensor with a weak reference cannot be swapped
-# with another, as `Module.to` does if it is told to. Another parameter of the same storage has its own.
-_kept: dict[int, tuple[weakref.ref[torch.UntypedStorage], KeptMemory]] = {}
+# with another, as `Module.to` does if it is told to. Another parameter of the same numbers has its own, in place of the
+# first one's: that may be gone, which nobody tells, and its storage may live on and be many parameters one by one.
+_kept: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, KeptMemory]] = {}
 
 
 def _forget(key: int, storage: weakref.ref[torch.UntypedStorage]) -> None:
@@ -112,7 +113,11 @@ def memory_of(weight: Tensor) -> KeptMemory | None:
         or transformed()
     ):
         return None
-    storage, found = weight.untyped_storage(), _kept.get(id(weight))
-    if found is None or found[0]() is not storage:
-        found = _kept[id(weight)] = weakref.ref(storage, functools.partial(_forget, id(weight))), KeptMemory()
-    return found[1]
+    storage, place, found = weight.untyped_storage(), weight.storage_offset(), _kept.get(id(weight))
+    if found is None or found[0]() is not storage or found[1] != place:
+        for key, (other, there, _) in list(_kept.items()):
+            if there == place and other() is storage:
+                _kept.pop(key, None)
+        found = weakref.ref(storage, functools.partial(_forget, id(weight))), place, KeptMemory()
+        _kept[id(weight)] = found
+    return found[2]

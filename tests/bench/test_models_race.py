@@ -132,8 +132,11 @@ def small_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["BERT classifies", "XLNet classifies", "XLNet pretrains", REMEMBERS])
 def test_both_are_trained_by_one_loop(name: str, small_training, monkeypatch) -> None:
+    jobs, usual = [], training.Loop
+    monkeypatch.setattr(training, "Loop", lambda job, *rest: (jobs.append(job), usual(job, *rest))[1])
     row = small_training(name).run(MOMENT)
     assert set(row.timings) == {"pyxlbert", "transformers"} and not row.failed
+    assert len(jobs) == 2 and all(isinstance(job.title, str) and job.memory is None for job in jobs)
     assert "1 layers" in row.note and ("full: less work" in row.note) == ("classifies" in name)
     assert ("9 remembered" in row.note) == (name == REMEMBERS)
     # The products with weights of a step, counted by hand; the rate is 10^12 a second.

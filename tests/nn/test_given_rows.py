@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyxlbert.nn import given_rows
+from pyxlbert.nn import RelativeAttention, given_rows
 from pyxlbert.ops.linear import linear
 from pyxlbert.testing import compare, tolerances
 
@@ -75,3 +75,38 @@ def test_who_asks_for_more_goes_the_usual_way() -> None:
     with pytest.raises(RuntimeError, match="linear: double backward is not supported"):
         products = given_rows.products_behind(given, rows, first)
         torch.autograd.grad(products[0].sum(), rows, create_graph=True)
+
+
+def attention(kind: type[RelativeAttention] = RelativeAttention) -> RelativeAttention:
+    made = kind(WIDTH, 2, 16)
+    for one in made.parameters():
+        torch.nn.init.normal_(one, generator=torch.Generator().manual_seed(2))
+    return made.train()
+
+
+def test_autocast_decides_on_the_dtype_of_keys_and_values() -> None:
+    """Rows in float32 are multiplied in bfloat16, with a memory as without."""
+    given, rows, _, _ = drawn(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not given_rows.leaves_out_gradient(given, rows)
+        products = attention()._keys_and_values(rows, given.transpose(0, 1))
+    assert {one.dtype for one in products} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert given_rows.leaves_out_gradient(given.bfloat16(), rows.bfloat16())
+
+
+@pytest.mark.parametrize("way", ["patched", "subclass"])
+def test_a_projection_of_ones_own_makes_keys_and_values_of_memories(way: str) -> None:
+    given, rows, _, _ = drawn(torch.float32)
+    memory = given.transpose(0, 1)
+
+    class Doubled(RelativeAttention):
+        def project(self, x: torch.Tensor, names: str) -> tuple[torch.Tensor, ...]:
+            return tuple(2 * one for one in super().project(x, names))
+
+    wanted, other = attention(), attention(Doubled if way == "subclass" else RelativeAttention)
+    if way == "patched":
+        usual = other.project
+        other.project = lambda x, names: tuple(2 * one for one in usual(x, names))
+    for found, single in zip(other._keys_and_values(rows, memory), wanted._keys_and_values(rows, memory), strict=True):
+        compare.same_bits("product", found, 2 * single)

@@ -94,6 +94,22 @@ def test_memory_goes_with_the_parameter() -> None:
     assert len(_memory._kept) == before
 
 
+def test_numbers_that_are_many_parameters_have_one_memory() -> None:
+    """A parameter goes and its storage stays: of the next one made of it no more is kept."""
+    gc.collect()
+    before, numbers, flat = len(_memory._kept), torch.randn(7, 5), torch.randn(70)
+    alive = [torch.nn.Parameter(numbers) for _ in range(2)]
+    for _ in range(20):
+        for one in (*alive, torch.nn.Parameter(numbers), torch.nn.Parameter(numbers.t())):
+            assert memory_of(one) is memory_of(one)
+        assert memory_of(alive[0]) is not memory_of(alive[1])
+    assert len(_memory._kept) == before + 1
+    # Parameters that lie one behind the other are others.
+    parts = [torch.nn.Parameter(part.view(7, 5)) for part in flat.split(35)]
+    first = memory_of(parts[0])
+    assert memory_of(parts[1]) is not first and memory_of(parts[0]) is first
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_table_that_is_the_decoder_too(autocast: bool) -> None:
     """Its gradient is the sum of both; of several steps each is what one step alone gives."""

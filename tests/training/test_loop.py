@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_task import STILL, bert, options, sentences, table, tagged
+from small_task import STILL, albert, bert, options, sentences, table, tagged, xlnet
 
 from pyxlbert.models import AlbertConfig, AlbertForSequenceClassification
 from pyxlbert.testing import compare, tolerances
@@ -78,6 +78,21 @@ def killed(files: Path, out: Path, *arguments: str) -> None:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+@pytest.mark.parametrize("make", [bert, albert, xlnet], ids=lambda make: make.__name__)
+def test_every_encoder_goes_on_to_the_same_bits(task: str, make: Any, files: Path, tmp_path: Path) -> None:
+    """Parameters that no loss reaches too, of which an optimiser has nothing to keep: an XLNet has some."""
+    model = make(tmp_path / "model")
+    given = {"task": task, "model": str(model), "max_steps": 4, "checkpoint_every": 2}
+    for out in ("a", "b"):
+        train(files, tmp_path / out, **given)
+    shutil.rmtree(checkpoints.folder(tmp_path / "a", 4))
+    (tmp_path / "a" / "model.safetensors").unlink()
+    said: list[str] = []
+    train(files, tmp_path / "a", resume=True, say=said.append, **given)
+    assert "goes on after step 2" in said and same(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models
 from pyxlbert.testing import tolerances
 from pyxlbert.text import TextTokenizer
 from pyxlbert.training.pretraining import (
+    SegmentOptions,
     TokenStore,
     Vocabulary,
     open_or_build,
@@ -21,7 +23,8 @@ from pyxlbert.training.pretraining import (
     train_wordpiece,
 )
 from pyxlbert.training.pretraining import store as store_module
-from pyxlbert.training.pretraining.documents import named, read_sentences, split_sentences
+from pyxlbert.training.pretraining.documents import check_files, named, read_sentences, split_sentences
+from pyxlbert.training.pretraining.run import Pretraining
 
 
 def test_many_files_are_named_in_few_words() -> None:
@@ -172,12 +175,35 @@ def test_bad_files_are_refused(tmp_path) -> None:
         ([tmp_path / "no.txt"], FileNotFoundError, "no.txt' does not exist"),
         ([tmp_path], IsADirectoryError, "is a directory, wanted a text file"),
         ([tmp_path / "v" / "vocab.txt"] * 2, ValueError, "twice"),
+        ([""], ValueError, "files: got '', wanted a name"),
+        (["a\0b"], ValueError, "files: got 'a\\\\x00b', which is no file's name"),
+        ([3], TypeError, "files: got int, wanted a str or a Path"),
     ):
         with pytest.raises(error, match=words):
             open_or_build(files, vocabulary, tmp_path / "stores")
         with pytest.raises(error, match=words):
             train_unigram(files, tmp_path / "new")
     assert not (tmp_path / "stores").exists()
+
+
+def test_a_corpus_of_many_files_is_looked_at_once(tmp_path, monkeypatch) -> None:
+    """Each file for itself: among some thousands, every pair of them would take minutes."""
+    files = [tmp_path / f"{number}.txt" for number in range(200)]
+    for path in files:
+        path.write_text("text", encoding="utf-8")
+    asked, usual = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: (asked.append(path), usual(path, **how))[1])
+    assert check_files(files) == files
+    Pretraining(files=files[:100], evaluate=files[100:], data=SegmentOptions()).check()
+    monkeypatch.undo()
+    assert len(asked) < 3000
+    (tmp_path / "link.txt").symlink_to(files[150])
+    os.link(files[50], tmp_path / "hard.txt")
+    for name in ("link.txt", "hard.txt"):
+        with pytest.raises(ValueError, match=f"{name}' twice"):
+            check_files([*files, tmp_path / name])
+        with pytest.raises(ValueError, match=f"evaluate: got .*{name}', which is trained on"):
+            Pretraining(files=files, evaluate=[tmp_path / name], data=SegmentOptions()).check()
 
 
 @pytest.mark.parametrize(

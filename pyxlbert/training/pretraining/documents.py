@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pyxlbert.files import refuse_encoded, shown
+from pyxlbert.files import named_path, refuse_encoded, shown
 
 #: How sentences and documents lie in a file: a sentence a line with a blank line between documents; raw text whose
 #: documents stand between blank lines; raw text whose files are documents, a blank line being the end of a sentence.
@@ -23,25 +23,33 @@ def check_files(paths: Sequence[str | Path], argument: str = "files") -> list[Pa
     """The files as paths; messages begin with the argument's name.
 
     Raises:
-        TypeError: it is one name.
-        ValueError: there is none, or one is named twice or can be read once alone.
+        TypeError: it is one name, or one of them is no name.
+        ValueError: there is none, or one is named twice, can be read once alone, or has a name that no file can have.
         FileNotFoundError, IsADirectoryError: one is no file.
     """
     if isinstance(paths, (str, Path)):
         raise TypeError(f"{argument}: got {type(paths).__name__}, wanted a list of files")
-    files = [Path(path) for path in paths]
+    files = [named_path(argument, path) for path in paths]
     if not files:
         raise ValueError(f"{argument}: got none, wanted at least one text file")
-    for number, path in enumerate(files):
+    taken: set[tuple[int, int]] = set()  # a corpus may be some hundred thousand files
+    for path in files:
         if path.is_dir():
             raise IsADirectoryError(f"{argument}: {str(path)!r} is a directory, wanted a text file")
         if not path.exists():
             raise FileNotFoundError(f"{argument}: {shown(path)} does not exist")
         if not path.is_file():
             raise ValueError(f"{argument}: {str(path)!r} is a device or a pipe, wanted a file, which can be read twice")
-        if any(path.samefile(one) for one in files[:number]):
+        if on_disk(path) in taken:
             raise ValueError(f"{argument}: got {str(path)!r} twice, wanted each file once")
+        taken.add(on_disk(path))
     return files
+
+
+def on_disk(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def named(paths: Sequence[str | Path]) -> str:

@@ -22,7 +22,7 @@ from pyxlbert.training import checkpoints
 from pyxlbert.training.claim import FILE
 from pyxlbert.training.loop import Job, Loop, accelerator, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
-from pyxlbert.training.pretraining.documents import check_files, check_layout, named
+from pyxlbert.training.pretraining.documents import check_files, check_layout, named, on_disk
 from pyxlbert.training.pretraining.fits import check_pairs, check_segments, check_sizes
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
@@ -86,9 +86,9 @@ class Pretraining:
         if not isinstance(self.data, (PairOptions, SegmentOptions)):
             raise TypeError(f"data: got {type(self.data).__name__}, wanted PairOptions or SegmentOptions")
         check_layout(self.layout)
-        paths = check_files(self.files)
+        trained_on = set(map(on_disk, check_files(self.files)))
         for path in check_files(self.evaluate, "evaluate") if self.evaluate else ():
-            if any(path.samefile(one) for one in paths):
+            if on_disk(path) in trained_on:
                 raise ValueError(f"evaluate: got {str(path)!r}, which is trained on; wanted text that is held out")
         require_integer("vocab_size", self.vocab_size, 16, MOST_PIECES)
         if self.dropout is not None:
