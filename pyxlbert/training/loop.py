@@ -254,6 +254,12 @@ def _differs(name: str, identity: dict[str, Any], saved: dict[str, Any], directo
     if all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in (now, then)):
         return f"{name}: got another content than that with which the run in {directory} was started"
     name = name.removeprefix("data_")  # of options that say how rows are made
+    now, then = (one["name"] if _is_known(one) else one for one in (now, then))
+    if now == then:
+        return (
+            f"{name}: got {now!r}, of which the run in {directory} kept the name alone, as older versions did: "
+            "wanted a run of this version, or a folder of its own"
+        )
     return f"{name}: got {now!r}, but the run in {directory} was started with {then!r}"
 
 

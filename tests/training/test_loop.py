@@ -137,6 +137,11 @@ def test_another_run_is_not_gone_on_with(files: Path, tmp_path: Path) -> None:
             train(files, tmp_path / "a", **{"max_steps": 1, "resume": True, **change})
     with pytest.raises(FileExistsError, match="--resume goes on"):
         train(files, tmp_path / "a", max_steps=1)
+    # One of a version that kept the model's name alone.
+    started = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps({**started, "model": started["model"]["name"]}))
+    with pytest.raises(ValueError, match=r"model: got '.*bert', of which the run in .* kept the name alone, as older"):
+        train(files, tmp_path / "a", max_steps=1, resume=True)
     # A kill before the first file was whole: nothing is lost, and nothing is in the way.
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / ".run.json.0.part").touch()
