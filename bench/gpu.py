@@ -363,8 +363,8 @@ def bench(share: Share) -> str:
 
 
 def tiles(share: Share) -> str:
-    table = share.out / "_configurations.py"
-    shutil.copyfile(ROOT / "kernels" / "_configurations.py", table)
+    table = share.out / "tiles.csv"
+    shutil.copyfile(ROOT / "kernels" / "tiles.csv", table)
     command = [sys.executable, "-m", "pyxlbert.bench.tune", "--only", *TILED, "--plain", "--head-sizes", "64"]
     command += ["--dtypes", "bfloat16", "--jobs", str(share.cores), "--seconds", f"{share.limit - 10:.0f}"]
     return run([*command, "--write", str(table)], share.limit, share.out / "tiles.log")

@@ -1,6 +1,6 @@
 """The tiles of the Triton kernels of scores: candidates, the search, and the table that it rewrites.
 
-    python -m pyxlbert.bench.tune [--write kernels/_configurations.py]      on a GPU: the fastest of the candidates
+    python -m pyxlbert.bench.tune [--write kernels/tiles.csv]               on a GPU: the fastest of the candidates
     python -m pyxlbert.bench.tune --compile 90 [--write ...]                anywhere: the first that needs no spills
     python -m pyxlbert.bench.tune --compile 90 --mend [--write ...]         only for those whose tile spills
     python -m pyxlbert.bench.tune --compile 90 --check                      says which those are
@@ -14,15 +14,14 @@ was ended goes on where it was, and a later one compiles only what has changed s
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
+import csv
 import fnmatch
 import hashlib
 import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -306,42 +305,15 @@ def compiling_part(part: int, parts: int) -> Callable[..., float | None]:
     return judge
 
 
-_TABLE = re.compile(r"(^TABLE: dict\[Key, Tile\] = \{\n)(.*?)(^\}\n)", re.MULTILINE | re.DOTALL)
-
-
-def read_table(path: Path) -> dict[Key, Tile]:
-    """TABLE of the source file, which another search may have written since this one began.
-
-    Raises:
-        ValueError: there is no such table in the file.
-    """
-    found = _TABLE.findall(path.read_text(encoding="utf-8"))
-    if len(found) != 1:
-        raise ValueError(f"{path}: got no table, wanted one that begins with 'TABLE: dict[Key, Tile] = {{'")
-    rows = ast.parse("{" + found[0][1] + "}", mode="eval").body
-    if not isinstance(rows, ast.Dict):
-        return {}
-
-    def made(kind: type, call: Any) -> Any:
-        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        return kind(*map(ast.literal_eval, call.args), **named)
-
-    return {made(Key, key): made(Tile, tile) for key, tile in zip(rows.keys, rows.values, strict=True)}
-
-
 def write_rows(path: Path, rows: dict[Key, Tile]) -> None:
-    """Sets rows of TABLE in the source file and leaves the others; see `write_table`."""
-    write_table(path, read_table(path) | rows)
+    """Sets rows of the table in the file, which another search may have written since this one began, and leaves the
+    others; see `write_table`."""
+    write_table(path, configurations.read_table(path) | rows)
 
 
 def write_table(path: Path, table: dict[Key, Tile]) -> None:
-    """Rewrites TABLE in the source file, whole or not at all.
-
-    Raises:
-        ValueError: there is no such table in the file.
-    """
+    """Writes a table that `read_table` of the kernels' configurations reads, whole or not at all."""
     kept: dict[Key, Tile] = {}
-    rows = []
     # Those with segments first: they are for calls without, too.
     order = sorted(table, key=lambda key: (key.kernel, -key.bytes, key.head_size, key.extras, not key.segments, key[1]))
     for key in order:
@@ -351,19 +323,10 @@ def write_table(path: Path, table: dict[Key, Tile]) -> None:
             if kept[configurations.best_of(others, key.kernel, _card(key.architecture), *key[2:])] == table[key]:
                 continue
         kept[key] = table[key]
-        name, *numbers, segments = key
-        *numbers_of_tile, maxnreg = table[key]
-        tile = ", ".join(str(value) for value in numbers_of_tile if value is not None)
-        if maxnreg != Tile._field_defaults["maxnreg"]:
-            tile += f", maxnreg={maxnreg}"
-        numbers += [True] if segments else []
-        rows.append(f'    Key("{name}", {", ".join(str(n) for n in numbers)}): Tile({tile}),\n')
-    text = path.read_text(encoding="utf-8")
-    new, count = _TABLE.subn(lambda found: found[1] + "".join(rows) + found[3], text)
-    if count != 1:
-        raise ValueError(f"{path}: got no table, wanted one that begins with 'TABLE: dict[Key, Tile] = {{'")
-    with files.whole_file(path) as part:
-        part.write_text(new, encoding="utf-8")
+    with files.whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Key._fields, *Tile._fields])
+        writer.writerows([*key, *tile] for key, tile in kept.items())
 
 
 class Kept:
@@ -420,7 +383,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile ahead of timing")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no tile after so long")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--write", type=Path, help="the source file whose table is rewritten")
+    parser.add_argument("--write", type=Path, help="the file whose table is rewritten")
     parser.add_argument("--state", type=Path, help="what --compile has found (default: build/tiles/ARCHITECTURE.json)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -440,7 +403,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--write: got {options.write}, which is no file, wanted the one whose table is rewritten")
         try:
             files.check_writable("--write", str(options.write), options.write.resolve())
-            read_table(options.write)
+            configurations.read_table(options.write)
         except OSError as error:
             parser.error(str(error))
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 
@@ -12,46 +13,60 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 tune = importlib.import_module("pyxlbert.bench.tune")
-SOURCE = ROOT / "kernels" / "_configurations.py"
+SOURCE = ROOT / "kernels" / "tiles.csv"
+HEAD = ",".join((*configurations.Key._fields, *configurations.Tile._fields)) + "\n"
 
 
 def test_the_table_is_what_the_search_would_write(tmp_path) -> None:
     """Written anew it is the same, byte for byte: no row stands there by hand."""
-    path = tmp_path / "table.py"
+    path = tmp_path / "table.csv"
     shutil.copy(SOURCE, path)
     tune.write_table(path, configurations.TABLE)
     assert path.read_bytes() == SOURCE.read_bytes()
 
 
 def test_rows_that_say_what_an_older_architecture_says_are_left_out(tmp_path) -> None:
-    path = tmp_path / "table.py"
-    path.write_text("TABLE: dict[Key, Tile] = {\n    old\n}\nrest\n", encoding="utf-8")
+    path = tmp_path / "table.csv"
     one, other, third = tune.Tile(64, 64, 4, 2), tune.Tile(32, 64, 4, 1, False), tune.Tile(64, 64, 4, 2, maxnreg=None)
     keys = [tune.Key("relative_fwd", architecture, 2, 64, False) for architecture in (80, 90, 100, 120)]
     tune.write_table(path, dict(zip(keys, (one, one, other, third), strict=True)))
     assert path.read_text(encoding="utf-8") == (
-        "TABLE: dict[Key, Tile] = {\n"
-        '    Key("relative_fwd", 80, 2, 64, False): Tile(64, 64, 4, 2),\n'
-        '    Key("relative_fwd", 100, 2, 64, False): Tile(32, 64, 4, 1, False),\n'
-        '    Key("relative_fwd", 120, 2, 64, False): Tile(64, 64, 4, 2, maxnreg=None),\n'
-        "}\nrest\n"
+        f"{HEAD}"
+        "relative_fwd,80,2,64,False,False,64,64,4,2,,255\n"
+        "relative_fwd,100,2,64,False,False,32,64,4,1,False,255\n"
+        "relative_fwd,120,2,64,False,False,64,64,4,2,,\n"
     )
     # Nor are those for calls without segments that say what those with them say.
-    path.write_text("TABLE: dict[Key, Tile] = {\n    old\n}\nrest\n", encoding="utf-8")
     keys = [
         tune.Key("relative_fwd", *key) for key in ((80, 2, 64, False, True), (80, 2, 64, False), (90, 2, 64, False))
     ]
     tune.write_table(path, dict(zip(keys, (one, one, other), strict=True)))
     assert path.read_text(encoding="utf-8") == (
-        "TABLE: dict[Key, Tile] = {\n"
-        '    Key("relative_fwd", 80, 2, 64, False, True): Tile(64, 64, 4, 2),\n'
-        '    Key("relative_fwd", 90, 2, 64, False): Tile(32, 64, 4, 1, False),\n'
-        "}\nrest\n"
+        f"{HEAD}relative_fwd,80,2,64,False,True,64,64,4,2,,255\nrelative_fwd,90,2,64,False,False,32,64,4,1,False,255\n"
     )
-    path.write_text("nothing\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="got no table"):
-        tune.write_table(path, {})
-    assert path.read_text(encoding="utf-8") == "nothing\n"
+
+
+ROW = "relative_fwd,80,2,64,False,True,64,64,4,2,,255\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got no table of tiles, wanted kernel,architecture,bytes,head_size,extras,segments,BLOCK_M,"),
+        (ROW, "got no table of tiles, wanted kernel,architecture,"),
+        (f"{HEAD}{ROW}{ROW}", "line 3: got a second row for ('relative_fwd', 80, 2, 64, False, True)"),
+        (f"{HEAD}relative_fwd,80,2,64\n", "line 2: got relative_fwd,80,2,64, which is no row of tiles"),
+        (f"{HEAD}{ROW.strip()},1\n", "line 2: got relative_fwd,80,2,64,False,True,64,64,4,2,,255,1, which is no row"),
+        (f"{HEAD}{ROW.replace('80', 'ada')}", "line 2: got relative_fwd,ada,2,64,"),
+        (f"{HEAD}\n", "line 2: got nothing, wanted a row of tiles"),
+    ],
+    ids=["empty", "no names", "twice", "short", "long", "no number", "empty line"],
+)
+def test_what_is_no_table_of_tiles_is_named(text: str, message: str, tmp_path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        configurations.read_table(path)
 
 
 def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
@@ -111,8 +126,8 @@ def watch(judge, monkeypatch) -> None:
 
 def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> None:
     """Every row is written as it is found, no tile is compiled twice, and what has changed since is compiled anew."""
-    table, state = tmp_path / "table.py", tmp_path / "state.json"
-    table.write_text("TABLE: dict[Key, Tile] = {\n}\n", encoding="utf-8")
+    table, state = tmp_path / "table.csv", tmp_path / "state.json"
+    table.write_text(HEAD, encoding="utf-8")
     command = ["--compile", "90", "--only", "attention_bwd_r*", "attention_fwd", "--head-sizes", "64"]
     command += ["--dtypes", "bfloat16", "--write", str(table), "--state", str(state)]
     compiled, sources, limits = [], {}, {"most": None}
@@ -130,7 +145,7 @@ def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> 
     )
     assert tune.main(command) == 0
     whole, needed = table.read_text(encoding="utf-8"), list(compiled)
-    assert len(tune.read_table(table)) == 4
+    assert len(configurations.read_table(table)) == 4
     assert tune.main(command) == 0 and compiled == needed
     # A kernel that has changed is compiled anew, and no other.
     sources["fwd"] = "changed"
@@ -138,14 +153,14 @@ def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> 
     again = compiled[len(needed) :]
     assert again and {kernel.__name__ for kernel, *_ in again} == {"fwd"}
     # The same from nothing, ended twice on its way.
-    table.write_text("TABLE: dict[Key, Tile] = {\n}\n", encoding="utf-8")
+    table.write_text(HEAD, encoding="utf-8")
     state.unlink()
     compiled.clear()
     for limits["most"] in (len(needed) // 3, len(needed) // 2):
         with pytest.raises(KeyboardInterrupt):
             tune.main(command)
-        assert len(tune.read_table(table)) < 4 and state.exists()
-    assert tune.read_table(table)
+        assert len(configurations.read_table(table)) < 4 and state.exists()
+    assert configurations.read_table(table)
     limits["most"] = None
     assert tune.main(command) == 0 and table.read_text(encoding="utf-8") == whole
     # Only the tile at which it was ended was begun again.
@@ -156,13 +171,15 @@ def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> 
 
 
 def test_rows_that_another_search_has_written_stay(tmp_path) -> None:
-    path = tmp_path / "table.py"
+    path = tmp_path / "table.csv"
     shutil.copy(SOURCE, path)
-    assert tune.read_table(path) == configurations.TABLE
+    assert configurations.read_table(path) == configurations.TABLE
     keys = [tune.Key("attention_fwd", architecture, 2, 64, False) for architecture in (86, 90)]
     for key in keys:
         tune.write_rows(path, {key: tune.Tile(16, 16, 2, 1, maxnreg=None)})
-    assert tune.read_table(path) == configurations.TABLE | dict.fromkeys(keys, tune.Tile(16, 16, 2, 1, maxnreg=None))
+    assert configurations.read_table(path) == configurations.TABLE | dict.fromkeys(
+        keys, tune.Tile(16, 16, 2, 1, maxnreg=None)
+    )
 
 
 @pytest.mark.parametrize("mend", [True, False], ids=["mend", "anew"])
@@ -185,7 +202,7 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
         return f"{tuple(key)}: {tuple(before[key])} {8 * compiled.count(before[key])} bytes of stack\n"
 
     watch(judge, monkeypatch)
-    path = tmp_path / "table.py"
+    path = tmp_path / "table.csv"
     shutil.copy(SOURCE, path)
     options = ["--compile", "90", "--only", "relative_bwd_rows", "--head-sizes", "64", "--dtypes", "float32"]
     options += ["--state", str(tmp_path / "state.json")]
@@ -199,10 +216,7 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     assert rows[str(tuple(spilling))].startswith(str(tuple(candidates[0])))
     if not mend:
         assert all(rows[str(tuple(other))].startswith(str(tuple(candidates[0]))) for other in others)
-    written = ", ".join(str(n) for n in candidates[0][:4])
-    assert f'    Key("relative_bwd_rows", 90, 4, 64, True, True): Tile({written}),\n' in path.read_text(
-        encoding="utf-8"
-    )
+    assert configurations.read_table(path)[spilling] == candidates[0]
 
 
 def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
@@ -215,7 +229,7 @@ def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
 
     watch(None, monkeypatch)
     monkeypatch.setattr(tune.Search, "cost", cost)
-    path = tmp_path / "table.py"
+    path = tmp_path / "table.csv"
     spilling = tune.Key("relative_bwd_table", 86, 4, 128, False, True)
     plain = spilling._replace(segments=False)
     search = tune.Search(86, None, run=False)
@@ -225,7 +239,7 @@ def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
     options = ["--compile", "86", "--only", spilling.kernel, "--head-sizes", "128", "96", "--dtypes", "float32"]
     assert tune.main([*options, "--mend", "--write", str(path), "--state", str(tmp_path / "state.json")]) == 0
     best = tune.candidates(spilling.kernel, 4)[0]
-    search.table = tune.read_table(path)
+    search.table = configurations.read_table(path)
     assert (search.row(spilling), search.row(plain)) == (best, before)
     # Heads of 96 are asked with what was found for 128.
     assert [tile for key, tile in asked if key == spilling._replace(head_size=96)] == [best]
@@ -237,8 +251,8 @@ def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
         (["--mend"], "--mend: wanted --compile beside it"),
         (["--check"], "--check: wanted --compile beside it"),
         (["--compile", "90", "--only", "rows"], "--only: got 'rows', wanted names or patterns of attention_bwd_bias,"),
-        (["--compile", "90", "--check", "--write", "x.py"], "--check and --write: got both"),
-        (["--compile", "90", "--write", "nowhere/table.py"], "--write: got nowhere/table.py, which is no file"),
+        (["--compile", "90", "--check", "--write", "x.csv"], "--check and --write: got both"),
+        (["--compile", "90", "--write", "nowhere/table.csv"], "--write: got nowhere/table.csv, which is no file"),
         (["--compile", "90", "--write", "/proc/version"], "--write: the directory of '/proc/version' is not writable"),
         (["--compile", "90", "--state", "/proc/x/state.json"], "--state: '/proc' is not writable"),
         (["--compile", "91"], "argument --compile: invalid choice: 91"),
