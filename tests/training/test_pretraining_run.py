@@ -168,9 +168,21 @@ def test_the_command_trains_a_tokenizer_and_a_model(files: Path, kind: str, caps
         ("bert", ("--vocab-size", "2147483647"), "--vocab-size: got 2147483647, wanted at most"),
         ("bert", ("--max-length", "2147483647"), "--max-length: got 2147483647, wanted at most"),
         ("xlnet", ("--mem-len", "2147483647"), "--mem-len: got 2147483647, wanted at most"),
+        ("bert", ("--config", "bert"), "--vocab-size: got 100, wanted at most the configuration's, 67"),
+        ("xlnet", ("--config", "few", "--tokenizer", "xlnet", "--reuse-len", "16"), "'vocab_size' is 70, wanted at"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(files: Path, kind: str, options, words: str, capsys) -> None:
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    files: Path, kind: str, options, words: str, capsys, monkeypatch
+) -> None:
+    """And before the text is read, unless it says so."""
+    XLNetConfig(**XLNET | {"vocab_size": 70}).save_pretrained(files / "few")
+    monkeypatch.chdir(files)
+    if "the text has" not in words:
+        monkeypatch.setattr(
+            "pyxlbert.training.pretraining.run.open_or_build", lambda *_, **__: pytest.fail("the text was read")
+        )
+        monkeypatch.setitem(TRAINERS, kind, lambda *_, **__: pytest.fail("a tokenizer was trained"))
     assert cli.main(command(files, kind, *options)) == 1
     assert words in capsys.readouterr().err
     assert not (files / "out").exists()

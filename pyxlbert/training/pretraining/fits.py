@@ -19,6 +19,15 @@ def check_sizes(config: BertConfig | XLNetConfig, options: PairOptions | Segment
     _check_segment_sizes(config, options)
 
 
+def check_pieces(config: BertConfig | XLNetConfig, pieces: int, vocabulary: Vocabulary | None) -> None:
+    """Raises ValueError where a model has fewer words than its tokenizer: this one, or, None, one that is trained to
+    so many pieces."""
+    if vocabulary is not None:
+        _check_vocabulary(config.vocab_size, vocabulary)
+    elif pieces > config.vocab_size:
+        raise ValueError(f"vocab_size: got {pieces}, wanted at most the configuration's, {config.vocab_size}")
+
+
 def check_pairs(config: BertConfig, options: PairOptions, vocabulary: Vocabulary) -> None:
     """Raises ValueError where a BERT cannot be trained on such pairs."""
     _check_vocabulary(config.vocab_size, vocabulary)

@@ -23,14 +23,14 @@ from pyxlbert.training.claim import FILE
 from pyxlbert.training.loop import Job, Loop, accelerator, check_run, started_run
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.pretraining.documents import check_files, check_layout, named, on_disk
-from pyxlbert.training.pretraining.fits import check_pairs, check_segments, check_sizes
+from pyxlbert.training.pretraining.fits import check_pairs, check_pieces, check_segments, check_sizes
 from pyxlbert.training.pretraining.objective import PretrainingModel, counts
 from pyxlbert.training.pretraining.pairs import PairOptions, SentencePairs
 from pyxlbert.training.pretraining.rules import MOST_LENGTH, MOST_PIECES, require_integer, require_share
 from pyxlbert.training.pretraining.scores import METRIC, HeldOut
-from pyxlbert.training.pretraining.segments import SegmentOptions, Segments
+from pyxlbert.training.pretraining.segments import SegmentOptions, Segments, own_rows
 from pyxlbert.training.pretraining.sizes import albert_config, bert_config, xlnet_config
-from pyxlbert.training.pretraining.steps import PairSteps, SegmentSteps
+from pyxlbert.training.pretraining.steps import PairSteps, SegmentSteps, passes_of
 from pyxlbert.training.pretraining.store import TokenStore, digest, open_or_build
 from pyxlbert.training.pretraining.vocabularies import FILES, TRAINERS, Vocabulary
 
@@ -177,7 +177,14 @@ def pretrain(
     folder = named_path("output", output)
     if work.is_main_process:
         check_run(folder, resume)
-    check_sizes(what.model_config(what.vocab_size, 0), what.data, options.batch_size)
+    config = what.model_config(what.vocab_size, 0)
+    check_sizes(config, what.data, options.batch_size)
+    if isinstance(what.data, SegmentOptions):
+        passes = passes_of(options.batch_size, options.micro_batch_size, work.num_processes)
+        own_rows(options.batch_size, what.data.bi_data, processes=work.num_processes, parts=passes)
+    if what.config is not None:
+        given = None if what.tokenizer is None else Vocabulary.read(what.tokenizer, what.kind)
+        check_pieces(config, what.vocab_size, given)
     identity = {**what.identity(), "options": options.decisive()}
     with _begun(folder, identity, resume, work.is_main_process, tell) as prepared:
         if work.is_main_process:

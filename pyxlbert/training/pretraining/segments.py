@@ -166,6 +166,24 @@ class _Stream:
         return None
 
 
+def own_rows(
+    batch_size: int, bi_data: bool, rank: int = 0, processes: int = 1, part: int = 0, parts: int = 1
+) -> list[int]:
+    """`Segments.rows`, of which nothing is known but its sizes."""
+    streams = batch_size // 2 if bi_data else batch_size
+    shares = processes * parts
+    if streams % shares:
+        rows = "pairs of rows" if bi_data else "rows"
+        raise ValueError(
+            f"batch_size: got {batch_size}, wanted a number of {rows} that {shares} divides: processes {processes}, "
+            f"passes {parts}, and each keeps its rows, for memories belong to them"
+        )
+    share = streams // shares
+    first = (rank * parts + part) * share
+    own = list(range(first, first + share))
+    return own + [streams + row for row in own] if bi_data else own
+
+
 class Segments:
     """Batches of sequences, one for each step.
 
@@ -214,17 +232,7 @@ class Segments:
         Raises:
             ValueError: the rows cannot be shared out equally: memories belong to rows, which stay where they are.
         """
-        shares = processes * parts
-        if self._streams % shares:
-            rows = "pairs of rows" if self.options.bi_data else "rows"
-            raise ValueError(
-                f"batch_size: got {self.batch_size}, wanted a number of {rows} that {processes * parts} divides: "
-                f"processes {processes}, passes {parts}, and each keeps its rows, for memories belong to them"
-            )
-        share = self._streams // shares
-        first = (rank * parts + part) * share
-        own = list(range(first, first + share))
-        return own + [self._streams + row for row in own] if self.options.bi_data else own
+        return own_rows(self.batch_size, self.options.bi_data, rank, processes, part, parts)
 
     def batch(self, step: int, rank: int = 0, processes: int = 1, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
         """What a process trains on in a step.

@@ -33,6 +33,11 @@ class PairSteps:
         return Passes([self._source.collate(part) for part in parts], real, len(rows))
 
 
+def passes_of(batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+    """How many passes a process needs for its rows of a batch of segments."""
+    return 1 if micro_batch_size is None else max(1, math.ceil(batch_size // processes / micro_batch_size))
+
+
 class SegmentSteps:
     """Steps of `Segments`; each pass has the same rows in every step, for memories belong to them.
 
@@ -46,8 +51,7 @@ class SegmentSteps:
     """
 
     def __init__(self, source: Segments, micro_batch_size: int | None, processes: int) -> None:
-        share = source.batch_size // processes
-        self._parts = 1 if micro_batch_size is None else max(1, math.ceil(share / micro_batch_size))
+        self._parts = passes_of(source.batch_size, micro_batch_size, processes)
         source.rows(0, processes, 0, self._parts)
         self._source, self.epoch_steps = source, source.epoch_steps
 
