@@ -1,6 +1,6 @@
 // Hopper's own instructions: barriers in shared memory that count bytes, copies of tiles by the tensor memory
 // accelerator, and products of four warps whose factors lie in shared memory.  They exist for sm_90a alone; compiled
-// for anything else a kernel that uses them is empty, and must not be started.
+// for anything else a kernel that uses them does nothing but stop.
 //
 // Source: PTX ISA 8.5, sections 9.7.13 (mbarrier), 9.7.9 (cp.async.bulk.tensor) and 9.7.15 (wgmma).
 #pragma once
