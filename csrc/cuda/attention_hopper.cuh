@@ -391,8 +391,9 @@ void launch_attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     const std::int64_t keys = a.cu_seqlens == nullptr ? a.keys : a.total;
     auto map = [&](const Heads& x, std::int64_t batch, std::int64_t rows, int tile) {
         const std::int64_t sizes[4] = {batch, rows, a.heads, a.head_size};
-        // A stride that nobody walks along must be a proper one too.
-        const std::int64_t strides[3] = {batch == 1 ? 8 : x.batch, rows == 1 ? 8 : x.row, a.heads == 1 ? 8 : x.head};
+        // A stride that nobody walks along must be a proper one too: as if one dimension followed after the other.
+        const std::int64_t row = rows == 1 ? a.head_size : x.row, head = a.heads == 1 ? rows * row : x.head;
+        const std::int64_t strides[3] = {batch == 1 ? a.heads * head : x.batch, row, head};
         return make_tensor_map(x.data, sizes, strides, tile, std::is_same_v<T, bfloat16>);
     };
     HopperMaps maps{};
