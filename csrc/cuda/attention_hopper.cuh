@@ -214,17 +214,17 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     clear(o);
     RunningRows rows;
     [[maybe_unused]] typename C::GroupBand band;
-    // d [64, 64]: products with a block of the table.
-    [[maybe_unused]] auto multiply_positions = [&](float (&d)[8][4], int block, auto meanwhile) {
+    // d [64, 64]: products with a block of the table.  `meanwhile` issues those of which `others` are the sums.
+    [[maybe_unused]] auto multiply_positions = [&](float (&d)[8][4], int block, auto meanwhile, auto&... others) {
         const int stage = block % C::TABLE_STAGES;
         const Factor position(shared.queries[1] + group * 64 * 128, 0), table(table_of_block.blocks[stage], 0);
         mbarrier_wait(&shared.table_full[stage], block / C::TABLE_STAGES & 1);
-        wgmma_fence();
+        wgmma_fence(d, others...);
 #pragma unroll
         for (int k = 0; k < D; k += 16) wgmma_shared(d, position.at(k * 2), table.at(k * 2), k > 0, T());
         meanwhile();
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(d, others...);
     };
     // Of this thread's two rows.
     [[maybe_unused]] std::int32_t segment[2] = {0, 0};
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         };
         if constexpr (C::RELATIVE) {
             float d[8][4];
-            multiply_positions(d, t + C::CONSUMERS - group, multiply_content);
+            multiply_positions(d, t + C::CONSUMERS - group, multiply_content, c);
             band.template write<8>(64, d);
             __syncwarp();
 #pragma unroll
@@ -287,10 +287,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                         c[n][e] += kind != segment[e / 2] ? of_segment[e / 2].y : of_segment[e / 2].x;
                     }
         } else {
-            wgmma_fence();
+            wgmma_fence(c);
             multiply_content();
             wgmma_commit();
-            wgmma_wait<0>();
+            wgmma_wait<0>(c);
         }
         if (lane_id() == 0) mbarrier_arrive(&shared.key_empty[stage]);
 
@@ -342,11 +342,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #pragma unroll
             for (int n = 0; n < 4; ++n)
                 p[k][n] = Mma<T>::pack(c[2 * k + n / 2][n % 2 * 2], c[2 * k + n / 2][n % 2 * 2 + 1]);
-        wgmma_fence();
+        wgmma_fence(o, p);
 #pragma unroll
         for (int k = 0; k < C::BN / 16; ++k) wgmma_registers(o, p[k], value.at(k * 16 * 128), T());
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(o);
         if (lane_id() == 0) mbarrier_arrive(&shared.value_empty[stage]);
     }
     const int count = min(stream.rows, s.queries);
@@ -355,6 +355,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         const int row = number + half * 8;
         store_row<T>(a, stream, s, b, h, row < count ? row : -1, half, rows, o);
     }
+#else
+    __trap();  // whoever starts this would take what memory held for a result
 #endif
 }
 
@@ -389,8 +391,9 @@ void launch_attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     const std::int64_t keys = a.cu_seqlens == nullptr ? a.keys : a.total;
     auto map = [&](const Heads& x, std::int64_t batch, std::int64_t rows, int tile) {
         const std::int64_t sizes[4] = {batch, rows, a.heads, a.head_size};
-        // A stride that nobody walks along must be a proper one too.
-        const std::int64_t strides[3] = {batch == 1 ? 8 : x.batch, rows == 1 ? 8 : x.row, a.heads == 1 ? 8 : x.head};
+        // A stride that nobody walks along must be a proper one too: as if one dimension followed after the other.
+        const std::int64_t row = rows == 1 ? a.head_size : x.row, head = a.heads == 1 ? rows * row : x.head;
+        const std::int64_t strides[3] = {batch == 1 ? a.heads * head : x.batch, row, head};
         return make_tensor_map(x.data, sizes, strides, tile, std::is_same_v<T, bfloat16>);
     };
     HopperMaps maps{};

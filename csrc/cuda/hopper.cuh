@@ -1,6 +1,6 @@
 // Hopper's own instructions: barriers in shared memory that count bytes, copies of tiles by the tensor memory
 // accelerator, and products of four warps whose factors lie in shared memory.  They exist for sm_90a alone; compiled
-// for anything else a kernel that uses them is empty, and must not be started.
+// for anything else a kernel that uses them does nothing but stop.
 //
 // Source: PTX ISA 8.5, sections 9.7.13 (mbarrier), 9.7.9 (cp.async.bulk.tensor) and 9.7.15 (wgmma).
 #pragma once
@@ -148,11 +148,31 @@ struct Factor {
     DEVICE std::uint64_t at(int bytes) const { return descriptor + (bytes >> 4); }
 };
 
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Registers of products lie where the compiler would move what it may: a sum is there, as far as it knows, as soon as
+// its product is issued.  So nothing that reads or writes them passes this place.
+template <int M>
+DEVICE void keep_in_place(float (&d)[M][4]) {
+#pragma unroll
+    for (int n = 0; n < M; ++n) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+template <int M>
+DEVICE void keep_in_place(std::uint32_t (&a)[M][4]) {
+#pragma unroll
+    for (int n = 0; n < M; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
+
+// Before products: `registers` are all that they read and write, and have been written.
+template <class... R>
+DEVICE void wgmma_fence(R&... registers) {
+    (keep_in_place(registers), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-DEVICE void wgmma_wait() {
+// Waits until at most N committed groups of products are under way; `sums` are those of the others.
+template <int N, class... R>
+DEVICE void wgmma_wait(R&... sums) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+    (keep_in_place(sums), ...);
 }
 
 #define PYXLBERT_F4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])

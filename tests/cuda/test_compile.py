@@ -82,3 +82,31 @@ def test_kernels_compile(name: str) -> None:
             if rows and not counts.get("LDG.E.128"):
                 wrong.append(f"{where}: no loads of 16 bytes in {counts}")
     assert not wrong, "\n".join(wrong)
+
+
+# A sum of products, and a factor in registers.
+UNDER_WAY = """
+    wgmma.fence.sync.aligned;
+    {
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, %rd1, 1, 1, 1, 1;
+    }
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "before"),
+    [
+        ("mul.f32 %f9, %f2, %f8;", "wgmma.wait_group"),
+        ("mul.f32 %f4, %f7, %f8;", "    {\n"),
+        ("cvt.rn.bf16x2.f32 %r3, %f7, %f8;", "    {\n"),
+    ],
+    ids=["a sum that is read too early", "a sum that is written too late", "a factor that is written too late"],
+)
+def test_registers_of_products_under_way_are_looked_at(line: str, before: str) -> None:
+    assert check.touched(UNDER_WAY) == []
+    assert check.touched(UNDER_WAY.replace(before, f"{line}\n{before}", 1)) == [line]
+    beside = line.replace("%f2", "%f22").replace("%f4", "%f44").replace("%r3", "%r33")
+    assert check.touched(UNDER_WAY.replace(before, f"{beside}\n{before}", 1)) == []
+    assert check.touched(f"{line}\n{UNDER_WAY}\n{line}") == []

@@ -55,6 +55,7 @@ struct Meeting {
     int arrived = 0;
     std::uint32_t turn = 0;
     const char* what = "";
+    int line = 0;
     alignas(16) unsigned char slot[2][32][48] = {};
     float result[2][16][8] = {};
 };
@@ -64,6 +65,12 @@ struct Copy {
     unsigned char* to;
     const unsigned char* from;
     std::uint32_t bytes;
+};
+
+// Registers that a thread has named to a wgmma_fence, and what was in them.
+struct Registers {
+    const unsigned char* at;
+    std::vector<unsigned char> held;
 };
 
 struct Fiber {
@@ -82,12 +89,18 @@ struct Fiber {
     int line = 0;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
+    std::vector<Registers> fenced;
 };
 
-// Four warps: what they bring to a product that they execute together, and how many registers each thread has.
+struct Product;
+
+// Four warps: what they bring to a product that they execute together, the products under way, group by group, and how
+// many registers each thread has.
 struct Warpgroup {
     Meeting meeting;
     const void* brought[128] = {};
+    std::vector<std::shared_ptr<Product>> open;
+    std::vector<std::vector<std::shared_ptr<Product>>> groups;
     int registers = 0;
 };
 
@@ -110,6 +123,10 @@ struct Block {
     std::vector<unsigned char> memory;
     unsigned char* shared = nullptr;
     std::size_t shared_bytes = 0;
+    // Shared memory as copy engine and wgmma see it, from the first mbarrier on; and mbarriers that the former does not
+    // know yet.  See emulated_hopper.h.
+    std::vector<unsigned char> asynchronous;
+    std::vector<std::uint64_t*> fresh_barriers;
     const std::function<void()>* body = nullptr;
     // What else can happen when every fiber waits: returns whether something did.  Bulk copies of emulated_hopper.h.
     std::vector<std::function<void()>> pending;
@@ -152,10 +169,12 @@ inline void arrive(Meeting& meeting, int expected, const char* what, int line) {
     Fiber& fiber = *block->current;
     fiber.at = what;
     fiber.line = line;
-    if (meeting.arrived == 0)
+    if (meeting.arrived == 0) {
         meeting.what = what;
-    else if (std::strcmp(meeting.what, what) != 0)
+        meeting.line = line;
+    } else if (std::strcmp(meeting.what, what) != 0 || meeting.line != line) {
         fail("threads that belong together are at different instructions");
+    }
     if (++meeting.arrived >= expected) {
         meeting.arrived = 0;
         ++meeting.turn;
@@ -223,6 +242,8 @@ inline void entry() {
     (*block->body)();
     Fiber& fiber = *block->current;
     if (!fiber.open.empty() || !fiber.groups.empty()) fail("a thread ended with a cp.async that nobody waited for");
+    const Warpgroup& group = block->warpgroups[fiber.thread / 128];
+    if (!group.open.empty() || !group.groups.empty()) fail("a thread ended with a wgmma that nobody waited for");
     fiber.done = true;
     --block->live;
     // Threads that have ended no longer hold up a barrier.
@@ -245,6 +266,8 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
     // Of a kernel that passes registers on, a block has a multiprocessor to itself.
     for (Warpgroup& one : b.warpgroups) {
         one.meeting.arrived = 0;
+        one.open.clear();
+        one.groups.clear();
         one.registers = 65536 / threads / 8 * 8;
     }
     b.spare_registers = 0;
@@ -252,6 +275,8 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
     for (Warp& warp : b.warps)
         for (auto& one : warp.meetings) one->arrived = 0;
     b.pending.clear();
+    b.asynchronous.clear();
+    b.fresh_barriers.clear();
     while (static_cast<int>(b.fibers.size()) < threads) {
         b.fibers.emplace_back();
         b.fibers.back().stack = static_cast<char*>(std::aligned_alloc(64, STACK));
@@ -274,6 +299,7 @@ inline void prepare(Block& b, int threads, std::size_t shared) {
         fiber.at = "the start";
         fiber.open.clear();
         fiber.groups.clear();
+        fiber.fenced.clear();
 #if defined(__SANITIZE_ADDRESS__)
         __asan_unpoison_memory_region(fiber.stack, STACK);
 #endif
