@@ -176,8 +176,8 @@ def _bwd(
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        row = first + (start + tl.arange(0, BLOCK_M))
         inside = (row < count)[:, None] & real[None, :]
         place = row[:, None]
         target = place * columns + column[None, :]

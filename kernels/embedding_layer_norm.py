@@ -273,8 +273,8 @@ def _bwd(
     w = load_parameter(weight, columns, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        token = first + (start + tl.arange(0, BLOCK_M))
         inside = (token < count)[:, None] & real[None, :]
         x, good = _sums(word, token_type, position, length, token, inside, count, columns, BLOCK_N)
         # A token without a row adds nothing.

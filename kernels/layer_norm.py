@@ -158,8 +158,8 @@ def _bwd(
     w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        row = first + (start + tl.arange(0, BLOCK_M))
         inside = (row < count)[:, None] & real[None, :]
         place = row[:, None]
         gradient = tl.load(dy + place * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
