@@ -61,7 +61,10 @@ class Stream:
         query, self.shared, self.stream = stream.query, shared, stream
         self.order: Tensor | None = None
         positions, segments, rank = int32(stream.positions), int32(stream.segments), int32(stream.rank)
+        self.far = stream.far()
         if positions is not None:
+            # A tile walks the band between its first and its last position, however far that is.
+            positions = positions.masked_fill(self.far, -1)
             self.order = positions.argsort(dim=1, stable=True)
             positions, segments, rank = (
                 None if x is None else x.gather(1, self.order) for x in (positions, segments, rank)
@@ -146,12 +149,19 @@ class Stream:
         launch(fwd, grid, out.device, self.call, *results, partial, **options)
         if partial is not None:
             join_parts(partial, self.sizes, *results, self.call.dropout.keep_scale)
-        return self.unsorted(out), self._statistics(lse, back=True)
+        out, lse = self.unsorted(out), self._statistics(lse, back=True)
+        if self.far is not None:
+            out.masked_fill_(self.far[:, :, None, None], float("nan"))
+            lse.masked_fill_(self.far[:, None], float("nan"))
+        return out, lse
 
     def _statistics(self, lse: Tensor, back: bool = False) -> Tensor:
         if self.order is None:
             return lse.contiguous()
         order = self.order[:, None].expand_as(lse)
+        if not back:
+            # Backward leaves out what forward has.
+            lse = lse.masked_fill(self.far[:, None], float("inf"))
         return torch.empty_like(lse).scatter_(2, order, lse) if back else lse.gather(2, order)
 
     def backward(

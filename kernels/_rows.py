@@ -113,6 +113,12 @@ def _sum_parts(partial, outs, parts, columns, BLOCK_P: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def wide_program():
+    """This program's number in 64 bits: there may be more rows than 32 count."""
+    return tl.program_id(0).to(tl.int64)
+
+
+@triton.jit
 def load_tile(x, row, inside, BLOCK_N: tl.constexpr):
     """A tile of rows `[M, 1]`, int64, in float32, zeros outside."""
     place = x.tensor + row * x.stride + tl.arange(0, BLOCK_N)[None, :]

@@ -174,10 +174,10 @@ def _gelu_slope(z, TANH: tl.constexpr, ROUGH: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def _fwd(x, bias, y, stride, count, columns, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(columns, BLOCK_N)
-    row = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row < count)[:, None] & (column < columns)[None, :]
-    place = row[:, None].to(tl.int64)
+    place = row[:, None]
     z = _argument(x, bias, place, column, inside, stride, columns)
     result = _gelu(z, TANH, y.dtype.element_ty != tl.float32)
     tl.store(y + place * columns + column[None, :], result.to(y.dtype.element_ty), mask=inside)
@@ -200,20 +200,20 @@ def _bwd(
     BLOCK_N: tl.constexpr,
 ):
     blocks = tl.cdiv(columns, BLOCK_N)
-    part = tl.program_id(0) // blocks
+    part = (tl.program_id(0) // blocks).to(tl.int64)
     first = part * each
     column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     real = column < columns
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
+        row = start + tl.arange(0, BLOCK_M).to(tl.int64)
         inside = (row < count)[:, None] & real[None, :]
-        place = row[:, None].to(tl.int64)
+        place = row[:, None]
         z = _argument(x, bias, place, column, inside, stride, columns)
         result = _load(dy, place, column, inside, dy_stride) * _gelu_slope(z, TANH, dx.dtype.element_ty != tl.float32)
         tl.store(dx + place * columns + column[None, :], result.to(dx.dtype.element_ty), mask=inside)
         if partial is not None:
             dbias += tl.where(inside, result, 0.0)
     if partial is not None:
-        mine = partial + part.to(tl.int64) * columns + column
+        mine = partial + part * columns + column
         tl.store(mine, tl.sum(dbias, 0), mask=real)

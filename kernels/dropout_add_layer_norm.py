@@ -31,6 +31,7 @@ from ._rows import (
     strided,
     sum_parts,
     tile_of,
+    wide_program,
 )
 from .layer_norm import input_gradient, statistics
 
@@ -122,7 +123,7 @@ def _fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = wide_program() * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     inside = (row < count)[:, None] & real[None, :]
@@ -168,15 +169,15 @@ def _bwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first = tl.program_id(0) * each
+    first = wide_program() * each
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     w = load_parameter(weight, columns, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dx_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        row = first + (start + tl.arange(0, BLOCK_M))
         inside = (row < count)[:, None] & real[None, :]
         place = row[:, None]
         target = place * columns + column[None, :]
@@ -202,7 +203,7 @@ def _bwd(
         if partial is not None:
             dweight += gradient * xhat
             dbias += gradient
-    mine = tl.program_id(0).to(tl.int64) * columns + column
+    mine = wide_program() * columns + column
     if partial is not None:
         other = tl.num_programs(0).to(tl.int64) * columns
         tl.store(partial + mine, tl.sum(dweight, 0), mask=real)

@@ -34,6 +34,7 @@ from ._rows import (
     strided,
     sum_parts,
     tile_of,
+    wide_program,
 )
 from .dropout_add_layer_norm import dropped
 from .layer_norm import input_gradient, statistics
@@ -229,7 +230,7 @@ def _fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    token = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    token = wide_program() * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     inside = (token < count)[:, None] & real[None, :]
@@ -266,14 +267,14 @@ def _bwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first = tl.program_id(0) * each
+    first = wide_program() * each
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     w = load_parameter(weight, columns, BLOCK_N)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        token = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        token = first + (start + tl.arange(0, BLOCK_M))
         inside = (token < count)[:, None] & real[None, :]
         x, good = _sums(word, token_type, position, length, token, inside, count, columns, BLOCK_N)
         # A token without a row adds nothing.
@@ -290,7 +291,7 @@ def _bwd(
             dweight += gradient * xhat
             dbias += gradient
     if partial is not None:
-        mine = tl.program_id(0).to(tl.int64) * columns + column
+        mine = wide_program() * columns + column
         other = tl.num_programs(0).to(tl.int64) * columns
         tl.store(partial + mine, tl.sum(dweight, 0), mask=real)
         tl.store(partial + other + mine, tl.sum(dbias, 0), mask=real)
@@ -308,14 +309,14 @@ def _sorted_row(runs, at, count):
 @triton.jit(do_not_specialize=["count"])
 def _add_runs(dx, runs, count, columns, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The runs of a chunk: those within it to the table, the first and last share of longer ones to the shares."""
-    chunk = tl.program_id(0)
+    chunk = wide_program()
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = column < columns
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, count)
     sum = tl.zeros((BLOCK_N,), tl.float32)
     before = _sorted_row(runs, first - 1, count)
-    mine = runs.shares + chunk.to(tl.int64) * columns + column
+    mine = runs.shares + chunk * columns + column
     behind = mine + tl.num_programs(0).to(tl.int64) * columns
     row = _sorted_row(runs, first, count)
     # Whether the run that is being added up began in a chunk before.
@@ -340,7 +341,7 @@ def _add_runs(dx, runs, count, columns, CHUNK: tl.constexpr, BLOCK_N: tl.constex
 @triton.jit(do_not_specialize=["count", "chunks"])
 def _join(runs, count, columns, chunks, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
     """The run that begins in this chunk and goes on behind it: the sum of all chunks' shares, in order."""
-    chunk = tl.program_id(0)
+    chunk = wide_program()
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = column < columns
     first = chunk * CHUNK
@@ -350,11 +351,11 @@ def _join(runs, count, columns, chunks, CHUNK: tl.constexpr, BLOCK_N: tl.constex
     # A run that fills the chunk and began before belongs to where it began.
     whole = (_sorted_row(runs, first, count) == row) & (_sorted_row(runs, first - 1, count) == row)
     if crosses & (whole == 0) & (row >= 0) & (row < runs.rows) & (row != runs.skip):
-        sum = tl.load(runs.shares + (chunks + chunk).to(tl.int64) * columns + column, mask=real, other=0.0)
+        sum = tl.load(runs.shares + (chunks + chunk) * columns + column, mask=real, other=0.0)
         at = chunk + 1
         more = True
         while more:
-            sum += tl.load(runs.shares + at.to(tl.int64) * columns + column, mask=real, other=0.0)
+            sum += tl.load(runs.shares + at * columns + column, mask=real, other=0.0)
             at += 1
             next_first = at * CHUNK
             # Goes on as long as a chunk begins with the row that the one before ends with.

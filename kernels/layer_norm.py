@@ -18,7 +18,7 @@ from pyxlbert.launch.rows import empty_statistics, row_statistics, rows
 
 from ._launch import launch, refusal_of_rows
 from ._plan import Launch, kind_of, remember, run
-from ._rows import partial_sums, parts_of, sum_parts, tile_of
+from ._rows import partial_sums, parts_of, sum_parts, tile_of, wide_program
 
 supports = refusal_of_rows
 
@@ -120,10 +120,10 @@ def input_gradient(dy, xhat, weight, rstd, columns):
 
 @triton.jit(do_not_specialize=["count"])
 def _fwd(x, weight, bias, y, mean, rstd, stride, count, columns, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = wide_program() * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     inside = (row < count)[:, None] & (column < columns)[None, :]
-    place = row[:, None].to(tl.int64)
+    place = row[:, None]
     values = tl.load(x + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -152,16 +152,16 @@ def _bwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first = tl.program_id(0) * each
+    first = wide_program() * each
     column = tl.arange(0, BLOCK_N)
     real = column < columns
     w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, tl.minimum(first + each, count), BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
+    for start in range(0, (tl.minimum(first + each, count) - first).to(tl.int32), BLOCK_M):
+        row = first + (start + tl.arange(0, BLOCK_M))
         inside = (row < count)[:, None] & real[None, :]
-        place = row[:, None].to(tl.int64)
+        place = row[:, None]
         gradient = tl.load(dy + place * dy_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         m = tl.load(mean + row, mask=row < count, other=0.0)
@@ -173,7 +173,7 @@ def _bwd(
             dweight += gradient * xhat
             dbias += gradient
     if partial is not None:
-        mine = tl.program_id(0).to(tl.int64) * columns + column
+        mine = wide_program() * columns + column
         other = tl.num_programs(0).to(tl.int64) * columns
         tl.store(partial + mine, tl.sum(dweight, 0), mask=real)
         tl.store(partial + other + mine, tl.sum(dbias, 0), mask=real)

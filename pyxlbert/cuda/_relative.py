@@ -63,8 +63,7 @@ class _Call:
         query = in_place(padded(stream.query, self.columns))
         positions, numbers = int32(stream.positions), None
         if positions is not None:
-            # Those that the table does not reach are left alone: on a GPU nobody has refused them.
-            positions = positions.masked_fill(positions > shared.offset, -1)
+            positions = positions.masked_fill(stream.far(), -1)
             positions, numbers = positions.sort(dim=1, stable=True)
             numbers = int32(numbers)
         rank, segments = int32(stream.rank), int32(stream.segments)
@@ -77,7 +76,7 @@ class _Call:
 
 def forward(op: str, shared: Shared, streams: list[Stream]) -> list[tuple[Tensor, Tensor]]:
     """out like its query and lse `[B, H, T]`, packed `[H, total]`, of each stream."""
-    found = [_results(shared, stream) for stream in streams]
+    found = [_results(stream) for stream in streams]
     if any(lse.numel() for _, lse in found):
         call = _Call(shared, streams, *map(list, zip(*found, strict=True)))
         native = call.build()
@@ -90,13 +89,12 @@ def forward(op: str, shared: Shared, streams: list[Stream]) -> list[tuple[Tensor
     ]
 
 
-def _results(shared: Shared, stream: Stream) -> tuple[Tensor, Tensor]:
-    """out and lse; those of rows without a position, or of one that the table does not reach, as they are to be."""
-    query, positions = stream.query, stream.positions
+def _results(stream: Stream) -> tuple[Tensor, Tensor]:
+    """out and lse; those of rows without a position, or of one past the last, as they are to be."""
+    query, far = stream.query, stream.far()
     out = query.new_empty((*query.shape[:-1], whole_vectors(query.shape[-1])))
     lse = lse_of(query)
-    if positions is not None:
-        far = positions > shared.offset
+    if far is not None:
         out.zero_().masked_fill_(far[:, :, None, None], float("nan"))
         lse.fill_(float("inf")).masked_fill_(far[:, None, :], float("nan"))
     return out, lse

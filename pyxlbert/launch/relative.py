@@ -58,6 +58,7 @@ class Stream(NamedTuple):
         query: `[B, T, H, D]` or packed.
         segments, rank: `[B, T]` or packed, or None.
         positions: `[B, T]`, -1 for a row without one; None: a row's own number.
+        last: the largest position that the table reaches, and the mask where its row is a query's position.
     """
 
     query: Tensor
@@ -65,6 +66,14 @@ class Stream(NamedTuple):
     positions: Tensor | None
     rank: Tensor | None
     options: StreamOptions
+    last: int
+
+    def far(self) -> Tensor | None:
+        """Of every row whether its position is past the last, or None without positions.
+
+        On a GPU nobody has refused such a row: it is left alone as one without a position is, and its result is NaN.
+        """
+        return None if self.positions is None else self.positions > self.last
 
 
 def relative_call(call: Any) -> tuple[Shared, Stream]:
@@ -72,6 +81,7 @@ def relative_call(call: Any) -> tuple[Shared, Stream]:
     stream = Stream(
         *(call.query, call.query_segments, call.query_positions, call.query_rank),
         StreamOptions(call.see_self, False, RELATIVE_ATTENTION),
+        call.offset,
     )
     shared = _shared(call, call.cu_seqlens, call.max_seqlen, call.causal, call.see_self, call.query.shape)
     return shared, _ranked(stream, shared)
@@ -86,9 +96,10 @@ def two_stream_call(call: Any) -> tuple[Shared, list[Stream]]:
     content = StreamOptions(hidden, False, RELATIVE_ATTENTION)
     query = StreamOptions(False, True, QUERY_STREAM)
     shared = _shared(call, None, 0, False, hidden, call.content_query.shape)
+    last = call.content_query.shape[1] - 1
     return shared, [
-        _ranked(Stream(call.content_query, call.query_segments, None, call.query_rank, content), shared),
-        _ranked(Stream(call.query_query, segments, call.target_positions, rank, query), shared),
+        _ranked(Stream(call.content_query, call.query_segments, None, call.query_rank, content, last), shared),
+        _ranked(Stream(call.query_query, segments, call.target_positions, rank, query, last), shared),
     ]
 
 
@@ -165,9 +176,9 @@ def with_zeros(
 
 
 def at_targets(x: Tensor | None, target_positions: Tensor | None) -> Tensor | None:
-    """`[B, T]` of positions to `[B, M]` of targets; what an absent target gets is not read."""
+    """`[B, T]` of positions to `[B, M]` of targets; what a target gets that is absent or past the last is not read."""
     if x is None or target_positions is None:
         return x
     if x.shape[1] == 0:
         return x.new_zeros(target_positions.shape)
-    return x.gather(1, target_positions.clamp(min=0).long())
+    return x.gather(1, target_positions.clamp(0, x.shape[1] - 1).long())

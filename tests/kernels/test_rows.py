@@ -1,4 +1,4 @@
-"""What is special to the Triton kernels on rows: long runs of one id, many parts, ids out of range."""
+"""What is special to the Triton kernels on rows: long runs of one id, many parts and rows, ids out of range."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pyxlbert.testing.memory import far
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 bias_gelu = importlib.import_module("pyxlbert.kernels.bias_gelu")
 rows = importlib.import_module("pyxlbert.kernels._rows")
+INTERPRETED = importlib.import_module("pyxlbert.kernels._launch").INTERPRETED
 TRITON = Direct("triton")
 
 
@@ -158,3 +159,58 @@ def test_rows_that_are_far_apart() -> None:
     near = given | {"word": given["word"].contiguous()}
     found, wanted = (pyxlbert.embedding_layer_norm(*x.values(), backend="triton") for x in (given, near))
     compare.same_bits("embedding_layer_norm", found, wanted)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU runs every program, on memory that it has to have")
+@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm"])
+def test_more_rows_than_32_bits_count(op: str, monkeypatch) -> None:
+    """Of 2³¹ rows and some more those of the last program, forward and backward.
+
+    The interpreter raises where a number overflows.  Memory that nobody touches costs nothing.
+    """
+    module = importlib.import_module(f"pyxlbert.kernels.{op}")
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    number, launched = builder.create_get_program_id, []
+
+    def last(kernel, grid, device, *arguments, **options) -> None:
+        def shifted(self, axis):
+            handle = number(self, axis)
+            handle.data = handle.data + handle.data.dtype.type(grid[axis] - 1)
+            return handle
+
+        launched.append(kernel.__name__)
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "create_get_program_id", shifted)
+            kernel[(1,) * len(grid)](*arguments, **options)
+
+    monkeypatch.setattr(module, "launch", last)
+    # A program of backward has one tile.
+    monkeypatch.setattr(module, "parts_of", lambda count, tile, blocks=1: (-(-count // tile.rows), tile.rows))
+    count, half = 2**31 + 3, torch.float16
+    one, w, b = (torch.tensor([x], dtype=half) for x in (1.5, 2.0, 0.25))
+    x = one.expand(count, 1)
+    mean, rstd, s = torch.empty(count), torch.empty(count), torch.empty(count, 1, dtype=half)
+    mean[-3:], rstd[-3:], s[-3:] = 1.5, 1.0, 1.5
+    if op == "bias_gelu":
+        y = TRITON.bias_gelu_fwd(x, b, "none")
+        dx, _ = TRITON.bias_gelu_bwd(x, x, b, "none", False)
+    elif op == "layer_norm":
+        (y,) = TRITON.layer_norm_fwd(x, w, b, 1e-5, False)
+        dx, _, _ = TRITON.layer_norm_bwd(x, x, w, b, mean, rstd, False)
+    elif op == "dropout_add_layer_norm":
+        y, *_ = TRITON.dropout_add_layer_norm_fwd(x, x, w, b, eps=1e-5)
+        dx, *_ = TRITON.dropout_add_layer_norm_bwd(x, None, s, w, b, mean=mean, rstd=rstd, x_dtype=half, needs_x=True)
+    else:
+        ids, tables = torch.empty(count, 1, dtype=torch.int32), (one[None], None, None, w, b)
+        ids[-3:] = 0
+        y = TRITON.embedding_layer_norm_fwd(ids, *tables, eps=1e-5, out_dtype=half)[0].view(count, 1)
+        dx = torch.zeros(3, 1)
+        TRITON.embedding_layer_norm_bwd(x[:, None], ids, *tables, mean=mean, rstd=rstd, padding_idx=-1)
+    assert launched == ["_fwd", "_bwd"]
+    # Of one column nothing is left but the bias, and no gradient.
+    z = torch.tensor(1.75, dtype=torch.float64, requires_grad=True)
+    gelu = torch.nn.functional.gelu(z)
+    gelu.backward()
+    wanted = (gelu.item(), 1.5 * z.grad.item()) if op == "bias_gelu" else (0.25, 0.0)
+    for name, found, number in (("y", y, wanted[0]), ("dx", dx, wanted[1])):
+        compare.close(name, found[-3:].double(), torch.full((3, 1), number).double(), torch.finfo(half).eps, least=1.0)
