@@ -92,14 +92,24 @@ def compiled(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _options(name: str, architecture: str) -> str:
-    options = units()[name][1]
-    if architecture == FULL:
-        options += " -DPYXLBERT_HOPPER"
-    options += f" -DPYXLBERT_{'SMALL' if architecture in SMALL else 'LARGE'}_TILES"
+    source, options = units()[name]
     both = architecture == FULL or name.endswith(".float")
     both = both or (architecture in SMALL and name.startswith("relative_attention"))
-    few = "" if ALL else f"-DPYXLBERT_FEW_TYPES {'-DPYXLBERT_FEW_SIZES' if both else _ONE}"
-    return f"{options} {few}"
+    words = [f"PYXLBERT_{'SMALL' if architecture in SMALL else 'LARGE'}_TILES"]
+    if architecture == FULL:
+        words.append("PYXLBERT_HOPPER")
+    if not ALL:
+        words += ["PYXLBERT_FEW_TYPES", "PYXLBERT_FEW_SIZES", *(() if both else ("PYXLBERT_ONE_SIZE",))]
+    # A word that no file of the unit asks for would only keep architectures apart that take the same options.
+    return " ".join([options, *(f"-D{word}" for word in words if word in _words(source))])
+
+
+@functools.cache
+def _words(path: Path) -> frozenset[str]:
+    """The words PYXLBERT_.. in a file of csrc and in those that it includes."""
+    text = path.read_text()
+    included = (ROOT / "csrc" / name for name in re.findall(r'#include "(.+)"', text))
+    return frozenset(re.findall(r"PYXLBERT_\w+", text)).union(*(_words(one) for one in included if one.exists()))
 
 
 def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, dict[str, Any]]:
@@ -158,9 +168,6 @@ def _code(architecture: str) -> str:
     number = _machine(architecture)
     codes = f"[sm_{number},compute_{number}]" if number in ("100", FULL) else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={codes}"
-
-
-_ONE = "-DPYXLBERT_FEW_SIZES -DPYXLBERT_ONE_SIZE"
 
 
 @functools.cache

@@ -197,7 +197,7 @@ def test_clean_under_sanitizers() -> None:
         pytest.skip("no libasan is here (g++ brings it)")
     module = build.build(
         build.BUILD.with_name("emulation-sanitized"),
-        options="-O1 -fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all "
+        options="-fsanitize=address,undefined -fno-sanitize=null,object-size -fno-sanitize-recover=all "
         "-fno-omit-frame-pointer -Wno-uninitialized -DPYXLBERT_ONE_SIZE -DPYXLBERT_FEW_TYPES",
         only=lambda unit: not unit.endswith((".float", ".float16")),
     )

@@ -26,7 +26,7 @@ from pyxlbert.kernels._plan import tensors_in
 
 from pyxlbert import backends
 from pyxlbert.testing.specs import SPECS
-from pyxlbert.testing.specs._spec import Arguments, Spec, Use, as_tuple
+from pyxlbert.testing.specs._spec import Case, Spec, Use, as_tuple
 
 # The architecture of the cases that are not named here, and those of the others.
 USUAL = 90
@@ -66,13 +66,14 @@ def calls(spec: Spec, every: bool) -> Iterator[tuple[str, partial[None]]]:
     for use in (Use.AHEAD, Use.AHEAD_ALL) if every else (Use.AHEAD,):
         for case in spec.used(use):
             for dtype in case.uses[use]:
-                arguments = spec.arguments(case, torch.Generator().manual_seed(0), dtype, torch.device("cpu"))
                 many = "attention" not in spec.name or case.id.endswith(MANY_WAYS)
-                yield f"{case.id} {dtype}", partial(call, spec, arguments, many)
+                # Arguments are drawn by those that are called: few of an architecture's, and none where names will do.
+                yield f"{case.id} {dtype}", partial(call, spec, case, dtype, many)
 
 
-def call(spec: Spec, arguments: Arguments, many: bool) -> None:
+def call(spec: Spec, case: Case, dtype: torch.dtype, many: bool) -> None:
     """Forward alone, and backward for all gradients; in `many` ways also for the first alone, and with atomics."""
+    arguments = spec.arguments(case, torch.Generator().manual_seed(0), dtype, torch.device("cpu"))
     spec.function(**arguments, backend="triton")
     names = spec.leaves(arguments)
     ways = [(names, contextlib.nullcontext())]
@@ -105,10 +106,11 @@ def main(op: str, every: bool) -> None:
             **report(compiled),
         }
         line |= {name: options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages") if name in options}
-        if op == BY_ELEMENT:
+        line["half"] = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors_in(arguments))
+        # The test has a limit for elements of 16 bits alone.
+        if op == BY_ELEMENT and line["half"]:
             each = options.get("BLOCK_M", 1) * options["BLOCK_N"] / (32 * options["num_warps"])
             line["instructions"] = instructions(compiled) / each
-        line["half"] = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors_in(arguments))
         print(json.dumps(line), flush=True)
 
     for architecture in ARCHITECTURES:
