@@ -13,12 +13,13 @@ export TOKENIZERS_PARALLELISM := false
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/emulation/*.h tests/emulation/*.cpp)
 
-.PHONY: help setup build demo test quick test-all test-oldest test-install fuzz faults sanitize lint format bench gpu clean
+.PHONY: help setup build demo test quick compiled test-all test-oldest test-install fuzz faults sanitize lint format bench gpu clean
 
 help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
 	@echo "make test      the whole suite"
 	@echo "make quick     the part of it that answers in a minute"
+	@echo "make compiled  compiles all GPU kernels, checks what comes of them and writes tests/compiled.json"
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
@@ -60,6 +61,10 @@ test: build
 
 quick: build
 	$(PY) -m pytest -m quick
+
+# After a change of GPU kernels: `make test` compiles again what this has not.
+compiled: build
+	PYXLBERT_WRITE_COMPILED=1 $(PARALLEL) tests/cuda/test_compile.py tests/kernels/test_compile_ahead.py
 
 test-all: build
 	PYXLBERT_TEST_ALL=1 $(PARALLEL)

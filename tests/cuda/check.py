@@ -112,6 +112,17 @@ def _words(path: Path) -> frozenset[str]:
     return frozenset(re.findall(r"PYXLBERT_\w+", text)).union(*(_words(one) for one in included if one.exists()))
 
 
+def sources_of(name: str) -> list[Path]:
+    """The files that `compiled` reads, and those that say how: all headers, since most files include most of them."""
+    return [units()[name][0], *_header_files(), Path(nvcc.__file__), Path(__file__)]
+
+
+def called_with(name: str) -> list[str]:
+    """What else the compiler is told, and which one it is."""
+    options = {architecture: _options(name, architecture) for architecture in architectures_of(name)}
+    return [FLAGS, *(f"{one}: {_code(one)} {words}" for one, words in options.items()), _version()]
+
+
 def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, dict[str, Any]]:
     source, where = units()[name][0], f"{name} for {', '.join(architectures)}"
     command = [
@@ -175,10 +186,13 @@ def _version() -> str:
     return subprocess.run([nvcc.find().nvcc, "--version"], capture_output=True, text=True).stdout
 
 
+def _header_files() -> list[Path]:
+    return sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")])
+
+
 @functools.cache
 def _headers() -> str:
-    files = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")])
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _header_files())).hexdigest()
 
 
 def _resources(log: str) -> dict[str, dict[str, Any]]:

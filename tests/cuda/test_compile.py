@@ -1,6 +1,6 @@
 """The CUDA kernels compile for every architecture: no spills, no stack, registers, shared memory, the number of
 instructions and of accesses to shared memory within budget.json, the instructions that they are written for.  See
-check.py for what is compiled."""
+check.py for what is compiled, and compiled.py for what need not be compiled again."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("check", Path(__file__).with_name("check.py"))
-check = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(check)
+
+def _file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = _file(Path(__file__).with_name("check.py"))
+compiled = _file(Path(__file__).parents[1] / "compiled.py")
 
 needs_nvcc = pytest.mark.skipif(check.nvcc.find() is None, reason="no nvcc is here, so nothing compiles")
 BUDGET = json.loads(check.BUDGET.read_text())
+# A unit that is always compiled, in seconds, so that every run meets the compiler and what reads its results.
+ALWAYS = "layer_norm"
 # Units whose kernels multiply matrices.
 PRODUCTS = tuple(check.nvcc.BY_ELEMENT)
 # What a block may have on sm_80, on sm_90, and on check.SMALL.
@@ -35,9 +45,17 @@ def test_every_file_has_its_budget() -> None:
     assert set(BUDGET) == {name for name in check.units() if not name.endswith(".float16")} - without
 
 
+def digest(name: str) -> str:
+    """Of all that decides whether the test below passes for a unit."""
+    limits = json.dumps(BUDGET.get(name), sort_keys=True)
+    return compiled.digest([*check.sources_of(name), Path(__file__)], *check.called_with(name), limits)
+
+
 @needs_nvcc
 @pytest.mark.parametrize("name", check.units())
 def test_kernels_compile(name: str) -> None:
+    if name != ALWAYS and compiled.passed(f"cuda {name}", digest(name)):
+        return
     wrong = []
     for architecture, kernels in check.compiled(name).items():
         budget = {kernel: found for kernel, found in BUDGET.get(name, {}).items() if architecture in found["registers"]}
@@ -82,6 +100,8 @@ def test_kernels_compile(name: str) -> None:
             if rows and not counts.get("LDG.E.128"):
                 wrong.append(f"{where}: no loads of 16 bytes in {counts}")
     assert not wrong, "\n".join(wrong)
+    if name != ALWAYS:
+        compiled.write(f"cuda {name}", digest(name))
 
 
 # A sum of products, and a factor in registers.

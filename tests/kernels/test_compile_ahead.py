@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for every architecture: no spills, shared memory that fits, the right instructions."""
+"""Every Triton kernel compiles for every architecture: no spills, shared memory that fits, the right instructions.
+
+See compiled.py for what need not be compiled again.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import triton
 from pyxlbert.bench.ahead import SAME_PTX, SHARED
 
 from pyxlbert.backends import OPS
@@ -20,9 +26,17 @@ from pyxlbert.testing.specs import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
-_spec = importlib.util.spec_from_file_location("compile_ahead", Path(__file__).parent / "compile_ahead.py")
-compile_ahead = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(compile_ahead)
+
+
+def _file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compile_ahead = _file(Path(__file__).with_name("compile_ahead.py"))
+compiled = _file(ROOT / "tests" / "compiled.py")
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 # Ops of rows are quick, and share a process.
@@ -62,6 +76,14 @@ def test_the_covering_set_meets_every_architecture() -> None:
     assert set(compile_ahead.COVERING) == set(TRITON_OPS)
 
 
+def digest() -> str:
+    """Of all that decides what is compiled, how, and what is asked of it: kernels, their launchers, ops and cases."""
+    files = [*(ROOT / "kernels").glob("*"), *(ROOT / "bench").glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    for folder in ("backends", "ops", "testing/specs"):
+        files += (ROOT / "pyxlbert" / folder).glob("*.py")
+    return compiled.digest((path for path in files if path.is_file()), triton.__version__, torch.__version__)
+
+
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
     """What a script beside this file prints, in a process that compiles kernels and does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -74,15 +96,22 @@ def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
 
 def test_architectures_of_the_same_ptx_differ_in_its_target_alone() -> None:
     """Of every kernel of scores: what the search for tiles takes from one of them holds for the others."""
+    if compiled.passed("triton same PTX", digest()):
+        return
     lines = lines_of("same_ptx.py")
     met = {(line["architecture"], line["kernel"]) for line in lines}
     assert met == set(itertools.product(SAME_PTX, {key.kernel for key in configurations.TABLE}))
     wrong = [line for line in lines if not (line["ptx"] and line["shared"] and line["code"])]
     assert not wrong, "\n".join(map(str, wrong))
+    compiled.write("triton same PTX", digest())
 
 
 @pytest.mark.parametrize("ops", GROUPS, ids=[ops[0] for ops in GROUPS])
 def test_kernels_compile(ops: list[str]) -> None:
+    # Ops of rows are quick: every run meets the compiler, and what reads its results.
+    always = not ROW_OPS.isdisjoint(ops)
+    if not always and compiled.passed(f"triton {ops[0]}", digest()):
+        return
     lines = lines_of("compile_ahead.py", *ops)
     for op in ops:
         own = [line for line in lines if line["op"] == op]
@@ -110,3 +139,5 @@ def test_kernels_compile(ops: list[str]) -> None:
             wrong.append(f"no loads of 16 bytes in {named}")
     assert not wrong, "\n".join(wrong)
     assert grouped == {(op, kernel) for op in ops for kernel in WARP_GROUPS.get(op, ())}
+    if not always:
+        compiled.write(f"triton {ops[0]}", digest())
