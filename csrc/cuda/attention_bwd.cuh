@@ -20,8 +20,22 @@
 #include "cuda/attention_bwd_key_rows.cuh"
 #include "cuda/attention_bwd_keys.cuh"
 #include "cuda/attention_bwd_queries.cuh"
+#include "cuda/attention_bwd_rows.cuh"
 
 namespace pyxlbert::cuda {
+
+// Tiles of the backward kernels that walk the keys.
+template <class T, int D, bool EXTRAS, bool RELATIVE, bool SMALL>
+struct BackwardTileOf {
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
+    // Twice 16 queries to a warp where the registers have room for both: what it reads of keys and values serves twice.
+    static constexpr int M = WIDE || LONG || RELATIVE ? 1 : 2;
+    static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
+    static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
+    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, M, BN, WARPS>;
+    // `rows` reads memory and rarely walks: it takes the least room, so that many of its blocks share a multiprocessor.
+    using Rows = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, 16, WARPS>;
+};
 
 // Shared memory of which two blocks have half of an A100's multiprocessor each, 1 KiB of it being the system's.
 constexpr std::size_t HALF_OF_A100 = (164 / 2 - 1) * 1024;

@@ -1,6 +1,6 @@
 // The launchers of the attention ops: which element type's kernels run.
 #include "cuda/attention.h"
-#include "cuda/attention_bwd_queries.cuh"
+#include "cuda/attention_bwd.cuh"
 #include "cuda/head_sizes.cuh"
 #include "cuda/relative_attention.h"
 #include "cuda/two_stream_attention.h"
