@@ -17,7 +17,7 @@ template <>
 void Kernels<PYXLBERT_ELEMENT>::attention_fwd(const AttentionCall& a, CudaStream stream) {
     if (attention_fwd_hopper(a, stream)) return;
     with_head_size<true>(a.head_size, [&](auto size) {
-        launch_attention_fwd_of<PYXLBERT_ELEMENT, decltype(size)::value, false, 1, false>(a, has_extras(a), stream);
+        launch_attention_fwd_of<SetsOfAttention, PYXLBERT_ELEMENT, decltype(size)::value, false, 1, false>(a, stream);
     });
     if (a.partial != nullptr) attention_fwd_join(a, stream);
 }

@@ -13,6 +13,7 @@ namespace {
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
+    using F = typename C::F;
     constexpr int D = C::D, N = C::BN / 8;
     const Stream& stream = a.stream[0];
     unsigned char* memory = shared_memory();
@@ -62,14 +63,14 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
         const Place &upper = places[row + g], &lower = places[row + g + 8];
         const int from = first_j + column + t2, first[2] = {from, from};
         std::uint32_t seen;
-        const Tile kind = tile_of<true, false, N>(seen, *masks, upper, lower, first);
+        const Tile kind = tile_of<F, false, N>(seen, *masks, upper, lower, first);
         if (kind != Tile::EMPTY) {
             float c[1][N][4], dp[1][N][4];
             clear(c[0]);
             clear(dp[0]);
             multiply_rows<T, D>(c, queries + row * LD<D>, 0, keys + column * LD<D>);
             multiply_rows<T, D>(dp, douts + row * LD<D>, 0, values + column * LD<D>);
-            scores_of<T, true, false, N>(c[0], kind, seen, *masks, upper, lower, first);
+            scores_of<T, F, false, N>(c[0], kind, seen, *masks, upper, lower, first);
             const bool drops = masks->drops;
             const std::uint32_t kept =
                 drops ? kept_bits<N>(masks->draws, upper.number, lower.number, first_j + column) : ~0u;
@@ -116,12 +117,10 @@ void Kernels<PYXLBERT_ELEMENT>::attention_bwd(const AttentionCall& a, CudaStream
     with_head_size<true>(a.head_size, [&](auto size) {
         using T = PYXLBERT_ELEMENT;
         constexpr int D = decltype(size)::value;
-        if (has_extras(a))
-            launch_attention_bwd_of<T, D, false, true, false>(a, stream);
-        else
-            launch_attention_bwd_of<T, D, false, false, false>(a, stream);
+        SetsOfAttention::choose(
+            a, [&](auto set) { launch_attention_bwd_of<T, D, decltype(set), false, false>(a, stream); });
         if (a.dbias != nullptr) {
-            using C = SumTile<T, D, true, false, false>;
+            using C = SumTile<T, D, SetsOfAttention::Largest, false, false>;
             static_assert(shared_of_bias<C>() <= MIN_SHARED);
             const std::int64_t tiles = ceil_div(a.dbias_shape[2], C::BM) * ceil_div(a.dbias_shape[3], C::BK);
             launch<attention_bwd_bias<C>, shared_of_bias<C>()>(grid_of(tiles * a.dbias_shape[0] * a.dbias_shape[1]),

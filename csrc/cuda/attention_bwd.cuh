@@ -25,16 +25,16 @@
 namespace pyxlbert::cuda {
 
 // Tiles of the backward kernels that walk the keys.
-template <class T, int D, bool EXTRAS, bool RELATIVE, bool SMALL>
+template <class T, int D, class F, bool RELATIVE, bool SMALL>
 struct BackwardTileOf {
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
     // Twice 16 queries to a warp where the registers have room for both: what it reads of keys and values serves twice.
     static constexpr int M = WIDE || LONG || RELATIVE ? 1 : 2;
     static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
     static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
-    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, 1, M, BN, WARPS>;
+    using Tile = WalkTile<T, D, F, RELATIVE, 1, M, BN, WARPS>;
     // `rows` reads memory and rarely walks: it takes the least room, so that many of its blocks share a multiprocessor.
-    using Rows = WalkTile<T, D, EXTRAS, RELATIVE, 1, 1, 16, WARPS>;
+    using Rows = WalkTile<T, D, F, RELATIVE, 1, 1, 16, WARPS>;
 };
 
 // Shared memory of which two blocks have half of an A100's multiprocessor each, 1 KiB of it being the system's.
@@ -45,10 +45,10 @@ constexpr std::size_t BACKWARD_ROOM = sizeof(T) == 2 && D <= 64                ?
                                       : TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED
                                                                                : MIN_SHARED;
 
-template <class T, int D, bool RELATIVE, bool EXTRAS, bool SMALL>
+template <class T, int D, class F, bool RELATIVE, bool SMALL>
 void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
-    using W = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Tile;
-    using R = typename BackwardTileOf<T, D, EXTRAS, RELATIVE, SMALL>::Rows;
+    using W = typename BackwardTileOf<T, D, F, RELATIVE, SMALL>::Tile;
+    using R = typename BackwardTileOf<T, D, F, RELATIVE, SMALL>::Rows;
     constexpr std::size_t ROOM = BACKWARD_ROOM<T, D, SMALL, RELATIVE>;
     static_assert(QueriesTile<W>::SHARED <= ROOM);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
@@ -59,12 +59,12 @@ void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
     // Gradients that nobody needs have no address.
     if (a.dkey != nullptr) {
         if constexpr (!FITS_KEY_ROWS<T, D, RELATIVE>) {
-            using S = SumTile<T, D, EXTRAS, RELATIVE, SMALL>;
+            using S = SumTile<T, D, F, RELATIVE, SMALL>;
             static_assert(shared_of_keys<S>() <= ROOM);
             launch<attention_bwd_keys<S>, shared_of_keys<S>()>(grid_of(ceil_div(a.keys, S::BK) * planes), S::THREADS,
                                                                stream, a);
         } else {
-            using K = KeyTile<T, D, EXTRAS>;
+            using K = KeyTile<T, D, F>;
             static_assert(K::SHARED <= ROOM);
             launch<attention_bwd_key_rows<K>, K::SHARED>(grid_of(ceil_div(a.keys, K::BK) * planes), K::THREADS, stream,
                                                          a);

@@ -39,11 +39,12 @@ DEVICE QueriesOfHead queries_of(const AttentionCall& a, const Sequence& s, int b
 }
 
 // Tiles of that kernel.
-template <class T_, int D_, bool EXTRAS_>
+template <class T_, int D_, class F_>
 struct KeyTile {
     using T = T_;
+    using F = F_;
     static constexpr int D = D_;
-    static constexpr bool EXTRAS = EXTRAS_, WIDE = sizeof(T) == 4, LONG = D > 64;
+    static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
     static constexpr int M = WIDE || LONG ? 1 : 2, WARPS = 4, THREADS = 32 * WARPS;
     static constexpr int ROWS = 16 * M, BK = ROWS * WARPS;                            // keys of a warp and of a block
     static constexpr int BM = WIDE || LONG ? 16 : 32, AT_ONCE = 16, N = AT_ONCE / 8;  // queries of a step, of a product
@@ -56,8 +57,8 @@ struct KeyTile {
         MASKS_SIZE + QUERIES_SIZE + 3 * STATISTICS * sizeof(float) + ((HELD ? 1 : 2) * KEYS + STEPS) * sizeof(T);
 };
 
-// What a warp's keys from first_j on, ROWS of them, are to N times 8 queries from first_i on, of `rows`; with EXTRAS as
-// far as lengths and the diagonal say.
+// What a warp's keys from first_j on, ROWS of them, are to N times 8 queries from first_i on, of `rows`; with
+// ASKS_FIRST as far as lengths and the diagonal say.
 template <class C>
 DEVICE Tile tile_of_keys(const Masks& m, int rows, int first_i, int first_j) {
     if (first_j >= m.keys || first_i >= rows || (m.causal && first_j > first_i + C::AT_ONCE - 1 + m.shift))
@@ -69,7 +70,7 @@ DEVICE Tile tile_of_keys(const Masks& m, int rows, int first_i, int first_j) {
 
 // Which of a thread's scores c[n][e] are of keys that their queries may attend, bit 4 n + e: of key j or, for e >= 2,
 // j + 8, and query i + 8 n + e % 2.
-template <bool EXTRAS, int N>
+template <class F, int N>
 DEVICE std::uint32_t attended_by_key(const Masks& m, int rows, int i, int j) {
     std::uint32_t bits = 0;
 #pragma unroll
@@ -77,7 +78,7 @@ DEVICE std::uint32_t attended_by_key(const Masks& m, int rows, int i, int j) {
         const int key = j + half * 8;
         bool there = key < m.keys;
         // Here all queries are of rank 0.
-        if (EXTRAS && there && m.key_rank != nullptr) there = m.key_rank[key] < 0;
+        if (F::RANKS && there && m.key_rank != nullptr) there = m.key_rank[key] < 0;
         const int begin = m.causal ? key - m.shift : 0;
 #pragma unroll
         for (int n = 0; n < N; ++n)
@@ -85,7 +86,7 @@ DEVICE std::uint32_t attended_by_key(const Masks& m, int rows, int i, int j) {
             for (int e = 0; e < 2; ++e) {
                 const int query = i + n * 8 + e;
                 bool may = there && query >= begin && query < rows;
-                if (EXTRAS && may && m.mask != nullptr) may = m.mask[query * m.mask_query + key * m.mask_key] != 0;
+                if (F::MASK && may && m.mask != nullptr) may = m.mask[query * m.mask_query + key * m.mask_key] != 0;
                 if (may) bits |= 1u << (4 * n + 2 * half + e);
             }
     }
@@ -141,6 +142,7 @@ DEVICE std::uint32_t kept_by_key(const Draws& d, int first_i, int first_j) {
 template <class C>
 struct KeyRows {
     using T = typename C::T;
+    using F = typename C::F;
     static constexpr int D = C::D, M = C::M, N = C::N;
     T *keys, *values, *contents, *douts;  // contents and douts: of two steps
     float* statistics;                    // of three
@@ -214,13 +216,13 @@ struct KeyRows {
         if (tile == Tile::EMPTY) return;
         const int i = first_i + lane_id() % 4 * 2, j = first_j + lane_id() / 4;
         std::uint32_t seen[M];
-        if constexpr (C::EXTRAS) {
-            if (hides<true>(mask)) tile = Tile::EDGE;
+        if constexpr (ASKS_FIRST<F>) {
+            if (hides<F>(mask)) tile = Tile::EDGE;
             bool some = tile == Tile::WHOLE;
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 seen[m] = ALL_SCORES<N>;
-                if (tile == Tile::EDGE) seen[m] = attended_by_key<true, N>(mask, rows, i, j + m * 16);
+                if (tile == Tile::EDGE) seen[m] = attended_by_key<F, N>(mask, rows, i, j + m * 16);
                 some = some || seen[m] != 0;
             }
             if (!__any_sync(0xffffffffu, some)) return;
@@ -242,7 +244,7 @@ struct KeyRows {
             for (int n = 0; n < N; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) c[m][n][e] = __fmul_rn(c[m][n][e], mask.scale);
-            if constexpr (C::EXTRAS) {
+            if constexpr (F::BIAS) {
                 if (mask.bias != nullptr) {
                     if (mask.bias_dtype == DType::float32)
                         add_bias_by_key<float, N>(c[m], seen[m], mask, i, j + m * 16);
@@ -251,7 +253,7 @@ struct KeyRows {
                 }
             }
             if (tile == Tile::WHOLE) continue;
-            const std::uint32_t bits = C::EXTRAS ? seen[m] : attended_by_key<false, N>(mask, rows, i, j + m * 16);
+            const std::uint32_t bits = ASKS_FIRST<F> ? seen[m] : attended_by_key<F, N>(mask, rows, i, j + m * 16);
 #pragma unroll
             for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -259,7 +261,7 @@ struct KeyRows {
                     if ((bits >> (4 * n + e) & 1) == 0) c[m][n][e] = -INFINITY_;
         }
         multiply_rows<T, D>(dp, values + warp_id() * C::ROWS * LD<D>, 16 * LD<D>, dout);
-        const bool drops = C::EXTRAS && mask.drops;
+        const bool drops = F::DROPOUT && mask.drops;
         const std::uint32_t kept = drops ? kept_by_key<M, N>(mask.draws, first_i, first_j) : ~0u;
         const float left = drops ? scale : 1.0f;
         found += lane_id() % 4 * 2;
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(C::THREADS, 2) attention_bwd_key_rows(const __
     const int steps = block_j < s.keys ? ceil_div(side.head().rows, C::BM) : 0;
     const int first = a.options.causal ? max(block_j - s.shift, 0) / C::BM : 0;
     if (first < steps) {
-        const std::int32_t* hidden = C::EXTRAS ? side.masks().key_rank : nullptr;
+        const std::int32_t* hidden = C::F::RANKS ? side.masks().key_rank : nullptr;
         load_rows<T, D, C::BK, C::THREADS>(side.keys, plane_of<T>(a.key, b, h, s.start), a.key.row, block_j, s.keys,
                                            a.head_size, hidden);
         load_rows<T, D, C::BK, C::THREADS>(side.values, plane_of<T>(a.value, b, h, s.start), a.value.row, block_j,

@@ -9,6 +9,7 @@ namespace pyxlbert::cuda {
 template <class C>
 struct KeysSide {
     using T = typename C::T;
+    using F = typename C::F;
     static constexpr int D = C::D, N = C::BN / 8;
     const AttentionCall& a;
     Sequence s;
@@ -39,11 +40,11 @@ struct KeysSide {
     DEVICE int lowest(const Step& step) const {
         const Stream& stream = a.stream[step.stream];
         const bool bounded = a.options.causal && stream.positions == nullptr &&
-                             !(C::EXTRAS && (a.relative.uniform_rows || stream.options.see_self));
+                             !(F::UNIFORM_ROWS && a.relative.uniform_rows) && !(F::SEE_SELF && stream.options.see_self);
         return bounded ? max(first_j - s.shift, 0) / C::BM : 0;
     }
     // Where a row without any key averages over all of them, all of them are read.
-    DEVICE int readable() const { return C::EXTRAS && a.relative.uniform_rows ? s.extent : s.keys; }
+    DEVICE int readable() const { return F::UNIFORM_ROWS && a.relative.uniform_rows ? s.extent : s.keys; }
     DEVICE int last(const Step& step) const {
         // Keys past the length meet nobody.
         if (first_j >= readable()) return 0;
@@ -90,7 +91,7 @@ struct KeysSide {
         clear(dp[0]);
         const int from = first_j + column + t2, first[2] = {from, from};
         std::uint32_t seen;
-        const Tile tile = tile_of<C::EXTRAS, false, N>(seen, mask, upper, lower, first);
+        const Tile tile = tile_of<F, false, N>(seen, mask, upper, lower, first);
         if (tile != Tile::EMPTY) {
             multiply_rows<T, D>(c, contents + buffer * C::QUERIES + row * LD<D>, 0, keys + column * LD<D>);
             if constexpr (C::RELATIVE) {
@@ -106,13 +107,13 @@ struct KeysSide {
                             c[0][n][half * 2 + e] += band.read(g + half * 8, n * 8 + t2 + e + shift);
                 }
             }
-            scores_of<T, C::EXTRAS, false, N>(c[0], tile, seen, mask, upper, lower, first);
+            scores_of<T, F, false, N>(c[0], tile, seen, mask, upper, lower, first);
             multiply_rows<T, D>(dp, douts + buffer * C::QUERIES + row * LD<D>, 0, values + column * LD<D>);
-            const bool drops = C::EXTRAS && mask.drops;
+            const bool drops = F::DROPOUT && mask.drops;
             const std::uint32_t kept =
                 drops ? kept_bits<N>(mask.draws, upper.number, lower.number, first_j + column) : ~0u;
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
-            if constexpr (C::EXTRAS) clear_constants<N>(dp[0], mask, upper.number, lower.number, from, from);
+            if constexpr (F::UNIFORM_ROWS) clear_constants<N>(dp[0], mask, upper.number, lower.number, from, from);
         }
         store_scores<C>(weights, c[0]);
         store_scores<C>(gradients, dp[0]);
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     __syncthreads();
     KeysSide<C> side(a, s, b, h, first_j);
     const int readable = side.readable();
-    const std::int32_t* hidden = C::EXTRAS && !a.relative.uniform_rows ? side.masks(0).key_rank : nullptr;
+    const std::int32_t* hidden = leaves_hidden_keys<typename C::F>(a) ? side.masks(0).key_rank : nullptr;
     load_rows<T, C::D, C::BK, C::THREADS>(side.keys, plane_of<T>(a.key, b, h, s.start), a.key.row, first_j, readable,
                                           a.head_size, hidden);
     load_rows<T, C::D, C::BK, C::THREADS>(side.values, plane_of<T>(a.value, b, h, s.start), a.value.row, first_j,

@@ -44,7 +44,7 @@ struct QueriesTile {
     // Where sums are given to the results in between: those over the rows of each warp, [2, WARPS, COLUMNS].  And of
     // each row what segments got so far, and what additions have rounded off, for which registers are short.
     static constexpr std::size_t SUMS = C::WIDE && C::RELATIVE ? 2 * C::WARPS * COLUMNS * sizeof(float) : 0;
-    static constexpr std::size_t SEGMENTS = C::WIDE && C::RELATIVE && C::EXTRAS ? C::ROWS * 8 * sizeof(float) : 0;
+    static constexpr std::size_t SEGMENTS = C::WIDE && C::F::SEGMENTS ? C::ROWS * 8 * sizeof(float) : 0;
     // Where the bands begin; all these lie behind them.
     static constexpr std::size_t DBANDS = C::SHARED + (HELD ? 0 : DOUT);
     static constexpr std::size_t SHARED = DBANDS + DBAND + SUMS + SEGMENTS;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
     T* dband = reinterpret_cast<T*>(shared_memory() + Q::DBANDS) + warp_id() * 16 * Q::BAND_LD;
     const int row = first_row_of_warp<C>(), g = lane_id() / 4, t2 = lane_id() % 4 * 2;
     const bool by_number = stream.positions == nullptr,
-               segments = C::EXTRAS && C::RELATIVE && a.key_segments != nullptr;
+               segments = C::F::SEGMENTS && C::RELATIVE && a.key_segments != nullptr;
     const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
     {
         const int windows = windows_of(a, stream, C::WINDOW);
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                     // Of this tile, or of all of them.
                     [[maybe_unused]] SegmentSums of_tile[2];
                     SegmentSums(&sums_of_row)[2] = Q::SEGMENTS > 0 ? of_tile : of_segments;
-                    const bool drops = C::EXTRAS && p.masks[0].drops;
+                    const bool drops = C::F::DROPOUT && p.masks[0].drops;
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         const Place &upper = lines.line(m, 0), &lower = lines.line(m, 1);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                         for (int n = 0; n < N; ++n)
 #pragma unroll
                             for (int e = 0; e < 4; ++e) sums_of_row[e / 2].total += dp[0][n][e];
-                    if constexpr (C::EXTRAS)
+                    if constexpr (C::F::UNIFORM_ROWS)
                         clear_constants<N>(dp[0], p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number,
                                            first_j + t2, first_j + t2);
                     multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS + column());

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
         const T* query = plane_of<T>(stream.query, b, h, s.start);
         if constexpr (C::RELATIVE) {
             load_biased<T, D, C::ROWS, C::THREADS>(p.content, p.position, a, query, stream.query.row, p.places, h);
-            if (C::EXTRAS && a.key_segments != nullptr)
+            if (C::F::SEGMENTS && a.key_segments != nullptr)
                 segment_products<T, C::ROWS, C::WARPS>(a, query, stream.query.row, p.places, h);
         }
         inexact = __syncthreads_or(inexact);

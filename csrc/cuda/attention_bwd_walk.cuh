@@ -11,11 +11,12 @@ namespace pyxlbert::cuda {
 
 // Tiles of the kernels whose sums run over queries: QW times 16 queries by KW times BN keys, or rows of the table; each
 // warp computes 16 by BN of them, and then adds up the rows of 16 keys, SPLIT warps a share of the columns each.
-template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, bool SMALL>
+template <class T_, int D_, class F_, bool RELATIVE_, bool SMALL>
 struct SumTile {
     using T = T_;
+    using F = F_;
     static constexpr int D = D_;
-    static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_;
+    static constexpr bool RELATIVE = RELATIVE_;
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
     static constexpr int QW = WIDE && (LONG || SMALL) ? 1 : 2;
     static constexpr int KW = (RELATIVE && LONG && !WIDE ? 4 : 2) / (SMALL && LONG ? 2 : 1);
@@ -144,7 +145,7 @@ struct QueryWalk {
             cp_async_wait<0>();
             __syncthreads();
             Place* here = places + buffer * C::BM;
-            if (C::EXTRAS && C::RELATIVE && a.key_segments != nullptr) {
+            if (C::F::SEGMENTS && C::RELATIVE && a.key_segments != nullptr) {
                 const Heads& query = a.stream[step.stream].query;
                 segment_products<T, C::BM, C::WARPS>(a, plane_of<T>(query, step.sequence, h, side.sequence(step).start),
                                                      query.row, here, h);

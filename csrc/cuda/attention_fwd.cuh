@@ -32,13 +32,14 @@ constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
 
 // Tile sizes of kernels that walk the keys.
 //
-// EXTRAS: scores need more than lengths and causality; RELATIVE: there is a table of positions; M: how often a warp has
+// F: what scores need beyond lengths and causality; RELATIVE: there is a table of positions; M: how often a warp has
 // 16 queries; BN: keys.
-template <class T_, int D_, bool EXTRAS_, bool RELATIVE_, int STREAMS_, int M_, int BN_, int WARPS_>
+template <class T_, int D_, class F_, bool RELATIVE_, int STREAMS_, int M_, int BN_, int WARPS_>
 struct WalkTile {
     using T = T_;
+    using F = F_;
     static constexpr int D = D_, STREAMS = STREAMS_;
-    static constexpr bool EXTRAS = EXTRAS_, RELATIVE = RELATIVE_, SPLIT = false;
+    static constexpr bool RELATIVE = RELATIVE_, SPLIT = false;
     static constexpr bool WIDE = sizeof(T) == 4;
     static constexpr int WARPS = WARPS_;
     static constexpr int M = M_;
@@ -104,6 +105,7 @@ template <class C>
 DEVICE Walk walk_of(const AttentionCall& a, const Sequence& s, const Masks& masks, int b, int h, int first,
                     bool by_number) {
     using T = typename C::T;
+    using F = typename C::F;
     Walk w;
     w.sequence = s;
     w.b = b;
@@ -115,10 +117,11 @@ DEVICE Walk walk_of(const AttentionCall& a, const Sequence& s, const Masks& mask
     w.key_stride = a.key.row;
     w.value_stride = a.value.row;
     w.head_size = a.head_size;
-    w.readable = C::EXTRAS ? keys_read(a, s) : s.keys;
-    w.hidden = C::EXTRAS && !a.relative.uniform_rows ? masks.key_rank : nullptr;
+    w.readable = F::UNIFORM_ROWS ? keys_read(a, s) : s.keys;
+    w.hidden = leaves_hidden_keys<F>(a) ? masks.key_rank : nullptr;
     w.high = w.readable;
-    if (a.options.causal && by_number && !(C::EXTRAS && (a.relative.uniform_rows || masks.see_self)))
+    if (a.options.causal && by_number && !(F::UNIFORM_ROWS && a.relative.uniform_rows) &&
+        !(F::SEE_SELF && masks.see_self))
         w.high = min(w.readable, max(first + C::WINDOW + s.shift, 0));
     if constexpr (C::RELATIVE) {
         w.table = table_of<T>(a, b, h);
@@ -227,24 +230,25 @@ DEVICE Lines<C> lines_of(const Pieces<C>& p) {
     return lines;
 }
 
-// What the keys from first_j on are to a warp, and with EXTRAS which of them its queries may attend.
+// What the keys from first_j on are to a warp, and with ASKS_FIRST which of them its queries may attend.
 template <class C>
 DEVICE Tile tile_at(std::uint32_t (&bits)[C::M], const Lines<C>& lines, int first_j, bool by_number) {
+    using F = typename C::F;
     constexpr int N = C::BN / 8;
     const Masks& masks = lines.masks[0];
-    const bool uniform = C::EXTRAS && masks.uniform_rows;
+    const bool uniform = F::UNIFORM_ROWS && masks.uniform_rows;
     if (!uniform && masks.causal && by_number && first_j > lines.highest + masks.shift) return Tile::EMPTY;
 #pragma unroll
     for (int m = 0; m < C::M; ++m) bits[m] = ALL_SCORES<N>;
     const bool edge = lines.gaps || first_j + C::BN > masks.keys ||
                       (masks.causal && (!by_number || first_j + C::BN - 1 > lines.lowest + masks.shift));
-    if (!edge && !hides<C::EXTRAS>(masks)) return Tile::WHOLE;
-    if constexpr (!C::EXTRAS) return Tile::EDGE;
+    if (!edge && !hides<F>(masks)) return Tile::WHOLE;
+    if constexpr (!ASKS_FIRST<F>) return Tile::EDGE;
     const int from = first_j + lane_id() % 4 * 2, first[2] = {from, from};
     bool some = uniform;
 #pragma unroll
     for (int m = 0; m < C::M; ++m) {
-        bits[m] = attended<C::EXTRAS, false, N>(lines.of(m), lines.line(m, 0), lines.line(m, 1), first);
+        bits[m] = attended<F, false, N>(lines.of(m), lines.line(m, 0), lines.line(m, 1), first);
         some = some || bits[m] != 0;
     }
     return __any_sync(0xffffffffu, some) ? Tile::EDGE : Tile::EMPTY;
@@ -257,8 +261,8 @@ DEVICE void finish(float (&s)[C::M][C::BN / 8][4], Tile tile, const std::uint32_
     const int from = first_j + lane_id() % 4 * 2, first[2] = {from, from};
 #pragma unroll
     for (int m = 0; m < C::M; ++m)
-        scores_of<typename C::T, C::EXTRAS, false, C::BN / 8>(s[m], tile, bits[m], lines.of(m), lines.line(m, 0),
-                                                              lines.line(m, 1), first);
+        scores_of<typename C::T, typename C::F, false, C::BN / 8>(s[m], tile, bits[m], lines.of(m), lines.line(m, 0),
+                                                                  lines.line(m, 1), first);
 }
 
 // How many windows there are; split: where queries have positions of their own, as many as queries.
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
                 load_biased<T, D, C::WINDOW, C::THREADS>(p.content + n * C::WINDOW * LD<D>,
                                                          p.position + n * C::WINDOW * LD<D>, a, query,
                                                          a.stream[n].query.row, places, h);
-                if (C::EXTRAS && a.key_segments != nullptr)
+                if (C::F::SEGMENTS && a.key_segments != nullptr)
                     segment_products<T, C::WINDOW, C::WARPS>(a, query, a.stream[n].query.row, places, h);
             } else {
                 load_places<T, D, C::ROWS, C::THREADS>(p.content, query, a.stream[n].query.row, places, a.head_size,
@@ -384,7 +388,7 @@ __global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
 #pragma unroll
                     for (int m = 0; m < M; ++m) {
                         softmax_step(rows[m], c[m], o[m]);
-                        if (C::EXTRAS && lines.of(m).drops) {
+                        if (C::F::DROPOUT && lines.of(m).drops) {
                             const std::uint32_t bits = kept_bits<N>(lines.of(m).draws, lines.line(m, 0).number,
                                                                     lines.line(m, 1).number, first_j);
 #pragma unroll
@@ -428,20 +432,20 @@ __global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
 }
 
 // Tiles of the forward kernel.
-template <class T, int D, bool EXTRAS, bool RELATIVE, int STREAMS, bool SMALL>
+template <class T, int D, class F, bool RELATIVE, int STREAMS, bool SMALL>
 struct ForwardTileOf {
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
     // Masks and a second tile of queries together would not fit the registers.
-    static constexpr int M = RELATIVE ? STREAMS : WIDE || EXTRAS ? 1 : 2;
+    static constexpr int M = RELATIVE ? STREAMS : WIDE || F::BITS != 0 ? 1 : 2;
     static constexpr int BN = SMALL || STREAMS == 2 || (WIDE && LONG) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
     static constexpr int WARPS = WIDE && LONG ? (SMALL ? 1 : 2) : 4;
-    using Tile = WalkTile<T, D, EXTRAS, RELATIVE, STREAMS, M, BN, WARPS>;
+    using Tile = WalkTile<T, D, F, RELATIVE, STREAMS, M, BN, WARPS>;
     static_assert(Tile::SHARED <= (TILES_DIFFER<T, D, RELATIVE> && !SMALL ? MAX_SHARED : MIN_SHARED));
 };
 
-// Starts the kernel for head sizes up to D.
-template <class T, int D, bool RELATIVE, int STREAMS, bool SMALL>
-void launch_attention_fwd_of(const AttentionCall& a, bool extras, CudaStream stream) {
+// Starts the kernel for head sizes up to D, of one of the op's sets of features.
+template <class Sets, class T, int D, bool RELATIVE, int STREAMS, bool SMALL>
+void launch_attention_fwd_of(const AttentionCall& a, CudaStream stream) {
     auto run = [&](auto tile) {
         using C = decltype(tile);
         std::int64_t windows = 1;
@@ -452,15 +456,13 @@ void launch_attention_fwd_of(const AttentionCall& a, bool extras, CudaStream str
         const std::int64_t parts = C::SPLIT ? parts_of_call(a) : 1;
         launch<attention_fwd<C>, C::SHARED>(grid_of(windows * a.batch * a.heads * parts), C::THREADS, stream, a);
     };
-    using Plain = typename ForwardTileOf<T, D, false, RELATIVE, STREAMS, SMALL>::Tile;
-    using Extras = typename ForwardTileOf<T, D, true, RELATIVE, STREAMS, SMALL>::Tile;
-    if constexpr (STREAMS == 1)
-        // What is bound by memory has time for the extras' questions.
-        if (a.partial != nullptr) return run(SplitTile<Extras>());
-    if (extras)
-        run(Extras());
-    else
-        run(Plain());
+    if constexpr (STREAMS == 1) {
+        using Largest = typename ForwardTileOf<T, D, typename Sets::Largest, RELATIVE, STREAMS, SMALL>::Tile;
+        // What is bound by memory has time for all features' questions.
+        if (a.partial != nullptr) return run(SplitTile<Largest>());
+    }
+    Sets::choose(a,
+                 [&](auto set) { run(typename ForwardTileOf<T, D, decltype(set), RELATIVE, STREAMS, SMALL>::Tile()); });
 }
 
 }  // namespace pyxlbert::cuda

@@ -11,11 +11,12 @@ template <>
 bool Kernels<PYXLBERT_ELEMENT>::attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
-        if (has_masks(a) || !is_hopper() || !hopper_takes<false>(a)) return false;
+        using F = Dropped;
+        if (!covers<F>(features_of(a)) || !is_hopper() || !hopper_takes<false>(a)) return false;
         if (a.head_size <= 64)
-            launch_attention_fwd_hopper<HopperTile<T, 64, false>>(a, stream);
+            launch_attention_fwd_hopper<HopperTile<T, 64, F, false>>(a, stream);
         else
-            launch_attention_fwd_hopper<HopperTile<T, 128, false>>(a, stream);
+            launch_attention_fwd_hopper<HopperTile<T, 128, F, false>>(a, stream);
         return true;
     } else {
         return false;
@@ -26,8 +27,9 @@ template <>
 bool Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd_hopper(const AttentionCall& a, CudaStream stream) {
     using T = PYXLBERT_ELEMENT;
     if constexpr (sizeof(T) == 2) {
-        if (has_relative_masks(a) || !is_hopper() || !hopper_takes<true>(a)) return false;
-        launch_attention_fwd_hopper<HopperTile<T, 64, true>>(a, stream);
+        using F = Segmented;
+        if (!covers<F>(features_of(a)) || !is_hopper() || !hopper_takes<true>(a)) return false;
+        launch_attention_fwd_hopper<HopperTile<T, 64, F, true>>(a, stream);
         return true;
     } else {
         return false;

@@ -1,5 +1,5 @@
 // The forward kernel of attention and relative_attention on Hopper, for 16-bit elements and scores that need lengths,
-// causality, segments and dropout at most.
+// causality, dropout and, of relative_attention, segments at most.
 //
 //     producer, one thread:        asks the copy engine for tiles of keys and values, STAGES ahead
 //     consumers, two of 4 warps:   64 queries each;  s = q k^T [64, BN],  running softmax,  o += p v [64, D]
@@ -31,9 +31,10 @@
 
 namespace pyxlbert::cuda {
 
-template <class T_, int D_, bool RELATIVE_>
+template <class T_, int D_, class F_, bool RELATIVE_>
 struct HopperTile {
     using T = T_;
+    using F = F_;
     static constexpr int D = D_, CONSUMERS = 2, STAGES = 2;
     static constexpr bool RELATIVE = RELATIVE_;
     static constexpr int BN = RELATIVE ? 64 : 128;
@@ -103,7 +104,7 @@ DEVICE void load_biased_swizzled(unsigned char* content, unsigned char* position
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] = 0.0f;
         if (there) load<8>(plane + (first + r) * stream.query.row + c, x);
-        if (there && a.key_segments != nullptr) {
+        if (C::F::SEGMENTS && there && a.key_segments != nullptr) {
             float e0[8], e1[8];
 #pragma unroll
             for (int e = 0; e < 8; ++e) y[e] = x[e];
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         fence_shared_for_wgmma();
         named_barrier(1 + group, 128);
         key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
-        if (key_segments != nullptr) {
+        if (C::F::SEGMENTS && key_segments != nullptr) {
             const std::int32_t* query_segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             }
             __syncwarp();
             band.advance();
-            if (key_segments != nullptr)
+            if (C::F::SEGMENTS && key_segments != nullptr)
 #pragma unroll
                 for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -311,7 +312,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                     if (first_j + n * 8 + t2 + (e & 1) >= ends[e / 2]) c[n][e] = -INFINITY_;
         }
         softmax_step(rows, c, o);
-        if (a.dropout.seed != nullptr)
+        if (C::F::DROPOUT && a.dropout.seed != nullptr)
         // Eight columns of eight at a time, as many as there are bits.
 #pragma unroll
             for (int from = 0; from < N; from += 8) {

@@ -29,8 +29,8 @@ std::int64_t windows_of_parts(DType dtype, int head_size, std::int64_t positions
         with_head_size<false>(head_size, [&](auto size) {
             using T = decltype(kind);
             constexpr int D = decltype(size)::value;
-            const int large = BackwardTileOf<T, D, true, true, false>::Tile::WINDOW;
-            const int small = BackwardTileOf<T, D, true, true, TILES_DIFFER<T, D, true>>::Tile::WINDOW;
+            const int large = BackwardTileOf<T, D, Plain, true, false>::Tile::WINDOW;
+            const int small = BackwardTileOf<T, D, Plain, true, TILES_DIFFER<T, D, true>>::Tile::WINDOW;
             windows = ceil_div(positions, shared < MAX_SHARED ? small : large);
         });
     });

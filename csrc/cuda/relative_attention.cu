@@ -13,7 +13,7 @@ void Kernels<PYXLBERT_ELEMENT>::relative_attention_fwd(const AttentionCall& a, C
         using T = PYXLBERT_ELEMENT;
         constexpr int D = decltype(size)::value;
         with_tiles<TILES_DIFFER<T, D, true>>([&](auto small) {
-            launch_attention_fwd_of<T, D, true, 1, decltype(small)::value>(a, has_relative_extras(a), stream);
+            launch_attention_fwd_of<SetsOfRelativeAttention, T, D, true, 1, decltype(small)::value>(a, stream);
         });
     });
     if (a.partial != nullptr) attention_fwd_join(a, stream);

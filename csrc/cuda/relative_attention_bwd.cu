@@ -11,10 +11,8 @@ void Kernels<PYXLBERT_ELEMENT>::relative_attention_bwd(const AttentionCall& a, C
         constexpr int D = decltype(size)::value;
         with_tiles<TILES_DIFFER<PYXLBERT_ELEMENT, D, true>>([&](auto small) {
             constexpr bool SMALL = decltype(small)::value;
-            if (has_relative_extras(a))
-                launch_relative_bwd_of<PYXLBERT_ELEMENT, D, true, SMALL>(a, stream);
-            else
-                launch_relative_bwd_of<PYXLBERT_ELEMENT, D, false, SMALL>(a, stream);
+            SetsOfRelativeAttention::choose(
+                a, [&](auto set) { launch_relative_bwd_of<PYXLBERT_ELEMENT, D, decltype(set), SMALL>(a, stream); });
         });
     });
 }

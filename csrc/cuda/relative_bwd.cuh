@@ -28,6 +28,7 @@ DEVICE void skewed_products(float (&c)[N][4], Band<BN>& band, const T* left, con
 template <class C>
 struct TableSide {
     using T = typename C::T;
+    using F = typename C::F;
     static constexpr int D = C::D, N = C::BN / 8;
     const AttentionCall& a;
     int h, first_x;
@@ -53,7 +54,7 @@ struct TableSide {
     DEVICE Sequence sequence(const Step& step) const { return sequence_of(a, step.sequence); }
     // The key that row 0 of the ring is, at window 0.
     DEVICE int origin() const { return first_x - a.offset; }
-    DEVICE bool uniform_rows() const { return C::EXTRAS && a.relative.uniform_rows; }
+    DEVICE bool uniform_rows() const { return F::UNIFORM_ROWS && a.relative.uniform_rows; }
     DEVICE int readable(const Sequence& s) const { return uniform_rows() ? s.extent : s.keys; }
     // The windows in which any query meets any key at these rows.
     DEVICE int lowest(const Step&) const { return max(-origin() - C::BK - C::BM + 2, 0) / C::BM; }
@@ -84,8 +85,7 @@ struct TableSide {
                                              a.head_size, false);
         load_places<T, D, C::BM, C::THREADS>(dout, plane_of<T>(stream.dout, b, h, s.start), stream.dout.row, places,
                                              a.head_size, true);
-        const std::int32_t* hidden =
-            C::EXTRAS && !uniform_rows() ? numbers_of(a, a.key_rank, b, s.start, a.keys) : nullptr;
+        const std::int32_t* hidden = leaves_hidden_keys<F>(a) ? numbers_of(a, a.key_rank, b, s.start, a.keys) : nullptr;
         const T *key = plane_of<T>(a.key, b, h, s.start), *value = plane_of<T>(a.value, b, h, s.start);
         const int first = origin() + step.window * C::BM, end = readable(s);
         if (whole) {
@@ -109,20 +109,21 @@ struct TableSide {
         // The keys of this thread's first column.
         const int firsts[2] = {origin() + column + t2 + upper.position, origin() + column + t2 + lower.position};
         std::uint32_t seen;
-        const Tile tile = tile_of<C::EXTRAS, true, N>(seen, mask, upper, lower, firsts);
+        const Tile tile = tile_of<F, true, N>(seen, mask, upper, lower, firsts);
         if (tile != Tile::EMPTY) {
             multiply_rows<T, D>(c, positions + buffer * C::QUERIES + row * LD<D>, 0, rows + column * LD<D>);
             skewed_products<T, D, N>(c[0], band, content + row * LD<D>, keys, row + column, upper.position & 15,
                                      lower.position & 15);
             skewed_products<T, D, N>(dp[0], band, dout + row * LD<D>, values, row + column, upper.position & 15,
                                      lower.position & 15);
-            scores_of<T, C::EXTRAS, true, N>(c[0], tile, seen, mask, upper, lower, firsts);
-            const bool drops = C::EXTRAS && mask.drops;
+            scores_of<T, F, true, N>(c[0], tile, seen, mask, upper, lower, firsts);
+            const bool drops = F::DROPOUT && mask.drops;
             const std::uint32_t kept =
                 drops ? kept_bits_skewed<N>(mask.draws, upper.number, lower.number, firsts[0] - t2, firsts[1] - t2)
                       : ~0u;
             gradients_of_scores<N, true>(c[0], dp[0], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
-            if constexpr (C::EXTRAS) clear_constants<N>(dp[0], mask, upper.number, lower.number, firsts[0], firsts[1]);
+            if constexpr (F::UNIFORM_ROWS)
+                clear_constants<N>(dp[0], mask, upper.number, lower.number, firsts[0], firsts[1]);
         }
         store_scores<C>(gradients, dp[0]);
     }
@@ -176,11 +177,11 @@ constexpr std::size_t shared_of_table() {
     return C::PLACES + C::BANDS + (C::KEYS + 4 * C::QUERIES + C::SCORES + 2 * C::RING * LD<C::D>)*sizeof(typename C::T);
 }
 
-template <class T, int D, bool EXTRAS, bool SMALL>
+template <class T, int D, class F, bool SMALL>
 void launch_relative_bwd_of(const AttentionCall& a, CudaStream stream) {
-    launch_attention_bwd_of<T, D, true, EXTRAS, SMALL>(a, stream);
+    launch_attention_bwd_of<T, D, F, true, SMALL>(a, stream);
     if (a.dtable == nullptr) return;
-    using S = SumTile<T, D, EXTRAS, true, SMALL>;
+    using S = SumTile<T, D, F, true, SMALL>;
     static_assert(shared_of_table<S>() <= BACKWARD_ROOM<T, D, SMALL, true>);
     const std::int64_t blocks = ceil_div(a.table_rows, S::BK);
     launch<attention_bwd_table<S>, shared_of_table<S>()>(grid_of(blocks * a.tables * a.heads), S::THREADS, stream, a);

@@ -5,7 +5,7 @@
 // large the scores are.  A factor of log2(e) from the start, or a multiplication fused with the subtraction, would lose
 // that.
 #pragma once
-#include "cuda/attention_arguments.h"
+#include "cuda/features.h"
 #include "cuda/philox.cuh"
 #include "cuda/tiles.cuh"
 
@@ -147,9 +147,15 @@ enum class Tile {
 };
 
 // Whether more hides keys than lengths and the diagonal.
-template <bool EXTRAS>
+template <class F>
 DEVICE bool hides(const Masks& m) {
-    return EXTRAS && (m.mask != nullptr || m.key_rank != nullptr);
+    return (F::MASK && m.mask != nullptr) || (F::RANKS && m.key_rank != nullptr);
+}
+
+// Whether keys are not read that their rank hides from all rows: a row without any key averages over them too.
+template <class F>
+HOST_DEVICE bool leaves_hidden_keys(const AttentionCall& a) {
+    return F::RANKS && !(F::UNIFORM_ROWS && a.relative.uniform_rows);
 }
 
 // Keys of a row from 0 on that lengths and the diagonal leave.
@@ -159,7 +165,7 @@ DEVICE int end_of(const Masks& m, const Place& line) {
 }
 
 // Which scores are of keys that their rows may attend.
-template <bool EXTRAS, bool SKEWED, int N>
+template <class F, bool SKEWED, int N>
 DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& lower, const int (&first)[2]) {
     std::uint32_t bits = 0;
 #pragma unroll
@@ -172,7 +178,7 @@ DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& l
                 // A key before the first is a large number.
                 if (static_cast<unsigned>(first[half] + n * 8 + e) < end) bits |= 1u << (4 * n + 2 * half + e);
     }
-    if constexpr (EXTRAS) {
+    if constexpr (F::MASK) {
         if (m.mask != nullptr) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -189,6 +195,8 @@ DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& l
                     }
             }
         }
+    }
+    if constexpr (F::RANKS) {
         if (m.key_rank != nullptr) {
             const int ranks[2] = {upper.rank, lower.rank};
 #pragma unroll
@@ -204,13 +212,15 @@ DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& l
                     if (!SKEWED && ranks[1] <= order) bits &= ~(bit << 2);
                 }
         }
-        if (m.see_self && hides<EXTRAS>(m)) {
+    }
+    if constexpr (F::SEE_SELF) {
+        if (m.see_self && hides<F>(m)) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const Place& line = half == 0 ? upper : lower;
                 const int j = line.number + m.shift, at = j - first[half];
                 if (line.number >= 0 && at >= 0 && at < 8 * N && at % 8 < 2 && j >= 0 && j < m.keys &&
-                    (m.key_rank == nullptr || m.key_rank[j] != UNSEEN_RANK))
+                    (!F::RANKS || m.key_rank == nullptr || m.key_rank[j] != UNSEEN_RANK))
                     bits |= 1u << (at / 8 * 4 + 2 * half + at % 8);
             }
         }
@@ -218,23 +228,23 @@ DEVICE std::uint32_t attended(const Masks& m, const Place& upper, const Place& l
     return bits;
 }
 
-// What a tile is, the same for the whole warp, and with EXTRAS `bits`, what `attended` says.
-template <bool EXTRAS, bool SKEWED, int N>
+// What a tile is, the same for the whole warp, and with ASKS_FIRST `bits`, what `attended` says.
+template <class F, bool SKEWED, int N>
 DEVICE Tile tile_of(std::uint32_t& bits, const Masks& m, const Place& upper, const Place& lower,
                     const int (&first)[2]) {
     // The lines' keys, of which a thread has some.
     const int begin[2] = {first[0] - lane_id() % 4 * 2, first[1] - lane_id() % 4 * 2};
     const int end[2] = {end_of(m, upper), end_of(m, lower)};
     bits = ALL_SCORES<N>;
-    if (!hides<EXTRAS>(m)) {
+    if (!hides<F>(m)) {
         const bool whole = min(begin[0], begin[1]) >= 0 && min(end[0] - begin[0], end[1] - begin[1]) >= 8 * N;
         if (!__any_sync(0xffffffffu, !whole)) return Tile::WHOLE;
     }
     bool some = false;
-    if constexpr (EXTRAS) {
-        bits = attended<EXTRAS, SKEWED, N>(m, upper, lower, first);
+    if constexpr (ASKS_FIRST<F>) {
+        bits = attended<F, SKEWED, N>(m, upper, lower, first);
         // A row without any key averages over all of them.
-        some = bits != 0 || m.uniform_rows;
+        some = bits != 0 || (F::UNIFORM_ROWS && m.uniform_rows);
     } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) some = some || max(begin[half], 0) < min(begin[half] + 8 * N, end[half]);
@@ -263,10 +273,10 @@ DEVICE void add_bias_of_scores(float (&c)[N][4], std::uint32_t bits, const Masks
 
 // Products as scores: with the terms of segments and bias, scaled; -inf where a key may not be attended.  T: of the
 // query, and of a bias that is not float32.
-template <class T, bool EXTRAS, bool SKEWED, int N>
+template <class T, class F, bool SKEWED, int N>
 DEVICE void scores_of(float (&c)[N][4], Tile tile, std::uint32_t bits, const Masks& m, const Place& upper,
                       const Place& lower, const int (&first)[2]) {
-    if constexpr (EXTRAS) {
+    if constexpr (F::SEGMENTS) {
         if (m.key_segments != nullptr) {
 #pragma unroll
             for (int n = 0; n < N; ++n)
@@ -286,7 +296,7 @@ DEVICE void scores_of(float (&c)[N][4], Tile tile, std::uint32_t bits, const Mas
     for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) c[n][e] = __fmul_rn(c[n][e], m.scale);
-    if constexpr (EXTRAS) {
+    if constexpr (F::BIAS) {
         if (m.bias != nullptr) {
             if (m.bias_dtype == DType::float32)
                 add_bias_of_scores<float, N>(c, bits, m, upper, lower, first);
@@ -296,8 +306,8 @@ DEVICE void scores_of(float (&c)[N][4], Tile tile, std::uint32_t bits, const Mas
     }
     if (tile == Tile::WHOLE) return;
     // Not kept from before the products, since registers are short.
-    if constexpr (!EXTRAS) bits = attended<EXTRAS, SKEWED, N>(m, upper, lower, first);
-    if (EXTRAS && m.uniform_rows) {
+    if constexpr (!ASKS_FIRST<F>) bits = attended<F, SKEWED, N>(m, upper, lower, first);
+    if (F::UNIFORM_ROWS && m.uniform_rows) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll

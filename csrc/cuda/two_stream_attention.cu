@@ -19,7 +19,7 @@ void Kernels<PYXLBERT_ELEMENT>::two_stream_attention_fwd(const AttentionCall& a,
             if constexpr (decltype(small)::value || (sizeof(T) == 4 && D > 64))
                 for_each_stream(a, [&](const AttentionCall& one) { relative_attention_fwd(one, stream); });
             else
-                launch_attention_fwd_of<T, D, true, 2, false>(a, has_relative_extras(a), stream);
+                launch_attention_fwd_of<SetsOfTwoStreamAttention, T, D, true, 2, false>(a, stream);
         });
     });
 }
