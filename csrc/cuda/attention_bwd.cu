@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_bias(const __grid
         left /= tiles_i;
         const int h = at_h + static_cast<int>(left % heads), b = at_b + static_cast<int>(left / heads);
         const Sequence s = sequence_of(a, b);
-        if (threadIdx.x == 0) *masks = masks_of(a, stream, s, b, h);
-        find_places<C::RELATIVE, C::BM, C::THREADS>(a, stream, s, b, first_i, 0, places);
+        if (threadIdx.x == 0) find_masks<F>(a, stream, s, b, h, *masks);
+        find_places<F, C::RELATIVE, C::BM, C::THREADS>(a, stream, s, b, first_i, 0, places);
         find_statistics<C::BM, C::THREADS>(a, stream, s, b, h, places);
         __syncthreads();
         load_rows<T, D, C::BK, C::THREADS>(keys, plane_of<T>(a.key, b, h, 0), a.key.row, first_j, s.keys, a.head_size,

@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(C::THREADS, 2) attention_bwd_key_rows(const __
     const Sequence s = sequence_of(a, b);
     if (block_j >= s.extent) return;
     if (threadIdx.x == 0) {
-        *reinterpret_cast<Masks*>(shared_memory()) = masks_of(a, a.stream[0], s, b, h);
+        find_masks<typename C::F>(a, a.stream[0], s, b, h, *reinterpret_cast<Masks*>(shared_memory()));
         *reinterpret_cast<QueriesOfHead*>(shared_memory() + MASKS_SIZE) = queries_of<T>(a, s, b, h);
     }
     __syncthreads();

@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_keys(const __grid
     const Sequence s = sequence_of(a, b);
     if (first_j >= s.extent) return;
     if (threadIdx.x < 2 && static_cast<int>(threadIdx.x) < a.streams)
-        *reinterpret_cast<Masks*>(shared_memory() + threadIdx.x * MASKS_SIZE) =
-            masks_of(a, a.stream[threadIdx.x], s, b, h);
+        find_masks<typename C::F>(a, a.stream[threadIdx.x], s, b, h,
+                                  *reinterpret_cast<Masks*>(shared_memory() + threadIdx.x * MASKS_SIZE));
     __syncthreads();
     KeysSide<C> side(a, s, b, h, first_j);
     const int readable = side.readable();

@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             return;
         }
         if (threadIdx.x == 0) {
-            p.masks[0] = masks_of(a, stream, s, b, h);
+            find_masks<typename C::F>(a, stream, s, b, h, p.masks[0]);
             *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
-            p.walk->column = share * COLUMNS;
+            p.walk->column = static_cast<std::int16_t>(share * COLUMNS);
             if constexpr (C::RELATIVE) {
                 int lowest = first, highest = min(stream.rows, s.queries) - 1;
                 if (!by_number) {
@@ -128,10 +128,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
     const Walk& w = *p.walk;
     auto column = [&] { return Q::SPLIT > 1 ? w.column : 0; };
     for (int pass = 0;; ++pass) {
-        bool more =
-            find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, w.sequence, w.b, w.first, pass, p.places);
+        const bool found = find_places<typename C::F, C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, w.sequence, w.b,
+                                                                                          w.first, pass, p.places);
         find_statistics<C::ROWS, C::THREADS>(a, stream, w.sequence, w.b, w.h, p.places);
-        more = __syncthreads_or(more);
+        const bool more = __syncthreads_or(found);
+        // Until the walk is over: float32 has no register left for it.
+        if (C::RELATIVE && threadIdx.x == 0) p.walk->more = more;
         const T* query = plane_of<T>(stream.query, w.b, w.h, w.sequence.start);
         if constexpr (C::RELATIVE) {
             load_places<T, D, C::ROWS, C::THREADS>(p.content,
@@ -401,7 +403,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
             for (int m = 0; m < M; ++m) clear(content[m]);
             clear(position[0]);
         }
-        if (!C::RELATIVE || !more) return;
+        if (!C::RELATIVE || !w.more) return;
         __syncthreads();
     }
 }

@@ -19,11 +19,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_rows(const __grid
     const std::int64_t stride = static_cast<std::int64_t>(a.heads) * a.head_size;
     if (is_empty<C::RELATIVE, C::WINDOW>(stream, s, b, first)) return;
     if (threadIdx.x == 0) {
-        p.masks[0] = masks_of(a, stream, s, b, h);
+        find_masks<typename C::F>(a, stream, s, b, h, p.masks[0]);
         *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
     }
     for (int pass = 0;; ++pass) {
-        bool more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
+        bool more =
+            find_places<typename C::F, C::RELATIVE, C::WINDOW, C::THREADS>(a, stream, s, b, first, pass, p.places);
         more = __syncthreads_or(more);
         const T* dout = plane_of<T>(stream.dout, b, h, s.start);
         const T* out = like_query<T>(a, stream, stream.out, b, h, s.start);

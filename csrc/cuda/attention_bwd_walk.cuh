@@ -114,8 +114,8 @@ struct QueryWalk {
         const Stream& stream = a.stream[step.stream];
         const Sequence s = side.sequence(step);
         Place* found = places + buffer * C::BM;
-        const bool more = find_places<C::RELATIVE, C::BM, C::THREADS, true>(a, stream, s, step.sequence,
-                                                                            step.window * C::BM, step.pass, found);
+        const bool more = find_places<typename C::F, C::RELATIVE, C::BM, C::THREADS, true>(
+            a, stream, s, step.sequence, step.window * C::BM, step.pass, found);
         ask_statistics<C::BM, C::THREADS>(a, stream, s, step.sequence, h, found);
         return more;
     }

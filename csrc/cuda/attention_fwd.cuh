@@ -26,7 +26,8 @@ struct Walk {
     const std::int32_t* hidden;
     Sequence sequence;  // and which it is, which head, and the first position of the window
     int b, h, first;
-    int column;  // from which on a block has columns of the result, where it has a share of them
+    std::int16_t column;  // from which on a block has columns of the result, where it has a share of them
+    bool more;            // backward: further queries stand at the window's positions
 };
 constexpr std::size_t WALK_SIZE = (sizeof(Walk) + 15) / 16 * 16;
 
@@ -112,6 +113,7 @@ DEVICE Walk walk_of(const AttentionCall& a, const Sequence& s, const Masks& mask
     w.h = h;
     w.first = first;
     w.column = 0;
+    w.more = false;
     w.key = plane_of<T>(a.key, b, h, s.start);
     w.value = plane_of<T>(a.value, b, h, s.start);
     w.key_stride = a.key.row;
@@ -321,7 +323,7 @@ __global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
     for (int n = 0; n < C::STREAMS; ++n) empty = empty && is_empty<C::RELATIVE, C::WINDOW>(a.stream[n], s, b, first);
     if (empty) return;
     const bool by_number = a.stream[0].positions == nullptr;
-    if (threadIdx.x < C::STREAMS) p.masks[threadIdx.x] = masks_of(a, a.stream[threadIdx.x], s, b, h);
+    if (threadIdx.x < C::STREAMS) find_masks<typename C::F>(a, a.stream[threadIdx.x], s, b, h, p.masks[threadIdx.x]);
     if (threadIdx.x == 0) {
         *p.walk = walk_of<C>(a, s, p.masks[0], b, h, first, by_number);
         if constexpr (C::SPLIT) {
@@ -333,8 +335,8 @@ __global__ void __launch_bounds__(C::THREADS, blocks_at_a_time<C>())
         bool more = false;
 #pragma unroll
         for (int n = 0; n < C::STREAMS; ++n)
-            more = find_places<C::RELATIVE, C::WINDOW, C::THREADS>(a, a.stream[n], s, b, first, pass,
-                                                                   p.places + n * C::WINDOW) ||
+            more = find_places<typename C::F, C::RELATIVE, C::WINDOW, C::THREADS>(a, a.stream[n], s, b, first, pass,
+                                                                                  p.places + n * C::WINDOW) ||
                    more;
         if constexpr (C::RELATIVE)
             more = __syncthreads_or(more);
@@ -436,7 +438,7 @@ template <class T, int D, class F, bool RELATIVE, int STREAMS, bool SMALL>
 struct ForwardTileOf {
     static constexpr bool WIDE = sizeof(T) == 4, LONG = D > 64;
     // Masks and a second tile of queries together would not fit the registers.
-    static constexpr int M = RELATIVE ? STREAMS : WIDE || F::BITS != 0 ? 1 : 2;
+    static constexpr int M = RELATIVE ? STREAMS : WIDE || HIDES<F> || F::BIAS ? 1 : 2;
     static constexpr int BN = SMALL || STREAMS == 2 || (WIDE && LONG) ? 16 : RELATIVE || WIDE || LONG ? 32 : 64;
     static constexpr int WARPS = WIDE && LONG ? (SMALL ? 1 : 2) : 4;
     using Tile = WalkTile<T, D, F, RELATIVE, STREAMS, M, BN, WARPS>;

@@ -38,13 +38,14 @@ DEVICE int lower_bound(const std::int32_t* x, int count, int wanted) {
 }
 
 // The queries at positions first .. first + WINDOW - 1, 16 of each 16 positions in each pass; whether this thread knows
-// of more.  Without positions of their own there is one query at each.  RELATIVE: there may be positions, ranks and
-// segments.  ASKED: the statistics of queries that are there are asked for (ask_statistics), and left to that.
-template <bool RELATIVE, int WINDOW, int THREADS, bool ASKED = false>
+// of more.  Without positions of their own there is one query at each.  RELATIVE: there may be positions, and F
+// says whether ranks and segments.  ASKED: the statistics of queries that are there are asked for (ask_statistics), and
+// left to that.
+template <class F, bool RELATIVE, int WINDOW, int THREADS, bool ASKED = false>
 DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int first, int pass,
                         Place* places) {
-    const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
-    const std::int32_t* segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
+    [[maybe_unused]] const std::int32_t* rank = numbers_of(a, stream.rank, b, s.start, stream.rows);
+    [[maybe_unused]] const std::int32_t* segments = numbers_of(a, stream.segments, b, s.start, stream.rows);
     bool more = false;
     for (int r = static_cast<int>(threadIdx.x); r < WINDOW; r += THREADS) {
         Place place = {-1, first + r, 0, 0, 0, 0.0f, 0.0f, INFINITY_, 0.0f, 0.0f};
@@ -66,8 +67,8 @@ DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequ
         else
             place.mask_row = max(place.number, 0);
         if (RELATIVE && place.number >= 0) {
-            if (rank != nullptr) place.rank = rank[place.number];
-            if (segments != nullptr) place.segment = segments[place.number];
+            if (F::RANKS && rank != nullptr) place.rank = rank[place.number];
+            if (F::SEGMENTS && segments != nullptr) place.segment = segments[place.number];
         }
         if (!ASKED || place.number < 0) {
             places[r] = place;
@@ -75,9 +76,9 @@ DEVICE bool find_places(const AttentionCall& a, const Stream& stream, const Sequ
             Place& to = places[r];
             to.number = place.number;
             to.position = place.position;
-            to.mask_row = place.mask_row;
-            to.rank = place.rank;
-            to.segment = place.segment;
+            if (F::MASK || F::BIAS) to.mask_row = place.mask_row;
+            if (F::RANKS) to.rank = place.rank;
+            if (F::SEGMENTS) to.segment = place.segment;
         }
     }
     return more;

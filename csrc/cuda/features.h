@@ -21,6 +21,8 @@ constexpr unsigned UNIFORM_ROWS = 16;  // a row without any key averages over al
 constexpr unsigned SEGMENTS = 32;      // a term for keys of the row's own segment, and another for the rest
 constexpr unsigned DROPOUT = 64;
 constexpr unsigned ALL = 127;
+// Those that calls of an op may need.
+constexpr unsigned OF_ATTENTION = MASK | BIAS | RANKS | DROPOUT, OF_RELATIVE_ATTENTION = ALL & ~BIAS;
 }  // namespace feature
 
 template <unsigned FEATURES>
@@ -36,7 +38,9 @@ struct FeatureSet {
 struct Plain : FeatureSet<0> {};
 struct Dropped : FeatureSet<feature::DROPOUT> {};
 struct Segmented : FeatureSet<feature::SEGMENTS | feature::DROPOUT> {};
-struct Everything : FeatureSet<feature::ALL> {};
+// Whatever the op's calls may need.
+struct FullAttention : FeatureSet<feature::OF_ATTENTION> {};
+struct FullRelative : FeatureSet<feature::OF_RELATIVE_ATTENTION> {};
 
 // Whether more than lengths and the diagonal may hide keys.
 template <class F>
@@ -102,9 +106,13 @@ struct SetsOfOp {
     }
 };
 
-using SetsOfAttention = SetsOfOp<Plain, Everything>;
-using SetsOfRelativeAttention = SetsOfOp<Plain, Everything>;
-using SetsOfTwoStreamAttention = SetsOfRelativeAttention;
-static_assert(SetsOfAttention::suffice(feature::ALL) && SetsOfRelativeAttention::suffice(feature::ALL));
+// BERT's inference needs none of them, its training dropout; XLNet needs segments beside.
+using SetsOfAttention = SetsOfOp<Plain, Dropped, FullAttention>;
+using SetsOfRelativeAttention = SetsOfOp<Plain, Segmented, FullRelative>;
+// Without ranks or a mask the query stream would see what it is to predict.
+using SetsOfTwoStreamAttention = SetsOfOp<FullRelative>;
+static_assert(SetsOfAttention::suffice(feature::OF_ATTENTION));
+static_assert(SetsOfRelativeAttention::suffice(feature::OF_RELATIVE_ATTENTION));
+static_assert(SetsOfTwoStreamAttention::suffice(feature::OF_RELATIVE_ATTENTION));
 
 }  // namespace pyxlbert::cuda

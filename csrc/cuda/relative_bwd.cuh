@@ -66,7 +66,7 @@ struct TableSide {
         return min(all, ceil_div(max(readable(s) - origin(), 0), C::BM));
     }
     DEVICE void enter(const Step& step) const {
-        if (threadIdx.x == 0) masks() = masks_of(a, a.stream[step.stream], sequence(step), step.sequence, h);
+        if (threadIdx.x == 0) find_masks<F>(a, a.stream[step.stream], sequence(step), step.sequence, h, masks());
     }
     DEVICE void move() {
         keys.move(C::BM);

@@ -80,7 +80,8 @@ DEVICE Draws draws_of(const AttentionCall& a, const Stream& stream, int b, int h
             static_cast<std::uint32_t>(b * a.heads + h), stream.options.tag};
 }
 
-// What every element of a tile is asked for, with the sequence's share of each tensor.
+// What every element of a tile is asked for, with the sequence's share of each tensor; what a set of features does not
+// ask for is not there.
 struct Masks {
     const unsigned char* mask;
     std::int64_t mask_query, mask_key;
@@ -98,30 +99,35 @@ struct Masks {
 // They lie in shared memory, since they are the same for all threads and would take thirty registers.
 constexpr std::size_t MASKS_SIZE = (sizeof(Masks) + 15) / 16 * 16;
 
-DEVICE Masks masks_of(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h) {
-    Masks m;
-    m.mask = a.mask.data == nullptr
-                 ? nullptr
-                 : static_cast<const unsigned char*>(a.mask.data) + b * a.mask.batch + h * a.mask.head;
-    m.mask_query = a.mask.query;
-    m.mask_key = a.mask.key;
-    m.bias = a.bias.data;
-    m.bias_at = b * a.bias.batch + h * a.bias.head;
-    m.bias_query = a.bias.query;
-    m.bias_key = a.bias.key;
-    m.bias_dtype = a.bias_dtype;
-    m.key_rank = numbers_of(a, a.key_rank, b, s.start, a.keys);
-    m.key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
+template <class F>
+DEVICE void find_masks(const AttentionCall& a, const Stream& stream, const Sequence& s, int b, int h, Masks& m) {
+    if constexpr (F::MASK) {
+        m.mask = a.mask.data == nullptr
+                     ? nullptr
+                     : static_cast<const unsigned char*>(a.mask.data) + b * a.mask.batch + h * a.mask.head;
+        m.mask_query = a.mask.query;
+        m.mask_key = a.mask.key;
+    }
+    if constexpr (F::BIAS) {
+        m.bias = a.bias.data;
+        m.bias_at = b * a.bias.batch + h * a.bias.head;
+        m.bias_query = a.bias.query;
+        m.bias_key = a.bias.key;
+        m.bias_dtype = a.bias_dtype;
+    }
+    if constexpr (F::RANKS) m.key_rank = numbers_of(a, a.key_rank, b, s.start, a.keys);
+    if constexpr (F::SEGMENTS) m.key_segments = numbers_of(a, a.key_segments, b, s.start, a.keys);
+    if constexpr (F::UNIFORM_ROWS) m.uniform_rows = a.relative.uniform_rows;
+    if constexpr (F::SEE_SELF) m.see_self = stream.options.see_self;
     m.causal = a.options.causal;
-    m.uniform_rows = a.relative.uniform_rows;
-    m.see_self = stream.options.see_self;
     m.keys = s.keys;
     m.extent = s.extent;
     m.shift = s.shift;
     m.scale = a.options.scale;
-    m.drops = a.dropout.seed != nullptr;
-    m.draws = draws_of(a, stream, b, h);
-    return m;
+    if constexpr (F::DROPOUT) {
+        m.drops = a.dropout.seed != nullptr;
+        m.draws = draws_of(a, stream, b, h);
+    }
 }
 
 // A query of a window, in shared memory: a thread looks at two of them again and again, and registers are short.

@@ -312,6 +312,11 @@ SPEC = Spec(
             ),
             {Use.EMULATION: HALF},
         ),
+        Case(
+            "emulated, dropout",
+            Inputs(200, batch=1, head_size=64, layout="apart", lengths=(170,), unseen=True, dropout_p=0.2, seed=5),
+            {Use.EMULATION: HALF},
+        ),
         # A bias without a mask: tiles of which nothing is masked, and rows of theirs that are no queries.
         *(
             Case(

@@ -275,6 +275,20 @@ SPEC = Spec(
             ),
             {Use.EMULATION: HALF},
         ),
+        *(
+            Case(
+                f"emulated, {id}",
+                Inputs(
+                    200, batch=1, head_size=64, layout="apart", biases=biases, lengths=(170,), unseen=True, **options
+                ),
+                {Use.EMULATION: HALF},
+            )
+            for id, biases, options in (
+                ("segments", "uvse", {}),
+                ("dropout", "uv", {"dropout_p": 0.2, "seed": 5}),
+                ("segments, dropout", "uvse", {"dropout_p": 0.2, "seed": 5}),
+            )
+        ),
         Case(
             "emulated, split keys",
             Inputs(5, 1100, head_size=64, layout="apart", biases="uv", lengths=(1100, 700), unseen=True, offset=5),
