@@ -33,6 +33,10 @@ struct BackwardTileOf {
     static constexpr int BN = SMALL || (LONG && (WIDE || RELATIVE)) ? 16 : 32;
     static constexpr int WARPS = (WIDE && LONG ? 2 : 4) / (SMALL ? 2 : 1);
     using Tile = WalkTile<T, D, F, RELATIVE, 1, M, BN, WARPS>;
+    // What it reads of the queries serves twice as many keys where no masks take registers.  Of 99 KiB one block alone
+    // would find room.
+    static constexpr bool WIDENS = M == 2 && !ASKS_FIRST<F>;
+    using Wide = WalkTile<T, D, F, RELATIVE, 1, M, WIDENS ? 64 : BN, WARPS>;
     // `rows` reads memory and rarely walks: it takes the least room, so that many of its blocks share a multiprocessor.
     using Rows = WalkTile<T, D, F, RELATIVE, 1, 1, 16, WARPS>;
 };
@@ -47,10 +51,9 @@ constexpr std::size_t BACKWARD_ROOM = sizeof(T) == 2 && D <= 64                ?
 
 template <class T, int D, class F, bool RELATIVE, bool SMALL>
 void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
-    using W = typename BackwardTileOf<T, D, F, RELATIVE, SMALL>::Tile;
-    using R = typename BackwardTileOf<T, D, F, RELATIVE, SMALL>::Rows;
+    using Tiles = BackwardTileOf<T, D, F, RELATIVE, SMALL>;
+    using R = typename Tiles::Rows;
     constexpr std::size_t ROOM = BACKWARD_ROOM<T, D, SMALL, RELATIVE>;
-    static_assert(QueriesTile<W>::SHARED <= ROOM);
     const std::int64_t planes = static_cast<std::int64_t>(a.batch) * a.heads;
     for_each_stream(a, [&](const AttentionCall& one) {
         const std::int64_t windows = windows_of(one, one.stream[0], R::WINDOW);
@@ -70,11 +73,15 @@ void launch_attention_bwd_of(const AttentionCall& a, CudaStream stream) {
                                                          a);
         }
     }
-    for_each_stream(a, [&](const AttentionCall& one) {
-        if (one.stream[0].dquery == nullptr) return;
-        const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
+    with_tiles<Tiles::WIDENS>([&](auto small) {
+        using W = std::conditional_t<decltype(small)::value, typename Tiles::Tile, typename Tiles::Wide>;
         using Q = QueriesTile<W>;
-        launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);
+        static_assert(Q::SHARED <= ROOM);
+        for_each_stream(a, [&](const AttentionCall& one) {
+            if (one.stream[0].dquery == nullptr) return;
+            const std::int64_t windows = windows_of(one, one.stream[0], W::WINDOW);
+            launch<attention_bwd_queries<W>, Q::SHARED>(grid_of(windows * planes * Q::SPLIT), W::THREADS, stream, one);
+        });
     });
 }
 

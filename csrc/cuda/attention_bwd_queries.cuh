@@ -38,6 +38,9 @@ struct QueriesTile {
     // shared memory that is not in use yet, the bands' or the keys' and values'.
     static constexpr bool HELD = !C::WIDE && C::D <= 64;
     static constexpr std::size_t DOUT = C::ROWS * LD<C::D> * sizeof(T);
+    // A warp has the scores of all keys of a tile at once, and of so many the gradients: of 64 of both the registers
+    // would not be enough.
+    static constexpr int KEYS_AT_ONCE = C::BN < 64 ? C::BN : 16;
     static_assert(!HELD || (C::RELATIVE ? DOUT <= C::BANDS : C::ROWS <= 4 * C::BN));
     static_assert(C::M == 1 || !C::RELATIVE);
     static constexpr std::size_t DBAND = C::RELATIVE ? C::WARPS * 16 * BAND_LD * sizeof(T) : 0;
@@ -84,7 +87,9 @@ template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __grid_constant__ AttentionCall a) {
     using T = typename C::T;
     using Q = QueriesTile<C>;
-    constexpr int D = C::D, M = C::M, N = C::BN / 8, COLUMNS = Q::COLUMNS;
+    constexpr int D = C::D, M = C::M, N = C::BN / 8, P = Q::KEYS_AT_ONCE / 8, COLUMNS = Q::COLUMNS;
+    // What follows a tile's gradients has those of all its keys.
+    static_assert(P == N || !C::RELATIVE);
     const Stream& stream = a.stream[0];
     Pieces<C> p;
     T* douts = !Q::HELD      ? reinterpret_cast<T*>(shared_memory() + C::SHARED)
@@ -205,35 +210,46 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_bwd_queries(const __g
                 std::uint32_t seen[M];
                 const Tile tile = tile_at<C>(seen, lines, first_j, by_number);
                 if (tile != Tile::EMPTY) {
-                    float c[M][N][4], dp[M][N][4];
+                    float c[M][N][4], dp[M][P][4];
                     products_of_tile<C>(c, p, t, bands);
                     finish<C>(c, tile, seen, lines, first_j);
-#pragma unroll
-                    for (int m = 0; m < M; ++m) clear(dp[m]);
-                    if constexpr (Q::HELD)
-                        multiply_held_rows<T, D>(dp, held, p.values + t % 2 * C::KEYS);
-                    else
-                        multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + t % 2 * C::KEYS);
                     // Of this tile, or of all of them.
                     [[maybe_unused]] SegmentSums of_tile[2];
                     SegmentSums(&sums_of_row)[2] = Q::SEGMENTS > 0 ? of_tile : of_segments;
                     const bool drops = C::F::DROPOUT && p.masks[0].drops;
+                    std::uint32_t kept[M];
 #pragma unroll
-                    for (int m = 0; m < M; ++m) {
-                        const Place &upper = lines.line(m, 0), &lower = lines.line(m, 1);
-                        const std::uint32_t kept =
-                            drops ? kept_bits<N>(p.masks[0].draws, upper.number, lower.number, first_j) : ~0u;
-                        gradients_of_scores<N, false>(c[m], dp[m], upper, lower, kept, drops ? a.dropout.scale : 1.0f);
+                    for (int m = 0; m < M; ++m)
+                        kept[m] = drops ? kept_bits<N>(p.masks[0].draws, lines.line(m, 0).number,
+                                                       lines.line(m, 1).number, first_j)
+                                        : ~0u;
+#pragma unroll
+                    for (int n0 = 0; n0 < N; n0 += P) {
+                        // The compiler would move these products under those of the keys before, with their registers.
+                        if (n0 > 0) __syncwarp();
+                        const int tile_at = t % 2 * C::KEYS + n0 * 8 * LD<D>, part_j = first_j + n0 * 8;
+#pragma unroll
+                        for (int m = 0; m < M; ++m) clear(dp[m]);
+                        if constexpr (Q::HELD)
+                            multiply_held_rows<T, D>(dp, held, p.values + tile_at);
+                        else
+                            multiply_rows<T, D>(dp, douts + row * LD<D>, 0, p.values + tile_at);
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            const Place &upper = lines.line(m, 0), &lower = lines.line(m, 1);
+                            gradients_of_scores<P, false>(reinterpret_cast<float (&)[P][4]>(c[m][n0]), dp[m], upper,
+                                                          lower, kept[m] >> 4 * n0, drops ? a.dropout.scale : 1.0f);
+                        }
+                        if (segments)
+#pragma unroll
+                            for (int n = 0; n < P; ++n)
+#pragma unroll
+                                for (int e = 0; e < 4; ++e) sums_of_row[e / 2].total += dp[0][n][e];
+                        if constexpr (C::F::UNIFORM_ROWS)
+                            clear_constants<P>(dp[0], p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number,
+                                               part_j + t2, part_j + t2);
+                        multiply_scores<T, D>(content, dp, p.keys + tile_at + column());
                     }
-                    if (segments)
-#pragma unroll
-                        for (int n = 0; n < N; ++n)
-#pragma unroll
-                            for (int e = 0; e < 4; ++e) sums_of_row[e / 2].total += dp[0][n][e];
-                    if constexpr (C::F::UNIFORM_ROWS)
-                        clear_constants<N>(dp[0], p.masks[0], lines.line(0, 0).number, lines.line(0, 1).number,
-                                           first_j + t2, first_j + t2);
-                    multiply_scores<T, D>(content, dp, p.keys + t % 2 * C::KEYS + column());
                     if (segments) {
 #pragma unroll
                         for (int n = 0; n < N; ++n)

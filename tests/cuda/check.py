@@ -66,7 +66,7 @@ def architectures_of(name: str) -> tuple[str, ...]:
         # A kernel that stops anywhere else, or none at all.
         return (FULL,)
     small: tuple[str, ...] = ()
-    if name.startswith("relative_attention"):
+    if name.startswith("relative_attention") or name == "attention_bwd.bfloat16":
         small = tuple(SMALL)
     elif name.endswith((".bfloat16", ".float")):
         small = ("120",)

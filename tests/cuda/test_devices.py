@@ -84,3 +84,18 @@ def test_little_shared_memory(
     for number, (x, wanted) in enumerate(zip(ours, truth, strict=True)):
         error = float((x.double() - wanted).norm() / wanted.norm())
         assert error <= NORM[dtype], f"result {number} is off by {error:.3g}"
+
+
+@pytest.mark.skipif(not backends.cuda_is_emulated, reason="the shared memory of a device is what it is")
+@pytest.mark.parametrize("head_size", [32, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_wider_tiles_give_the_same_bits(head_size: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward meets 64 keys at a time where a block has room for them, else 32; products come in the same order."""
+    draw = torch.Generator().manual_seed(5)
+    given = {
+        n: torch.randn(2, k, 2, head_size, generator=draw) for n, k in (("query", 70), ("key", 201), ("value", 201))
+    }
+    given = {n: x.bfloat16() for n, x in given.items()} | {"key_lengths": torch.tensor([201, 90]), "causal": causal}
+    wide = results_of("attention", given, backend="cuda")
+    monkeypatch.setenv("CUDA_EMULATION_SHARED", str(99 * 1024))
+    assert all(map(torch.equal, wide, results_of("attention", given, backend="cuda")))
