@@ -14,7 +14,7 @@ import re
 import sys
 from typing import Any
 
-from pyxlbert.bench import ahead, tune
+from pyxlbert.bench import ahead, tiles
 
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 
@@ -40,18 +40,18 @@ def compared(architecture: int, base: int, head_size: int, dtype: str, every: bo
         # One launch of a key will do.
         return float("inf")
 
-    search = tune.Search(architecture, judge, run=False)
-    calls = list(tune.calls(head_size, tune.DTYPES[dtype], [(2, 512)], "cpu"))
+    search = tiles.Search(architecture, judge, run=False)
+    calls = list(tiles.calls(head_size, tiles.DTYPES[dtype], [(2, 512)], "cpu"))
     for key, asked in search.keys(calls).items():
         if every or (key.extras and (key.segments or not key.kernel.startswith("relative"))):
             card = configurations.Card(architecture, ahead.SHARED[architecture])
             usual = configurations.row_for(key.kernel, card, *key[2:])
-            search.cost(key, usual if every else tune.candidates(key.kernel, key.bytes)[-1], asked.calls, most=0.0)
+            search.cost(key, usual if every else tiles.candidates(key.kernel, key.bytes)[-1], asked.calls, most=0.0)
 
 
 def main(every: bool) -> None:
     for head_size in configurations.HEAD_SIZES if every else (64,):
-        for dtype in tune.DTYPES if every else ("bfloat16",):
+        for dtype in tiles.DTYPES if every else ("bfloat16",):
             for architecture, base in ahead.SAME_PTX.items():
                 compared(architecture, base, head_size, dtype, every)
 

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
+tiles = importlib.import_module("pyxlbert.bench.tiles")
 tune = importlib.import_module("pyxlbert.bench.tune")
 SOURCE = ROOT / "kernels" / "tiles.csv"
 HEAD = ",".join((*configurations.Key._fields, *configurations.Tile._fields)) + "\n"
@@ -71,7 +72,7 @@ def test_what_is_no_table_of_tiles_is_named(text: str, message: str, tmp_path) -
 
 def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
     for key, tile in configurations.TABLE.items():
-        found = tune.candidates(key.kernel, key.bytes)
+        found = tiles.candidates(key.kernel, key.bytes)
         assert tile in found, (key, tile)
         for one in found:
             assert one.num_warps <= 8 and (one.CARRY is None) == (key.kernel not in configurations.CARRYING)
@@ -81,10 +82,10 @@ def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
 
 def test_calls_ask_for_every_row_of_the_table() -> None:
     """In a search every kernel is met, with and without masks: what no call asks for would never be tuned."""
-    search = tune.Search(90, lambda *_: 0.0, run=False)
+    search = tiles.Search(90, lambda *_: 0.0, run=False)
     for head_size in (32, 64, 96, 128):
         for dtype in (torch.bfloat16, torch.float32):
-            met = set(search.keys(list(tune.calls(head_size, dtype, [(1, 32)], "cpu"))))
+            met = set(search.keys(list(tiles.calls(head_size, dtype, [(1, 32)], "cpu"))))
             wanted = {k for k in configurations.TABLE if (k.bytes, k.head_size) == (dtype.itemsize, head_size)}
             wanted = {key._replace(architecture=90) for key in wanted}
             # Every kernel has rows for 64 and 128; between and below them only those whose tiles spill there.  Calls
@@ -98,14 +99,14 @@ def test_calls_ask_for_every_row_of_the_table() -> None:
 
 def test_a_search_takes_the_cheapest(monkeypatch) -> None:
     """With a judge that is told what costs what."""
-    costs = {tile: 1.0 + place for place, tile in enumerate(reversed(tune.candidates("attention_fwd", 2)))}
+    costs = {tile: 1.0 + place for place, tile in enumerate(reversed(tiles.candidates("attention_fwd", 2)))}
 
     def judge(kernel, grid, arguments, options) -> float | None:
         tile = tune.Tile(*(options[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
         return costs[tile] if tile.num_stages < 3 else None
 
-    search = tune.Search(90, judge, run=False)
-    calls = list(tune.calls(64, torch.bfloat16, [(1, 32)], "cpu"))
+    search = tiles.Search(90, judge, run=False)
+    calls = list(tiles.calls(64, torch.bfloat16, [(1, 32)], "cpu"))
     key = tune.Key("attention_fwd", 90, 2, 64, False)
     for tile, cost in costs.items():
         wanted = None if tile.num_stages == 3 else 3 * cost
@@ -139,9 +140,9 @@ def test_a_search_that_was_ended_goes_on_where_it_was(monkeypatch, tmp_path) -> 
         return 0.0 if options["num_warps"] == 8 else 4.0
 
     watch(judge, monkeypatch)
-    usual = tune.source_of
+    usual = tiles.source_of
     monkeypatch.setattr(
-        tune, "source_of", lambda kernel, *rest: usual(kernel, *rest) + sources.get(kernel.__name__, "")
+        tiles, "source_of", lambda kernel, *rest: usual(kernel, *rest) + sources.get(kernel.__name__, "")
     )
     assert tune.main(command) == 0
     whole, needed = table.read_text(encoding="utf-8"), list(compiled)
@@ -189,7 +190,7 @@ def test_mending_leaves_alone_what_needs_no_spills(mend: bool, monkeypatch, caps
     spilling, *others = (tune.Key("relative_bwd_rows", 90, 4, 64, *kind) for kind in kinds)
     card = configurations.Card(90, 227 * 1024)
     before = {key: configurations.row_for(key.kernel, card, *key[2:]) for key in (spilling, *others)}
-    candidates = tune.candidates(spilling.kernel, 4)
+    candidates = tiles.candidates(spilling.kernel, 4)
     assert before[spilling] not in [before[key] for key in others] and candidates[0] not in before.values()
 
     compiled = []
@@ -228,17 +229,17 @@ def test_a_mended_row_changes_no_key_that_holds(monkeypatch, tmp_path) -> None:
         return 8.0 if key == spilling and tile == before else 0.0
 
     watch(None, monkeypatch)
-    monkeypatch.setattr(tune.Search, "cost", cost)
+    monkeypatch.setattr(tiles.Search, "cost", cost)
     path = tmp_path / "table.csv"
     spilling = tune.Key("relative_bwd_table", 86, 4, 128, False, True)
     plain = spilling._replace(segments=False)
-    search = tune.Search(86, None, run=False)
+    search = tiles.Search(86, None, run=False)
     before = search.row(spilling)
-    assert search.row(plain) == before != tune.candidates(spilling.kernel, 4)[0]
+    assert search.row(plain) == before != tiles.candidates(spilling.kernel, 4)[0]
     shutil.copy(SOURCE, path)
     options = ["--compile", "86", "--only", spilling.kernel, "--head-sizes", "128", "96", "--dtypes", "float32"]
     assert tune.main([*options, "--mend", "--write", str(path), "--state", str(tmp_path / "state.json")]) == 0
-    best = tune.candidates(spilling.kernel, 4)[0]
+    best = tiles.candidates(spilling.kernel, 4)[0]
     search.table = configurations.read_table(path)
     assert (search.row(spilling), search.row(plain)) == (best, before)
     # Heads of 96 are asked with what was found for 128.

@@ -26,7 +26,7 @@ class Use(enum.Enum):
     HOPPER = "tests/emulation as Hopper's kernels"
     AHEAD = "tests/kernels/compile_ahead.py"
     AHEAD_ALL = "tests/kernels/compile_ahead.py --all"
-    TILES = "bench/tune.py, at sizes and in dtypes of its own"
+    TILES = "bench/tiles.py, at sizes and in dtypes of its own"
     RACE = "a race on the CPU"
     LENGTHS = "bench/lengths.py"
     HOST = "a race of small calls on a GPU: what a call costs on the host"
