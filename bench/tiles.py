@@ -97,7 +97,13 @@ def candidates(kernel: str, size: int) -> list[Tile]:
         forward = kernel in ("relative_fwd", "relative_bwd_rows")
         found = CANDIDATES["relative_fwd" if forward else "relative_bwd", 2]
     registers = (255, None) if size == 4 or kernel == "relative_bwd_table" else (255,)
-    return [tile._replace(CARRY=carry, maxnreg=most) for tile in found for carry in carries for most in registers]
+    usual = [tile._replace(CARRY=carry, maxnreg=most) for tile in found for carry in carries for most in registers]
+    if size == 2 or kernel not in configurations.RENEWING:
+        return usual
+    # Last, since they compute more: the small tiles, with what leaves more registers free.
+    small = [tile._replace(FRESH=True) for tile in usual if (tile.BLOCK_M, tile.BLOCK_N, tile.num_warps) == (16, 16, 8)]
+    halved = [tile._replace(PIECES=2) for tile in small] if kernel in configurations.CUTTING else []
+    return usual + small + halved
 
 
 def calls(head_size: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]], device: str) -> Iterator[Call]:

@@ -26,6 +26,11 @@ class Tile(NamedTuple):
     CARRY, where a kernel has that choice: whether one tile's products with the band are kept for the next.  maxnreg:
     the registers that a thread may have.  255 are all there are; told nothing ptxas takes what it thinks best, and
     spills a few of them to let one more block run beside, or needs fewer and spills none.
+
+    FRESH and PIECES are for kernels that spill otherwise (`RENEWING`, `CUTTING`), and None for all others.  FRESH: the
+    addresses of rows are computed anew for every tile, instead of once, to be kept in registers (see `unknown_zero`).
+    PIECES: into how many pieces long rows of float32 are cut that meet keys and values, 2 or 4; None: as the kernel
+    does by itself.
     """
 
     BLOCK_M: int
@@ -34,6 +39,8 @@ class Tile(NamedTuple):
     num_stages: int
     CARRY: bool | None = None
     maxnreg: int | None = 255
+    FRESH: bool | None = None
+    PIECES: int | None = None
 
     def constants(self) -> dict[str, int | bool]:
         """What is given to the kernel, and to the compiler."""
@@ -112,6 +119,9 @@ CARRYING = tuple(
     for kernel in ("fwd", "bwd_queries", "bwd_queries_table")
     for positions in ("", "_positions")
 )
+# Those that can compute addresses anew, and those that can cut rows into another number of pieces.
+CUTTING = tuple(kernel for kernel in CARRYING if not kernel.startswith("relative_fwd"))
+RENEWING = ("relative_bwd_keys", "relative_bwd_keys_positions", *CUTTING)
 
 
 def configuration(kernel: str, query: Tensor, extras: bool, segments: bool = False) -> Tile:

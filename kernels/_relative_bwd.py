@@ -40,7 +40,7 @@ from ._relative_scores import (
     readable_keys,
     tile_scores,
 )
-from ._skew import Matrix, load_seen, mixed, rotated, skewed
+from ._skew import Matrix, load_seen, mixed, rotated, skewed, unknown_zero
 
 
 @triton.jit
@@ -112,6 +112,7 @@ def bwd_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FRESH: tl.constexpr = False,
 ):
     """dkey and dvalue of BLOCK_N keys."""
     call = typed(call)
@@ -135,6 +136,7 @@ def bwd_keys(
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         j = first_j + tl.arange(0, BLOCK_N)[None, :]
         low = 0
+        zero = 0
         if OPTIONS.causal and not OPTIONS.uniform_rows and IN_ORDER:
             low = tl.maximum(first_j - at.shift, 0) // BLOCK_M * BLOCK_M
         for first_i in range(low, tl.where(first_j < readable, at.queries, 0), BLOCK_M):
@@ -145,14 +147,20 @@ def bwd_keys(
             whole = is_whole(call, at, lines, first_j, j, OPTIONS, BLOCK_M, BLOCK_N)
             if SPARSE:
                 live, whole = classes(call, at, lines, first_j, j, lse > 0.5 * UNIFORM_SCORE, OPTIONS, BLOCK_M, BLOCK_N)
+            near_keys, near_band = keys, band
+            if FRESH:
+                zero = unknown_zero(zero, first_i)
+                near_keys = Matrix(keys.base, keys.stride + zero, keys.count, keys.rank)
+                near_band = Matrix(band.base, band.stride + zero, band.count, band.rank)
             if live:
                 queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
                 delta, lse_correction = load_delta(saved, at, row)
                 do = load_douts(dout, at, first_i, lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
-                k = load_seen(keys, first_j, BLOCK_N, D, BLOCK_D)
+                k = load_seen(near_keys, first_j, BLOCK_N, D, BLOCK_D)
                 s = skewed(
-                    queries.position, band, number(call.table.offset) + first_j - lines.top, lines.top - lines.position,
-                    lines.top - lines.bottom, IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+                    queries.position, near_band, number(call.table.offset) + first_j - lines.top,
+                    lines.top - lines.position, lines.top - lines.bottom,
+                    IN_ORDER, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION)
                 p = weights_of(s, lse[:, None], lse_correction[:, None])

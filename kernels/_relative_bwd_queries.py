@@ -36,7 +36,7 @@ from ._relative_scores import (
     readable_keys,
     tile_scores,
 )
-from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unskewed
+from ._skew import Matrix, add_band, add_block, load_seen, products, rolled, skewed, unknown_zero, unskewed
 
 
 class Known(NamedTuple):
@@ -100,6 +100,8 @@ def bwd_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CARRY: tl.constexpr,
+    FRESH: tl.constexpr = False,
+    PIECES: tl.constexpr = None,
 ):
     """dquery of BLOCK_M queries, and what they add to the gradients of the biases and of the segment embedding.
 
@@ -125,7 +127,7 @@ def bwd_queries(
         known = load_known(saved, at, first_i, BLOCK_M)
         dq_content, dq_position, sums = walk_keys(
             call, at, lines, queries, known, dout, Matrices(keys, values, band, dband),
-            OPTIONS, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, CARRY,
+            OPTIONS, PRECISION, D, BLOCK_N, CARRY, FRESH, PIECES,
         )  # fmt: skip
         if call.marks.key_segments is not None:
             sums = without_error(sums, OPTIONS)
@@ -167,23 +169,27 @@ def no_sums(BLOCK_M: tl.constexpr):
 @triton.jit
 def walk_keys(
     call, at, lines, queries, known, dout, matrices, OPTIONS: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CARRY: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, CARRY: tl.constexpr, FRESH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_M queries by way of content and of position, each `[M, BLOCK_D]`, and `Sums`.
 
     For every tile of keys its scores s are computed again, from them the weights p and with dout the gradients g, which
     go to the keys' rows for content and to the band's for position.
     """
+    BLOCK_M: tl.constexpr = queries.content.shape[0]
+    BLOCK_D: tl.constexpr = queries.content.shape[1]
     SPARSE: tl.constexpr = (call.marks.key_rank is not None) or (call.mask.tensor is not None)
     ROLLED: tl.constexpr = CARRY and call.marks.positions is None
     # Long rows of float32 do not leave room for everything: where that spilled, `do` is loaded again for each tile.
     LONG: tl.constexpr = PRECISION == "ieee" and call.query.tensor.dtype.element_ty == tl.float32 and D > 64
     RELOAD: tl.constexpr = LONG and ((call.marks.positions is None) or SPARSE or (call.dropout.seed is not None))
     MUCH: tl.constexpr = (call.marks.key_segments is not None) and (SPARSE or (call.dropout.seed is not None))
-    PIECES: tl.constexpr = 4 if MUCH or (call.marks.positions is not None) else 2
+    USUAL: tl.constexpr = 4 if MUCH or (call.marks.positions is not None) else 2
+    CUT: tl.constexpr = USUAL if PIECES is None else PIECES
     dq_content = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq_position = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = no_sums(BLOCK_M)
+    zero = 0
     if not RELOAD:
         do = load_douts(dout, at, lines.first, known.lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
     moved = lines.top - lines.position
@@ -195,23 +201,33 @@ def walk_keys(
         if SPARSE:
             settled = known.lse > 0.5 * UNIFORM_SCORE
             live, whole = classes(call, at, lines, first_j, j, settled, OPTIONS, BLOCK_M, BLOCK_N)
+        near = matrices
+        if FRESH:
+            zero = unknown_zero(zero, first_j)
+            key, value, band = matrices.key, matrices.value, matrices.band
+            near = Matrices(
+                Matrix(key.base, key.stride + zero, key.count, key.rank),
+                Matrix(value.base, value.stride + zero, value.count, value.rank),
+                Matrix(band.base, band.stride + zero, band.count, band.rank),
+                matrices.dband,
+            )
         if live:
-            k = load_seen(matrices.key, first_j, BLOCK_N, D, BLOCK_D)
+            k = load_seen(near.key, first_j, BLOCK_N, D, BLOCK_D)
             s, carried = position_scores(
-                call, lines, queries, matrices, carried, first_j, moved,
+                call, lines, queries, near, carried, first_j, moved,
                 SPARSE, ROLLED, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION, PIECES)
+            s = tile_scores(call, at, s, queries.content, k, queries, lines, j, whole, OPTIONS, PRECISION, CUT)
             p = weights_of(s, known.lse[:, None], known.lse_correction[:, None])
-            v = load_seen(matrices.value, first_j, BLOCK_N, D, BLOCK_D)
+            v = load_seen(near.value, first_j, BLOCK_N, D, BLOCK_D)
             if RELOAD:
                 do = load_douts(dout, at, lines.first, known.lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
             g, sums = tile_gradients(
-                call, at, p, do, v, lines, queries, known.delta, sums, first_j, j, OPTIONS, PRECISION, PIECES, BLOCK_N
+                call, at, p, do, v, lines, queries, known.delta, sums, first_j, j, OPTIONS, PRECISION, CUT, BLOCK_N
             )
             dq_content = add_product(g.to(k.dtype), k, dq_content, PRECISION)
             dq_position, carried = add_positions(
-                call, dq_position, carried, g, lines, queries, matrices, first_j, moved,
+                call, dq_position, carried, g, lines, queries, near, first_j, moved,
                 SPARSE, ROLLED, PRECISION, D, BLOCK_D,
             )  # fmt: skip
     if ROLLED:

@@ -86,6 +86,17 @@ def load_seen(matrix, first, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def unknown_zero(zero, step):
+    """0, which no compiler knows to be one: the zero of the turn before, in a loop over steps from 0 up.
+
+    A stride to which it is added is another one in every turn, as far as a compiler can see.  So what follows from the
+    stride, the place of every row that a thread reads, is computed where it is used.  Otherwise it is taken out of the
+    loop, and lies in some twenty registers while products need them.  16 divides it, so that loads stay as wide.
+    """
+    return tl.multiple_of(tl.minimum(zero, step), 16)
+
+
+@triton.jit
 def products(
     x, matrix, first, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

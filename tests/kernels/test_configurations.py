@@ -84,3 +84,5 @@ def test_tiles_are_what_the_kernels_can_do() -> None:
         if key.kernel.startswith("relative") and not key.kernel.endswith("_positions"):
             assert tile.BLOCK_M <= tile.BLOCK_N
         assert (tile.CARRY is not None) == (key.kernel in configurations.CARRYING)
+        assert tile.FRESH in (None, True) and (tile.FRESH is None or key.kernel in configurations.RENEWING)
+        assert tile.PIECES in (None, 2, 4) and (tile.PIECES is None or key.kernel in configurations.CUTTING)

@@ -113,9 +113,13 @@ TILES = {
 }
 
 
-def use_tile(monkeypatch: pytest.MonkeyPatch, tile: configurations.Tile, carry: bool) -> None:
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: configurations.Tile, carry: bool, **choices: int) -> None:
+    """This tile for every kernel; of the other choices each where a kernel has it."""
+    having = {"CARRY": configurations.CARRYING, "FRESH": configurations.RENEWING, "PIECES": configurations.CUTTING}
+
     def configuration(kernel: str, query: Tensor, extras: bool, segments: bool = False) -> configurations.Tile:
-        return tile._replace(CARRY=carry if kernel in configurations.CARRYING else None)
+        given = {"CARRY": carry} | choices
+        return tile._replace(**{name: value for name, value in given.items() if kernel in having[name]})
 
     for module in (relative, attention):
         monkeypatch.setattr(module, "configuration", configuration)
@@ -166,6 +170,60 @@ def test_relative_attention_in_tiles_of_other_sizes(
         return pyxlbert.relative_attention(q, k, v, table, **given, **options)
 
     agree(gradients(call, [q, k, v, table]), gradients(call, [q, k, v, table], backend="torch"))
+
+
+@pytest.mark.parametrize(
+    ("tile", "kind", "head_size"),
+    [
+        ("16x16", "plain", 16),
+        ("16x16", "ranks, carried", 16),
+        ("16x64", "places", 16),
+        ("16x16", "plain", 96),
+        ("16x16", "positions", 96),
+    ],
+)
+def test_relative_attention_with_addresses_computed_anew(tile: str, kind: str, head_size: int, monkeypatch) -> None:
+    """The bits stay: an address is another only if what no compiler knows to be zero were none."""
+    usual = TILES[tile]
+    q, k, v, table, given = problem(kind, 3 * usual.BLOCK_N + 11, head_size)
+    # The term of segments, and sequences that end inside of tiles.
+    t = q.shape[1]
+    segments = (torch.arange(t, device=DEVICE) // 20 % 2).int().expand(2, t)
+    given |= {"query_segments": segments, "key_segments": segments, "segment_embedding": randn(2, 1, head_size, seed=6)}
+    given |= {"segment_bias": randn(1, head_size, seed=7), "dropout_p": 0.2, "seed": 5}
+    given |= {"key_lengths": torch.tensor([t, t // 2], device=DEVICE, dtype=torch.int32)}
+    launched = []
+    launch = relative.launch
+
+    def watched(kernel, *arguments, **options) -> None:
+        launched.append((kernel, options.get("FRESH"), options.get("PIECES")))
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(relative, "launch", watched)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **options) -> Tensor:
+        return pyxlbert.relative_attention(q, k, v, table, **given, **options)
+
+    def found(**choices) -> list[list[Tensor]]:
+        use_tile(monkeypatch, usual, "carried" in kind, **choices)
+        launched.clear()
+        results = [gradients(call, [q, k, v, table])]
+        if head_size <= 64:
+            with pyxlbert.allow_atomics():
+                results.append(gradients(call, [q, k, v, table]))
+        return results
+
+    before = found()
+    assert {(fresh, pieces) for _, fresh, pieces in launched} == {(None, None)}
+    same = found(FRESH=True)
+    assert {kernel for kernel, fresh, _ in launched if fresh} == {relative.bwd_keys, relative.bwd_queries}
+    for one, other in zip(before, same, strict=True):
+        assert all(map(torch.equal, one, other))
+    # Sums over columns in another order are near.
+    halved = found(FRESH=True, PIECES=2)
+    assert {kernel for kernel, _, pieces in launched if pieces} == {relative.bwd_queries}
+    for one, other in zip(before, halved, strict=True):
+        agree(one, other)
 
 
 def problem(kind: str, t: int, head_size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:

@@ -33,9 +33,9 @@ def test_rows_that_say_what_an_older_architecture_says_are_left_out(tmp_path) ->
     tune.write_table(path, dict(zip(keys, (one, one, other, third), strict=True)))
     assert path.read_text(encoding="utf-8") == (
         f"{HEAD}"
-        "relative_fwd,80,2,64,False,False,64,64,4,2,,255\n"
-        "relative_fwd,100,2,64,False,False,32,64,4,1,False,255\n"
-        "relative_fwd,120,2,64,False,False,64,64,4,2,,\n"
+        "relative_fwd,80,2,64,False,False,64,64,4,2,,255,,\n"
+        "relative_fwd,100,2,64,False,False,32,64,4,1,False,255,,\n"
+        "relative_fwd,120,2,64,False,False,64,64,4,2,,,,\n"
     )
     # Nor are those for calls without segments that say what those with them say.
     keys = [
@@ -43,11 +43,13 @@ def test_rows_that_say_what_an_older_architecture_says_are_left_out(tmp_path) ->
     ]
     tune.write_table(path, dict(zip(keys, (one, one, other), strict=True)))
     assert path.read_text(encoding="utf-8") == (
-        f"{HEAD}relative_fwd,80,2,64,False,True,64,64,4,2,,255\nrelative_fwd,90,2,64,False,False,32,64,4,1,False,255\n"
+        f"{HEAD}"
+        "relative_fwd,80,2,64,False,True,64,64,4,2,,255,,\n"
+        "relative_fwd,90,2,64,False,False,32,64,4,1,False,255,,\n"
     )
 
 
-ROW = "relative_fwd,80,2,64,False,True,64,64,4,2,,255\n"
+ROW = "relative_fwd,80,2,64,False,True,64,64,4,2,,255,,\n"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ ROW = "relative_fwd,80,2,64,False,True,64,64,4,2,,255\n"
         (ROW, "got no table of tiles, wanted kernel,architecture,"),
         (f"{HEAD}{ROW}{ROW}", "line 3: got a second row for ('relative_fwd', 80, 2, 64, False, True)"),
         (f"{HEAD}relative_fwd,80,2,64\n", "line 2: got relative_fwd,80,2,64, which is no row of tiles"),
-        (f"{HEAD}{ROW.strip()},1\n", "line 2: got relative_fwd,80,2,64,False,True,64,64,4,2,,255,1, which is no row"),
+        (f"{HEAD}{ROW.strip()},1\n", "line 2: got relative_fwd,80,2,64,False,True,64,64,4,2,,255,,,1, which is no row"),
         (f"{HEAD}{ROW.replace('80', 'ada')}", "line 2: got relative_fwd,ada,2,64,"),
         (f"{HEAD}\n", "line 2: got nothing, wanted a row of tiles"),
     ],
@@ -76,6 +78,8 @@ def test_candidates_are_tiles_that_the_kernels_can_do() -> None:
         assert tile in found, (key, tile)
         for one in found:
             assert one.num_warps <= 8 and (one.CARRY is None) == (key.kernel not in configurations.CARRYING)
+            assert one.FRESH is None or key.kernel in configurations.RENEWING
+            assert one.PIECES is None or key.kernel in configurations.CUTTING
             if key.kernel.startswith("relative") and not key.kernel.endswith("_positions"):
                 assert one.BLOCK_M <= one.BLOCK_N
 
