@@ -125,10 +125,15 @@ def bwd_queries(
         lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         queries = load_queries(call, at, lines, D, BLOCK_D, BLOCK_M)
         known = load_known(saved, at, first_i, BLOCK_M)
-        dq_content, dq_position, sums = walk_keys(
+        dq_content, dq_position, sums, zero = walk_keys(
             call, at, lines, queries, known, dout, Matrices(keys, values, band, dband),
             OPTIONS, PRECISION, D, BLOCK_N, CARRY, FRESH, PIECES,
         )  # fmt: skip
+        if FRESH:
+            # The places of what is stored, too, are computed behind the loop, and not carried through it.
+            at = opened(call.sizes, plane + zero)
+            first_i += zero
+            lines = query_lines(call, at, first_i, OPTIONS, BLOCK_M)
         if call.marks.key_segments is not None:
             sums = without_error(sums, OPTIONS)
         dq_segment = segment_gradients(call, at, sums, D, BLOCK_D)
@@ -171,7 +176,8 @@ def walk_keys(
     call, at, lines, queries, known, dout, matrices, OPTIONS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, CARRY: tl.constexpr, FRESH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_M queries by way of content and of position, each `[M, BLOCK_D]`, and `Sums`.
+    """The gradients of BLOCK_M queries by way of content and of position, each `[M, BLOCK_D]`, `Sums`, and a zero:
+    with FRESH an `unknown_zero`.
 
     For every tile of keys its scores s are computed again, from them the weights p and with dout the gradients g, which
     go to the keys' rows for content and to the band's for position.
@@ -201,9 +207,10 @@ def walk_keys(
         if SPARSE:
             settled = known.lse > 0.5 * UNIFORM_SCORE
             live, whole = classes(call, at, lines, first_j, j, settled, OPTIONS, BLOCK_M, BLOCK_N)
-        near = matrices
+        near, first_i = matrices, lines.first
         if FRESH:
             zero = unknown_zero(zero, first_j)
+            first_i += zero
             key, value, band = matrices.key, matrices.value, matrices.band
             near = Matrices(
                 Matrix(key.base, key.stride + zero, key.count, key.rank),
@@ -221,7 +228,7 @@ def walk_keys(
             p = weights_of(s, known.lse[:, None], known.lse_correction[:, None])
             v = load_seen(near.value, first_j, BLOCK_N, D, BLOCK_D)
             if RELOAD:
-                do = load_douts(dout, at, lines.first, known.lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
+                do = load_douts(dout, at, first_i, known.lse, OPTIONS.empty, BLOCK_M, D, BLOCK_D)
             g, sums = tile_gradients(
                 call, at, p, do, v, lines, queries, known.delta, sums, first_j, j, OPTIONS, PRECISION, CUT, BLOCK_N
             )
@@ -235,7 +242,7 @@ def walk_keys(
             dq_position, carried.gradients, queries.position, matrices.band, matrices.dband,
             number(call.table.offset) + carried.first_j - lines.top, PRECISION, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
-    return dq_content, dq_position, sums
+    return dq_content, dq_position, sums, zero
 
 
 @triton.jit
