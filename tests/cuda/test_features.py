@@ -183,6 +183,20 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("op", "features"), CASES, ids=[f"{op}, {', '.join(f) or 'plain'}" for op, f in CASES])
 def test_every_combination(op: str, features: tuple[str, ...], dtype: torch.dtype) -> None:
+    _check(op, features, dtype)
+
+
+@pytest.mark.skipif(not backends.cuda_is_emulated, reason="Hopper's path begins at 128 queries, here at one")
+@pytest.mark.parametrize(("op", "features"), CASES, ids=[f"{op}, {', '.join(f) or 'plain'}" for op, f in CASES])
+def test_hopper_leaves_what_its_kernel_lacks(
+    op: str, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel is compiled for one set of features: other calls take the kernels of every device."""
+    monkeypatch.setenv("CUDA_EMULATION_HOPPER", "1")
+    _check(op, features, torch.bfloat16)
+
+
+def _check(op: str, features: tuple[str, ...], dtype: torch.dtype) -> None:
     """out and all gradients are those of plain PyTorch in float64."""
     spec, case = SPECS[op], _case(op, features)
     arguments = spec.arguments(case, torch.Generator().manual_seed(3), dtype, torch.device("cpu"))
