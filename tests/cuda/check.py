@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -36,6 +37,11 @@ ARCHITECTURES = ("80", FULL, "100")
 SMALL = {"86": "80", "120": "120"}
 # By their first letters, the longest first; those of SHARED wait for shared memory.
 SHARED = ("LDSM", "LDS", "STSM", "STS")
+# Of the environment: options that nvcc takes beside those of its command, and where headers are looked for.
+VARIABLES = (
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"),
+)
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", *SHARED, "LDG.E.128", "STG.E.128", "LDL", "STL")
 
 
@@ -120,7 +126,7 @@ def sources_of(name: str) -> list[Path]:
 def called_with(name: str) -> list[str]:
     """What else the compiler is told, and which one it is."""
     options = {architecture: _options(name, architecture) for architecture in architectures_of(name)}
-    return [FLAGS, *(f"{one}: {_code(one)} {words}" for one, words in options.items()), _version()]
+    return [FLAGS, *(f"{one}: {_code(one)} {words}" for one, words in options.items()), _version(), *_told()]
 
 
 def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, dict[str, Any]]:
@@ -130,7 +136,7 @@ def _compiled(name: str, options: str, architectures: list[str]) -> dict[str, di
         *(*map(_code, architectures), "-c", str(source)),
     ]
     key = hashlib.sha256(
-        json.dumps([command, INSTRUCTIONS, _version(), _headers(), source.read_text()]).encode()
+        json.dumps([command, INSTRUCTIONS, _version(), _told(), _headers(), source.read_text()]).encode()
     ).hexdigest()
     kept = BUILD / f"{name}.{architectures[0]}.json"
     if kept.exists():
@@ -183,7 +189,26 @@ def _code(architecture: str) -> str:
 
 @functools.cache
 def _version() -> str:
-    return subprocess.run([nvcc.find().nvcc, "--version"], capture_output=True, text=True).stdout
+    """Of nvcc, of the ptxas beside it, which may be another's, and of the headers."""
+    toolkit = nvcc.find()
+    home = _home(toolkit.nvcc)
+    said = [
+        subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+        for tool in (toolkit.nvcc, str(home / "ptxas"))
+    ]
+    return "".join([*said, nvcc.named(toolkit.version)])
+
+
+def _home(compiler: str) -> Path:
+    """The folder of the programs that nvcc calls; nvcc itself may be a script that calls another."""
+    command = [compiler, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)[1]) / "bin"
+
+
+def _told() -> list[str]:
+    """What decides beside the command: variables that nvcc and its preprocessor read, and who counts instructions."""
+    return [*(f"{name}={os.environ.get(name, '')}" for name in VARIABLES), importlib.metadata.version("triton")]
 
 
 def _header_files() -> list[Path]:

@@ -52,6 +52,26 @@ def digest(name: str) -> str:
 
 
 @needs_nvcc
+@pytest.mark.parametrize("variable", check.VARIABLES)
+def test_a_digest_is_of_the_environment_too(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvcc reads options there: -Xptxas=-O1 makes other code of the same command."""
+    monkeypatch.delenv(variable, raising=False)
+    before = digest("rows")
+    monkeypatch.setenv(variable, "-Xptxas=-O1")
+    assert digest("rows") != before
+
+
+@needs_nvcc
+def test_what_is_kept_is_of_the_environment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "BUILD", tmp_path)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
+    before = check.compiled("rows")
+    assert check.compiled("rows") == before
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=-O1")
+    assert check.compiled("rows") != before
+
+
+@needs_nvcc
 @pytest.mark.parametrize("name", check.units())
 def test_kernels_compile(name: str) -> None:
     if name != ALWAYS and compiled.passed(f"cuda {name}", digest(name)):
