@@ -5,6 +5,7 @@ See compiled.py for what need not be compiled again.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import itertools
@@ -20,6 +21,9 @@ import pytest
 import torch
 import triton
 from pyxlbert.bench.ahead import SAME_PTX, SHARED
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 
 from pyxlbert.backends import OPS
 from pyxlbert.testing.specs import SPECS
@@ -78,10 +82,52 @@ def test_the_covering_set_meets_every_architecture() -> None:
 
 def digest() -> str:
     """Of all that decides what is compiled, how, and what is asked of it: kernels, their launchers, ops and cases."""
-    files = [*(ROOT / "kernels").glob("*"), *(ROOT / "bench").glob("*.py"), *Path(__file__).parent.glob("*.py")]
-    for folder in ("backends", "ops", "testing/specs"):
-        files += (ROOT / "pyxlbert" / folder).glob("*.py")
-    return compiled.digest((path for path in files if path.is_file()), triton.__version__, torch.__version__)
+    knobs = json.dumps(get_cache_invalidating_env_vars(), sort_keys=True)
+    ptxas = make_backend(GPUTarget("cuda", 90, 32)).hash()
+    return compiled.digest(files(), triton.__version__, torch.__version__, knobs, ptxas)
+
+
+def files() -> list[Path]:
+    """Those that a digest is of."""
+    found = [*(ROOT / "kernels").glob("*"), *(ROOT / "bench").glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    for folder in ("backends", "launch", "ops", "testing", "testing/specs"):
+        found += (ROOT / "pyxlbert" / folder).glob("*.py")
+    return [path for path in found if path.is_file()]
+
+
+def test_a_digest_is_of_all_that_kernels_import() -> None:
+    known = set(files())
+    folders = (ROOT / "kernels", ROOT / "pyxlbert" / "launch", ROOT / "pyxlbert" / "testing" / "specs")
+    sources = [path for folder in (*folders, Path(__file__).parent) for path in folder.glob("*.py")]
+    missing = {str(path) for source in sources for path in imported(source) if path not in known}
+    # Beside the point: the package itself, and the definitions that results are held to.
+    beside = {str(ROOT / "pyxlbert" / "__init__.py")} | {str(x) for x in (ROOT / "pyxlbert/reference").glob("*.py")}
+    assert not missing - beside
+
+
+def imported(source: Path) -> set[Path]:
+    """The project's files that a file imports by name."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found = set()
+    for name in names:
+        package, *rest = name.split(".")
+        if package != "pyxlbert":
+            continue
+        top = ROOT if rest[:1] in (["bench"], ["kernels"]) else ROOT / "pyxlbert"
+        path = top.joinpath(*rest)
+        found |= {one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()}
+    return found
+
+
+def test_a_digest_is_of_what_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest()
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    assert digest() != before
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
