@@ -19,7 +19,7 @@ help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
 	@echo "make test      the whole suite"
 	@echo "make quick     the part of it that answers in a minute"
-	@echo "make compiled  compiles all GPU kernels, checks what comes of them and writes tests/compiled.json"
+	@echo "make compiled  compiles all GPU kernels, checks what comes of them and writes tests/compiled/compiled.json"
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"

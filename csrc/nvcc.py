@@ -38,9 +38,10 @@ ELEMENTS = ("float", "bfloat16", "float16")
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: the compiler, its headers, the static runtime."""
+    """A CUDA toolkit: the compiler, the folder of the programs that it calls, its headers, the static runtime."""
 
     nvcc: str
+    programs: Path
     include: Path
     cudart: Path
     version: tuple[int, int]
@@ -69,7 +70,7 @@ def find() -> Toolkit | None:
         libraries = [base / name / "libcudart_static.a" for name in ("lib64", "lib")]
         found = [library for library in libraries if library.exists()]
         if found and (base / "include" / "cuda_runtime.h").exists():
-            return Toolkit(nvcc, base / "include", found[0], _version(base / "include"))
+            return Toolkit(nvcc, root / "bin", base / "include", found[0], _version(base / "include"))
     return None
 
 

@@ -104,7 +104,7 @@ def test_cuda_is_built_for_a_torch_of_cuda_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def toolkit(defined: dict, version: tuple[int, int]) -> NamedTuple:
-    return defined["nvcc"].Toolkit("nvcc", Path("include"), Path("libcudart_static.a"), version)
+    return defined["nvcc"].Toolkit("nvcc", Path("bin"), Path("include"), Path("libcudart_static.a"), version)
 
 
 @pytest.mark.parametrize(

@@ -191,19 +191,11 @@ def _code(architecture: str) -> str:
 def _version() -> str:
     """Of nvcc, of the ptxas beside it, which may be another's, and of the headers."""
     toolkit = nvcc.find()
-    home = _home(toolkit.nvcc)
     said = [
         subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
-        for tool in (toolkit.nvcc, str(home / "ptxas"))
+        for tool in (toolkit.nvcc, str(toolkit.programs / "ptxas"))
     ]
     return "".join([*said, nvcc.named(toolkit.version)])
-
-
-def _home(compiler: str) -> Path:
-    """The folder of the programs that nvcc calls; nvcc itself may be a script that calls another."""
-    command = [compiler, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
-    said = subprocess.run(command, capture_output=True, text=True).stderr
-    return Path(re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)[1]) / "bin"
 
 
 def _told() -> list[str]:

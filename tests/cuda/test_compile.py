@@ -8,20 +8,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
+import compiled
 import pytest
 
-
-def _file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check = _file(Path(__file__).with_name("check.py"))
-compiled = _file(Path(__file__).parents[1] / "compiled.py")
+_spec = importlib.util.spec_from_file_location("check", Path(__file__).with_name("check.py"))
+check = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(check)
 
 needs_nvcc = pytest.mark.skipif(check.nvcc.find() is None, reason="no nvcc is here, so nothing compiles")
 BUDGET = json.loads(check.BUDGET.read_text())

@@ -14,9 +14,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import compiled
 import pytest
 import torch
 import triton
@@ -30,17 +30,9 @@ from pyxlbert.testing.specs import SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
-
-
-def _file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compile_ahead = _file(Path(__file__).with_name("compile_ahead.py"))
-compiled = _file(ROOT / "tests" / "compiled.py")
+_spec = importlib.util.spec_from_file_location("compile_ahead", Path(__file__).with_name("compile_ahead.py"))
+compile_ahead = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(compile_ahead)
 configurations = importlib.import_module("pyxlbert.kernels._configurations")
 TRITON_OPS = sorted(name for name, op in OPS.items() if "triton" in op.backends)
 # Ops of rows are quick, and share a process.

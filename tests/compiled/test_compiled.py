@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+import compiled
 import pytest
-
-_spec = importlib.util.spec_from_file_location("compiled", Path(__file__).with_name("compiled.py"))
-compiled = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(compiled)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FILE = Path(__file__).with_suffix(".json")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WRITES = os.environ.get("PYXLBERT_WRITE_COMPILED") == "1"
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
 
