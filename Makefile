@@ -114,7 +114,7 @@ fuzz: build
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/readers.py --runs $(FUZZ_IN_TURN) --seed $(FUZZ_SEED)
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz/ops.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
 
-# Commands that are killed at random moments, a hundred of each.
+# Commands that are killed at random moments, a hundred of each, and after each rename.
 faults: build
 	OMP_NUM_THREADS=1 $(PY) tests/faults/kills.py
 

@@ -345,7 +345,7 @@ class Loop:
 
     def _checkpoint(self) -> None:
         progress = self._progress
-        if checkpoints.folder(self._directory, progress.step).is_dir():
+        if progress.step in checkpoints.steps(self._directory):
             return
         state = checkpoints.gather(self._module, self._adam)
         memory = self._job.memory
@@ -412,16 +412,20 @@ class Loop:
                     if evaluates:
                         self._evaluate(curves)
                     progress.finished = last or self._has_stopped()
+                    if progress.finished:
+                        self._finish(curves)
                     if progress.finished or self._keeps(evaluates):
                         self._checkpoint()
                 if progress.finished:
                     break
+        return progress.best_scores
+
+    def _finish(self, curves: Curves | None) -> None:
+        """Writes what a run leaves. Its last checkpoint comes after: a run that is resumed from it writes nothing."""
         if self._job.evaluate is None:
             self._save_model()
         if curves is not None:
             curves.finish(self._job.title)
-        self._accelerator.wait_for_everyone()
-        return progress.best_scores
 
     def step(self, passes: Passes) -> torch.Tensor:
         """One step of the optimiser.

@@ -1,15 +1,17 @@
-"""Commands that are killed (kill -9) at random moments: nothing is half-written or lost, the same command goes on.
+"""Commands that are killed (kill -9), at random moments and after each name that they give to what they have written:
+nothing is half-written or lost, the same command goes on.
 
     python tests/faults/kills.py --moments 100       # of each job
     python tests/faults/kills.py embed --moments 20  # of one
 
-A job runs in a forked child, so that a moment costs what the job takes and not what imports take.  It is killed again
-and again until it ends; then its result is that of a job that nobody disturbed, to the bit.
+A job runs in a forked child, so that a moment costs what the job takes and not what imports take.  However it was
+killed, its result is in the end that of a job that nobody disturbed, to the bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -18,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Commands import some of these when they come to it: here once, and not in every child.
 import matplotlib.backends.backend_agg
@@ -27,6 +30,7 @@ import matplotlib.figure  # noqa: F401
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import sklearn.metrics  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
@@ -103,6 +107,14 @@ def _check_run(root: Path) -> None:
         load_file(root / "out" / "model.safetensors")
 
 
+def _run_result(root: Path) -> dict[str, bytes]:
+    """The files of a trained model. `run.json` names the data's folder, and the picture need only be there."""
+    out = root / "out"
+    assert (out / "curves.png").is_file(), sorted(path.name for path in out.iterdir())
+    names = {path.name for path in out.iterdir() if path.suffix in (".json", ".safetensors", ".txt")} - {"run.json"}
+    return {name: (out / name).read_bytes() for name in names}
+
+
 def _prepare_text(root: Path) -> None:
     sentences = texts(60)
     documents = ["\n".join(sentences[start : start + 6]) for start in range(0, len(sentences), 6)]
@@ -116,6 +128,11 @@ _PRETRAIN = ("--max-length", "16", "--batch-size", "4", "--steps", "6", "--check
 def jobs(model: Path) -> dict[str, Job]:
     """By name; all with this model."""
     one = ["--model", str(model), "--threads", "1"]
+
+    def finetune(root: Path) -> list[str]:
+        files = ("--train", str(root / "train.tsv"), "--out", str(root / "out"))
+        return ["finetune", "text-classification", *files, *one, *_FINETUNE]
+
     return {
         "embed": Job(
             _prepare_lines,
@@ -129,14 +146,12 @@ def jobs(model: Path) -> dict[str, Job]:
             _check_shards,
             lambda root: {path.name: path.read_bytes() for path in (root / "out").glob("part-*")},
         ),
-        "finetune": Job(
+        "finetune": Job(_prepare_labels, finetune, _check_run, _run_result),
+        "finetune, evaluated": Job(
             _prepare_labels,
-            lambda root: [
-                *("finetune", "text-classification", "--train", str(root / "train.tsv"), "--out", str(root / "out")),
-                *(*one, *_FINETUNE),
-            ],
+            lambda root: [*finetune(root), "--dev", str(root / "train.tsv"), "--evaluate-every", "3"],
             _check_run,
-            lambda root: {"model": (root / "out" / "model.safetensors").read_bytes()},
+            _run_result,
         ),
         "pretrain": Job(
             _prepare_text,
@@ -145,13 +160,13 @@ def jobs(model: Path) -> dict[str, Job]:
                 *("--config", str(model), "--tokenizer", str(model), *_PRETRAIN),
             ],
             _check_run,
-            lambda root: {"model": (root / "out" / "model.safetensors").read_bytes()},
+            _run_result,
         ),
     }
 
 
-def started(arguments: list[str]) -> int:
-    """The number of a child that runs the command, silent, and ends with its status."""
+def started(arguments: list[str], prepare: Callable[[], None] = lambda: None) -> int:
+    """The number of a child that runs the command after `prepare`, silent, and ends with its status."""
     child = os.fork()
     if child:
         return child
@@ -160,6 +175,7 @@ def started(arguments: list[str]) -> int:
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
+        prepare()
         status = cli.main(arguments)
     finally:
         os._exit(status)
@@ -168,6 +184,60 @@ def started(arguments: list[str]) -> int:
 def ended(child: int) -> int:
     """Its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def undisturbed(job: Job, folder: Path) -> tuple[dict[str, bytes], float]:
+    """What the job makes if nobody kills it, and the seconds that it takes."""
+    root = folder / "undisturbed"
+    root.mkdir()
+    job.prepare(root)
+    begun = time.monotonic()
+    status = ended(started(job.arguments(root)))
+    assert status == 0, f"undisturbed it ended with {status}"
+    return job.result(root), time.monotonic() - begun
+
+
+def _killed_after(renames: int) -> None:
+    """From here on this process kills itself as soon as it has given so many files or folders their names."""
+    rename, left = os.replace, [renames]
+
+    def replace(*arguments: Any, **options: Any) -> None:
+        rename(*arguments, **options)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
+
+
+def killed_after_every_rename(job: Job, folder: Path) -> int:
+    """Kills the job after its first rename, another one after its second, and so on: what a run leaves changes there.
+
+    Each goes on with the same command, to its end.
+
+    Returns:
+        how many renames it does.
+
+    Raises:
+        AssertionError: something was half-written, lost, or other than without kills.
+    """
+    wanted, _ = undisturbed(job, folder)
+    for renames in itertools.count(1):
+        root = folder / f"{renames} renames"
+        root.mkdir()
+        job.prepare(root)
+        status = ended(started(job.arguments(root), partial(_killed_after, renames)))
+        assert status in (0, -signal.SIGKILL), f"{renames} renames: it ended with {status}"
+        job.check(root)
+        if status:
+            again = ended(started(job.arguments(root)))
+            assert again == 0, f"killed after {renames} renames, it did not go on: {again}"
+        found = job.result(root)
+        assert found.keys() == wanted.keys(), f"{renames} renames: {sorted(found)}, wanted {sorted(wanted)}"
+        assert found == wanted, f"{renames} renames: other bits than undisturbed"
+        shutil.rmtree(root)
+        if status == 0:
+            return renames - 1
 
 
 def killed_again_and_again(job: Job, folder: Path, moments: int, seed: int) -> tuple[int, int]:
@@ -179,13 +249,8 @@ def killed_again_and_again(job: Job, folder: Path, moments: int, seed: int) -> t
     Raises:
         AssertionError: something was half-written, lost, or other than without kills.
     """
-    draw, root = random.Random(seed), folder / "undisturbed"
-    root.mkdir()
-    job.prepare(root)
-    begun = time.monotonic()
-    status = ended(started(job.arguments(root)))
-    assert status == 0, f"undisturbed it ended with {status}"
-    seconds, wanted = time.monotonic() - begun, job.result(root)
+    draw = random.Random(seed)
+    wanted, seconds = undisturbed(job, folder)
     hits = ends = 0
     root = folder / "killed"
     for moment in range(moments + 1):
@@ -213,7 +278,7 @@ def killed_again_and_again(job: Job, folder: Path, moments: int, seed: int) -> t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("jobs", nargs="*", help="of embed, 'embed, many files', finetune, pretrain; all")
+    parser.add_argument("jobs", nargs="*", help="names of them; all")
     parser.add_argument("--moments", type=int, default=100, help="of each job")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -228,9 +293,11 @@ def main() -> int:
             place.mkdir()
             begun = time.monotonic()
             hits, ends = killed_again_and_again(known[name], place, options.moments, options.seed)
+            (place / "renames").mkdir()
+            renames = killed_after_every_rename(known[name], place / "renames")
             print(
-                f"{name}: {options.moments} moments, {hits} at work, {ends} ends, all as undisturbed, "
-                f"{time.monotonic() - begun:.0f} s",
+                f"{name}: {options.moments} moments, {hits} at work, {ends} ends; after each of {renames} renames; "
+                f"all as undisturbed, {time.monotonic() - begun:.0f} s",
                 flush=True,
             )
     return 0
