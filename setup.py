@@ -88,10 +88,10 @@ def ninja_file(output: Path) -> str:
     # gcc 12 warns of its own intrinsics' undefined operands in every AVX-512 file.
     kernels = f"{common} -Wno-uninitialized -Wno-maybe-uninitialized -Wno-ignored-attributes -Wno-psabi"
     sanitize = f" -fsanitize={SANITIZE}" if SANITIZE else ""
-    # Checks are calls, which compile in half the time of checks in line; null pointers and the ends of objects are what
-    # AddressSanitizer sees anyway.
+    # Checks are calls, and -Og leaves them where they are: each compiles in half the time and runs as fast.  Null
+    # pointers and the ends of objects are what AddressSanitizer sees anyway.
     watch = (
-        f" -O1{sanitize} -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-omit-frame-pointer "
+        f" -Og{sanitize} -fno-sanitize=null,object-size -fno-sanitize-recover=all -fno-omit-frame-pointer "
         "--param asan-instrumentation-with-call-threshold=0"
     )
     cuda = nvcc.find() if why_no_cuda() is None else None
