@@ -25,8 +25,11 @@ FLAGS = (
     "-std=c++20 -O1 -g1 -march=x86-64-v3 -ffp-contract=off -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra "
     "-Wno-unknown-pragmas -Wno-class-memaccess -DPYXLBERT_EMULATE -DPYXLBERT_FEW_SIZES"
 )
+# Where compiling takes longer than running: planted bugs, and all that sanitizers watch.
+QUICKLY = "-Og"
 # A planted bug is looked for in bfloat16, with heads of HEAD_SIZE at most; it is compiled for one run.
-FEWER, HEAD_SIZE = "-DPYXLBERT_ONE_TYPE -DPYXLBERT_ONE_SIZE", 64
+FEWER, HEAD_SIZE = f"-DPYXLBERT_ONE_TYPE -DPYXLBERT_ONE_SIZE {QUICKLY}", 64
+PRECOMPILED = BUILD / "precompiled.h.gch"
 
 
 def _file(path: Path) -> ModuleType:
@@ -93,6 +96,10 @@ def build(
         "  command = $cxx -MMD -MF $out.d $flags -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule precompile",
+        "  command = $cxx -MMD -MF $out.d $flags -x c++-header $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         "  command = $cxx $in -o $out $flags",
     ]
@@ -102,6 +109,10 @@ def build(
     binding = [(HERE / "module.cpp", "module.cpp", python), (sources / "cuda" / "bindings.cpp", "bindings.cpp", python)]
     if folder == BUILD:
         units += binding
+        lines += [
+            f"build {PRECOMPILED.name}: precompile {HERE / 'precompiled.h'}",
+            f"  flags = {FLAGS} {QUICKLY} {include}",
+        ]
     else:
         # The binding is the same, and takes longest to compile.
         build()
@@ -148,7 +159,8 @@ def variant(folder: Path, unit: str, file: str, old: str, new: str) -> Path:
     others = [str(BUILD / f"{name}.o") for name in names if name != unit]
     compiler = os.environ.get("CXX", "g++")
     # The bug first: of functions that several objects hold the linker keeps one, the first.
-    compile_it = f"{compiler} {FLAGS} {FEWER} {options} {include} -x c++ -c {source} -o {target}"
+    first = f"-include {PRECOMPILED.with_suffix('')}"
+    compile_it = f"{compiler} {FLAGS} {FEWER} {options} {first} {include} -x c++ -c {source} -o {target}"
     for command in (compile_it.split(), [compiler, str(target), *others, "-shared", "-fopenmp", "-o", str(output)]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
