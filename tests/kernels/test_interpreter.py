@@ -5,9 +5,11 @@ In processes of their own, so that they run on a machine with a GPU too, where n
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -196,25 +198,44 @@ print("right" if all(seen) and not any(unseen) else "wrong")
 """
 
 
-def run(code: str, mended: bool) -> str:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    program = HEADER.format(mended=mended, path=str(MEND)) + code
-    # A kernel's source is read from its file.
-    done = subprocess.run(
-        [sys.executable, "-c", "import runpy, sys; runpy.run_path(sys.argv[1])", _file(program)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+# Takes names of programs, and answers each with what it has printed, or with the last line of its error.
+SERVER = """
+import contextlib, os, runpy, sys
+import torch, triton.language
+import triton.runtime.interpreter
+
+for name in map(str.strip, sys.stdin):
+    child = os.fork()
+    if not child:
+        with open(name + ".out", "w") as out, contextlib.redirect_stdout(out):
+            try:
+                runpy.run_path(name)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}".splitlines()[-1])
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(name, flush=True)
+"""
+Run = Callable[[str, bool], str]
 
 
-def _file(program: str) -> str:
-    import tempfile
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a program in a forked child of a process that has imported what takes long."""
+    folder, numbers = tmp_path_factory.mktemp("programs"), itertools.count()
+    command, environment = [sys.executable, "-c", SERVER], os.environ | {"TRITON_INTERPRET": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
 
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-        file.write(program)
-    return file.name
+        def run(code: str, mended: bool) -> str:
+            # A kernel's source is read from its file.
+            path = folder / f"{next(numbers)}.py"
+            path.write_text(HEADER.format(mended=mended, path=str(MEND)) + code)
+            print(path, file=server.stdin, flush=True)
+            assert server.stdout.readline().strip() == str(path)
+            return path.with_suffix(".py.out").read_text().strip()
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -222,11 +243,11 @@ def _file(program: str) -> str:
     [DOT, CAST, LOOP, SUMMATION, PATCHES, SHAPES, SPLATS, OVERFLOW],
     ids=["dot", "cast", "loop", "summation", "patches", "shapes", "splats", "overflow"],
 )
-def test_mended_it_is_right(code: str) -> None:
+def test_mended_it_is_right(run: Run, code: str) -> None:
     assert run(code, mended=True) == "right"
 
 
-def test_mended_it_refuses_arithmetic_on_bfloat16() -> None:
+def test_mended_it_refuses_arithmetic_on_bfloat16(run: Run) -> None:
     assert run(ARITHMETIC, mended=True) == "refused"
 
 
@@ -235,12 +256,12 @@ def test_mended_it_refuses_arithmetic_on_bfloat16() -> None:
     [DOT, CAST, LOOP, ARITHMETIC, PATCHES, SHAPES, SPLATS, OVERFLOW],
     ids=["dot", "cast", "loop", "arithmetic", "patches", "shapes", "splats", "overflow"],
 )
-def test_each_mend_is_still_needed(code: str) -> None:
+def test_each_mend_is_still_needed(run: Run, code: str) -> None:
     """Where one is not, Triton was mended: take it out of tests/interpreter.py."""
     assert run(code, mended=False) != "right"
 
 
-def test_without_the_mends_bfloat16_is_refused() -> None:
+def test_without_the_mends_bfloat16_is_refused(run: Run) -> None:
     code = """
 import pyxlbert
 x = torch.ones(2, 8)
