@@ -1,4 +1,7 @@
-"""The kinds of launches that the suite makes are such that Triton's front end takes."""
+"""The kinds of launches that the suite makes are such that Triton's front end takes.
+
+See compiled.py for what need not be sent again.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import pytest
+import triton_kernels
 
 from pyxlbert.backends import OPS
 
@@ -50,6 +55,8 @@ def test_a_cover_has_every_pair_of_features() -> None:
 @pytest.mark.parametrize("ops", [["attention"], RELATIVE, ROWS], ids=["attention", "relative", "rows"])
 def test_the_front_end_takes_the_kinds_of_launches(ops: list[str]) -> None:
     """None, 1 and multiples of 16 among the arguments each make a kernel of their own."""
+    if compiled.passed(f"front end {ops[0]}", triton_kernels.digest()):
+        return
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
     command = [sys.executable, str(Path(__file__).parent / "front_end.py"), *ops]
@@ -67,3 +74,4 @@ def test_the_front_end_takes_the_kinds_of_launches(ops: list[str]) -> None:
         # Parts of scores are joined in one way or few.
         assert min(line["kinds"] for kernel, line in found.items() if not kernel.endswith(".join")) >= 8, found
     assert all(1 <= line["sent"] <= line["kinds"] for line in found.values())
+    compiled.write(f"front end {ops[0]}", triton_kernels.digest())
