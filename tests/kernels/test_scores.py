@@ -185,7 +185,7 @@ def test_relative_attention_in_tiles_of_other_sizes(
 def test_relative_attention_with_addresses_computed_anew(tile: str, kind: str, head_size: int, monkeypatch) -> None:
     """The bits stay: an address is another only if what no compiler knows to be zero were none."""
     usual = TILES[tile]
-    q, k, v, table, given = problem(kind, 3 * usual.BLOCK_N + 11, head_size)
+    q, k, v, table, given = problem(kind, 2 * usual.BLOCK_N + 11, head_size)
     # The term of segments, and sequences that end inside of tiles.
     t = q.shape[1]
     segments = (torch.arange(t, device=DEVICE) // 20 % 2).int().expand(2, t)
