@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyxlbert.files import whole_file
+from pyxlbert.training.packages import require
 
 FILE, PICTURE, FOLDER = "curves.csv", "curves.png", "tensorboard"
 FIRST = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "examples_per_second")
@@ -76,11 +77,9 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("curves: need matplotlib: pip install 'pyxlbert[train]'") from None
+    require("curves", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -17,6 +17,7 @@ from pyxlbert.training import checkpoints
 from pyxlbert.training.evaluation import TaskModel, predict
 from pyxlbert.training.loop import Job, Loop, accelerator, check_identity, check_run, known, started_run
 from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.packages import require
 from pyxlbert.training.saved import Trained, open_new, open_trained, write
 from pyxlbert.training.steps import ShuffledSteps
 from pyxlbert.training.tasks import TASKS
@@ -70,6 +71,8 @@ def finetune(
     if work.is_main_process:
         check_run(folder, resume)
     chosen = TASKS[task](settings)
+    if dev is not None:
+        require("dev", *chosen.packages)
     if max_length is not None:
         check_count("max_length", max_length)
     for name, path in (("train", train), *([] if dev is None else [("dev", dev)])):
@@ -154,11 +157,13 @@ def evaluate(
     Raises:
         OSError: a file is missing.
         ValueError: a file or a line is not what it should be, or the model has another task.
+        ImportError: a package that the scores need is missing.
     """
     check_count("batch_size", batch_size)
     saved = open_trained(model)
     if task is not None and saved.task.name != task:
         raise ValueError(f"model: {str(model)!r} is trained for {saved.task.name}, wanted {task}")
+    require("evaluate", *saved.task.packages)
     examples = saved.task.read(data)
     trained = saved.trained(dtype)
     scores = trained.task.score(examples, predictions(trained, examples, batch_size, progress))

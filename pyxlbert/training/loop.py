@@ -28,6 +28,7 @@ from pyxlbert.training.claim import FILE, claimed
 from pyxlbert.training.curves import Curves
 from pyxlbert.training.evaluation import on_device
 from pyxlbert.training.options import TrainingOptions
+from pyxlbert.training.packages import require
 from pyxlbert.training.schedule import optimiser, rate, set_rate
 from pyxlbert.training.steps import Passes, StepSource, load
 from pyxlbert.training.tasks.base import Batch
@@ -138,13 +139,12 @@ def accelerator() -> Any:
     """Who does the work: as `torchrun` or `accelerate launch` say, else this process.
 
     Raises:
-        ImportError: accelerate is not installed.
+        ImportError: a package that every run needs is not installed.
         ValueError: the launcher was told to shard the model, but accelerate does not do so here.
     """
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ImportError:
-        raise ImportError("training: needs accelerate: pip install 'pyxlbert[train]'") from None
+    require("training", "accelerate", "matplotlib")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
     # Parameters may be without a gradient: XLNet's mask has none without targets.
     plugin = DistributedDataParallelKwargs(find_unused_parameters=True)
     work = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])

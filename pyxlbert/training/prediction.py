@@ -15,6 +15,7 @@ from pyxlbert.training.data.squad import read_squad
 from pyxlbert.training.data.table import Place, read_table
 from pyxlbert.training.data.tags import Sentence
 from pyxlbert.training.finetune import predictions
+from pyxlbert.training.packages import require
 from pyxlbert.training.saved import Trained, open_trained
 from pyxlbert.training.tasks import Answers, Tagging, Task
 
@@ -56,6 +57,7 @@ def predict_file(
     Raises:
         OSError: a file is missing, or the output cannot be written.
         ValueError: a line is not what it should be; the message has the file and the line.
+        ImportError: a package that the task's rows need is missing.
     """
     path = output_path(output)
     check_count("batch_size", batch_size)
@@ -63,6 +65,7 @@ def predict_file(
         raise TypeError(f"columns: got {type(columns).__name__}, wanted a dict of settings")
     check_apart("output", str(output), path, str(source))
     saved = open_trained(model)
+    require("predict", *saved.task.row_packages)
     examples = _examples(saved.task, source, dict(columns or {}), words)
     trained = saved.trained(dtype)
     with whole_file(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:

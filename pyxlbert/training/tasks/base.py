@@ -71,6 +71,8 @@ class Task(ABC):
     name: ClassVar[str]
     #: What follows the family in the class of the model.
     head: ClassVar[str]
+    #: Of the extra "train", those packages that `rows` imports.
+    row_packages: ClassVar[tuple[str, ...]] = ()
     #: The settings and what they are if nobody says.
     defaults: ClassVar[dict[str, Any]] = {}
 
@@ -114,6 +116,11 @@ class Task(ABC):
                 raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
 
     # The metric
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Of the extra "train", those that `score` imports."""
+        return ()
 
     @property
     @abstractmethod

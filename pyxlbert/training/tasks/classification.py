@@ -68,6 +68,10 @@ class TextClassification(Task):
             raise ValueError(f"long_texts: got {self.settings['long_texts']!r}, wanted cut or windows")
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        return ("scipy",) if self.settings["regression"] else ("sklearn",)
+
+    @property
     def metric(self) -> str:
         return "spearman" if self.settings["regression"] else "accuracy"
 

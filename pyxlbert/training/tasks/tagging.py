@@ -53,6 +53,7 @@ class Tagging(Task):
 
     name = "token-classification"
     head = "ForTokenClassification"
+    row_packages = ("seqeval",)
     defaults = {  # noqa: RUF012 (declared in the base)
         "pieces": "first",
         "crf": False,
@@ -72,6 +73,10 @@ class Tagging(Task):
             raise ValueError(f"pieces: got {self.settings['pieces']!r}, wanted first or x")
         if self.settings["lstm"] > MOST_LSTM:
             raise ValueError(f"lstm: got {self.settings['lstm']}, wanted a width of at most {MOST_LSTM}, or 0 for none")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("seqeval",)
 
     @property
     def metric(self) -> str:

@@ -1,0 +1,23 @@
+"""Packages of the extra "train": what is missing is said before anything is read or trained."""
+
+from __future__ import annotations
+
+import importlib.util
+
+# What pip calls a package, where it is not what is imported.
+_INSTALLED_AS = {"sklearn": "scikit-learn"}
+
+
+def require(what: str, *packages: str) -> None:
+    """That packages can be imported.
+
+    Args:
+        what: needs them, for the message.
+        packages: their names as they are imported.
+
+    Raises:
+        ImportError: one is not installed.
+    """
+    missing = [_INSTALLED_AS.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{what}: needs {' and '.join(missing)}: pip install 'pyxlbert[train]'")
