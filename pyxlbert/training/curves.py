@@ -83,7 +83,8 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    # Names of files and labels are no formulas, whatever they are made of: $, and bytes that are no text.
+    figure.suptitle(_text(title), parse_math=False)
     left, right = figure.subplots(1, 2)
     rate = left.twinx()
     for axes, name, style in ((left, "loss", "-"), (rate, "learning_rate", ":")):
@@ -96,10 +97,17 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
     scores = sorted({name for point in points for name in point if name.startswith("dev_")})
     for name in scores:
         chosen = [point for point in points if name in point]
-        right.plot([p["step"] for p in chosen], [p[name] for p in chosen], ".-", label=name.removeprefix("dev_"))
+        label = _text(name.removeprefix("dev_"))
+        right.plot([p["step"] for p in chosen], [p[name] for p in chosen], ".-", label=label)
     right.set(xlabel="step", ylabel="on the development data")
     right.grid(alpha=0.3)
     if scores:
-        right.legend()
+        for text in right.legend().get_texts():
+            text.set_parse_math(False)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _text(name: str) -> str:
+    """A name with something for what no font has: halves of characters, as which Python has a name's other bytes."""
+    return name.encode("utf-8", "replace").decode("utf-8")

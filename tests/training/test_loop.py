@@ -22,6 +22,7 @@ from small_task import STILL, albert, bert, options, sentences, table, tagged, x
 from pyxlbert.models import AlbertConfig, AlbertForSequenceClassification
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.training import checkpoints
+from pyxlbert.training.curves import draw
 from pyxlbert.training.encoding import TaskTokenizer
 from pyxlbert.training.finetune import finetune
 from pyxlbert.training.options import TrainingOptions
@@ -393,6 +394,14 @@ def test_bfloat16_and_recomputed_activations(files: Path, tmp_path: Path) -> Non
     assert {value.dtype for value in weights(tmp_path / "c").values()} == {torch.float32}
     for (_, one), (_, other) in zip(losses(tmp_path / "a"), losses(tmp_path / "c"), strict=True):
         assert float(one) == pytest.approx(float(other), rel=tolerances.MODEL_BFLOAT16)
+
+
+@pytest.mark.parametrize("name", ["a$_{$.tsv", r"$\bad$", os.fsdecode(b"\xff.tsv")])
+def test_a_picture_has_names_as_they_are(name: str, tmp_path: Path) -> None:
+    """Not as formulas. A run whose picture cannot be drawn would never be finished."""
+    points = [{"step": 1, "loss": 1.0, "learning_rate": 0.1, f"dev_f1_{name}": 0.5}]
+    draw(points, tmp_path / "curves.png", f"text-classification: {name}")
+    assert (tmp_path / "curves.png").stat().st_size
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files: Path, tmp_path: Path) -> None:
