@@ -524,6 +524,7 @@ class Loop:
 
     def _evaluate(self, curves: Curves | None) -> None:
         progress = self._progress
+        self._summed_loss()  # a model that is broken might score better than the best so far, and take its place
         scores = self._job.evaluate(self._module, self._accelerator)
         name, more = self._job.metric
         sign, best = 1 if more else -1, progress.best_scores

@@ -411,6 +411,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(files: Path, tmp_path: Path) -> 
         assert torch.isfinite(torch.tensor(checkpoints.read(tmp_path / "a", step)["progress"]["loss"]))
 
 
+def test_a_model_whose_loss_is_not_finite_is_not_kept(files: Path, tmp_path: Path) -> None:
+    """Points of the curves may be far apart: what is evaluated between them is checked first."""
+    said: list[str] = []
+    given = {"learning_rate": 1e30, "max_gradient_norm": 0, "warmup": 0, "evaluate_every": 1, "log_every": 1000}
+    with pytest.raises(ValueError, match=r"loss: got (nan|inf) by step 2, "):
+        train(files, tmp_path / "a", dev=True, say=said.append, **given)
+    assert [line.partition(":")[0] for line in said if line.startswith("step ")] == ["step 1"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
