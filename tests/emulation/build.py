@@ -100,6 +100,8 @@ def build(
         "  command = $cxx -MMD -MF $out.d $flags -x c++-header $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule copy",
+        "  command = cp $in $out",
         "rule link",
         "  command = $cxx $in -o $out $flags",
     ]
@@ -112,6 +114,8 @@ def build(
         lines += [
             f"build {PRECOMPILED.name}: precompile {HERE / 'precompiled.h'}",
             f"  flags = {FLAGS} {QUICKLY} {include}",
+            # What is read where the compiler is no longer that which compiled it.
+            f"build {PRECOMPILED.stem}: copy {HERE / 'precompiled.h'}",
         ]
     else:
         # The binding is the same, and takes longest to compile.

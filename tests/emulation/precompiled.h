@@ -1,3 +1,2 @@
 // What build.py compiles once for all planted bugs: the headers of CUDA and C++ take longer than a kernel.
-#pragma once
 #include "emulation.h"
