@@ -198,7 +198,8 @@ print("right" if all(seen) and not any(unseen) else "wrong")
 """
 
 
-# Takes names of programs, and answers each with what it has printed, or with the last line of its error.
+# Takes names of programs, and answers each with its status when it has ended. What it has printed, and the last line of
+# its error, lie beside it.
 SERVER = """
 import contextlib, os, runpy, sys
 import torch, triton.language
@@ -213,8 +214,7 @@ for name in map(str.strip, sys.stdin):
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}".splitlines()[-1])
         os._exit(0)
-    os.waitpid(child, 0)
-    print(name, flush=True)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 Run = Callable[[str, bool], str]
 
@@ -231,7 +231,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             path = folder / f"{next(numbers)}.py"
             path.write_text(HEADER.format(mended=mended, path=str(MEND)) + code)
             print(path, file=server.stdin, flush=True)
-            assert server.stdout.readline().strip() == str(path)
+            # An error is printed; a signal is something else than a mend that is missing.
+            assert server.stdout.readline().strip() == f"{path} 0"
             return path.with_suffix(".py.out").read_text().strip()
 
         yield run
