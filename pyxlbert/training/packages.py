@@ -1,4 +1,4 @@
-"""Packages of the extra "train": what is missing is said before anything is read or trained."""
+"""Packages of the extra "train": what is missing is said before data is read or anything trained."""
 
 from __future__ import annotations
 

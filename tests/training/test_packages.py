@@ -1,4 +1,4 @@
-"""What of the extra "train" is missing is said before anything is read, trained or written."""
+"""What of the extra "train" is missing is said before data is read, or anything is trained or written."""
 
 from __future__ import annotations
 
