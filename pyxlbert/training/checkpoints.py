@@ -155,10 +155,13 @@ def last_whole(directory: Path) -> tuple[dict[str, Any] | None, dict[int, str]]:
 
 
 def clean(directory: Path) -> None:
-    """Removes what a run that was killed has left half-written in its folder, and in the folders there."""
+    """Removes what a killed run has left half-written or half-removed in its folder, and in the folders there."""
     for path in (*directory.glob(".*"), *directory.glob("*/.*")):
         if path.name.endswith((".part", ".old")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+    for path in (directory / FOLDER).glob("step-*"):
+        if _NAME.fullmatch(path.name) and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

@@ -105,6 +105,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> N
         torn = tmp_path / "a" / "checkpoints" / ".step-00000099.0.part"
         torn.mkdir()
         (torn / "state.pt").write_bytes(b"half")
+        emptied = torn.with_name("step-00000001")  # and of removing
+        emptied.mkdir()
         left = checkpoints.steps(tmp_path / "a")[-1]
         assert left < 20 and not (tmp_path / "a" / "model.safetensors").exists()
         given = {"epochs": 4, "checkpoint_every": 3}
@@ -114,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(files: Path, tmp_path: Path) -> N
         torch.set_num_threads(before)
     assert same(tmp_path / "a", tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "b")) == 20
-    assert not torn.exists()
+    assert not torn.exists() and not emptied.exists()
     assert (tmp_path / "a" / "curves.png").stat().st_size and list((tmp_path / "a" / "tensorboard").iterdir())
     # The last two stay.
     assert checkpoints.steps(tmp_path / "a") == [18, 20]
