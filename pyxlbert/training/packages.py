@@ -18,6 +18,15 @@ def require(what: str, *packages: str) -> None:
     Raises:
         ImportError: one is not installed.
     """
-    missing = [_INSTALLED_AS.get(name, name) for name in packages if importlib.util.find_spec(name) is None]
+    missing = [_INSTALLED_AS.get(name, name) for name in packages if not _is_there(name)]
     if missing:
         raise ImportError(f"{what}: needs {' and '.join(missing)}: pip install 'pyxlbert[train]'")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # the program itself has put something in its place
+        return True
+    # Any folder of that name on the path has a specification, but no origin.
+    return spec is not None and spec.origin is not None

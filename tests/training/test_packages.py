@@ -7,11 +7,13 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from small_task import STILL, bert, options, table, tagged
 
 from pyxlbert.training.finetune import evaluate, finetune
+from pyxlbert.training.packages import require
 from pyxlbert.training.prediction import predict_file
 from pyxlbert.training.pretraining.pairs import PairOptions
 from pyxlbert.training.pretraining.run import Pretraining, pretrain
@@ -44,6 +46,17 @@ def test_tasks_name_the_packages_that_they_import() -> None:
                     one.module or "" if isinstance(one, ast.ImportFrom) else one.names[0].name for one in found
                 }
         assert {name.partition(".")[0] for name in imported} - {"pyxlbert"} == said, task.name
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one with data in the working directory, which is on the path of `python -m pyxlbert`."""
+    (tmp_path / "some_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("some_package") is not None
+    with pytest.raises(ImportError, match=r"^training: needs some_package: "):
+        require("training", "some_package")
+    monkeypatch.setitem(sys.modules, "some_package", ModuleType("some_package"))  # which has no specification
+    require("training", "some_package")
 
 
 @pytest.mark.parametrize("name", ["accelerate", "matplotlib"])
