@@ -37,9 +37,9 @@ def test_killed_at_random_moments(name: str, model: Path, tmp_path: Path) -> Non
     assert hits > 0 and ends > 0
 
 
-@pytest.mark.parametrize("name", ["embed, many files", "finetune", "finetune, evaluated", "pretrain"])
+@pytest.mark.parametrize("name", ["embed", "embed, many files", "finetune", "finetune, evaluated", "pretrain"])
 def test_killed_after_every_rename(name: str, model: Path, tmp_path: Path) -> None:
-    assert kills.killed_after_every_rename(kills.jobs(model)[name], tmp_path) > 5
+    assert kills.killed_after_every_rename(kills.jobs(model)[name], tmp_path) >= (1 if name == "embed" else 6)
 
 
 def test_the_check_sees_what_is_half_written(model: Path, tmp_path: Path) -> None:
