@@ -294,6 +294,7 @@ class Loop:
         self._progress = _Progress()
         # Of this process's labels, since the last point of the curves; on the device, which need not be waited for.
         self._loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._norm: torch.Tensor | None = None  # of the last step's gradient
         checkpoints.seed_chance(options.seed + accelerator.process_index)
         self._restore()
 
@@ -367,16 +368,18 @@ class Loop:
         """The losses since the last point of the curves, of all processes.
 
         Raises:
-            ValueError: one was not finite.
+            ValueError: one was not finite, or the last gradient's norm, which has broken the model all the same.
         """
         loss = self._loss
         if self._accelerator.num_processes > 1:
             loss = self._accelerator.reduce(loss, "sum")
-        if not math.isfinite(float(loss)):
-            raise ValueError(
-                f"loss: got {float(loss)} by step {self._progress.step}, wanted a finite number: a lower learning rate "
-                "or a longer warm-up may help; the last checkpoint is from before"
-            )
+        norm = 0.0 if self._norm is None else float(self._norm)
+        for name, value in (("loss", float(loss)), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name}: got {value} by step {self._progress.step}, wanted a finite number: a lower learning rate "
+                    "or a longer warm-up may help; the last checkpoint is from before"
+                )
         return float(loss)
 
     # Work
@@ -439,7 +442,7 @@ class Loop:
         progress = self._progress
         set_rate(self._adam, rate(self._options, progress.step, self._total))
         self._losses(passes)
-        norm = self._clip()
+        self._norm = norm = self._clip()
         self._optimiser.step()
         self._optimiser.zero_grad()
         progress.step += 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,6 +27,7 @@ from pyxlbert.training import checkpoints
 from pyxlbert.training.curves import draw
 from pyxlbert.training.encoding import TaskTokenizer
 from pyxlbert.training.finetune import finetune
+from pyxlbert.training.loop import Loop
 from pyxlbert.training.options import TrainingOptions
 from pyxlbert.training.schedule import parameter_groups, rate
 from pyxlbert.training.steps import ShuffledSteps, load
@@ -420,6 +423,24 @@ def test_a_model_whose_loss_is_not_finite_is_not_kept(files: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"loss: got (nan|inf) by step 2, "):
         train(files, tmp_path / "a", dev=True, say=said.append, **given)
     assert [line.partition(":")[0] for line in said if line.startswith("step ")] == ["step 1"]
+
+
+@pytest.mark.parametrize("dev", [False, True])
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dev: bool
+) -> None:
+    """The loss before it was finite, and no loss follows the last step."""
+    norms, clip = itertools.count(1), Loop._clip
+
+    def last_is_infinite(self: Loop) -> torch.Tensor:
+        norm = clip(self)
+        return norm if next(norms) < 5 else norm * math.inf
+
+    monkeypatch.setattr(Loop, "_clip", last_is_infinite)
+    with pytest.raises(ValueError, match=r"gradient norm: got inf by step 5, wanted a finite number"):
+        train(files, tmp_path / "a", dev=dev, epochs=1, log_every=1000, checkpoint_every=4)
+    assert checkpoints.steps(tmp_path / "a") == [4]
+    assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
