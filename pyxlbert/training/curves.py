@@ -109,5 +109,5 @@ def draw(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _text(name: str) -> str:
-    """A name with something for what no font has: halves of characters, as which Python has a name's other bytes."""
+    """A name that can be drawn: a question mark stands for each byte of it that is not UTF-8."""
     return name.encode("utf-8", "replace").decode("utf-8")
