@@ -65,7 +65,7 @@ quick: build
 # After a change of GPU kernels: `make test` compiles again what this has not.
 compiled: build
 	PYXLBERT_WRITE_COMPILED=1 $(PARALLEL) tests/cuda/test_compile.py tests/kernels/test_compile_ahead.py \
-		tests/kernels/test_front_end.py
+		tests/kernels/test_front_end.py tests/emulation
 
 test-all: build
 	PYXLBERT_TEST_ALL=1 $(PARALLEL)

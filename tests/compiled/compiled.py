@@ -1,10 +1,10 @@
 """Which checks of compilers' results have passed, by the content of all that they depend on.
 
-A check that compiles for minutes and runs nothing finds the same for the same sources, compilers and limits.  So what
-has passed is written to compiled.json beside this file, as a digest of these; where the digest is the same the check
-need not compile again.  `make compiled` compiles all of them and writes the file anew; PYXLBERT_TEST_ALL=1 compiles all
-of them and writes nothing.  Digests that are not up to date cost time alone: what has changed is compiled by any run of
-the tests.
+A check that compiles for minutes, and runs nothing or the same on every machine, finds the same for the same sources,
+compilers and limits.  So what has passed is written to compiled.json beside this file, as a digest of these; where the
+digest is the same the check need not compile again.  `make compiled` compiles all of them and writes the file anew;
+PYXLBERT_TEST_ALL=1 compiles all of them and writes nothing.  Digests that are not up to date cost time alone: what
+has changed is compiled by any run of the tests.
 """
 
 from __future__ import annotations

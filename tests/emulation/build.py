@@ -30,6 +30,8 @@ QUICKLY = "-Og"
 # A planted bug is looked for in bfloat16, with heads of HEAD_SIZE at most; it is compiled for one run.
 FEWER, HEAD_SIZE = f"-DPYXLBERT_ONE_TYPE -DPYXLBERT_ONE_SIZE {QUICKLY}", 64
 PRECOMPILED = BUILD / "precompiled.h.gch"
+# Of the environment: where g++ looks for headers.
+VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
 
 def _file(path: Path) -> ModuleType:
@@ -132,13 +134,23 @@ def build(
         text = "\n".join(lines)
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
-        beside_python = Path(sys.executable).parent / "ninja"
-        ninja = str(beside_python) if beside_python.exists() else shutil.which("ninja")
-        command = [ninja, "-C", str(folder), "--quiet", f"-j{os.cpu_count() or 1}"]
+        command = [_ninja(), "-C", str(folder), "--quiet", f"-j{os.cpu_count() or 1}"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the emulation does not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
     return output
+
+
+def _ninja() -> str:
+    beside_python = Path(sys.executable).parent / "ninja"
+    return str(beside_python) if beside_python.exists() else shutil.which("ninja")
+
+
+def included() -> list[Path]:
+    """The files that the compiler has read for the emulation, which is built."""
+    command = [_ninja(), "-C", str(BUILD), "-t", "deps"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sorted({Path(line.strip()) for line in said.splitlines() if line.startswith(" ")})
 
 
 def variant(folder: Path, unit: str, file: str, old: str, new: str) -> Path:

@@ -1,4 +1,5 @@
-"""Runs cases on an emulation, `python runs.py MODULE "OP: CASE" ..`, and says "right" or "wrong" of each.
+"""Runs cases on an emulation, `python runs.py MODULE "OP: CASE" ..`, and says "right" or "wrong" of each;
+with CUDA_EMULATION_FILES=1 it also names the project's files whose functions are called.
 
 `python runs.py --serve` does so for every line of JSON that it reads, in a process forked from this one: a bug may end
 it, and what all of them need is imported once.
@@ -30,6 +31,7 @@ def runs(use: Use) -> list[str]:
     return [f"{spec.name}: {case.id}" for spec in SPECS.values() for case in spec.used(use)]
 
 
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = runs(Use.EMULATION)
 # With CUDA_EMULATION_HOPPER=1.
 HOPPER_RUNS = runs(Use.HOPPER)
@@ -78,9 +80,17 @@ def main(module: str, *wanted: str) -> int:
     emulated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulated)
     backends.emulate_cuda(emulated)
+    called: set[str] = set()
+    if os.environ.get("CUDA_EMULATION_FILES") == "1":
+        sys.setprofile(lambda frame, event, value: called.add(frame.f_code.co_filename))
     for run in wanted:
         found = wrong(run)
         print(f"{run}: {'right' if found is None else f'wrong, {found}'}", flush=True)
+    sys.setprofile(None)
+    for file in sorted(called):
+        # Not those of packages, which may lie in a folder of this one.
+        if Path(file).is_relative_to(ROOT) and "site-packages" not in file:
+            print(f"calls {file}", flush=True)
     return 0
 
 

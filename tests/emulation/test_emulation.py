@@ -1,8 +1,12 @@
 """The emulation of CUDA: right in both orders of warps, clean under AddressSanitizer, and not blind: it catches planted
-bugs, each of which a GPU may or may not show."""
+bugs, each of which a GPU may or may not show.
+
+Planted bugs and the run under AddressSanitizer find the same for the same sources, see compiled.py.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,11 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import compiled
 import pytest
+import torch
 
 from pyxlbert.backends import OPS
 
 HERE = Path(__file__).parent
+# Planted bugs of this unit are always looked for, in seconds, so that every run plants some.
+ALWAYS = "layer_norm"
+# What decides how a kernel is called, and what is asked of its results.
+PYTHON = ("backends", "cuda", "launch", "ops", "reference", "testing", "testing/specs")
 
 
 def _file(name: str):
@@ -47,6 +57,35 @@ def run() -> Iterator[Run]:
 
         yield run
         server.stdin.close()
+
+
+def files() -> list[Path]:
+    """Those that decide what comes of a run on the emulation."""
+    found = [path for folder in ("csrc/cuda", "tests/emulation") for path in (compiled.ROOT / folder).glob("*.*")]
+    found += (compiled.ROOT / "csrc").glob("*.h")
+    found += [path for name in PYTHON for path in (compiled.ROOT / "pyxlbert" / name).glob("*.py")]
+    found += [compiled.ROOT / name for name in ("csrc/nvcc.py", "pyxlbert/checks.py", "tests/compiled/compiled.py")]
+    return [path for path in found if path.suffix != ".md"]
+
+
+@functools.cache
+def digest() -> str:
+    """Of all that decides whether a planted bug is caught, and what sanitizers see."""
+    compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True).stdout
+    python = ".".join(map(str, sys.version_info[:2]))
+    read = json.dumps({name: os.environ.get(name) for name in build.VARIABLES})
+    return compiled.digest(files(), compiler, str(build.nvcc.find().version), torch.__version__, python, read)
+
+
+def test_a_digest_is_of_all_that_runs(run: Run) -> None:
+    known = {str(path) for path in files()}
+    done = run(build.build(), runs.RUNS[0], "relative_attention: emulated, everything", CUDA_EMULATION_FILES="1")
+    called = {line.removeprefix("calls ") for line in done.stdout.splitlines() if line.startswith("calls ")}
+    assert str(compiled.ROOT / "pyxlbert" / "checks.py") in called, done.stderr[-2000:]
+    assert called <= known
+    included = {str(path) for path in build.included() if path.is_relative_to(compiled.ROOT)}
+    assert str(compiled.ROOT / "csrc" / "cuda" / "rows.cuh") in included
+    assert included <= known
 
 
 def test_every_op_of_cuda_is_walked() -> None:
@@ -188,6 +227,8 @@ BUGS = (
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.name.replace(" ", "_") for bug in BUGS])
 def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
+    if bug.unit != ALWAYS and compiled.passed(f"planted bug {bug.name}", digest()):
+        return
     # What is not compiled would be wrong without any bug.
     assert runs.head_size(bug.run) <= build.HEAD_SIZE
     module = build.variant(tmp_path, bug.unit, bug.file, bug.old, bug.new)
@@ -199,6 +240,8 @@ def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
         said = done.stdout if done.returncode == 0 else done.stderr
         if re.search(bug.says, said):
             assert done.returncode == 0 or "emulation: " in said
+            if bug.unit != ALWAYS:
+                compiled.write(f"planted bug {bug.name}", digest())
             return
     pytest.fail(f"not caught; the last order said: {said[-500:]}")
 
@@ -207,6 +250,8 @@ def test_clean_under_sanitizers() -> None:
     """Global and shared memory out of bounds, misaligned and overflowing numbers: bfloat16, one head size."""
     if build.sanitizer() is None:
         pytest.skip("no libasan is here (g++ brings it)")
+    if compiled.passed("emulation under sanitizers", digest()):
+        return
     module = build.build(
         build.BUILD.with_name("emulation-sanitized"),
         options=f"{build.QUICKLY} -fsanitize=address,undefined -fno-sanitize=null,object-size "
@@ -218,3 +263,4 @@ def test_clean_under_sanitizers() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]
+    compiled.write("emulation under sanitizers", digest())
