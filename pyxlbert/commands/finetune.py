@@ -226,6 +226,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
 
 def _finetune(options: argparse.Namespace) -> int:
     from pyxlbert.training.finetune import finetune
+    from pyxlbert.training.loop import leave_group
     from pyxlbert.training.tasks import TASKS
 
     _threads(options)
@@ -239,6 +240,7 @@ def _finetune(options: argparse.Namespace) -> int:
         resume=options.resume,
         say=_say,
     )
+    leave_group()
     if scores:
         print(_table(scores))
     print(f"{options.task}: {options.out}", file=sys.stderr)

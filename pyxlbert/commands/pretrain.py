@@ -149,6 +149,7 @@ def _training(group: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pyxlbert.training.loop import leave_group
     from pyxlbert.training.pretraining.run import Pretraining, pretrain
 
     if options.threads is not None:
@@ -180,6 +181,7 @@ def _run(options: argparse.Namespace) -> int:
         resume=options.resume,
         say=lambda line: print(line, file=sys.stderr),
     )
+    leave_group()
     for name, value in scores.items():
         print(f"  {name:<24}{value:.4f}")
     return 0

@@ -157,6 +157,15 @@ def accelerator() -> Any:
     return work
 
 
+def leave_group() -> None:
+    """Ends the communication with the launch's other processes, if there are any: what a command does last.
+
+    Threads of it that are at work while Python ends may abort the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_run(directory: Path, resume: bool) -> None:
     """Whether a run's folder can be made, or one can go on in it: what is known before any data is read.
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_task import STILL, albert, bert, options, sentences, table, tagged, xlnet
 
+from pyxlbert import cli
 from pyxlbert.models import AlbertConfig, AlbertForSequenceClassification
 from pyxlbert.testing import compare, tolerances
 from pyxlbert.training import checkpoints
@@ -316,6 +317,25 @@ def test_two_processes_are_one_with_the_double_batch(files: Path, tmp_path: Path
     assert "the run had 2 processes and goes on with 1: the same steps, but not the same bits" in said
     assert "goes on after step 5" in said
     close(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("finetune.finetune", ["finetune", "text-classification", "--model", "m", "--train", "t.tsv"]),
+        ("pretraining.run.pretrain", ["pretrain", "bert", "text.txt"]),
+    ],
+)
+def test_a_command_leaves_the_group(function: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torchrun` starts: with the group left, its threads have no part in the end of the process."""
+
+    def trained(*arguments: Any, **options: Any) -> dict[str, float]:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        return {}
+
+    monkeypatch.setattr(f"pyxlbert.training.{function}", trained)
+    assert cli.main([*words, "--out", "out"]) == 0
+    assert not torch.distributed.is_initialized()
 
 
 def test_steps_are_a_function_of_their_number() -> None:
