@@ -6,6 +6,8 @@ Processes, devices and sharding are those of Hugging Face's `accelerate`.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import math
 import os
@@ -145,6 +147,9 @@ def accelerator() -> Any:
     require("training", "accelerate", "matplotlib")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    if torch.distributed.is_available():
+        # Its functions keep the group that there is when they are imported, and with it threads, after `leave_group`.
+        importlib.import_module("torch.distributed.nn.functional")
     # Parameters may be without a gradient: XLNet's mask has none without targets.
     plugin = DistributedDataParallelKwargs(find_unused_parameters=True)
     work = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])
@@ -163,6 +168,7 @@ def leave_group() -> None:
     Threads of it that are at work while Python ends may abort the process.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # models in cycles, which would keep the group
         torch.distributed.destroy_process_group()
 
 

@@ -293,7 +293,11 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_loop import train
+from pyxlbert.training.loop import leave_group
 train(Path(sys.argv[1]), Path(sys.argv[2]), "token-classification", "still", dev=True, micro_batch_size=2, epsilon=1e-3)
+leave_group()
+left = [task.read_text() for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]
+assert not left, f"threads are left: {{left}}"
 """
 
 
