@@ -19,7 +19,7 @@ help:
 	@echo "make demo      real sentences through a real model, checked and timed against transformers"
 	@echo "make test      the whole suite"
 	@echo "make quick     the part of it that answers in a minute"
-	@echo "make compiled  compiles all GPU kernels, checks what comes of them and writes tests/compiled/compiled.json"
+	@echo "make compiled  makes all checks that are known by content, and writes tests/compiled/compiled.json"
 	@echo "make test-all  the full product of options"
 	@echo "make test-oldest  drop-in layers with the oldest transformers that is supported"
 	@echo "make test-install  the distribution in an empty environment; TORCH=2.6.0 for the oldest torch"
@@ -62,10 +62,11 @@ test: build
 quick: build
 	$(PY) -m pytest -m quick
 
-# After a change of GPU kernels: `make test` compiles again what this has not.
+# After a change of kernels: `make test` compiles again what this has not.
 compiled: build
 	PYXLBERT_WRITE_COMPILED=1 $(PARALLEL) tests/cuda/test_compile.py tests/kernels/test_compile_ahead.py \
-		tests/kernels/test_front_end.py tests/emulation
+		tests/kernels/test_front_end.py tests/emulation \
+		tests/cpu/test_sanitizers.py tests/cpu/test_tiles.py
 
 test-all: build
 	PYXLBERT_TEST_ALL=1 $(PARALLEL)

@@ -10,11 +10,13 @@ has changed is compiled by any run of the tests.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,26 @@ def digest(files: Iterable[Path], *words: str) -> str:
 def passed(check: str, digest: str) -> bool:
     """Whether a check has passed with this digest, and need not be made again."""
     return not (WRITES or ALL) and FILE.exists() and json.loads(FILE.read_text()).get(check) == digest
+
+
+def known(digest: Callable[[], str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Of a test that is known by this digest, by its own name and the values of its parameters that are texts.
+
+    What it builds it asks for inside, by calling a fixture: fixtures are made before this can be asked.
+    """
+
+    def decorated(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def asked(**given: Any) -> None:
+            words = [test.__module__, test.__name__, *(one for one in given.values() if isinstance(one, str))]
+            check = " ".join(words)
+            if not passed(check, digest()):
+                test(**given)
+                write(check, digest())
+
+        return asked
+
+    return decorated
 
 
 def write(check: str, digest: str) -> None:

@@ -7,15 +7,20 @@ bad inputs, has LeakSanitizer look at a thousand calls and ThreadSanitizer at ei
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
 
+import compiled
 import pytest
+import runners
+import torch
 import variants
 
 import pyxlbert
+from pyxlbert.testing.specs import SPECS
 
 HERE = pyxlbert._C.levels()
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
@@ -38,8 +43,8 @@ def _runtime(sanitizer: str) -> str:
     return " ".join(paths)
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+@functools.cache
+def _built() -> dict[str, str]:
     """Environment variables under which Python imports the sanitized build."""
     runtime = _runtime("libasan.so")
     names = ",".join([*LEVELS, "module"] if ALL else LEVELS)
@@ -54,7 +59,8 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("level", ["portable", HERE[-1]])
-def test_it_watches(environment, level: str) -> None:
+@compiled.known(variants.digest)
+def test_it_watches(level: str) -> None:
     """A call that is told of more rows than its output holds must be caught, or the run below proves nothing."""
     code = """if True:
         import torch, pyxlbert
@@ -64,32 +70,50 @@ def test_it_watches(environment, level: str) -> None:
         pyxlbert._C.cpu.layer_norm_bwd(x.data_ptr(), x.data_ptr(), w.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
                                        y.data_ptr(), 0, 0, 64, 8, 8, 8, 0, 0, 0, 1)
     """
-    environment = environment | {"PYXLBERT_ISA": level}
+    environment = _built() | {"PYXLBERT_ISA": level}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
     assert "layer_norm.cpp" in done.stderr
 
 
-def test_small_grid(environment) -> None:
+@compiled.known(variants.digest)
+def test_small_grid() -> None:
     tests = [
         f"{variants.ROOT}/tests/ops/test_parity.py::test_{name}"
         for name in ("parity", "deterministic_for_any_number_of_threads")
     ]
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-s", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=variants.ROOT)
+    done = subprocess.run(command, env=_built(), capture_output=True, text=True, cwd=variants.ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
+
+
+def test_a_digest_is_of_all_that_runs() -> None:
+    known, called = {str(path) for path in variants.files()}, set()
+    sys.setprofile(lambda frame, event, value: called.add(frame.f_code.co_filename))
+    try:
+        for spec in SPECS.values():
+            case = next(case for case in spec.suite if case.small and case.gradients)
+            arguments = runners.arguments_of(spec, case, torch.bfloat16)
+            found = runners.run(lambda spec=spec, **a: spec.function(**a, backend="cpu"), spec, arguments, True)
+            runners.check_against_truth(spec, case, found, torch.bfloat16, "cpu")
+    finally:
+        sys.setprofile(None)
+    ours = {file for file in called if file.startswith((f"{variants.ROOT}/pyxlbert/", f"{variants.ROOT}/tests/"))}
+    assert f"{variants.ROOT}/pyxlbert/checks.py" in ours
+    assert ours <= known
 
 
 needs_products = pytest.mark.skipif("avx512_bf16" not in HERE, reason="training's products need AVX-512 with bfloat16")
 
 
 @pytest.mark.parametrize("name", ["test_packed_products.py", pytest.param("test_products.py", marks=needs_products)])
-def test_products(environment, name: str) -> None:
+@compiled.known(variants.digest)
+def test_products(name: str) -> None:
     command = [sys.executable, "-m", "pytest", f"{variants.ROOT}/tests/cpu/{name}", "--noconftest"]
     command += ["-q", "-x", "-s", "-p", "no:cacheprovider"]
-    environment = environment | {"PYXLBERT_TEST_SMALL": LEVELS[-1]}
+    environment = _built() | {"PYXLBERT_TEST_SMALL": LEVELS[-1]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=variants.ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 0
@@ -97,7 +121,7 @@ def test_products(environment, name: str) -> None:
 
 @needs_all
 @pytest.mark.parametrize("name", ["test_contract.py::test_bad_input", "test_storage.py"])
-def test_bad_inputs(environment, name: str) -> None:
+def test_bad_inputs(name: str) -> None:
     """Arguments that contradict each other, raw ops, storages that are gone: refused before they are read."""
     command = [
         sys.executable,
@@ -111,7 +135,7 @@ def test_bad_inputs(environment, name: str) -> None:
     ]
     for level in LEVELS:
         done = subprocess.run(
-            command, env=environment | {"PYXLBERT_ISA": level}, capture_output=True, text=True, cwd=variants.ROOT
+            command, env=_built() | {"PYXLBERT_ISA": level}, capture_output=True, text=True, cwd=variants.ROOT
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 20
@@ -127,15 +151,15 @@ def _leaked(environment: dict[str, str], level: str, *arguments: str) -> subproc
 
 @needs_all
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_thousand_calls_lose_no_memory(environment, level: str) -> None:
-    done = _leaked(environment, level)
+def test_a_thousand_calls_lose_no_memory(level: str) -> None:
+    done = _leaked(_built(), level)
     assert done.returncode == 0 and "ERROR: LeakSanitizer" not in done.stderr, done.stdout + done.stderr[-6000:]
     assert done.stdout == f"1000 calls on level {level}, no memory lost\n"
 
 
 @needs_all
-def test_memory_that_is_lost_is_seen(environment) -> None:
-    done = _leaked(environment, "portable", "planted")
+def test_memory_that_is_lost_is_seen() -> None:
+    done = _leaked(_built(), "portable", "planted")
     assert done.stdout == "1000 calls on level portable, some memory lost\n", done.stdout + done.stderr[-6000:]
     # The last ones may still lie on the stack.
     found = re.search(r"Direct leak of \d+ byte\(s\) in (\d+) object\(s\)", done.stderr)

@@ -6,12 +6,14 @@ processor has them, every suite runs on them as well.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import pytest
 import variants
 
@@ -23,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 OPS = f"{variants.ROOT}/tests/ops"
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
+@functools.cache
+def _built() -> dict[str, str]:
     """Environment variables under which Python imports the build with modelled tiles."""
     return variants.build("emulated", {"PYXLBERT_EMULATE_LEVELS": "1"}) | {"PYXLBERT_TEST_SMALL": "amx"}
 
@@ -39,26 +41,31 @@ def passed(done: subprocess.CompletedProcess) -> int:
     return int(found[-1]) if found else 0
 
 
-def test_a_usual_build_has_no_model(environment) -> None:
+@compiled.known(variants.digest)
+def test_the_build_has_a_model() -> None:
     code = "import pyxlbert; print(pyxlbert._C.levels()[-1])"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=_built(), capture_output=True, text=True)
     assert done.stdout.strip() == "amx", done.stderr
+
+
+def test_a_usual_build_has_no_model() -> None:
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         tiles = " amx_bf16 " in f"{file.read()} "
     assert ("amx" in pyxlbert._C.levels()) <= tiles
 
 
-def test_the_level_between_multiplies_bytes(environment) -> None:
+@compiled.known(variants.digest)
+def test_the_level_between_multiplies_bytes() -> None:
     """Level avx2_vnni: every product of integers, and the same bits as on all other levels."""
     done = run(
-        environment | {"PYXLBERT_TEST_SMALL": "avx2_vnni"},
+        _built() | {"PYXLBERT_TEST_SMALL": "avx2_vnni"},
         *("--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py"),
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert passed(done) > 50
     command = [sys.executable, "-m", "pyxlbert", "info"]
     done = subprocess.run(
-        command, env=environment | {"PYXLBERT_ISA": "avx2_vnni"}, capture_output=True, text=True, check=True
+        command, env=_built() | {"PYXLBERT_ISA": "avx2_vnni"}, capture_output=True, text=True, check=True
     )
     assert "instruction set: avx2_vnni (of portable, avx2, avx2_vnni, avx512, avx512_bf16, amx)" in done.stdout
 
@@ -137,32 +144,31 @@ def test_one_file_names_the_instructions() -> None:
     assert [path.name for path in files if pattern.search(path.read_text())] == ["tiles.h"]
 
 
-def test_packed_products(environment) -> None:
-    done = run(environment, "--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py")
+@compiled.known(variants.digest)
+def test_packed_products() -> None:
+    done = run(_built(), "--noconftest", f"{variants.ROOT}/tests/cpu/test_packed_products.py")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert passed(done) > 50
 
 
-def test_attention(environment) -> None:
+@compiled.known(variants.digest)
+def test_attention() -> None:
     """Forward and backward of every attention op in bfloat16."""
-    done = run(
-        environment, f"--confcutdir={OPS}", f"{OPS}/test_parity.py", "-k", "test_parity and attention and bfloat16"
-    )
+    done = run(_built(), f"--confcutdir={OPS}", f"{OPS}/test_parity.py", "-k", "test_parity and attention and bfloat16")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert passed(done) > 100
 
 
 @pytest.mark.parametrize("fault", ["1", "2", "3"])
-def test_a_planted_fault_is_seen(environment, fault: str) -> None:
+@compiled.known(variants.digest)
+def test_a_planted_fault_is_seen(fault: str) -> None:
     """Of a tile that is not cleared, a product that is left out, and a row that is not loaded, by each kernel."""
     products = ("a_product_is_within_the_budget", "encoder_layers_are_within_the_budget", "integers_have_the_same_bits")
     ops = ("attention", "relative_attention", "two_stream_attention")
     # One case of each.
     chosen = "33-1000 and dtype1 or dtype1-800 or integers and dtype1 or bfloat16 and (attention-causal- or XLNet-)"
     files = (f"{variants.ROOT}/tests/cpu/test_packed_products.py", f"{OPS}/test_parity.py")
-    done = run(
-        environment | {"PYXLBERT_TILE_FAULT": fault}, f"--confcutdir={OPS}", "--tb=no", *files, "-k", f"({chosen})"
-    )
+    done = run(_built() | {"PYXLBERT_TILE_FAULT": fault}, f"--confcutdir={OPS}", "--tb=no", *files, "-k", f"({chosen})")
     failed = set(re.findall(r"FAILED \S+::test_(\w+)\[(\w+?attention|attention|amx)?", done.stdout))
     for name in products:
         assert any(test.startswith(name) for test, _ in failed), f"{name}: {done.stdout[-2000:]}"

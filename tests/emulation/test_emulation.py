@@ -1,7 +1,7 @@
 """The emulation of CUDA: right in both orders of warps, clean under AddressSanitizer, and not blind: it catches planted
 bugs, each of which a GPU may or may not show.
 
-Planted bugs and the run under AddressSanitizer find the same for the same sources, see compiled.py.
+What is compiled for one run, and the slow ones, find the same for the same sources, see compiled.py.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def test_right_in_both_orders(run: Run, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
+@compiled.known(digest)
 def test_hopper_is_right_in_both_orders(run: Run, order: str) -> None:
     done = run(build.build(), *runs.HOPPER_RUNS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -246,12 +247,11 @@ def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
     pytest.fail(f"not caught; the last order said: {said[-500:]}")
 
 
+@compiled.known(digest)
 def test_clean_under_sanitizers() -> None:
     """Global and shared memory out of bounds, misaligned and overflowing numbers: bfloat16, one head size."""
     if build.sanitizer() is None:
         pytest.skip("no libasan is here (g++ brings it)")
-    if compiled.passed("emulation under sanitizers", digest()):
-        return
     module = build.build(
         build.BUILD.with_name("emulation-sanitized"),
         options=f"{build.QUICKLY} -fsanitize=address,undefined -fno-sanitize=null,object-size "
@@ -263,4 +263,3 @@ def test_clean_under_sanitizers() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"{one}: right" for one in runs.RUNS]
-    compiled.write("emulation under sanitizers", digest())
