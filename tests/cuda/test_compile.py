@@ -57,6 +57,7 @@ def test_a_digest_is_of_the_environment_too(variable: str, monkeypatch: pytest.M
 @needs_nvcc
 def test_what_is_kept_is_of_the_environment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "BUILD", tmp_path)
+    monkeypatch.setattr(check, "architectures_of", lambda name: (check.FULL,))
     monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
     before = check.compiled("rows")
     assert check.compiled("rows") == before
