@@ -240,10 +240,10 @@ def _finetune(options: argparse.Namespace) -> int:
         resume=options.resume,
         say=_say,
     )
-    leave_group()
     if scores:
         print(_table(scores))
     print(f"{options.task}: {options.out}", file=sys.stderr)
+    leave_group()
     return 0
 
 

@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
         resume=options.resume,
         say=lambda line: print(line, file=sys.stderr),
     )
-    leave_group()
     for name, value in scores.items():
         print(f"  {name:<24}{value:.4f}")
+    leave_group()
     return 0

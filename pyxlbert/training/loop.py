@@ -35,6 +35,10 @@ from pyxlbert.training.schedule import optimiser, rate, set_rate
 from pyxlbert.training.steps import Passes, StepSource, load
 from pyxlbert.training.tasks.base import Batch
 
+if torch.distributed.is_available():
+    # Its functions keep the group that there is when they are imported, and with it threads, after `leave_group`.
+    importlib.import_module("torch.distributed.nn.functional")
+
 RUN = "run.json"
 # Of a file: SHA-256 as hexadecimal digits.
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -147,9 +151,6 @@ def accelerator() -> Any:
     require("training", "accelerate", "matplotlib")
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    if torch.distributed.is_available():
-        # Its functions keep the group that there is when they are imported, and with it threads, after `leave_group`.
-        importlib.import_module("torch.distributed.nn.functional")
     # Parameters may be without a gradient: XLNet's mask has none without targets.
     plugin = DistributedDataParallelKwargs(find_unused_parameters=True)
     work = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[plugin])
@@ -163,7 +164,7 @@ def accelerator() -> Any:
 
 
 def leave_group() -> None:
-    """Ends the communication with the launch's other processes, if there are any: what a command does last.
+    """Ends the communication with the launch's other processes, if there are any: the last act of one that has trained.
 
     Threads of it that are at work while Python ends may abort the process.
     """
