@@ -64,6 +64,7 @@ quick: build
 
 # After a change of kernels: `make test` compiles again what this has not.
 compiled: build
+	rm -f tests/compiled/compiled.json
 	PYXLBERT_WRITE_COMPILED=1 $(PARALLEL) tests/cuda/test_compile.py tests/kernels/test_compile_ahead.py \
 		tests/kernels/test_front_end.py tests/emulation \
 		tests/cpu/test_sanitizers.py tests/cpu/test_tiles.py

@@ -12,8 +12,12 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,24 @@ FILE = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).resolve().parents[2]
 WRITES = os.environ.get("PYXLBERT_WRITE_COMPILED") == "1"
 ALL = os.environ.get("PYXLBERT_TEST_ALL") == "1"
+
+
+def sources(folder: str, *suffixes: str) -> list[Path]:
+    """A folder's files with these suffixes, without those that an editor hides beside them."""
+    found = [path for path in (ROOT / folder).iterdir() if path.suffix in suffixes and not path.name.startswith(".")]
+    assert found, f"{folder}: no file has one of the suffixes {suffixes}"
+    return found
+
+
+def versions(*packages: str) -> list[str]:
+    """Of Python, whose syntax trees Triton reads too, and of these packages."""
+    return [".".join(map(str, sys.version_info[:2])), *(f"{one} {importlib.metadata.version(one)}" for one in packages)]
+
+
+def compiler() -> str:
+    """What CXX, or g++, says of itself."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def digest(files: Iterable[Path], *words: str) -> str:
@@ -35,21 +57,25 @@ def digest(files: Iterable[Path], *words: str) -> str:
 
 
 def passed(check: str, digest: str) -> bool:
-    """Whether a check has passed with this digest, and need not be made again."""
+    """Whether a check has passed with this digest, and need not be made again.
+
+    A run that writes makes every check, and forgets that it has passed before.
+    """
+    if WRITES and not ALL:
+        _change(lambda said: said.pop(check, None))
     return not (WRITES or ALL) and FILE.exists() and json.loads(FILE.read_text()).get(check) == digest
 
 
 def known(digest: Callable[[], str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of a test that is known by this digest, by its own name and the values of its parameters that are texts.
+    """Of a test that is known by this digest, and by pytest's name for it with its parameters.
 
-    What it builds it asks for inside, by calling a fixture: fixtures are made before this can be asked.
+    Fixtures are made before this can be asked, so such a test asks for what it builds itself.
     """
 
     def decorated(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def asked(**given: Any) -> None:
-            words = [test.__module__, test.__name__, *(one for one in given.values() if isinstance(one, str))]
-            check = " ".join(words)
+            check = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
             if not passed(check, digest()):
                 test(**given)
                 write(check, digest())
@@ -61,13 +87,17 @@ def known(digest: Callable[[], str]) -> Callable[[Callable[..., None]], Callable
 
 def write(check: str, digest: str) -> None:
     """Says that a check has passed, in a run that is to say so."""
-    if not WRITES or ALL:
-        return
+    if WRITES and not ALL:
+        _change(lambda said: said.update({check: digest}))
+
+
+def _change(change: Callable[[dict[str, str]], Any]) -> None:
     FILE.touch()
     with FILE.open("r+") as file:
         # Tests run in several processes.
         fcntl.flock(file, fcntl.LOCK_EX)
-        said = json.loads(file.read() or "{}") | {check: digest}
+        said = json.loads(file.read() or "{}")
+        change(said)
         file.seek(0)
         file.write(json.dumps(dict(sorted(said.items())), indent=1) + "\n")
         file.truncate()

@@ -38,8 +38,10 @@ def test_what_has_passed_is_written_and_found(folder: Path, monkeypatch: pytest.
     compiled.write("cuda a", "2")
     compiled.write("cuda b", "3")
     assert json.loads(compiled.FILE.read_text()) == {"cuda a": "2", "cuda b": "3"}
-    # A run that writes makes every check.
-    assert not compiled.passed("cuda b", "3")
+    # A run that writes makes every check, and one that fails has not passed, whatever was before.
+    assert not compiled.passed("cuda b", "3") and not compiled.passed("cuda c", "3")
+    assert json.loads(compiled.FILE.read_text()) == {"cuda a": "2"}
+    compiled.write("cuda b", "3")
     monkeypatch.setattr(compiled, "WRITES", False)
     assert compiled.passed("cuda b", "3") and not compiled.passed("cuda b", "1") and not compiled.passed("cuda c", "3")
     compiled.write("cuda c", "4")
@@ -55,3 +57,35 @@ def test_what_has_passed_is_written_and_found(folder: Path, monkeypatch: pytest.
 def test_no_file_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "WRITES", False)
     assert not compiled.passed("cuda a", "1")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_known_test_is_made_once(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    @compiled.known(lambda: "1")
+    def test(number: int) -> None:
+        made.append(number)
+        assert number == 1, "planted"
+
+    def fails() -> bool:
+        try:
+            test(number=number)
+        except AssertionError as error:
+            return "planted" in str(error)
+        return False
+
+    for write in (True, False):
+        monkeypatch.setattr(compiled, "WRITES", write)
+        assert fails() == (number == 2)
+    # One that fails is made again.
+    assert made == [number] * number
+    name = f"tests/compiled/test_compiled.py::test_a_known_test_is_made_once[{number}]"
+    assert json.loads(compiled.FILE.read_text()) == ({name: "1"} if number == 1 else {})
+
+
+def test_files_of_editors_count_for_nothing(folder: Path) -> None:
+    before = compiled.sources(".", ".cu", ".h")
+    (folder / ".kernel.cu").symlink_to(folder / "nowhere")
+    (folder / "kernel.cu.orig").write_text("d")
+    assert compiled.sources(".", ".cu", ".h") == before

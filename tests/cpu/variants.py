@@ -14,40 +14,41 @@ import sys
 from pathlib import Path
 
 import compiled
-import torch
 
 import pyxlbert
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of the environment: compilers, their options, and where they look for headers.
 VARIABLES = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+# Of the environment: what tests that run others give those themselves.
+GIVEN = ("PYTEST_ADDOPTS", "PYXLBERT_ISA", "PYXLBERT_TILE_FAULT", "PYXLBERT_TEST_SMALL")
 # What decides how a kernel is called, and what is asked of its results.
-PYTHON = tuple(
-    f"pyxlbert/{name}" for name in ("backends", "cpu", "launch", "ops", "reference", "testing", "testing/specs")
+PYTHON = ("backends", "cpu", "launch", "nn", "ops", "reference", "testing", "testing/specs")
+ALONE = (
+    *("setup.py", "pyproject.toml", "csrc/nvcc.py", "pyxlbert/__init__.py", "pyxlbert/checks.py"),
+    *("tests/conftest.py", "tests/compiled/compiled.py"),
+    *(f"tests/ops/{name}" for name in ("conftest.py", "runners.py", "test_parity.py")),
 )
 
 
 def files() -> list[Path]:
     """Those that decide what tests find in a build."""
-    found = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".py")]
-    found += [path for name in (*PYTHON, "tests/cpu") for path in (ROOT / name).glob("*.py")]
-    found += [ROOT / "tests" / "ops" / name for name in ("conftest.py", "runners.py", "test_parity.py")]
-    return [
-        *found,
-        *(
-            ROOT / name
-            for name in ("setup.py", "pyxlbert/checks.py", "tests/conftest.py", "tests/compiled/compiled.py")
-        ),
-    ]
+    found = [path for folder in ("csrc", "csrc/cpu") for path in compiled.sources(folder, ".h", ".cpp")]
+    found += [path for name in PYTHON for path in compiled.sources(f"pyxlbert/{name}", ".py")]
+    return [*found, *compiled.sources("tests/cpu", ".py"), *(ROOT / name for name in ALONE)]
 
 
 @functools.cache
 def digest() -> str:
     """Of all that decides what tests find in a build."""
-    compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True).stdout
-    python = ".".join(map(str, sys.version_info[:2]))
     told = json.dumps({name: os.environ.get(name) for name in VARIABLES})
-    return compiled.digest(files(), compiler, torch.__version__, python, told, *pyxlbert._C.levels())
+    packages = compiled.versions("torch", "numpy", "pybind11", "pytest")
+    return compiled.digest(files(), compiled.compiler(), *packages, told, *pyxlbert._C.levels())
+
+
+def usual() -> dict[str, str]:
+    """Environment variables of tests that run others."""
+    return {name: value for name, value in os.environ.items() if name not in GIVEN}
 
 
 def build(name: str, variables: dict[str, str]) -> dict[str, str]:
@@ -66,7 +67,7 @@ def build(name: str, variables: dict[str, str]) -> dict[str, str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
-    return os.environ | {
+    return usual() | {
         "PYTHONPATH": str(folder / "lib"),
         "PYTHONSAFEPATH": "1",  # or the working tree's own module would come first
         "OMP_NUM_THREADS": "1",  # the tests of threads ask for their own

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import compiled
 import pytest
-import torch
 
 from pyxlbert.backends import OPS
 
@@ -61,20 +60,19 @@ def run() -> Iterator[Run]:
 
 def files() -> list[Path]:
     """Those that decide what comes of a run on the emulation."""
-    found = [path for folder in ("csrc/cuda", "tests/emulation") for path in (compiled.ROOT / folder).glob("*.*")]
-    found += (compiled.ROOT / "csrc").glob("*.h")
-    found += [path for name in PYTHON for path in (compiled.ROOT / "pyxlbert" / name).glob("*.py")]
-    found += [compiled.ROOT / name for name in ("csrc/nvcc.py", "pyxlbert/checks.py", "tests/compiled/compiled.py")]
-    return [path for path in found if path.suffix != ".md"]
+    found = [*compiled.sources("csrc", ".h"), *compiled.sources("csrc/cuda", ".h", ".cuh", ".cu", ".cpp")]
+    found += compiled.sources("tests/emulation", ".h", ".cpp", ".py")
+    found += [path for name in PYTHON for path in compiled.sources(f"pyxlbert/{name}", ".py")]
+    alone = ("csrc/nvcc.py", "pyxlbert/__init__.py", "pyxlbert/checks.py", "tests/compiled/compiled.py")
+    return [*found, *(compiled.ROOT / name for name in alone)]
 
 
 @functools.cache
 def digest() -> str:
     """Of all that decides whether a planted bug is caught, and what sanitizers see."""
-    compiler = subprocess.run([os.environ.get("CXX", "g++"), "--version"], capture_output=True, text=True).stdout
-    python = ".".join(map(str, sys.version_info[:2]))
-    read = json.dumps({name: os.environ.get(name) for name in build.VARIABLES})
-    return compiled.digest(files(), compiler, str(build.nvcc.find().version), torch.__version__, python, read)
+    told = json.dumps({name: os.environ.get(name) for name in build.VARIABLES})
+    packages = compiled.versions("torch", "numpy", "pybind11")
+    return compiled.digest(files(), compiled.compiler(), str(build.nvcc.find().version), *packages, told)
 
 
 def test_a_digest_is_of_all_that_runs(run: Run) -> None:
