@@ -36,7 +36,7 @@ from pyxlbert.training.steps import Passes, StepSource, load
 from pyxlbert.training.tasks.base import Batch
 
 if torch.distributed.is_available():
-    # Its functions keep the group that there is when they are imported, and with it threads, after `leave_group`.
+    # Its functions keep the process group that exists when it is imported: the group would outlive `leave_group`.
     importlib.import_module("torch.distributed.nn.functional")
 
 RUN = "run.json"
@@ -164,12 +164,12 @@ def accelerator() -> Any:
 
 
 def leave_group() -> None:
-    """Ends the communication with the launch's other processes, if there are any: the last act of one that has trained.
+    """Leaves the launch's process group, if there is one: what a process does last, after training.
 
-    Threads of it that are at work while Python ends may abort the process.
+    Threads of a group that are at work while Python ends may abort the process.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # models in cycles, which would keep the group
+        gc.collect()  # models in reference cycles would keep the group
         torch.distributed.destroy_process_group()
 
 
