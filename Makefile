@@ -67,7 +67,7 @@ compiled: build
 	rm -f tests/compiled/compiled.json
 	PYXLBERT_WRITE_COMPILED=1 $(PARALLEL) tests/cuda/test_compile.py tests/kernels/test_compile_ahead.py \
 		tests/kernels/test_front_end.py tests/emulation \
-		tests/cpu/test_sanitizers.py tests/cpu/test_tiles.py
+		tests/cpu/test_sanitizers.py tests/cpu/test_tiles.py tests/ops/test_parity.py::test_deterministic_on_a_gpu
 
 test-all: build
 	PYXLBERT_TEST_ALL=1 $(PARALLEL)

@@ -67,7 +67,7 @@ def passed(check: str, digest: str) -> bool:
 
 
 def known(digest: Callable[[], str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of a test that is known by this digest, and by pytest's name for it with its parameters.
+    """Marks a test as known by this digest, under the name that pytest has for it and its parameters.
 
     Fixtures are made before this can be asked, so such a test asks for what it builds itself.
     """

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 CALLED: set[str] = set()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Iterator[None]:
-    sys.setprofile(lambda frame, event, value: CALLED.add(frame.f_code.co_filename))
+@contextmanager
+def watched(called: set[str]) -> Iterator[None]:
+    """Adds the files whose functions are called within."""
+    sys.setprofile(lambda frame, event, value: called.add(frame.f_code.co_filename))
     try:
-        return (yield)
+        yield
     finally:
         sys.setprofile(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    with watched(CALLED):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

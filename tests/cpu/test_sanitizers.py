@@ -18,6 +18,7 @@ import pytest
 import runners
 import torch
 import variants
+from called_files import watched
 
 import pyxlbert
 from pyxlbert.testing.specs import SPECS
@@ -92,16 +93,13 @@ def test_small_grid() -> None:
 @compiled.known(variants.digest)
 def test_a_digest_is_of_all_that_runs() -> None:
     """Of what the tests of products call, and calls of every op; on the usual build."""
-    called = set()
-    sys.setprofile(lambda frame, event, value: called.add(frame.f_code.co_filename))
-    try:
+    called: set[str] = set()
+    with watched(called):
         for spec in SPECS.values():
             case = next(case for case in spec.suite if case.small and case.gradients)
             arguments = runners.arguments_of(spec, case, torch.bfloat16)
             found = runners.run(lambda spec=spec, **a: spec.function(**a, backend="cpu"), spec, arguments, True)
             runners.check_against_truth(spec, case, found, torch.bfloat16, "cpu")
-    finally:
-        sys.setprofile(None)
     names = ["test_packed_products.py", *(["test_products.py"] if "avx512_bf16" in HERE else [])]
     tests = [f"{variants.ROOT}/tests/cpu/{name}" for name in names]
     command = [sys.executable, "-m", "pytest", *tests, "--noconftest", "-q", "-p", "no:cacheprovider"]

@@ -20,7 +20,7 @@ import pyxlbert
 ROOT = Path(__file__).resolve().parents[2]
 # Of the environment: compilers, their options, and where they look for headers.
 VARIABLES = ("CXX", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
-# Of the environment: what tests that run others give those themselves.
+# Of the environment: what a test sets for the tests that it runs.
 GIVEN = ("PYTEST_ADDOPTS", "PYXLBERT_ISA", "PYXLBERT_TILE_FAULT", "PYXLBERT_TEST_SMALL")
 # What decides how a kernel is called, and what is asked of its results.
 PYTHON = ("backends", "cpu", "launch", "nn", "ops", "reference", "testing", "testing/specs")
@@ -47,7 +47,7 @@ def digest() -> str:
 
 
 def usual() -> dict[str, str]:
-    """Environment variables of tests that run others."""
+    """The environment of tests that a test runs, before it sets what it wants."""
     return {name: value for name, value in os.environ.items() if name not in GIVEN}
 
 

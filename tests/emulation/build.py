@@ -30,8 +30,6 @@ QUICKLY = "-Og"
 # A planted bug is looked for in bfloat16, with heads of HEAD_SIZE at most; it is compiled for one run.
 FEWER, HEAD_SIZE = f"-DPYXLBERT_ONE_TYPE -DPYXLBERT_ONE_SIZE {QUICKLY}", 64
 PRECOMPILED = BUILD / "precompiled.h.gch"
-# Of the environment: the compiler, and where it looks for headers and libraries.
-VARIABLES = ("CXX", "LIBRARY_PATH", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
 
 def _file(path: Path) -> ModuleType:

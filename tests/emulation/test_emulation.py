@@ -6,7 +6,6 @@ What is compiled for one run, and the slow ones, find the same for the same sour
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import compiled
+import emulated
 import pytest
 
 from pyxlbert.backends import OPS
@@ -25,8 +25,6 @@ from pyxlbert.backends import OPS
 HERE = Path(__file__).parent
 # Planted bugs of this unit are always looked for, in seconds, so that every run plants some.
 ALWAYS = "layer_norm"
-# What decides how a kernel is called, and what is asked of its results.
-PYTHON = ("backends", "cuda", "launch", "ops", "reference", "testing", "testing/specs")
 
 
 def _file(name: str):
@@ -58,25 +56,8 @@ def run() -> Iterator[Run]:
         server.stdin.close()
 
 
-def files() -> list[Path]:
-    """Those that decide what comes of a run on the emulation."""
-    found = [*compiled.sources("csrc", ".h"), *compiled.sources("csrc/cuda", ".h", ".cuh", ".cu", ".cpp")]
-    found += compiled.sources("tests/emulation", ".h", ".cpp", ".py")
-    found += [path for name in PYTHON for path in compiled.sources(f"pyxlbert/{name}", ".py")]
-    alone = ("csrc/nvcc.py", "pyxlbert/__init__.py", "pyxlbert/checks.py", "tests/compiled/compiled.py")
-    return [*found, *(compiled.ROOT / name for name in alone)]
-
-
-@functools.cache
-def digest() -> str:
-    """Of all that decides whether a planted bug is caught, and what sanitizers see."""
-    told = json.dumps({name: os.environ.get(name) for name in build.VARIABLES})
-    packages = compiled.versions("torch", "numpy", "pybind11")
-    return compiled.digest(files(), compiled.compiler(), str(build.nvcc.find().version), *packages, told)
-
-
 def test_a_digest_is_of_all_that_runs(run: Run) -> None:
-    known = {str(path) for path in files()}
+    known = {str(path) for path in emulated.files()}
     done = run(build.build(), runs.RUNS[0], "relative_attention: emulated, everything", CUDA_EMULATION_FILES="1")
     called = {line.removeprefix("calls ") for line in done.stdout.splitlines() if line.startswith("calls ")}
     assert str(compiled.ROOT / "pyxlbert" / "checks.py") in called, done.stderr[-2000:]
@@ -100,7 +81,7 @@ def test_right_in_both_orders(run: Run, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["forwards", "reversed"])
-@compiled.known(digest)
+@compiled.known(emulated.digest)
 def test_hopper_is_right_in_both_orders(run: Run, order: str) -> None:
     done = run(build.build(), *runs.HOPPER_RUNS, CUDA_EMULATION_ORDER=order, CUDA_EMULATION_HOPPER="1")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -226,7 +207,7 @@ BUGS = (
 
 @pytest.mark.parametrize("bug", BUGS, ids=[bug.name.replace(" ", "_") for bug in BUGS])
 def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
-    if bug.unit != ALWAYS and compiled.passed(f"planted bug {bug.name}", digest()):
+    if bug.unit != ALWAYS and compiled.passed(f"planted bug {bug.name}", emulated.digest()):
         return
     # What is not compiled would be wrong without any bug.
     assert runs.head_size(bug.run) <= build.HEAD_SIZE
@@ -240,12 +221,12 @@ def test_a_planted_bug_is_caught(run: Run, bug: Bug, tmp_path: Path) -> None:
         if re.search(bug.says, said):
             assert done.returncode == 0 or "emulation: " in said
             if bug.unit != ALWAYS:
-                compiled.write(f"planted bug {bug.name}", digest())
+                compiled.write(f"planted bug {bug.name}", emulated.digest())
             return
     pytest.fail(f"not caught; the last order said: {said[-500:]}")
 
 
-@compiled.known(digest)
+@compiled.known(emulated.digest)
 def test_clean_under_sanitizers() -> None:
     """Global and shared memory out of bounds, misaligned and overflowing numbers: bfloat16, one head size."""
     if build.sanitizer() is None:

@@ -208,7 +208,7 @@ def test_relative_attention_with_addresses_computed_anew(tile: str, kind: str, h
         use_tile(monkeypatch, usual, "carried" in kind, **choices)
         launched.clear()
         results = [gradients(call, [q, k, v, table])]
-        if (tile, head_size) == ("16x16", 16):
+        if head_size <= 64:
             with pyxlbert.allow_atomics():
                 results.append(gradients(call, [q, k, v, table]))
         return results
